@@ -1,0 +1,145 @@
+"""What a GLM remembers of the tokens it has run: two tensors and a length."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from glmlens.config import GLMConfig
+
+
+@dataclass(eq=False, repr=False)
+class KVCache:
+    """The keys (after rotation) and values of every layer, and the absolute position of every entry.
+
+    `keys` and `values` are [layer, batch, kv, capacity, d]; `positions` is [batch, capacity], -1 for padding. Only the
+    first `length` entries count. Writing past the capacity doubles it.
+    """
+
+    keys: Float[Tensor, "layer batch kv capacity d"]
+    values: Float[Tensor, "layer batch kv capacity d"]
+    positions: Int[Tensor, "batch capacity"]
+    length: int = 0
+
+    @staticmethod
+    def empty(cfg: GLMConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str) -> "KVCache":
+        """A cache with room for `capacity` entries per row, holding none."""
+        shape = (cfg.n_layers, batch, cfg.n_kv_heads, capacity, cfg.d_head)
+        return KVCache(
+            keys=torch.zeros(shape, dtype=dtype, device=device),
+            values=torch.zeros(shape, dtype=dtype, device=device),
+            positions=torch.full((batch, capacity), -1, device=device),
+        )
+
+    def layer(self, index: int) -> "LayerKV":
+        return LayerKV(self, index)
+
+    def next_positions(self) -> Int[Tensor, "batch"]:
+        """Per row, the absolute position that follows its last entry."""
+        return self.positions[:, : self.length].amax(1) + 1 if self.length else self.positions.new_zeros(self.batch)
+
+    def reserve(self, positions: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch key"]:
+        """Make room for entries at these positions; they count once `length` includes them.
+
+        Returns the positions of all entries then there.
+        """
+        end = self.length + positions.shape[1]
+        if end > self.capacity:
+            self.grow(max(end, 2 * self.capacity))
+        self.positions[:, self.length : end] = positions
+        return self.positions[:, :end]
+
+    def grow(self, capacity: int) -> None:
+        more = capacity - self.capacity
+        self.keys, self.values = (torch.nn.functional.pad(t, (0, 0, 0, more)) for t in (self.keys, self.values))
+        self.positions = torch.nn.functional.pad(self.positions, (0, more), value=-1)
+
+    def fork(self, room: int = 0) -> "KVCache":
+        """A copy with room for more entries: what either remembers from now on, the other never sees."""
+        capacity = max(self.capacity, self.length + room)
+        shape = (*self.keys.shape[:3], capacity, self.keys.shape[4])
+        copy = KVCache(
+            keys=self.keys.new_zeros(shape),
+            values=self.values.new_zeros(shape),
+            positions=self.positions.new_full((self.batch, capacity), -1),
+            length=self.length,
+        )
+        for new, old in ((copy.keys, self.keys), (copy.values, self.values)):
+            new[..., : self.length, :] = old[..., : self.length, :]
+        copy.positions[:, : self.length] = self.positions[:, : self.length]
+        return copy
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` entries of every row."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot truncate to {length}: the cache holds {self.length} entries")
+        self.length = length
+
+    def save(self, path: str | Path) -> None:
+        """Write the entries to one safetensors file."""
+        kept = {"keys": self.keys[..., : self.length, :], "values": self.values[..., : self.length, :]}
+        kept["positions"] = self.positions[:, : self.length]
+        save_file({name: t.contiguous() for name, t in kept.items()}, path, {"format": "glmlens.KVCache"})
+
+    @staticmethod
+    def load(path: str | Path, device: torch.device | str = "cpu") -> "KVCache":
+        """The cache that `save` wrote."""
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("format") != "glmlens.KVCache":
+                raise ValueError(f"{path} is not a KV cache that glmlens saved")
+            parts = [file.get_tensor(name).to(device, copy=True) for name in ("keys", "values", "positions")]
+        return KVCache(*parts, length=parts[2].shape[1])
+
+    def fits(self, cfg: GLMConfig, x: Tensor) -> None:
+        """Raise ValueError unless this cache can hold what such a model computes from x [batch, pos, model]."""
+        expected = (cfg.n_layers, x.shape[0], cfg.n_kv_heads, cfg.d_head, x.dtype, x.device)
+        layers, batch, kv, _, d = self.keys.shape
+        found = (layers, batch, kv, d, self.keys.dtype, self.keys.device)
+        if found != expected:
+            names = ("layers", "batch", "kv heads", "d_head", "dtype", "device")
+            wrong = [f"{n} {f}, not {e}" for n, f, e in zip(names, found, expected, strict=True) if f != e]
+            raise ValueError(f"this KV cache has {'; '.join(wrong)}: make one with lens.new_kv(batch=...)")
+
+    @property
+    def batch(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[3]
+
+    @property
+    def bytes(self) -> int:
+        """What the entries weigh, without unused capacity."""
+        return 2 * self.keys[..., : self.length, :].numel() * self.keys.element_size()
+
+    def __repr__(self) -> str:
+        layers, batch, kv, capacity, d = self.keys.shape
+        sizes = f"{layers} layers, batch {batch}, {kv} kv heads, d {d}"
+        return f"KVCache({self.length} entries of {capacity}; {sizes}, {self.bytes / 2**20:.1f} MiB)"
+
+
+@dataclass(frozen=True)
+class LayerKV:
+    """One layer's part of a cache."""
+
+    cache: KVCache
+    index: int
+
+    def remember(
+        self, k: Float[Tensor, "batch pos kv d"], v: Float[Tensor, "batch pos kv d"]
+    ) -> tuple[Float[Tensor, "batch key kv d"], Float[Tensor, "batch key kv d"]]:
+        """Write this call's keys and values behind the entries, and recall them all as views of the cache."""
+        if k.requires_grad or v.requires_grad:
+            raise ValueError("gradients do not flow through a KV cache, which is written in place: run without kv=")
+        start, end = self.cache.length, self.cache.length + k.shape[1]
+        recalled = []
+        for memory, new in ((self.cache.keys[self.index], k), (self.cache.values[self.index], v)):
+            memory[:, :, start:end] = rearrange(new, "batch pos kv d -> batch kv pos d")
+            recalled.append(rearrange(memory[:, :, :end], "batch kv key d -> batch key kv d"))
+        return recalled[0], recalled[1]

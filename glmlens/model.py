@@ -1,0 +1,325 @@
+"""Token ids to logits, top to bottom: the GLM language models in the order in which data flows.
+
+Every named quantity passes `hook` once; with `off`, the default, that is the identity. Axes are words, the same in
+every einops string: batch pos query key model head kv group d pair rotated rest mlp vocab one.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange, repeat
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor, nn
+
+from glmlens.config import GLMConfig
+from glmlens.hooks import Hook, at, off, wanted
+from glmlens.kv_cache import KVCache, LayerKV
+
+Angles = tuple[Float[Tensor, "batch pos pair"], Float[Tensor, "batch pos pair"]]
+
+
+class GLM(nn.Module):
+    """A GLM: `model(tokens)` are the logits [batch, pos, vocab] of the published model.
+
+    An output depends on the arguments and on nothing else. `attention` is "eager" (scores and pattern exist) or "sdpa"
+    (one fused kernel), and is never changed by who is watching.
+    """
+
+    def __init__(self, cfg: GLMConfig, attention: str = "eager"):
+        super().__init__()
+        if attention not in ATTENTION:
+            raise ValueError(f"attention is {attention!r}; choose from {', '.join(map(repr, ATTENTION))}")
+        self.cfg, self.attention, self.mask = cfg, attention, ATTENTION[attention][1]
+        self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
+        self.blocks = nn.ModuleList(Block(cfg, attention) for _ in range(cfg.n_layers))
+        self.ln_final = RMSNorm(cfg)
+        self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
+        if cfg.tied:
+            self.unembed.weight = self.embed.weight
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch pos"] | Float[Tensor, "batch pos model"] | None = None,
+        kv: KVCache | None = None,
+        hook: Hook = off,
+        *,
+        start_layer: int = 0,
+        stop_layer: int | None = None,
+        position_ids: Int[Tensor, "#batch pos"] | Int[Tensor, "pos"] | None = None,
+        attention_mask: Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None = None,
+        inputs_embeds: Float[Tensor, "batch pos model"] | None = None,
+        logits_to_keep: int | Tensor | None = None,
+    ) -> Float[Tensor, "batch kept vocab"] | Float[Tensor, "batch pos model"]:
+        """Logits, or with `stop_layer` the residual stream that enters that layer.
+
+        `tokens` are ids, or (floats) the residual stream that enters `start_layer`. `kv` remembers this call after its
+        entries. `attention_mask` is 0 at this call's padding. `position_ids` default to the real tokens counted from
+        the cache's end. A query sees the real keys whose position is not past its own. `logits_to_keep`: the last n
+        positions (0 or None: all), or indices into pos.
+        """
+        if inputs_embeds is not None:
+            resid = hook("embed", inputs_embeds)
+        elif tokens is None or tokens.is_floating_point() == (start_layer == 0 and tokens.ndim == 2):
+            raise ValueError("give token ids, inputs_embeds, or a residual stream [batch, pos, model] with start_layer")
+        else:
+            resid = tokens if tokens.is_floating_point() else hook("embed", self.embed(tokens))
+
+        positions = absolute_positions(resid.shape[:2], resid.device, kv, position_ids, attention_mask)
+        key_positions = positions
+        if kv is not None:
+            kv.fits(self.cfg, resid)
+            key_positions = kv.reserve(positions)
+        plain = kv is None and position_ids is None and attention_mask is None
+        mask = self.mask(positions, key_positions, resid.dtype, plain)
+        angles = rotary_angles(positions, self.cfg.d_rotary, self.cfg.rope_theta, resid.dtype)
+
+        end_layer = len(self.blocks) if stop_layer is None else stop_layer
+        for i in range(start_layer, end_layer):
+            resid = self.blocks[i](resid, angles, mask, kv and kv.layer(i), at(hook, f"blocks.{i}"))
+        if kv is not None and end_layer - start_layer == len(self.blocks):
+            kv.length += positions.shape[1]  # a run over part of the layers recalls, and leaves the cache as it was
+        if stop_layer is not None:
+            return resid
+
+        final = hook("ln_final.normalized", self.ln_final(resid, at(hook, "ln_final")))
+        return hook("logits", self.unembed(keep(final, logits_to_keep)))
+
+
+class Block(nn.Module):
+    """One layer: attention and an MLP, each reading the residual stream through a norm and adding to it."""
+
+    def __init__(self, cfg: GLMConfig, attention: str):
+        super().__init__()
+        self.ln1, self.ln2 = RMSNorm(cfg), RMSNorm(cfg)
+        self.attn, self.mlp = Attention(cfg, attention), MLP(cfg)
+        self.ln1_post, self.ln2_post = (RMSNorm(cfg), RMSNorm(cfg)) if cfg.sandwich else (NoNorm(), NoNorm())
+
+    def forward(
+        self,
+        resid: Float[Tensor, "batch pos model"],
+        angles: Angles,
+        mask: Tensor | None,
+        kv: LayerKV | None,
+        hook: Hook,
+    ) -> Float[Tensor, "batch pos model"]:
+        resid_pre = hook("resid_pre", resid)
+        x = hook("ln1.normalized", self.ln1(resid_pre, at(hook, "ln1")))
+        attn_out = hook("attn_out", self.ln1_post(self.attn(x, angles, mask, kv, hook), at(hook, "ln1_post")))
+        resid_mid = hook("resid_mid", resid_pre + attn_out)
+        x = hook("ln2.normalized", self.ln2(resid_mid, at(hook, "ln2")))
+        mlp_out = hook("mlp_out", self.ln2_post(self.mlp(x, hook), at(hook, "ln2_post")))
+        return hook("resid_post", resid_mid + mlp_out)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention whose first `d_rotary` channels turn with position.
+
+    Grouped queries: Ainslie et al. 2023 (arXiv 2305.13245). Rotary: Su et al. 2021 (arXiv 2104.09864), section 3.2,
+    on adjacent pairs of channels.
+    """
+
+    def __init__(self, cfg: GLMConfig, attention: str):
+        super().__init__()
+        self.query = nn.Linear(cfg.d_model, cfg.n_heads * cfg.d_head, bias=cfg.qkv_bias)
+        self.key = nn.Linear(cfg.d_model, cfg.n_kv_heads * cfg.d_head, bias=cfg.qkv_bias)
+        self.value = nn.Linear(cfg.d_model, cfg.n_kv_heads * cfg.d_head, bias=cfg.qkv_bias)
+        self.out = nn.Linear(cfg.n_heads * cfg.d_head, cfg.d_model, bias=False)
+        self.d_head, self.split = cfg.d_head, [cfg.d_rotary, cfg.d_head - cfg.d_rotary]
+        self.attend = ATTENTION[attention][0]
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch pos model"],
+        angles: Angles,
+        mask: Tensor | None,
+        kv: LayerKV | None,
+        hook: Hook,
+    ) -> Float[Tensor, "batch pos model"]:
+        q = hook("attn.q", rearrange(self.query(x), "batch pos (head d) -> batch pos head d", d=self.d_head))
+        k = hook("attn.k", rearrange(self.key(x), "batch pos (kv d) -> batch pos kv d", d=self.d_head))
+        v = hook("attn.v", rearrange(self.value(x), "batch pos (kv d) -> batch pos kv d", d=self.d_head))
+
+        cos, sin = hook("rotary.cos", angles[0]), hook("rotary.sin", angles[1])
+        (q_rot, q_pass), (k_rot, k_pass) = q.split(self.split, -1), k.split(self.split, -1)
+        q_rot = hook("attn.q_rot", turn(q_rot, cos, sin))
+        k_rot = hook("attn.k_rot", turn(k_rot, cos, sin))
+        if self.split[1]:  # some channels are left alone
+            q_pass, k_pass = hook("attn.q_pass", q_pass), hook("attn.k_pass", k_pass)
+        q = torch.cat([q_rot, q_pass], -1)
+
+        k = hook("kv.k_new", torch.cat([k_rot, k_pass], -1))
+        v = hook("kv.v_new", v)
+        if kv is not None:
+            k, v = kv.remember(k, v)
+        k, v = hook("kv.k", k), hook("kv.v", v)
+
+        z = hook("attn.z", self.attend(q, k, v, mask, hook))
+        out = self.out(rearrange(z, "batch pos head d -> batch pos (head d)"))
+        if wanted(hook, "attn.result"):
+            W_O = rearrange(self.out.weight, "model (head d) -> head d model", d=self.d_head)
+            result = einsum(z, W_O, "batch pos head d, head d model -> batch pos head model")
+            out = out + (hook("attn.result", result) - result).sum(2)  # looking adds exactly nothing
+        return out
+
+
+def eager(
+    q: Float[Tensor, "batch query head d"],
+    k: Float[Tensor, "batch key kv d"],
+    v: Float[Tensor, "batch key kv d"],
+    mask: Float[Tensor, "batch one query key"],
+    hook: Hook,
+) -> Float[Tensor, "batch query head d"]:
+    """softmax(QKᵀ/√d)V, a symbol at a time."""
+    group = q.shape[2] // k.shape[2]
+    q = rearrange(q, "batch query head d -> batch head query d").contiguous()
+    k, v = (rearrange(t, "batch key kv d -> batch kv key d").contiguous() for t in (k, v))
+    k, v = (repeat(t, "batch kv key d -> batch (kv group) key d", group=group) for t in (k, v))
+    scores = einsum(q, k, "batch head query d, batch head key d -> batch head query key") * q.shape[-1] ** -0.5
+    scores = hook("attn.scores", scores + mask)
+    exact = torch.promote_types(scores.dtype, torch.float32)
+    pattern = hook("attn.pattern", scores.softmax(-1, dtype=exact).to(v.dtype))
+    return einsum(pattern, v, "batch head query key, batch head key d -> batch query head d")
+
+
+def sdpa(
+    q: Float[Tensor, "batch query head d"],
+    k: Float[Tensor, "batch key kv d"],
+    v: Float[Tensor, "batch key kv d"],
+    mask: Bool[Tensor, "batch one query key"] | None,
+    hook: Hook,
+) -> Float[Tensor, "batch query head d"]:
+    """The same sum as one kernel: scores and pattern never exist, so there is nothing inside to hook."""
+    q, k, v = (rearrange(t, "batch pos head d -> batch head pos d") for t in (q, k, v))
+    z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    return rearrange(z, "batch head query d -> batch query head d")
+
+
+def visible(
+    positions: Int[Tensor, "batch query"], key_positions: Int[Tensor, "batch key"]
+) -> Bool[Tensor, "batch one query key"]:
+    """True where a query may look: at real keys whose position is not past its own."""
+    query = rearrange(positions, "batch query -> batch 1 query 1")
+    key = rearrange(key_positions, "batch key -> batch 1 1 key")
+    return (key >= 0) & (key <= query)
+
+
+def eager_mask(positions: Tensor, key_positions: Tensor, dtype: torch.dtype, plain: bool) -> Tensor:
+    """0 where a query may look and the smallest float elsewhere, to be added to the scores."""
+    nothing = torch.zeros((), dtype=dtype, device=positions.device)
+    return torch.where(visible(positions, key_positions), nothing, torch.finfo(dtype).min)
+
+
+def sdpa_mask(positions: Tensor, key_positions: Tensor, dtype: torch.dtype, plain: bool) -> Tensor | None:
+    """Where a query may look, or None where that is plainly the past and the kernel can leave out half its work."""
+    return None if plain else visible(positions, key_positions)
+
+
+ATTENTION = {"eager": (eager, eager_mask), "sdpa": (sdpa, sdpa_mask)}
+
+
+def rotary_angles(positions: Int[Tensor, "batch pos"], d_rotary: int, theta: float, dtype: torch.dtype) -> Angles:
+    """cos and sin of position · theta^(-2 pair / d_rotary), in at least float32 and then rounded to dtype."""
+    exact = torch.promote_types(dtype, torch.float32)
+    pair = torch.arange(0, d_rotary, 2, dtype=exact, device=positions.device)
+    frequency = 1.0 / theta ** (pair / d_rotary)
+    angles = rearrange(positions.clamp(min=0).to(exact), "batch pos -> batch pos 1") * frequency
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def turn(
+    x: Float[Tensor, "batch pos head rotated"],
+    cos: Float[Tensor, "batch pos pair"],
+    sin: Float[Tensor, "batch pos pair"],
+) -> Float[Tensor, "batch pos head rotated"]:
+    """Turn each adjacent pair (a, b) of channels by its angle."""
+    a, b = rearrange(x, "batch pos head (pair two) -> two batch pos head pair", two=2)
+    cos, sin = (rearrange(t, "batch pos pair -> batch pos 1 pair") for t in (cos, sin))
+    return rearrange([a * cos - b * sin, b * cos + a * sin], "two batch pos head pair -> batch pos head (pair two)")
+
+
+class MLP(nn.Module):
+    """SwiGLU, the gate and the linear half in one matrix (Shazeer 2020, arXiv 2002.05202, section 2)."""
+
+    def __init__(self, cfg: GLMConfig):
+        super().__init__()
+        self.gate_up = nn.Linear(cfg.d_model, 2 * cfg.d_mlp, bias=False)
+        self.down = nn.Linear(cfg.d_mlp, cfg.d_model, bias=False)
+
+    def forward(self, x: Float[Tensor, "batch pos model"], hook: Hook) -> Float[Tensor, "batch pos model"]:
+        gate, up = rearrange(self.gate_up(x), "batch pos (two mlp) -> two batch pos mlp", two=2)
+        gate, up = hook("mlp.gate", gate), hook("mlp.up", up)
+        act = hook("mlp.act", F.silu(gate))
+        post = hook("mlp.post", up * act)
+        return self.down(post)
+
+
+class RMSNorm(nn.Module):
+    """weight · x / √(mean x² + eps), rounded to x's dtype before the weight (Zhang & Sennrich 2019, 1910.07467)."""
+
+    def __init__(self, cfg: GLMConfig):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(cfg.d_model)), cfg.rms_eps
+
+    def forward(self, x: Float[Tensor, "batch pos model"], hook: Hook = off) -> Float[Tensor, "batch pos model"]:
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = hook("scale", torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + self.eps))
+        return self.weight * (exact * scale).to(x.dtype)
+
+
+class NoNorm(nn.Module):
+    """Where `glm4` has a norm on a sublayer's output, `glm` has nothing."""
+
+    def forward(self, x: Float[Tensor, "batch pos model"], hook: Hook = off) -> Float[Tensor, "batch pos model"]:
+        return x
+
+
+def absolute_positions(
+    shape: Sequence[int],
+    device: torch.device,
+    kv: KVCache | None = None,
+    position_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+) -> Int[Tensor, "batch pos"]:
+    """The absolute position of every token of a call of this shape, -1 for padding."""
+    batch, pos = shape
+    if attention_mask is not None and attention_mask.shape != (batch, pos):
+        raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}; this call's tokens are {(batch, pos)}")
+    if position_ids is not None and position_ids.shape not in ((batch, pos), (1, pos), (pos,)):
+        raise ValueError(f"position_ids are {tuple(position_ids.shape)}; this call's tokens are {(batch, pos)}")
+    if position_ids is None:
+        start = 0 if kv is None else rearrange(kv.next_positions(), "batch -> batch 1")
+        counted = torch.arange(pos, device=device) if attention_mask is None else attention_mask.long().cumsum(1) - 1
+        position_ids = start + counted
+    if attention_mask is not None:
+        position_ids = torch.where(attention_mask.bool(), position_ids, -1)
+    return position_ids.expand(batch, pos)
+
+
+def keep(
+    x: Shaped[Tensor, "batch pos *rest"], logits_to_keep: int | Tensor | None
+) -> Shaped[Tensor, "batch kept *rest"]:
+    """x at the positions that logits are wanted for."""
+    if logits_to_keep is None:
+        return x
+    return x[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else x[:, logits_to_keep]
+
+
+def token_log_probs(
+    logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]
+) -> Float[Tensor, "batch next"]:
+    """The log-probability, in nats, that each token but the first was given by the logits before it."""
+    exact = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+    return exact.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+
+
+def loss(
+    logits: Float[Tensor, "batch pos vocab"], labels: Int[Tensor, "batch pos"], num_items: int | Tensor | None = None
+) -> Float[Tensor, ""]:
+    """Next-token cross-entropy in nats: the mean over labels that are not -100, or their sum over `num_items`."""
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    target = F.pad(labels, (0, 1), value=-100)[:, 1:]
+    flat = rearrange(exact, "batch pos vocab -> (batch pos) vocab"), rearrange(target, "batch pos -> (batch pos)")
+    if num_items is None:
+        return F.cross_entropy(*flat, ignore_index=-100)
+    return F.cross_entropy(*flat, ignore_index=-100, reduction="sum") / num_items
