@@ -1,0 +1,24 @@
+"""glmlens: a GLM you can read, with every tensor in it named."""
+
+from glmlens.config import CheckpointError, GLMConfig
+from glmlens.hooks import Hook, HookError, Point, off, only
+from glmlens.kv_cache import KVCache
+from glmlens.lens import Lens, Run, load
+from glmlens.model import GLM
+from glmlens.record import Activations
+
+__all__ = [
+    "GLM",
+    "Activations",
+    "CheckpointError",
+    "GLMConfig",
+    "Hook",
+    "HookError",
+    "KVCache",
+    "Lens",
+    "Point",
+    "Run",
+    "load",
+    "off",
+    "only",
+]

@@ -1,0 +1,60 @@
+"""What a run would do, found before it is paid for: shapes, bytes, and where hooks fire."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from glmlens.hooks import Point
+from glmlens.record import size, spans, table
+
+
+class Points(list[Point]):
+    """Points, shown as a short table with the layers together."""
+
+    @property
+    def bytes(self) -> int:
+        return sum(point.bytes for point in self)
+
+    def __repr__(self) -> str:
+        lines: dict[str, list[Point]] = {}
+        for point in self:
+            lines.setdefault(point.local, []).append(point)
+        rows = [
+            (which(local, points), " ".join(points[0].axes), str(points[0].shape), size(Points(points).bytes))
+            for local, points in lines.items()
+        ]
+        return f"{len(self)} points, {size(self.bytes)}\n{table(rows)}" if rows else "0 points"
+
+
+def which(local: str, points: list[Point]) -> str:
+    layers = [point.layer for point in points if point.layer is not None]
+    return f"blocks.{spans(layers)}.{local}" if layers else local
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a run would record (`points`, `bytes`), where each hook would fire, and what could not be tried."""
+
+    points: Points
+    fires: list[tuple[str, list[str]]]
+    not_tried: list[str]
+
+    @property
+    def bytes(self) -> int:
+        return self.points.bytes
+
+    def __repr__(self) -> str:
+        lines = [f"would record {self.points!r}"]
+        lines += [f"hook {hook}: fires at {len(names)} points: {', '.join(names[:4])}" for hook, names in self.fires]
+        return "\n".join(lines + [f"needs numbers, not tried: {why}" for why in self.not_tried])
+
+
+class OnMeta(TorchFunctionMode):
+    """Inside, every operation runs on the meta device, whatever its arguments live on."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(Tensor, lambda t: t if t.is_meta else t.to("meta"), (args, kwargs or {}))
+        return func(*args, **kwargs)

@@ -1,0 +1,399 @@
+"""Lens: a GLM, its tokenizer, and what a notebook does with them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypedDict, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from typing_extensions import Unpack
+
+from glmlens import checkpoint, record
+from glmlens.check import Check, OnMeta, Points
+from glmlens.config import GLMConfig, ids
+from glmlens.generate import Step, greedy, steps
+from glmlens.hooks import Hooks, called, pairs, resolve
+from glmlens.kv_cache import KVCache
+from glmlens.model import GLM, absolute_positions, loss, token_log_probs
+from glmlens.record import Activations, Enough, Plan, Recorder, Watch
+from glmlens.run import Going, Run
+from glmlens.tokenizer import Tokenizer
+from glmlens.weights import Weights
+
+Prompt = str | Sequence[str] | Sequence[int] | Tensor
+"""Text, several texts, or token ids [pos] or [batch, pos]; with start_layer, a residual stream [batch, pos, model]."""
+Names = str | Sequence[str]
+
+
+class Forward(TypedDict, total=False):
+    """What a forward takes besides its prompt and hook; see `GLM.forward`."""
+
+    kv: KVCache | None
+    start_layer: int
+    stop_layer: int | None
+    position_ids: Tensor | None
+    attention_mask: Tensor | None
+    inputs_embeds: Tensor | None
+    logits_to_keep: int | Tensor | None
+
+
+class Options(TypedDict, total=False):
+    """What a generation takes besides its prompt; see `Lens.generate`."""
+
+    hooks: Hooks | None
+    kv: KVCache | None
+    attention_mask: Tensor | None
+    stop_ids: Sequence[int] | None
+
+
+def load(
+    path_or_hub_id: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    attention: str = "eager",
+    revision: str | None = None,
+) -> "Lens":
+    """Open a checkpoint: a local folder, or a hub id, of which only config, tokenizer and safetensors are downloaded.
+
+    `dtype` defaults to the checkpoint's own; `attention` is "eager" or "sdpa" (faster, without scores and pattern).
+    With device="meta" only the config is read, for `check` and `points`. Raises CheckpointError.
+    """
+    folder = checkpoint.find(path_or_hub_id, revision)
+    chosen = None if dtype is None else checkpoint.dtype_named(dtype)
+    lens = Lens(checkpoint.load_model(folder, chosen, device, attention), Tokenizer.from_folder(folder))
+    if (folder / "generation_config.json").exists():
+        stated = checkpoint.read_json(folder / "generation_config.json")
+        lens.stop_ids = ids(stated.get("eos_token_id")) or lens.stop_ids
+        lens.pad_id = lens.pad_id if stated.get("pad_token_id") is None else stated["pad_token_id"]
+    return lens
+
+
+class Lens(Weights):
+    """A GLM to look into.
+
+    Its parameters are frozen; gradients flow to what a hook returns. Nothing that is asked of it changes it.
+    """
+
+    def __init__(self, model: GLM, tokenizer: Tokenizer | None = None):
+        self.model = model.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        self.stop_ids: tuple[int, ...] = model.cfg.eos_token_ids
+        self.pad_id: int | None = model.cfg.pad_token_id
+        self._names: list[str] = []
+
+    # ---- running ----
+
+    def __call__(self, prompt: Prompt | None = None, **forward: Unpack[Forward]) -> Float[Tensor, "batch kept vocab"]:
+        """The logits of the published model; with stop_layer, the residual stream that enters that layer."""
+        return self.model(self._inputs(prompt, forward), **forward)
+
+    def run_with_cache(
+        self,
+        prompt: Prompt | None = None,
+        names: Names = "all",
+        hooks: Hooks | None = None,
+        *,
+        logits: bool = True,
+        **forward: Unpack[Forward],
+    ) -> tuple[Tensor | None, Activations]:
+        """The logits, and what was at the named points after all hooks.
+
+        `names` are names ("blocks.3.attn.z"), globs ("blocks.*.resid_post"), layer-local names ("resid_post") or
+        "all". With `logits=False` the run ends after the last point asked for, and None stands for the logits.
+        Raises HookError for a name that matches nothing.
+        """
+        return self._run(prompt, names, hooks, logits, forward)
+
+    def run_with_hooks(
+        self, prompt: Prompt | None = None, hooks: Hooks | None = None, **forward: Unpack[Forward]
+    ) -> Float[Tensor, "batch kept vocab"]:
+        """Logits with `hooks`, {"blocks.3.attn.z": fn} or [("blocks.*.attn.z", fn), ...], run in the order given.
+
+        `fn(x, point)` gets a copy of the tensor there and returns what the model should use instead.
+        """
+        return cast(Tensor, self._run(prompt, (), hooks, True, forward)[0])
+
+    def _run(
+        self, prompt: Prompt | None, names: Names, hooks: Hooks | None, logits: bool, forward: Forward
+    ) -> tuple[Tensor | None, Activations]:
+        tokens, kv = self._inputs(prompt, forward), forward.get("kv")
+        order = self._passed(tokens, forward)
+        plan = Plan.of(order, names, hooks)
+        watch = self._watch(plan, tokens, forward)
+        watch.stop_when_done = not logits and kv is None
+        try:
+            out = self.model(tokens, hook=watch, **forward)
+        except Enough:
+            out = None
+        plan.finish(watch)
+        return out if logits else None, Activations({name: watch.kept[name] for name in order if name in watch.kept})
+
+    def _watch(self, plan: Plan, tokens: Tensor | None, forward: Forward) -> Watch:
+        """The hook of one plain forward, which knows the positions that the forward will have."""
+        entering = cast(Tensor, forward.get("inputs_embeds") if tokens is None else tokens)
+        kv, ids, mask = forward.get("kv"), forward.get("position_ids"), forward.get("attention_mask")
+        positions = absolute_positions(entering.shape[:2], entering.device, kv, ids, mask)
+        key_positions = positions if kv is None else torch.cat([kv.positions[:, : kv.length], positions], 1)
+        return Watch(plan, 0, positions, key_positions, kv is not None, forward.get("logits_to_keep"))
+
+    def _passed(self, tokens: Tensor | None, forward: Forward) -> list[str]:
+        """The points that a forward of these arguments comes by, in order."""
+        if not self._names:
+            self._names = list(record.catalogue(self.model))
+        start, stop = forward.get("start_layer", 0), forward.get("stop_layer")
+        layers = range(start, self.cfg.n_layers if stop is None else stop)
+        ends = {"embed"} if tokens is None or not tokens.is_floating_point() else set()
+        ends |= {"ln_final.scale", "ln_final.normalized", "logits"} if stop is None else set()
+        return [n for n in self._names if n in ends or (n.startswith("blocks.") and int(n.split(".")[1]) in layers)]
+
+    def points(self, prompt: Prompt | None = None) -> Points:
+        """The catalogue of points alive in this model, with shapes for `prompt` (by default one token)."""
+        shape = (1, 1) if prompt is None else self.to_batch(prompt)[0].shape
+        return Points(record.catalogue(self.model, *shape).values())
+
+    def check(
+        self,
+        prompt: Prompt | None = None,
+        names: Names = (),
+        hooks: Hooks | None = None,
+        **forward: Unpack[Forward],
+    ) -> Check:
+        """What a run would record, what that weighs, and where its hooks fire, found on the meta device.
+
+        Nothing is computed: hooks are called with tensors without numbers, and one that needs numbers is reported and
+        passed over. Raises what the run would raise: HookError for a name that matches nothing or a result that does
+        not fit.
+        """
+        tokens, kv = self._inputs(prompt, forward), forward.get("kv")
+        order = self._passed(tokens, forward)
+        plan = Plan.of(order, names, hooks)
+        watch = self._watch(plan, tokens, forward)
+        watch.real_device = self.device
+        batch, pos = watch.positions.shape
+        points = record.catalogue(self.model, batch, pos, kv.length if kv else 0, forward.get("logits_to_keep"))
+        with OnMeta():
+            for point in (points[name] for name in order if name in plan.edits):
+                watch(point.name, torch.empty(point.shape, dtype=point.dtype, device="meta"))
+        plan.finish(watch)
+        fires = [
+            (f"{pattern} <- {called(fn)}", resolve(pattern, order) if plan.holds(fn) else [])
+            for pattern, fn in pairs(hooks)
+        ]
+        return Check(Points(points[name] for name in order if name in plan.names), fires, watch.raised)
+
+    # ---- generating ----
+
+    def generate(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int = 20,
+        *,
+        hooks: Hooks | None = None,
+        names: Names = (),
+        kv: KVCache | None = None,
+        attention_mask: Tensor | None = None,
+        stop_ids: Sequence[int] | None = None,
+    ) -> Run:
+        """Continue the prompt greedily, until every row has said one of the stop ids (by default the checkpoint's).
+
+        `hooks` work at every step: `point.step` is 0 for the prompt, `point.positions` are absolute. `names` records
+        what really happened, joined over the steps. With `kv`, the prompt is what comes after the cache, which stays
+        as it was. Interrupting returns what there is. Raises HookError (with what there is as its `.run`) for an edit
+        at a step or position that was never reached.
+        """
+        going = self._start(
+            prompt, max_new_tokens, names, hooks=hooks, kv=kv, attention_mask=attention_mask, stop_ids=stop_ids
+        )
+        try:
+            for _ in going:
+                pass
+        except KeyboardInterrupt:
+            return going.run(self._names, "interrupted")
+        except Exception as e:
+            setattr(e, "run", going.run(self._names, "failed"))  # noqa: B010 - nothing already computed is lost
+            raise
+        return going.run(self._names)
+
+    def stream(self, prompt: Prompt, max_new_tokens: int = 20, **options: Unpack[Options]) -> Iterator[Step]:
+        """The steps of `generate`, which has the same options, as they happen, each with the text that it completes."""
+        going = self._start(prompt, max_new_tokens, (), **options)
+        shown = [""] * going.tokens.shape[0]
+        for step in going:
+            texts = zip(going.texts() or shown, shown, strict=True)
+            now = [old if new.endswith("\ufffd") else new for new, old in texts]  # until the character is whole
+            pieces = [new[len(old) :] for new, old in zip(now, shown, strict=True)]
+            shown = now
+            yield replace(step, text=pieces[0] if len(pieces) == 1 else pieces)
+
+    def _start(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int,
+        names: Names,
+        *,
+        hooks: Hooks | None = None,
+        kv: KVCache | None = None,
+        attention_mask: Tensor | None = None,
+        stop_ids: Sequence[int] | None = None,
+    ) -> Going:
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+        forward: Forward = {"kv": kv, "attention_mask": attention_mask}
+        tokens = cast(Tensor, self._inputs(prompt, forward))
+        room = tokens.shape[1] + max_new_tokens - 1
+        kv = self.new_kv(tokens.shape[0], room) if kv is None else kv.fork(room)
+        plan = Plan.of(self._passed(tokens, {}), names, hooks)
+        plan.reachable(max_new_tokens - 1, int(kv.next_positions().max()) + room - 1)
+        stop_ids = self.stop_ids if stop_ids is None else tuple(stop_ids)
+        recorder = Recorder(plan)
+        going = steps(
+            self.model,
+            tokens,
+            forward.get("attention_mask"),
+            kv,
+            recorder.hook_at,
+            max_new_tokens=max_new_tokens,
+            choose=greedy,
+            stop_ids=stop_ids,
+            pad_id=self.pad_id if self.pad_id is not None else stop_ids[0] if stop_ids else 0,
+        )
+        return Going(going, recorder, kv, tokens, tokens.shape[1], stop_ids, self.tokenizer)
+
+    def new_kv(self, batch: int = 1, capacity: int = 256) -> KVCache:
+        """An empty KV cache for this model; it grows when it is full."""
+        return KVCache.empty(self.cfg, batch, capacity, self.dtype, self.device)
+
+    # ---- text ----
+
+    def to_batch(self, prompt: Prompt, prefix: bool = True) -> tuple[Int[Tensor, "batch pos"], Tensor | None]:
+        """Token ids [batch, pos], left-padded, and their attention mask (None where there is no padding).
+
+        Token tensors pass unchanged; in one, padding ids before the model's prefix are padding.
+        """
+        if isinstance(prompt, Tensor):
+            tokens = prompt[None] if prompt.ndim == 1 else prompt
+            rows = []
+        elif isinstance(prompt, str):
+            tokens, rows = None, [self._text().encode(prompt, prefix)]
+        elif len(prompt) and all(isinstance(text, str) for text in prompt):
+            tokens, rows = None, [self._text().encode(cast(str, text), prefix) for text in prompt]
+        elif len(prompt) and all(isinstance(i, int) for i in prompt):
+            tokens, rows = None, [list(cast(Sequence[int], prompt))]
+        else:
+            raise TypeError(f"a prompt is text, a list of texts, or token ids; got {prompt!r:.80}")
+        if tokens is None:
+            tokens, mask = padded(rows, self.pad_id or 0)
+        else:
+            mask = self._written_padding(tokens)
+        self._check_ids(tokens)
+        return tokens.to(self.device), None if mask is None else mask.to(self.device)
+
+    def _written_padding(self, tokens: Tensor) -> Tensor | None:
+        prefix = torch.tensor(self.tokenizer.prefix if self.tokenizer else (), device=tokens.device)
+        if not len(prefix) or tokens.is_meta or tokens.ndim != 2:
+            return None
+        starts = (tokens.unfold(1, len(prefix), 1) == prefix).all(-1) if tokens.shape[1] >= len(prefix) else None
+        if starts is None or not bool(starts.any(1).all()):
+            return None
+        columns = torch.arange(tokens.shape[1], device=tokens.device)
+        before = columns < starts.int().argmax(1, keepdim=True)
+        padding = before & (tokens == self.pad_id)
+        return ~padding if bool(padding.any()) and torch.equal(padding, before) else None
+
+    def _check_ids(self, tokens: Tensor) -> None:
+        if tokens.is_floating_point() or tokens.ndim != 2:
+            raise ValueError(f"token ids are whole numbers [batch, pos]; got {tokens.dtype} {tuple(tokens.shape)}")
+        if not tokens.numel():
+            raise ValueError("the prompt has no tokens")
+        if not tokens.is_meta and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.cfg.d_vocab:
+            found = f"{int(tokens.min())} to {int(tokens.max())}"
+            raise ValueError(f"token ids run from {found}; this model has 0 to {self.cfg.d_vocab - 1}")
+
+    def to_tokens(self, prompt: Prompt, prefix: bool = True) -> Int[Tensor, "batch pos"]:
+        """Token ids [batch, pos] of text, with `[gMASK]<sop>` once before each; `to_batch` gives their mask too."""
+        return self.to_batch(prompt, prefix)[0]
+
+    def to_single_token(self, text: str) -> int:
+        """The one id of `text`; ValueError showing its tokens when it is not one."""
+        return self._text().single(text)
+
+    def to_str_tokens(self, prompt: Prompt, prefix: bool = True) -> list[str] | list[list[str]]:
+        """Each token's text: a list, or for several prompts a list of lists without their padding."""
+        tokens, mask = self.to_batch(prompt, prefix)
+        real = tokens >= 0 if mask is None else mask.bool()
+        rows = [self._text().strings(row[keep].tolist()) for row, keep in zip(tokens, real, strict=True)]
+        return rows[0] if len(rows) == 1 else rows
+
+    def to_string(self, tokens: Tensor | Sequence[int]) -> str:
+        """The text of one row of token ids."""
+        return self._text().decode(torch.as_tensor(tokens).flatten().tolist())
+
+    def _text(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError("this checkpoint has no tokenizer.json: pass token ids, a LongTensor [batch, pos]")
+        return self.tokenizer
+
+    def _inputs(self, prompt: Prompt | None, forward: Forward) -> Tensor | None:
+        """What `GLM.forward` takes first; the mask that padding of texts needs goes into `forward`."""
+        for name in forward.keys() - Forward.__annotations__.keys():
+            known = ", ".join(Forward.__annotations__)
+            raise TypeError(f"unexpected keyword argument {name!r}; a forward takes {known}")
+        if prompt is None or (isinstance(prompt, Tensor) and prompt.is_floating_point()):
+            return prompt if prompt is None else prompt.to(self.device)
+        kv = forward.get("kv")
+        tokens, mask = self.to_batch(prompt, prefix=kv is None or kv.length == 0)
+        if forward.get("attention_mask") is None and mask is not None:
+            forward["attention_mask"] = mask
+        return tokens
+
+    def log_probs(self, prompt: Prompt) -> Float[Tensor, "batch next"]:
+        """The log-probability in nats of every token but the first, given those before it."""
+        tokens, mask = self.to_batch(prompt)
+        return token_log_probs(self(tokens, attention_mask=mask), tokens)
+
+    def loss(self, prompt: Prompt, labels: Int[Tensor, "batch pos"] | None = None) -> Float[Tensor, ""]:
+        """The mean next-token cross-entropy in nats; padding, and labels of -100, do not count."""
+        tokens, mask = self.to_batch(prompt)
+        if labels is None:
+            labels = tokens if mask is None else tokens.masked_fill(mask == 0, -100)
+        return loss(self(tokens, attention_mask=mask), labels)
+
+    # ---- the model ----
+
+    @property
+    def cfg(self) -> GLMConfig:
+        return self.model.cfg
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.ln_final.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.ln_final.weight.device
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Lens":
+        """Move this lens to a device or dtype, in place as in torch, and return it."""
+        self.model.to(device=device, dtype=dtype)
+        return self
+
+    def __repr__(self) -> str:
+        c = self.cfg
+        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
+        heads = f"{c.n_heads} heads on {c.n_kv_heads} kv heads of {c.d_head} ({c.d_rotary} of them turn)"
+        return (
+            f"Lens({c.model_type}: {c.n_layers} layers, d_model {c.d_model}, {heads}, d_mlp {c.d_mlp}, "
+            f"vocab {c.d_vocab:,}; {millions:,.1f} M parameters, {self.dtype}, {self.device}, {self.model.attention})"
+        )
+
+
+def padded(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor | None]:
+    """Rows of ids as one left-padded tensor, and its attention mask unless they are all of one length."""
+    longest = max(map(len, rows))
+    tokens = torch.tensor([[pad_id] * (longest - len(row)) + row for row in rows], dtype=torch.long)
+    if all(len(row) == longest for row in rows):
+        return tokens, None
+    return tokens, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])

@@ -1,0 +1,318 @@
+"""Recordings: which points there are, what a run was asked to do at them, and the labelled activations it leaves."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int
+from torch import Tensor
+
+from glmlens.checkpoint import blank
+from glmlens.hooks import (
+    Edit,
+    HookError,
+    Hooks,
+    Only,
+    Point,
+    axes_of,
+    called,
+    local_name,
+    pairs,
+    resolve,
+)
+from glmlens.kv_cache import KVCache
+from glmlens.model import GLM, keep
+
+Catalogue = Mapping[str, Point]
+KV_VIEWS = ("kv.k", "kv.v")  # what is recalled from a cache is a view of memory that later steps write
+
+
+def catalogue(
+    model: GLM, batch: int = 1, pos: int = 1, past: int = 0, logits_to_keep: int | Tensor | None = None
+) -> dict[str, Point]:
+    """Every point of this model and its shape, read off the code by running it on the meta device.
+
+    `past` is the number of cache entries before this call. The layers are made alike, so one is run, and its points
+    are said of all.
+    """
+    cfg, dtype = replace(model.cfg, n_layers=1), model.ln_final.weight.dtype
+    one = blank(cfg, model.attention, dtype)
+    kv = replace(KVCache.empty(cfg, batch, past + pos, dtype, "meta"), length=past) if past else None
+    embeds = torch.empty(batch, pos, cfg.d_model, dtype=dtype, device="meta")
+    found: dict[str, Point] = {}
+    one(inputs_embeds=embeds, kv=kv, hook=Notebook(found), logits_to_keep=logits_to_keep)
+    before = [p for p in found.values() if p.name == "embed"]
+    layer = [p for p in found.values() if p.layer is not None]
+    after = [p for p in found.values() if p.layer is None and p.name != "embed"]
+    layers = [replace(p, name=f"blocks.{i}.{p.local}") for i in range(model.cfg.n_layers) for p in layer]
+    return {p.name: p for p in (*before, *layers, *after)}
+
+
+@dataclass
+class Notebook:
+    """A hook that notes the name and shape of all it hears, also of what is computed only on request."""
+
+    found: dict[str, Point]
+
+    def __call__(self, name: str, x: Tensor) -> Tensor:
+        if name in self.found:
+            raise HookError(f"{name} fired twice in one pass")
+        self.found[name] = Point(name, axes_of(name), tuple(x.shape), x.dtype)
+        return x
+
+    def wants(self, name: str) -> bool:
+        return True
+
+
+class Enough(Exception):
+    """Raised inside a forward to end it after the last point that anybody asked for."""
+
+
+@dataclass
+class Plan:
+    """What a run was asked to record and edit, resolved against the points that it passes."""
+
+    names: frozenset[str] = frozenset()
+    edits: dict[str, list[Edit]] = field(default_factory=dict)
+    held: set[int] = field(default_factory=set)  # by id, the edits that have been called
+    onlies: list[tuple[str, Only]] = field(default_factory=list)
+
+    @staticmethod
+    def of(points: Sequence[str], names: str | Sequence[str] | None, hooks: Hooks | None) -> "Plan":
+        """The plan for these names and hooks; HookError for one that matches no point."""
+        plan = Plan(frozenset(() if names is None else resolve(names, points)))
+        for pattern, fn in pairs(hooks):
+            for name in resolve(pattern, points):
+                plan.edits.setdefault(name, []).append(fn)
+            if isinstance(fn, Only):
+                plan.onlies.append((pattern, fn))
+        return plan
+
+    def reachable(self, last_step: int, last_position: int) -> None:
+        """Raise HookError for an edit at steps or positions that this run cannot come to."""
+        for pattern, only in self.onlies:
+            for what, chosen, last in (("step", only.steps, last_step), ("position", only.positions, last_position)):
+                if chosen is not None and min(chosen) > last:
+                    raise HookError(
+                        f"{pattern!r}: asked for {what} {min(chosen)}, but the last {what} of this run is {last}"
+                    )
+
+    def holds(self, fn: Edit) -> bool:
+        """Whether this edit has been called."""
+        return id(fn) in self.held
+
+    def finish(self, last: "Watch | None") -> None:
+        """Raise HookError if an edit restricted to steps or positions never held."""
+        for pattern, only in self.onlies:
+            if not self.holds(only):
+                steps = "" if only.steps is None else f" step {', '.join(map(str, sorted(only.steps)))}"
+                at = "" if only.positions is None else f" position {', '.join(map(str, sorted(only.positions)))}"
+                run = "" if last is None else f"; the run ended with step {last.step}, position {last.last_position()}"
+                raise HookError(f"{pattern!r}: asked for{steps}{at}, which never came{run}")
+
+
+@dataclass
+class Watch:
+    """The hook of one pass: runs the edits of a plan, checks what they return, keeps what was asked for."""
+
+    plan: Plan
+    step: int
+    positions: Int[Tensor, "batch pos"]
+    key_positions: Int[Tensor, "batch key"]
+    from_cache: bool = False
+    logits_to_keep: int | Tensor | None = None
+    stop_when_done: bool = False
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    real_device: torch.device | None = None  # on meta: what edits return from there is taken for meta
+    raised: list[str] = field(default_factory=list)  # on meta: what edits raised, to whom it was as if they were not
+
+    def __post_init__(self) -> None:
+        self.left = set(self.plan.names) | set(self.plan.edits)
+
+    def last_position(self) -> int:
+        return -1 if self.positions.is_meta else int(self.positions.max())
+
+    def wants(self, name: str) -> bool:
+        return name in self.left
+
+    def __call__(self, name: str, x: Tensor) -> Tensor:
+        if name not in self.left:
+            return x
+        self.left.discard(name)
+        for fn in self.plan.edits.get(name, ()):
+            x = self.edited(fn, name, x)
+        if name in self.plan.names:
+            self.kept[name] = x.clone() if self.from_cache and local_name(name) in KV_VIEWS else x
+        if self.stop_when_done and not self.left:
+            raise Enough
+        return x
+
+    def edited(self, fn: Edit, name: str, x: Tensor) -> Tensor:
+        positions = keep(self.positions, self.logits_to_keep) if name == "logits" else self.positions
+        point = Point(name, axes_of(name), tuple(x.shape), x.dtype, self.step, positions, self.key_positions)
+        if isinstance(fn, Only) and fn.selects(point) is None:
+            return x
+        self.plan.held.add(id(fn))
+        try:
+            new = fn(x.clone(), point)  # a copy: an edit in place reaches nobody else
+        except Exception as e:
+            if self.real_device is not None:
+                self.raised.append(f"{called(fn)} at {name}: {type(e).__name__}: {e}")
+                return x
+            if hasattr(e, "add_note"):
+                e.add_note(f"in the hook {called(fn)} at {name}, step {self.step}")
+            raise
+        if isinstance(new, Tensor) and new.device == self.real_device:
+            new = new.to("meta")
+        return laid_out_like(x, checked(new, x, fn, point))
+
+
+def laid_out_like(x: Tensor, new: Tensor) -> Tensor:
+    """`new` with the strides of x: the last bits of what follows depend on them, and an unchanged value is no edit."""
+    if new.stride() == x.stride() or 0 in x.stride():
+        return new
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(new)
+
+
+def checked(new: Any, x: Tensor, fn: Edit, point: Point) -> Tensor:
+    """What a hook returned, or HookError unless it can stand in for x."""
+    where = f"{point.name}: the hook {called(fn)} returned"
+    if new is None:
+        raise HookError(f"{where} None; end it with 'return x'")
+    if not isinstance(new, Tensor):
+        raise HookError(f"{where} {type(new).__name__}; expected a tensor of shape {tuple(x.shape)}")
+    for what, found, expected in (
+        ("shape", tuple(new.shape), tuple(x.shape)),
+        ("dtype", new.dtype, x.dtype),
+        ("device", new.device, x.device),
+    ):
+        if found != expected:
+            axes = f" ({' '.join(point.axes)})" if what == "shape" else ""
+            raise HookError(f"{where} {what} {found}; expected {expected}{axes}, nothing is broadcast or converted")
+    return new
+
+
+class Recorder:
+    """Collects the passes of one generation, each only when it is whole, and joins them."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.passes: list[dict[str, Tensor]] = []
+        self.current: Watch | None = None
+
+    def hook_at(self, step: int, positions: Tensor, key_positions: Tensor) -> Watch:
+        self.current = Watch(self.plan, step, positions, key_positions, from_cache=True, logits_to_keep=1)
+        return self.current
+
+    def commit(self) -> None:
+        """Keep the pass that has just ended."""
+        assert self.current is not None
+        self.passes.append(self.current.kept)
+
+    def activations(self, order: Sequence[str]) -> "Activations":
+        names = [name for name in order if name in self.plan.names] if self.passes else []
+        return Activations({name: joined(name, [kept[name] for kept in self.passes]) for name in names})
+
+
+def joined(name: str, parts: list[Tensor]) -> Tensor | list[Tensor]:
+    """One point over all passes: along pos or query, keys padded to the longest; what was recalled stays a list."""
+    axes = axes_of(name)
+    if local_name(name) in KV_VIEWS:
+        return parts
+    if "key" not in axes:
+        return torch.cat(parts, axes.index("pos"))
+    longest = max(part.shape[-1] for part in parts)
+    nothing = float("-inf") if local_name(name) == "attn.scores" else 0.0
+    return torch.cat([F.pad(part, (0, longest - part.shape[-1]), value=nothing) for part in parts], axes.index("query"))
+
+
+class Activations(Mapping[str, Any]):
+    """What a run left at the points that were named, in the order in which they fired.
+
+    `acts["blocks.3.attn.pattern"]` and `acts["attn.pattern", 3]` are one layer's; `acts["resid_post"]` is all layers
+    stacked: [layer, batch, pos, model]. After a generation `kv.k` and `kv.v` are a list with a tensor per step.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor | list[Tensor]]):
+        self.values_by_name = dict(values)
+
+    def __getitem__(self, key: str | tuple[str, int]) -> Any:
+        if isinstance(key, tuple):
+            local, layer = key
+            layers = self.layers(local)
+            return self[f"blocks.{range(max(layers) + 1)[layer] if layer < 0 < len(layers) else layer}.{local}"]
+        if key in self.values_by_name:
+            return self.values_by_name[key]
+        layers = self.layers(key)
+        if not layers:
+            resolve(key, list(self.values_by_name))  # raises, with the nearest names
+            raise KeyError(key)
+        if layers != list(range(len(layers))):
+            raise HookError(f"{key!r} was recorded at layers {layers} only: ask for one, acts[{key!r}, {layers[0]}]")
+        parts = [self.values_by_name[f"blocks.{i}.{key}"] for i in layers]
+        if any(isinstance(part, list) for part in parts):
+            raise HookError(f"{key!r} is a list with a tensor per step: ask for a layer, acts[{key!r}, {layers[0]}]")
+        return torch.stack(cast(list[Tensor], parts))
+
+    def layers(self, local: str) -> list[int]:
+        """The layers at which this point was recorded."""
+        names = (name for name in self.values_by_name if name.startswith("blocks.") and local_name(name) == local)
+        return [int(name.split(".")[1]) for name in names]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values_by_name)
+
+    def __len__(self) -> int:
+        return len(self.values_by_name)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.values_by_name
+
+    @property
+    def bytes(self) -> int:
+        return sum(x.nbytes for value in self.values() for x in (value if isinstance(value, list) else [value]))
+
+    def __repr__(self) -> str:
+        return f"Activations: {len(self)} points, {size(self.bytes)}\n{table(self.rows())}"
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """A line per point, layers together: name, axes, shape, bytes."""
+        lines: dict[str, list[Any]] = {}
+        for name, value in self.items():
+            lines.setdefault(local_name(name), []).append(value)
+        out = []
+        for local, values in lines.items():
+            layers = self.layers(local)
+            which = f"blocks.{spans(layers)}.{local}" if layers else local
+            first = values[0][-1] if isinstance(values[0], list) else values[0]
+            per_step = f" x {len(values[0])} steps" if isinstance(values[0], list) else ""
+            weight = sum(x.nbytes for v in values for x in (v if isinstance(v, list) else [v]))
+            out.append((which, " ".join(axes_of(local)), str(tuple(first.shape)) + per_step, size(weight)))
+        return out
+
+
+def spans(layers: list[int]) -> str:
+    """[0, 1, 2, 5] as "0-2,5"."""
+    runs: list[list[int]] = []
+    for i in layers:
+        if runs and i == runs[-1][-1] + 1:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
+
+
+def size(n: int) -> str:
+    """A number of bytes for people."""
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if n >= scale:
+            return f"{n / scale:.1f} {unit}"
+    return f"{n} B"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text in aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
