@@ -1,0 +1,113 @@
+"""The cache: two tensors and a length, entries at absolute positions."""
+
+import pytest
+import torch
+from conftest import small_lens
+from safetensors.torch import save_file
+from torch.testing import assert_close
+
+import glmlens
+
+
+def test_a_fork_never_writes_into_its_parent(lens, tokens):
+    kv = lens.new_kv(batch=2)
+    lens(tokens[:, :6], kv=kv)
+    keys, positions = kv.keys.clone(), kv.positions.clone()
+    child = kv.fork()
+    a = lens(tokens[:, 6:], kv=child)
+    child.keys.fill_(3)
+    assert torch.equal(kv.keys, keys)
+    assert torch.equal(kv.positions, positions)
+    assert (kv.length, child.length) == (6, 9)
+    assert torch.equal(lens(tokens[:, 6:], kv=kv), a)
+
+
+def test_truncation_forgets_what_came_after(lens, tokens):
+    kv = lens.new_kv(batch=2)
+    lens(tokens, kv=kv)
+    kv.truncate(5)
+    full = lens(tokens)
+    assert_close(lens(tokens[:, 5:], kv=kv), full[:, 5:], rtol=0, atol=1e-5 * float(full.abs().max()))
+    with pytest.raises(ValueError, match="holds 9 entries"):
+        kv.truncate(10)
+
+
+def test_a_saved_cache_continues_as_the_one_it_was(lens, tokens, tmp_path):
+    kv = lens.new_kv(batch=2)
+    lens(tokens[:, :5], kv=kv)
+    kv.save(tmp_path / "memory.safetensors")
+    again = glmlens.KVCache.load(tmp_path / "memory.safetensors")
+    assert (again.length, again.bytes) == (kv.length, kv.bytes)
+    assert torch.equal(lens(tokens[:, 5:], kv=again), lens(tokens[:, 5:], kv=kv))
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="not a KV cache"):
+        glmlens.KVCache.load(tmp_path / "other.safetensors")
+
+
+def test_it_grows_when_it_is_full(lens, tokens):
+    kv = lens.new_kv(batch=2, capacity=1)
+    for i in range(9):
+        last = lens(tokens[:, i : i + 1], kv=kv)
+    assert kv.length == 9
+    full = lens(tokens)
+    assert_close(last[:, 0], full[:, -1], rtol=0, atol=1e-5 * float(full.abs().max()))
+
+
+def test_it_holds_rotated_keys_with_their_absolute_positions(lens):
+    tokens = torch.tensor([[0, 0, 5, 6, 7], [3, 4, 5, 6, 7]])
+    mask = (tokens > 0).long()
+    kv = lens.new_kv(batch=2)
+    _, acts = lens.run_with_cache(tokens, ["kv.k_new", "kv.v_new"], attention_mask=mask, kv=kv)
+    assert kv.positions[:, :5].tolist() == [[-1, -1, 0, 1, 2], [0, 1, 2, 3, 4]]
+    assert torch.equal(kv.keys[1, :, :, :5].transpose(1, 2), acts["kv.k_new", 1])
+    assert torch.equal(kv.values[2, :, :, :5].transpose(1, 2), acts["kv.v_new", 2])
+    assert kv.next_positions().tolist() == [3, 5]
+
+
+def test_what_is_seen_follows_positions_not_columns(any_lens, tokens):
+    """Entries stored in another order are the same memory."""
+    kv = any_lens.new_kv(batch=2)
+    any_lens(tokens[:, :6], kv=kv)
+    expected = any_lens(tokens[:, 6:], kv=kv.fork())
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    for memory in (kv.keys, kv.values):
+        memory[..., :6, :] = memory[..., order, :]
+    kv.positions[:, :6] = kv.positions[:, order]
+    found = any_lens(tokens[:, 6:], kv=kv)
+    assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_an_entry_edited_before_continuing_equals_a_patch_in_one_full_pass(any_lens, tokens):
+    kv = any_lens.new_kv(batch=2)
+    any_lens(tokens[:, :6], kv=kv)
+    kv.values[1, :, :, 3] += 1
+    kv.keys[1, :, :, 3] *= 2
+    found = any_lens(tokens[:, 6:], kv=kv)
+
+    def plus(x, point):
+        return x + 1
+
+    def twice(x, point):
+        return x * 2
+
+    hooks = {
+        "blocks.1.kv.v_new": glmlens.only(plus, positions=3),
+        "blocks.1.kv.k_new": glmlens.only(twice, positions=3),
+    }
+    resid = any_lens.run_with_cache(tokens[:, :6], "blocks.1.resid_post")[1]["blocks.1.resid_post"]
+
+    def as_it_was(x, point):  # the tokens before the edit read the entry as it was
+        return torch.cat([resid, x[:, 6:]], 1)
+
+    expected = any_lens.run_with_hooks(tokens, {**hooks, "blocks.1.resid_post": as_it_was})[:, 6:]
+    assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_a_cache_of_another_shape_is_an_error_that_says_how(lens, tokens):
+    with pytest.raises(ValueError, match="batch 1, not 2"):
+        lens(tokens, kv=lens.new_kv(batch=1))
+    other = small_lens(num_key_value_heads=4)
+    with pytest.raises(ValueError, match="kv heads 4, not 2"):
+        lens(tokens, kv=other.new_kv(batch=2))
+    with pytest.raises(ValueError, match=r"dtype torch.float64, not torch.float32"):
+        lens(tokens, kv=small_lens(dtype=torch.float64).new_kv(batch=2))
