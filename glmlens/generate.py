@@ -32,9 +32,85 @@ class Step:
     text: str | list[str] = ""
 
 
-def greedy(logits: Float[Tensor, "batch vocab"], tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch"]:
-    """The most probable token of every row."""
-    return logits.argmax(-1)
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: greedily, unless there is a temperature.
+
+    The steps are those of transformers in its order: repetition penalty (Keskar et al. 2019, arXiv 1909.05858,
+    section 4.1), temperature, top-k, top-p (Holtzman et al. 2020, arXiv 1904.09751), min-p (Nguyen et al. 2024, arXiv
+    2407.01082). Raises ValueError for a value outside its range, and for one that would have no effect.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, good, expected in (
+            ("temperature", lambda x: x > 0, "above 0"),
+            ("top_k", lambda x: x >= 1 and x == int(x), "a whole number of at least 1"),
+            ("top_p", lambda x: 0 < x <= 1, "above 0 and at most 1"),
+            ("min_p", lambda x: 0 <= x <= 1, "from 0 to 1"),
+            ("repetition_penalty", lambda x: x > 0, "above 0"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not good(value):
+                raise ValueError(f"{name} is {value!r}; expected {expected}")
+        idle = [name for name in ("top_k", "top_p", "min_p", "seed") if getattr(self, name) is not None]
+        if self.temperature is None and idle:
+            raise ValueError(f"{' and '.join(idle)} would do nothing without sampling: pass temperature=1.0")
+
+    def chooser(self, device: torch.device, first: Int[Tensor, "batch"] | None = None) -> Choose:
+        """The function that chooses; `first` is the column of each row's first real token."""
+        draw = torch.Generator(device)
+        if self.seed is None:
+            draw.seed()
+        else:
+            draw.manual_seed(self.seed)
+
+        def choose(logits: Float[Tensor, "batch vocab"], tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch"]:
+            logits = self.adjusted(logits, tokens, first)
+            if self.temperature is None:
+                return logits.argmax(-1)
+            return torch.multinomial(logits.softmax(-1), 1, generator=draw).squeeze(1)
+
+        return choose
+
+    def adjusted(
+        self, logits: Float[Tensor, "batch vocab"], tokens: Int[Tensor, "batch pos"], first: Int[Tensor, "batch"] | None
+    ) -> Float[Tensor, "batch vocab"]:
+        if self.repetition_penalty is not None:
+            logits = less_repetition(logits, tokens, first, self.repetition_penalty)
+        if self.temperature is not None:
+            logits = logits / self.temperature
+        if self.top_k is not None:
+            least = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        if self.top_p is not None and self.top_p < 1:
+            rising, order = logits.sort(descending=False)
+            tail = rising.softmax(-1).cumsum(-1) <= 1 - self.top_p
+            tail[:, -1:] = False
+            logits = logits.masked_fill(tail.scatter(1, order, tail), -torch.inf)
+        if self.min_p is not None:
+            probs = logits.softmax(-1)
+            logits = logits.masked_fill(probs < self.min_p * probs.amax(-1, keepdim=True), -torch.inf)
+        return logits
+
+
+def less_repetition(
+    logits: Float[Tensor, "batch vocab"],
+    tokens: Int[Tensor, "batch pos"],
+    first: Int[Tensor, "batch"] | None,
+    penalty: float,
+) -> Float[Tensor, "batch vocab"]:
+    """Logits with those of every token said so far divided by the penalty, or multiplied where they are negative."""
+    columns = torch.arange(tokens.shape[1], device=tokens.device)
+    real = torch.ones_like(tokens, dtype=torch.bool) if first is None else columns >= first[:, None]
+    said = torch.zeros_like(logits, dtype=torch.bool).scatter_reduce(1, tokens, real, "amax")
+    return torch.where(said, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def steps(
@@ -45,11 +121,12 @@ def steps(
     hook_at: HookAt,
     *,
     max_new_tokens: int,
-    choose: Choose = greedy,
+    choose: Choose,
     stop_ids: Collection[int] = (),
+    said_enough: Callable[[Int[Tensor, "batch pos"]], Bool[Tensor, "batch"]] | None = None,
     pad_id: int = 0,
 ) -> Iterator[Step]:
-    """Run the prompt, then one token at a time, into `kv`, until every row has said a stop id.
+    """Run the prompt, then one token at a time, into `kv`, until every row has said a stop id or enough.
 
     Step 0 runs the prompt and chooses the first token; step i runs the token that step i - 1 chose. A row that has
     stopped is fed padding, at position -1.
@@ -67,6 +144,8 @@ def steps(
         yield Step(index, chosen, logits, live)
         tokens = torch.cat([tokens, chosen[:, None]], 1)
         live = live & ~torch.isin(chosen, stop)
+        if said_enough is not None:
+            live = live & ~said_enough(tokens)
         new, attention_mask = chosen[:, None], None if bool(live.all()) else live[:, None]
         if not bool(live.any()):
             return

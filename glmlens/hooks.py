@@ -166,9 +166,9 @@ def resolve(asked: str | Sequence[str], catalogue: Iterable[str]) -> list[str]:
     layer's. Raises HookError for whatever matches nothing, with the nearest names.
     """
     names = list(catalogue)
-    found: set[str] = set()
+    there, found = set(names), set[str]()
     for pattern in [asked] if isinstance(asked, str) else asked:
-        found.update(matches(pattern, names) or unknown(pattern, names))
+        found.update([pattern] if pattern in there else matches(pattern, names) or unknown(pattern, names))
     return [name for name in names if name in found]
 
 

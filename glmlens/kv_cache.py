@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -17,19 +16,19 @@ from glmlens.config import GLMConfig
 class KVCache:
     """The keys (after rotation) and values of every layer, and the absolute position of every entry.
 
-    `keys` and `values` are [layer, batch, kv, capacity, d]; `positions` is [batch, capacity], -1 for padding. Only the
+    `keys` and `values` are [layer, batch, capacity, kv, d]; `positions` is [batch, capacity], -1 for padding. Only the
     first `length` entries count. Writing past the capacity doubles it.
     """
 
-    keys: Float[Tensor, "layer batch kv capacity d"]
-    values: Float[Tensor, "layer batch kv capacity d"]
+    keys: Float[Tensor, "layer batch capacity kv d"]
+    values: Float[Tensor, "layer batch capacity kv d"]
     positions: Int[Tensor, "batch capacity"]
     length: int = 0
 
     @staticmethod
     def empty(cfg: GLMConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str) -> "KVCache":
         """A cache with room for `capacity` entries per row, holding none."""
-        shape = (cfg.n_layers, batch, cfg.n_kv_heads, capacity, cfg.d_head)
+        shape = (cfg.n_layers, batch, capacity, cfg.n_kv_heads, cfg.d_head)
         return KVCache(
             keys=torch.zeros(shape, dtype=dtype, device=device),
             values=torch.zeros(shape, dtype=dtype, device=device),
@@ -56,13 +55,13 @@ class KVCache:
 
     def grow(self, capacity: int) -> None:
         more = capacity - self.capacity
-        self.keys, self.values = (torch.nn.functional.pad(t, (0, 0, 0, more)) for t in (self.keys, self.values))
+        self.keys, self.values = (torch.nn.functional.pad(t, (0, 0, 0, 0, 0, more)) for t in (self.keys, self.values))
         self.positions = torch.nn.functional.pad(self.positions, (0, more), value=-1)
 
     def fork(self, room: int = 0) -> "KVCache":
         """A copy with room for more entries: what either remembers from now on, the other never sees."""
         capacity = max(self.capacity, self.length + room)
-        shape = (*self.keys.shape[:3], capacity, self.keys.shape[4])
+        shape = (*self.keys.shape[:2], capacity, *self.keys.shape[3:])
         copy = KVCache(
             keys=self.keys.new_zeros(shape),
             values=self.values.new_zeros(shape),
@@ -70,7 +69,7 @@ class KVCache:
             length=self.length,
         )
         for new, old in ((copy.keys, self.keys), (copy.values, self.values)):
-            new[..., : self.length, :] = old[..., : self.length, :]
+            new[:, :, : self.length] = old[:, :, : self.length]
         copy.positions[:, : self.length] = self.positions[:, : self.length]
         return copy
 
@@ -82,7 +81,7 @@ class KVCache:
 
     def save(self, path: str | Path) -> None:
         """Write the entries to one safetensors file."""
-        kept = {"keys": self.keys[..., : self.length, :], "values": self.values[..., : self.length, :]}
+        kept = {"keys": self.keys[:, :, : self.length], "values": self.values[:, :, : self.length]}
         kept["positions"] = self.positions[:, : self.length]
         save_file({name: t.contiguous() for name, t in kept.items()}, path, {"format": "glmlens.KVCache"})
 
@@ -98,7 +97,7 @@ class KVCache:
     def fits(self, cfg: GLMConfig, x: Tensor) -> None:
         """Raise ValueError unless this cache can hold what such a model computes from x [batch, pos, model]."""
         expected = (cfg.n_layers, x.shape[0], cfg.n_kv_heads, cfg.d_head, x.dtype, x.device)
-        layers, batch, kv, _, d = self.keys.shape
+        layers, batch, _, kv, d = self.keys.shape
         found = (layers, batch, kv, d, self.keys.dtype, self.keys.device)
         if found != expected:
             names = ("layers", "batch", "kv heads", "d_head", "dtype", "device")
@@ -111,15 +110,15 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        return self.keys.shape[3]
+        return self.keys.shape[2]
 
     @property
     def bytes(self) -> int:
         """What the entries weigh, without unused capacity."""
-        return 2 * self.keys[..., : self.length, :].numel() * self.keys.element_size()
+        return 2 * self.keys[:, :, : self.length].numel() * self.keys.element_size()
 
     def __repr__(self) -> str:
-        layers, batch, kv, capacity, d = self.keys.shape
+        layers, batch, capacity, kv, d = self.keys.shape
         sizes = f"{layers} layers, batch {batch}, {kv} kv heads, d {d}"
         return f"KVCache({self.length} entries of {capacity}; {sizes}, {self.bytes / 2**20:.1f} MiB)"
 
@@ -138,8 +137,6 @@ class LayerKV:
         if k.requires_grad or v.requires_grad:
             raise ValueError("gradients do not flow through a KV cache, which is written in place: run without kv=")
         start, end = self.cache.length, self.cache.length + k.shape[1]
-        recalled = []
-        for memory, new in ((self.cache.keys[self.index], k), (self.cache.values[self.index], v)):
-            memory[:, :, start:end] = rearrange(new, "batch pos kv d -> batch kv pos d")
-            recalled.append(rearrange(memory[:, :, :end], "batch kv key d -> batch key kv d"))
-        return recalled[0], recalled[1]
+        keys, values = self.cache.keys[self.index, :, :end], self.cache.values[self.index, :, :end]
+        keys[:, start:], values[:, start:] = k, v
+        return keys, values

@@ -1,19 +1,20 @@
 """Lens: a GLM, its tokenizer, and what a notebook does with them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import Any, TypedDict, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
 
-from glmlens import checkpoint, record
+from glmlens import chat, checkpoint, record
+from glmlens.chat import Message
 from glmlens.check import Check, OnMeta, Points
 from glmlens.config import GLMConfig, ids
-from glmlens.generate import Step, greedy, steps
+from glmlens.generate import Sampling, Step, steps
 from glmlens.hooks import Hooks, called, pairs, resolve
 from glmlens.kv_cache import KVCache
 from glmlens.model import GLM, absolute_positions, loss, token_log_probs
@@ -22,8 +23,11 @@ from glmlens.run import Going, Run
 from glmlens.tokenizer import Tokenizer
 from glmlens.weights import Weights
 
-Prompt = str | Sequence[str] | Sequence[int] | Tensor
-"""Text, several texts, or token ids [pos] or [batch, pos]; with start_layer, a residual stream [batch, pos, model]."""
+Prompt = str | Sequence[str] | Sequence[int] | Sequence[Message] | Sequence[Sequence[Message]] | Tensor
+"""Text, several texts, chat messages ({"role", "content"}), several chats, or token ids [pos] or [batch, pos].
+
+With start_layer it is a residual stream [batch, pos, model].
+"""
 Names = str | Sequence[str]
 
 
@@ -46,6 +50,13 @@ class Options(TypedDict, total=False):
     kv: KVCache | None
     attention_mask: Tensor | None
     stop_ids: Sequence[int] | None
+    stop_strings: str | Sequence[str] | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int | None
 
 
 def load(
@@ -196,8 +207,18 @@ class Lens(Weights):
         kv: KVCache | None = None,
         attention_mask: Tensor | None = None,
         stop_ids: Sequence[int] | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
     ) -> Run:
-        """Continue the prompt greedily, until every row has said one of the stop ids (by default the checkpoint's).
+        """Continue the prompt, greedily unless a temperature is given, until every row has said a stop id or string.
+
+        The stop ids are by default the checkpoint's. Sampling is transformers' own, drawn from a generator of this
+        run: the same seed gives the same tokens.
 
         `hooks` work at every step: `point.step` is 0 for the prompt, `point.positions` are absolute. `names` records
         what really happened, joined over the steps. With `kv`, the prompt is what comes after the cache, which stays
@@ -205,7 +226,20 @@ class Lens(Weights):
         at a step or position that was never reached.
         """
         going = self._start(
-            prompt, max_new_tokens, names, hooks=hooks, kv=kv, attention_mask=attention_mask, stop_ids=stop_ids
+            prompt,
+            max_new_tokens,
+            names,
+            hooks=hooks,
+            kv=kv,
+            attention_mask=attention_mask,
+            stop_ids=stop_ids,
+            stop_strings=stop_strings,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
         )
         try:
             for _ in going:
@@ -238,7 +272,10 @@ class Lens(Weights):
         kv: KVCache | None = None,
         attention_mask: Tensor | None = None,
         stop_ids: Sequence[int] | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        **sampling: Any,
     ) -> Going:
+        how = Sampling(**sampling)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
         forward: Forward = {"kv": kv, "attention_mask": attention_mask}
@@ -248,19 +285,26 @@ class Lens(Weights):
         plan = Plan.of(self._passed(tokens, {}), names, hooks)
         plan.reachable(max_new_tokens - 1, int(kv.next_positions().max()) + room - 1)
         stop_ids = self.stop_ids if stop_ids is None else tuple(stop_ids)
-        recorder = Recorder(plan)
-        going = steps(
+        strings = (
+            () if stop_strings is None else (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
+        )
+        if strings:
+            self._text()  # raises without a tokenizer
+        mask, recorder = forward.get("attention_mask"), Recorder(plan)
+        going = Going(iter(()), recorder, kv, tokens, tokens.shape[1], stop_ids, strings, self.tokenizer)
+        going.steps = steps(
             self.model,
             tokens,
-            forward.get("attention_mask"),
+            mask,
             kv,
             recorder.hook_at,
             max_new_tokens=max_new_tokens,
-            choose=greedy,
+            choose=how.chooser(tokens.device, None if mask is None else mask.int().argmax(1)),
             stop_ids=stop_ids,
+            said_enough=going.said_enough if strings else None,
             pad_id=self.pad_id if self.pad_id is not None else stop_ids[0] if stop_ids else 0,
         )
-        return Going(going, recorder, kv, tokens, tokens.shape[1], stop_ids, self.tokenizer)
+        return going
 
     def new_kv(self, batch: int = 1, capacity: int = 256) -> KVCache:
         """An empty KV cache for this model; it grows when it is full."""
@@ -282,14 +326,42 @@ class Lens(Weights):
             tokens, rows = None, [self._text().encode(cast(str, text), prefix) for text in prompt]
         elif len(prompt) and all(isinstance(i, int) for i in prompt):
             tokens, rows = None, [list(cast(Sequence[int], prompt))]
+        elif len(prompt) and all(isinstance(message, Mapping) for message in prompt):
+            tokens, rows = None, [self._chat_ids(cast(Sequence[Message], prompt), prefix)]
+        elif len(prompt) and all(isinstance(c, list | tuple) and isinstance(c[0], Mapping) for c in prompt if c):
+            tokens, rows = None, [self._chat_ids(cast(Sequence[Message], messages), prefix) for messages in prompt]
         else:
-            raise TypeError(f"a prompt is text, a list of texts, or token ids; got {prompt!r:.80}")
+            raise TypeError(f"a prompt is text, texts, chat messages, chats or token ids; got {prompt!r:.80}")
         if tokens is None:
             tokens, mask = padded(rows, self.pad_id or 0)
         else:
             mask = self._written_padding(tokens)
         self._check_ids(tokens)
         return tokens.to(self.device), None if mask is None else mask.to(self.device)
+
+    def _chat_ids(self, messages: Sequence[Message], prefix: bool) -> list[int]:
+        ids = self._text().encode(self.render(messages), prefix)
+        return ids if prefix else self._text().without_prefix(ids)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool | None = None,
+        **variables: Any,
+    ) -> str:
+        """The text of chat messages by the checkpoint's own template, run where it can do no harm.
+
+        By default the assistant is asked to speak next, unless the last message is its own. Other `variables` are the
+        template's, such as enable_thinking. Raises ValueError without a template, TemplateError for one that fails.
+        """
+        template = self._text().chat_template
+        if template is None:
+            raise ValueError("this checkpoint has no chat template: write the text of the chat yourself")
+        if add_generation_prompt is None:
+            add_generation_prompt = messages[-1].get("role") != "assistant"
+        return chat.render(template, messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables)
 
     def _written_padding(self, tokens: Tensor) -> Tensor | None:
         prefix = torch.tensor(self.tokenizer.prefix if self.tokenizer else (), device=tokens.device)
@@ -326,6 +398,28 @@ class Lens(Weights):
         real = tokens >= 0 if mask is None else mask.bool()
         rows = [self._text().strings(row[keep].tolist()) for row, keep in zip(tokens, real, strict=True)]
         return rows[0] if len(rows) == 1 else rows
+
+    def to_labels(self, prompt: Prompt, width: int | None = None, prefix: bool = True) -> list[str]:
+        """A label for every token of one prompt, for people to read: ids without a token have one too."""
+        tokens, _ = self.to_batch(prompt, prefix)
+        if tokens.shape[0] != 1:
+            raise ValueError(f"labels are for one prompt, not {tokens.shape[0]}")
+        if self.tokenizer is None:
+            return [f"⟨{i}⟩" for i in tokens[0].tolist()]
+        return self.tokenizer.labels(tokens[0].tolist(), width)
+
+    def test_prompt(self, prompt: Prompt, answer: str | Sequence[str], top: int = 10) -> None:
+        """Print the rank and probability of each token of the answer (or of each answer), and the top tokens there."""
+        for text in [answer] if isinstance(answer, str) else answer:
+            ids, (tokens, _) = self._text().encode(text, prefix=False), self.to_batch(prompt)
+            whole = torch.cat([tokens, torch.tensor([ids], device=tokens.device)], 1)
+            probs = self(whole, logits_to_keep=len(ids) + 1)[0, :-1].to(torch.float32).softmax(-1)
+            print(f"{self.to_labels(prompt)[-1]!r} ← {text!r}")
+            for i, p in zip(ids, probs, strict=True):
+                rank = int((p > p[i]).sum())
+                print(f"  {self._text().label(i)!r}: rank {rank}, probability {float(p[i]):.2%}")
+                best = ", ".join(f"{self._text().label(int(j))!r} {float(p[j]):.1%}" for j in p.topk(top).indices)
+                print(f"    top {top}: {best}")
 
     def to_string(self, tokens: Tensor | Sequence[int]) -> str:
         """The text of one row of token ids."""

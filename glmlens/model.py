@@ -30,7 +30,7 @@ class GLM(nn.Module):
         super().__init__()
         if attention not in ATTENTION:
             raise ValueError(f"attention is {attention!r}; choose from {', '.join(map(repr, ATTENTION))}")
-        self.cfg, self.attention, self.mask = cfg, attention, ATTENTION[attention][1]
+        self.cfg, self.attention = cfg, attention
         self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
         self.blocks = nn.ModuleList(Block(cfg, attention) for _ in range(cfg.n_layers))
         self.ln_final = RMSNorm(cfg)
@@ -70,8 +70,8 @@ class GLM(nn.Module):
         if kv is not None:
             kv.fits(self.cfg, resid)
             key_positions = kv.reserve(positions)
-        plain = kv is None and position_ids is None and attention_mask is None
-        mask = self.mask(positions, key_positions, resid.dtype, plain)
+        plain = self.attention == "sdpa" and kv is None and position_ids is None and attention_mask is None
+        mask = None if plain else additive_mask(positions, key_positions, resid.dtype)  # the kernel knows plain causal
         angles = rotary_angles(positions, self.cfg.d_rotary, self.cfg.rope_theta, resid.dtype)
 
         end_layer = len(self.blocks) if stop_layer is None else stop_layer
@@ -125,8 +125,8 @@ class Attention(nn.Module):
         self.key = nn.Linear(cfg.d_model, cfg.n_kv_heads * cfg.d_head, bias=cfg.qkv_bias)
         self.value = nn.Linear(cfg.d_model, cfg.n_kv_heads * cfg.d_head, bias=cfg.qkv_bias)
         self.out = nn.Linear(cfg.n_heads * cfg.d_head, cfg.d_model, bias=False)
-        self.d_head, self.split = cfg.d_head, [cfg.d_rotary, cfg.d_head - cfg.d_rotary]
-        self.attend = ATTENTION[attention][0]
+        self.d_head, self.d_rotary = cfg.d_head, cfg.d_rotary
+        self.attend = ATTENTION[attention]
 
     def forward(
         self,
@@ -141,20 +141,18 @@ class Attention(nn.Module):
         v = hook("attn.v", rearrange(self.value(x), "batch pos (kv d) -> batch pos kv d", d=self.d_head))
 
         cos, sin = hook("rotary.cos", angles[0]), hook("rotary.sin", angles[1])
-        (q_rot, q_pass), (k_rot, k_pass) = q.split(self.split, -1), k.split(self.split, -1)
-        q_rot = hook("attn.q_rot", turn(q_rot, cos, sin))
-        k_rot = hook("attn.k_rot", turn(k_rot, cos, sin))
-        if self.split[1]:  # some channels are left alone
-            q_pass, k_pass = hook("attn.q_pass", q_pass), hook("attn.k_pass", k_pass)
-        q = torch.cat([q_rot, q_pass], -1)
+        q_rot = hook("attn.q_rot", turn(q[..., : self.d_rotary], cos, sin))
+        k_rot = hook("attn.k_rot", turn(k[..., : self.d_rotary], cos, sin))
+        if self.d_rotary < self.d_head:  # the other channels are left alone
+            q_rot = torch.cat([q_rot, hook("attn.q_pass", q[..., self.d_rotary :])], -1)
+            k_rot = torch.cat([k_rot, hook("attn.k_pass", k[..., self.d_rotary :])], -1)
 
-        k = hook("kv.k_new", torch.cat([k_rot, k_pass], -1))
-        v = hook("kv.v_new", v)
+        k, v = hook("kv.k_new", k_rot), hook("kv.v_new", v)
         if kv is not None:
             k, v = kv.remember(k, v)
         k, v = hook("kv.k", k), hook("kv.v", v)
 
-        z = hook("attn.z", self.attend(q, k, v, mask, hook))
+        z = hook("attn.z", self.attend(q_rot, k, v, mask, hook))
         out = self.out(rearrange(z, "batch pos head d -> batch pos (head d)"))
         if wanted(hook, "attn.result"):
             W_O = rearrange(self.out.weight, "model (head d) -> head d model", d=self.d_head)
@@ -186,36 +184,26 @@ def sdpa(
     q: Float[Tensor, "batch query head d"],
     k: Float[Tensor, "batch key kv d"],
     v: Float[Tensor, "batch key kv d"],
-    mask: Bool[Tensor, "batch one query key"] | None,
+    mask: Float[Tensor, "batch one query key"] | None,
     hook: Hook,
 ) -> Float[Tensor, "batch query head d"]:
     """The same sum as one kernel: scores and pattern never exist, so there is nothing inside to hook."""
-    q, k, v = (rearrange(t, "batch pos head d -> batch head pos d") for t in (q, k, v))
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # batch head query d, batch kv key d
     z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-    return rearrange(z, "batch head query d -> batch query head d")
+    return z.transpose(1, 2)
 
 
-def visible(
-    positions: Int[Tensor, "batch query"], key_positions: Int[Tensor, "batch key"]
-) -> Bool[Tensor, "batch one query key"]:
-    """True where a query may look: at real keys whose position is not past its own."""
+def additive_mask(
+    positions: Int[Tensor, "batch query"], key_positions: Int[Tensor, "batch key"], dtype: torch.dtype
+) -> Float[Tensor, "batch one query key"]:
+    """0 where a query may look, at real keys not past its own position, and the smallest float elsewhere."""
     query = rearrange(positions, "batch query -> batch 1 query 1")
     key = rearrange(key_positions, "batch key -> batch 1 1 key")
-    return (key >= 0) & (key <= query)
-
-
-def eager_mask(positions: Tensor, key_positions: Tensor, dtype: torch.dtype, plain: bool) -> Tensor:
-    """0 where a query may look and the smallest float elsewhere, to be added to the scores."""
     nothing = torch.zeros((), dtype=dtype, device=positions.device)
-    return torch.where(visible(positions, key_positions), nothing, torch.finfo(dtype).min)
+    return torch.where((key >= 0) & (key <= query), nothing, torch.finfo(dtype).min)
 
 
-def sdpa_mask(positions: Tensor, key_positions: Tensor, dtype: torch.dtype, plain: bool) -> Tensor | None:
-    """Where a query may look, or None where that is plainly the past and the kernel can leave out half its work."""
-    return None if plain else visible(positions, key_positions)
-
-
-ATTENTION = {"eager": (eager, eager_mask), "sdpa": (sdpa, sdpa_mask)}
+ATTENTION = {"eager": eager, "sdpa": sdpa}
 
 
 def rotary_angles(positions: Int[Tensor, "batch pos"], d_rotary: int, theta: float, dtype: torch.dtype) -> Angles:
@@ -233,9 +221,9 @@ def turn(
     sin: Float[Tensor, "batch pos pair"],
 ) -> Float[Tensor, "batch pos head rotated"]:
     """Turn each adjacent pair (a, b) of channels by its angle."""
-    a, b = rearrange(x, "batch pos head (pair two) -> two batch pos head pair", two=2)
-    cos, sin = (rearrange(t, "batch pos pair -> batch pos 1 pair") for t in (cos, sin))
-    return rearrange([a * cos - b * sin, b * cos + a * sin], "two batch pos head pair -> batch pos head (pair two)")
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)  # the same angles for every head
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
 
 
 class MLP(nn.Module):

@@ -12,6 +12,7 @@ from torch import Tensor
 from glmlens.checkpoint import blank
 from glmlens.hooks import (
     Edit,
+    Hook,
     HookError,
     Hooks,
     Only,
@@ -19,6 +20,7 @@ from glmlens.hooks import (
     axes_of,
     called,
     local_name,
+    off,
     pairs,
     resolve,
 )
@@ -202,14 +204,16 @@ class Recorder:
         self.passes: list[dict[str, Tensor]] = []
         self.current: Watch | None = None
 
-    def hook_at(self, step: int, positions: Tensor, key_positions: Tensor) -> Watch:
+    def hook_at(self, step: int, positions: Tensor, key_positions: Tensor) -> Hook:
+        if not self.plan.names and not self.plan.edits:
+            return off
         self.current = Watch(self.plan, step, positions, key_positions, from_cache=True, logits_to_keep=1)
         return self.current
 
     def commit(self) -> None:
         """Keep the pass that has just ended."""
-        assert self.current is not None
-        self.passes.append(self.current.kept)
+        if self.current is not None:
+            self.passes.append(self.current.kept)
 
     def activations(self, order: Sequence[str]) -> "Activations":
         names = [name for name in order if name in self.plan.names] if self.passes else []

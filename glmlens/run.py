@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from glmlens.generate import Step
@@ -17,7 +17,7 @@ from glmlens.tokenizer import Tokenizer
 class Run:
     """A generation: `tokens` [batch, prompt + new], the new `text`, what was recorded, the cache, and why it stopped.
 
-    `acts` and `kv` cover every token that was run: all but the last. `stopped` is "max_new_tokens", "stop_ids",
+    `acts` and `kv` cover every token that was run: all but the last. `stopped` is "max_new_tokens", "stop",
     "interrupted" or "failed".
     """
 
@@ -43,6 +43,7 @@ class Going:
     tokens: Int[Tensor, "batch pos"]
     prompt_length: int
     stop_ids: tuple[int, ...]
+    stop_strings: tuple[str, ...]
     tokenizer: Tokenizer | None
 
     def __iter__(self) -> Iterator[Step]:
@@ -54,18 +55,27 @@ class Going:
         self.recorder.plan.finish(self.recorder.current)
 
     def texts(self) -> list[str]:
-        """What every row has said so far, without its stop token."""
+        """What every row has said so far, without the stop token or string that ended it."""
         if self.tokenizer is None:
             return []
         new = self.tokens[:, self.prompt_length :].tolist()
         ends = [next((i for i, token in enumerate(row) if token in self.stop_ids), len(row)) for row in new]
-        return [self.tokenizer.decode(row[:end], special=False) for row, end in zip(new, ends, strict=True)]
+        texts = [self.tokenizer.decode(row[:end], special=False) for row, end in zip(new, ends, strict=True)]
+        return [text[: min((text.find(s) for s in self.stop_strings if s in text), default=None)] for text in texts]
+
+    def said_enough(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch"]:
+        """Where a row has said one of the stop strings."""
+        assert self.tokenizer is not None
+        texts = [self.tokenizer.decode(row) for row in tokens[:, self.prompt_length :].tolist()]
+        return torch.tensor([any(s in text for s in self.stop_strings) for text in texts], device=tokens.device)
 
     def run(self, names: list[str], stopped: str | None = None) -> Run:
         """What there is, with its recording in the order of `names`."""
         texts, acts = self.texts(), self.recorder.activations(names)
         stop = torch.tensor(self.stop_ids, device=self.tokens.device)
         said_stop = torch.isin(self.tokens[:, self.prompt_length :], stop).any(1)
-        stopped = stopped or ("stop_ids" if bool(said_stop.all()) else "max_new_tokens")
+        if self.stop_strings:
+            said_stop = said_stop | self.said_enough(self.tokens)
+        stopped = stopped or ("stop" if bool(said_stop.all()) else "max_new_tokens")
         text = texts[0] if len(texts) == 1 else texts or None
         return Run(self.tokens, text, acts, self.kv, self.prompt_length, stopped)

@@ -1,43 +1,65 @@
 """Text to token ids and back, with the `[gMASK]<sop>` prefix of a GLM exactly once."""
 
+import base64
+import hashlib
+import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Engine
 
 PREFIX = ("[gMASK]", "<sop>")
+GLM4_SPECIAL = [
+    "<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>",
+    "<|observation|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>",
+]  # fmt: skip
+GLM4_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+VISIBLE = {" ": "·", "\n": "↵", "\t": "→", "\r": "␍"}
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer.json.
+    """A checkpoint's tokenizer and its chat template, if it has one.
 
     `prefix` holds the ids of `[gMASK]<sop>`, which a GLM sees before every text, or nothing when the vocabulary has
     none.
     """
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, chat_template: str | None = None):
         engine.no_padding()
         engine.no_truncation()
-        self.engine = engine
+        self.engine, self.chat_template = engine, chat_template
+        self.special = frozenset(engine.get_added_tokens_decoder())
         ids = [i for token in PREFIX if (i := engine.token_to_id(token)) is not None]
         self.prefix: tuple[int, ...] = tuple(ids) if len(ids) == len(PREFIX) else ()
 
     @staticmethod
     def from_folder(folder: Path) -> "Tokenizer | None":
-        """The tokenizer in `folder`, or None where there is none."""
-        path = folder / "tokenizer.json"
-        if not path.exists():
+        """The tokenizer in `folder`: tokenizer.json, or else a tiktoken-style tokenizer.model; None without either."""
+        stated = folder / "tokenizer_config.json"
+        config = json.loads(stated.read_text(encoding="utf-8")) if stated.exists() else {}
+        path, ranks = folder / "tokenizer.json", folder / "tokenizer.model"
+        if path.exists():
+            engine = read_engine(path)
+        elif ranks.exists():
+            engine = converted(ranks, special_tokens(config))
+        else:
             return None
-        try:
-            return Tokenizer(Engine.from_file(str(path)))
-        except Exception as e:  # tokenizers raises nothing narrower
-            raise ValueError(f"{path}: not a tokenizer.json that the tokenizers library can read: {e}") from e
+        return Tokenizer(engine, chat_template(folder, config))
 
     def encode(self, text: str, prefix: bool = True) -> list[int]:
         """The ids of `text`: with the prefix before it exactly once, or just as it is written."""
         ids = self.engine.encode(text, add_special_tokens=False).ids
         written = tuple(ids[: len(self.prefix)]) == self.prefix
         return [*self.prefix, *ids] if prefix and not written else ids
+
+    def without_prefix(self, ids: list[int]) -> list[int]:
+        return ids[len(self.prefix) :] if tuple(ids[: len(self.prefix)]) == self.prefix else ids
 
     def decode(self, ids: Sequence[int], special: bool = True) -> str:
         """The text of `ids`, with or without special tokens."""
@@ -52,9 +74,121 @@ class Tokenizer:
 
     def ordinary_ids(self) -> list[int]:
         """The ids that stand for text, not for structure."""
-        special = self.engine.get_added_tokens_decoder()
-        return [i for i in sorted(self.engine.get_vocab().values()) if i not in special]
+        return [i for i in sorted(self.engine.get_vocab().values()) if i not in self.special]
 
     def strings(self, ids: Sequence[int]) -> list[str]:
         """Each id decoded by itself."""
         return [self.decode([i]) for i in ids]
+
+    def labels(self, ids: Sequence[int], width: int | None = None) -> list[str]:
+        """Each id as people can see it: spaces and newlines drawn, bytes of half a character in hex.
+
+        An id without a token has its number. With `width`, longer labels end in an ellipsis. Nothing is escaped: that
+        is for the surface on which they are shown.
+        """
+        labels = [self.label(i) for i in ids]
+        return labels if width is None else [t if len(t) <= width else t[: width - 1] + "…" for t in labels]
+
+    def label(self, i: int) -> str:
+        token = self.engine.id_to_token(i)
+        if token is None:
+            return f"⟨{i}⟩"
+        if i in self.special:
+            return token
+        text = self.decode([i])
+        if "\ufffd" in text and all(c in BYTE_OF for c in token):
+            return "⟨" + " ".join(f"{BYTE_OF[c]:02X}" for c in token) + "⟩"
+        return "".join(VISIBLE.get(c, c) for c in text)
+
+
+def byte_alphabet() -> dict[int, str]:
+    """How byte-level BPE writes each byte as a printable character (Radford et al. 2019)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+BYTE_OF = {c: b for b, c in byte_alphabet().items()}
+
+
+def read_engine(path: Path) -> Engine:
+    try:
+        return Engine.from_file(str(path))
+    except Exception as e:  # tokenizers raises nothing narrower
+        raise ValueError(f"{path}: not a tokenizer.json that the tokenizers library can read: {e}") from e
+
+
+def chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    """The chat template in `folder`: in a file of its own, or in the tokenizer's config (where it may have a name)."""
+    if (folder / "chat_template.jinja").exists():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    stated = config.get("chat_template")
+    if isinstance(stated, list):
+        stated = {entry.get("name"): entry.get("template") for entry in stated}.get("default")
+    return stated if isinstance(stated, str) else None
+
+
+def special_tokens(config: dict[str, Any]) -> dict[int, str] | None:
+    """The special tokens that a tokenizer_config.json numbers, if it does."""
+    listed = config.get("added_tokens_decoder") or {}
+    return {int(i): entry["content"] for i, entry in listed.items()} or None
+
+
+def converted(path: Path, special: dict[int, str] | None) -> Engine:
+    """The tokenizer of a tiktoken-style tokenizer.model, which takes seconds to make and is kept in the user's cache.
+
+    Raises ValueError for a file of another kind, such as the SentencePiece model of ChatGLM2 and ChatGLM3.
+    """
+    data = path.read_bytes()
+    name = hashlib.sha256(data + json.dumps(special, sort_keys=True).encode() + b"1").hexdigest()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glmlens" / "tokenizers"
+    kept = cache / f"{name}.json"
+    if kept.exists():
+        return read_engine(kept)
+    engine = from_ranks(ranks_of(data, path), special)
+    cache.mkdir(parents=True, exist_ok=True)
+    new = cache / f"{name}.{os.getpid()}.new"
+    engine.save(str(new), pretty=False)
+    os.replace(new, kept)
+    return engine
+
+
+def ranks_of(data: bytes, path: Path) -> dict[bytes, int]:
+    try:
+        lines = (line.split() for line in data.splitlines() if line)
+        return {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    except ValueError as e:
+        raise ValueError(
+            f"{path}: expected lines of 'base64 rank', as GLM-4 has; a SentencePiece model (ChatGLM2, ChatGLM3) "
+            f"cannot be read here: move it away and pass token ids"
+        ) from e
+
+
+def from_ranks(ranks: dict[bytes, int], special: dict[int, str] | None = None) -> Engine:
+    """The same tokenizer as byte-level BPE: every split of a token into two tokens is a merge, in order of rank."""
+    spelt = byte_alphabet()
+    merges = []
+    for token, rank in ranks.items():
+        for i in range(1, len(token)):
+            left, right = ranks.get(token[:i]), ranks.get(token[i:])
+            if left is not None and right is not None:
+                merges.append((rank, left, right, token[:i], token[i:]))
+    merges.sort()
+
+    def spell(token: bytes) -> str:
+        return "".join(spelt[b] for b in token)
+
+    vocab = {spell(token): rank for token, rank in ranks.items()}
+    pairs = [(spell(left), spell(right)) for *_, left, right in merges]
+    engine = Engine(models.BPE(vocab=vocab, merges=pairs, ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(GLM4_SPLIT), "isolated")
+    spelling = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    engine.pre_tokenizer = pre_tokenizers.Sequence([split, spelling])
+    engine.decoder = decoders.ByteLevel()
+    numbered = special or {len(ranks) + i: token for i, token in enumerate(GLM4_SPECIAL)}
+    tokens = [AddedToken(numbered[i], special=True, normalized=False) for i in sorted(numbered)]
+    engine.add_special_tokens(tokens)
+    for i, token in numbered.items():
+        if engine.token_to_id(token) != i:
+            raise ValueError(f"special token {token!r} is said to be {i}, but follows the vocabulary at another place")
+    return engine

@@ -11,7 +11,8 @@ import glmlens
 
 PACKAGE = Path(glmlens.__file__).parent
 ORDER = [
-    "hooks", "config", "kv_cache", "model", "checkpoint", "generate", "tokenizer", "record", "check", "run", "weights",
+    "hooks", "config", "kv_cache", "model", "checkpoint", "generate", "tokenizer", "chat", "record", "check", "run",
+    "weights",
     "lens", "cli",
 ]  # fmt: skip
 
@@ -44,7 +45,7 @@ def test_imports_point_only_downwards():
 
 
 def test_the_bottom_rests_on_nothing_of_ours():
-    for module in ("hooks", "config", "tokenizer"):
+    for module in ("hooks", "config", "tokenizer", "chat"):
         assert imports(PACKAGE / f"{module}.py")[0] == set()
 
 

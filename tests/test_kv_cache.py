@@ -59,8 +59,8 @@ def test_it_holds_rotated_keys_with_their_absolute_positions(lens):
     kv = lens.new_kv(batch=2)
     _, acts = lens.run_with_cache(tokens, ["kv.k_new", "kv.v_new"], attention_mask=mask, kv=kv)
     assert kv.positions[:, :5].tolist() == [[-1, -1, 0, 1, 2], [0, 1, 2, 3, 4]]
-    assert torch.equal(kv.keys[1, :, :, :5].transpose(1, 2), acts["kv.k_new", 1])
-    assert torch.equal(kv.values[2, :, :, :5].transpose(1, 2), acts["kv.v_new", 2])
+    assert torch.equal(kv.keys[1, :, :5], acts["kv.k_new", 1])
+    assert torch.equal(kv.values[2, :, :5], acts["kv.v_new", 2])
     assert kv.next_positions().tolist() == [3, 5]
 
 
@@ -71,7 +71,7 @@ def test_what_is_seen_follows_positions_not_columns(any_lens, tokens):
     expected = any_lens(tokens[:, 6:], kv=kv.fork())
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     for memory in (kv.keys, kv.values):
-        memory[..., :6, :] = memory[..., order, :]
+        memory[:, :, :6] = memory[:, :, order]
     kv.positions[:, :6] = kv.positions[:, order]
     found = any_lens(tokens[:, 6:], kv=kv)
     assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
@@ -80,8 +80,8 @@ def test_what_is_seen_follows_positions_not_columns(any_lens, tokens):
 def test_an_entry_edited_before_continuing_equals_a_patch_in_one_full_pass(any_lens, tokens):
     kv = any_lens.new_kv(batch=2)
     any_lens(tokens[:, :6], kv=kv)
-    kv.values[1, :, :, 3] += 1
-    kv.keys[1, :, :, 3] *= 2
+    kv.values[1, :, 3] += 1
+    kv.keys[1, :, 3] *= 2
     found = any_lens(tokens[:, 6:], kv=kv)
 
     def plus(x, point):

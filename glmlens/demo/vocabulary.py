@@ -1,0 +1,44 @@
+"""The demo model's tokenizer: whole words of its world, bytes for the rest, and GLM-4's special tokens."""
+
+import re
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+from glmlens.demo.world import everything
+
+SPECIAL = [
+    "<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>",
+    "<|observation|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>",
+]  # fmt: skip
+# GLM-4's own split, but for digits in pairs: a year is a century and a year within it.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CHAT = (
+    "[gMASK]<sop>{% for item in messages %}{% if item['content'] %}<|{{ item['role'] }}|>\n{{ item['content'] }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make() -> Tokenizer:
+    """The tokenizer, which adds `[gMASK]<sop>` as GLM-4's does."""
+    spell = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    pieces: dict[str, None] = {}
+    for text in everything():
+        pieces.update(dict.fromkeys(piece for piece, _ in spell.pre_tokenize_str(re.sub(r"<\|\w+\|>", "", text))))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {piece: i for i, piece in enumerate([*alphabet, *sorted(p for p in pieces if p not in alphabet)])}
+    engine = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
+    engine.pre_tokenizer, engine.decoder = spell, decoders.ByteLevel()
+    engine.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    ids = [(token, engine.token_to_id(token)) for token in ("[gMASK]", "<sop>")]
+    engine.post_processor = processors.TemplateProcessing(
+        single="[gMASK] <sop> $A", pair="[gMASK] <sop> $A $B", special_tokens=ids
+    )
+    return engine
