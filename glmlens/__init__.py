@@ -1,5 +1,8 @@
 """glmlens: a GLM you can read, with every tensor in it named."""
 
+from importlib import import_module
+from types import ModuleType
+
 from glmlens.config import CheckpointError, GLMConfig
 from glmlens.hooks import Hook, HookError, Point, off, only
 from glmlens.kv_cache import KVCache
@@ -22,3 +25,10 @@ __all__ = [
     "off",
     "only",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Load `glmlens.plot` when it is first used: it brings Plotly."""
+    if name == "plot":
+        return import_module("glmlens.plot")
+    raise AttributeError(f"module 'glmlens' has no attribute {name!r}")

@@ -31,6 +31,9 @@ With start_layer it is a residual stream [batch, pos, model].
 Names = str | Sequence[str]
 
 
+EMBEDDED = Path(__file__).parent / "demo" / "model"
+
+
 class Forward(TypedDict, total=False):
     """What a forward takes besides its prompt and hook; see `GLM.forward`."""
 
@@ -60,19 +63,20 @@ class Options(TypedDict, total=False):
 
 
 def load(
-    path_or_hub_id: str | Path,
+    path_or_hub_id: str | Path | None = None,
     *,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
     attention: str = "eager",
     revision: str | None = None,
 ) -> "Lens":
-    """Open a checkpoint: a local folder, or a hub id, of which only config, tokenizer and safetensors are downloaded.
+    """Open a checkpoint: the small GLM inside this package, a local folder, or a hub id.
 
+    Of a hub repository only config, tokenizer and safetensors are downloaded.
     `dtype` defaults to the checkpoint's own; `attention` is "eager" or "sdpa" (faster, without scores and pattern).
     With device="meta" only the config is read, for `check` and `points`. Raises CheckpointError.
     """
-    folder = checkpoint.find(path_or_hub_id, revision)
+    folder = EMBEDDED if path_or_hub_id is None else checkpoint.find(path_or_hub_id, revision)
     chosen = None if dtype is None else checkpoint.dtype_named(dtype)
     lens = Lens(checkpoint.load_model(folder, chosen, device, attention), Tokenizer.from_folder(folder))
     if (folder / "generation_config.json").exists():

@@ -1,5 +1,8 @@
 """Text to ids and back."""
 
+import json
+import time
+
 import pytest
 import torch
 from conftest import small_config
@@ -7,6 +10,7 @@ from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, pre_tokenizers
 
 import glmlens
+from glmlens import chat
 from glmlens.model import GLM
 from glmlens.tokenizer import Tokenizer
 
@@ -115,3 +119,134 @@ def test_what_is_no_prompt_is_an_error(lens):
             lens(prompt)
     with pytest.raises(ValueError, match="whole numbers"):
         lens.to_tokens(torch.zeros(1, 2))
+
+
+# GLM-4's own tokenizer and chat templates.
+
+
+@pytest.fixture(scope="module")
+def glm4(tmp_path_factory):
+    from conftest import SHARED
+
+    folder = SHARED / "fixtures" / "glm4-tokenizer"
+    if not folder.exists():
+        pytest.skip("the recorded data is not here")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        first = Tokenizer.from_folder(folder)
+        again = Tokenizer.from_folder(folder)
+    assert first.engine.to_str() == again.engine.to_str()
+    return folder, first
+
+
+def test_a_tokenizer_model_gives_the_known_ids(glm4):
+    folder, text = glm4
+    golden = json.loads((folder / "golden_tokens.json").read_text())
+    assert len(golden["plain"]) == 6
+    for case in golden["plain"]:
+        assert text.encode(case["text"], prefix=False) == case["ids"]
+        assert text.decode(case["ids"]) == case["text"]
+    for case in golden["chat"]:
+        assert text.encode(case["text"]) == case["ids"]
+    assert text.prefix == (151331, 151333)
+    assert text.engine.get_vocab_size() == 151343
+    assert len(json.loads(text.engine.to_str())["model"]["merges"]) == 318_088
+    assert text.single(" Paris") == 12089
+    assert text.single(" Mary") == 10239
+
+
+def test_labels_show_what_cannot_be_seen(glm4):
+    _, text = glm4
+    ids = [9703, 11, 220, 198, 11157, 248, 222, 151331, 151343, 151551, 109377]
+    assert text.labels(ids) == [
+        "Hello", ",", "·", "↵", "⟨20 F0 9F⟩", "⟨9A⟩", "⟨80⟩", "[gMASK]", "⟨151343⟩", "⟨151551⟩", "你好",
+    ]  # fmt: skip
+    assert text.labels([9703, 151331], width=4) == ["Hel…", "[gM…"]
+    assert text.label(text.single("\t")) == "→"
+
+
+MESSAGES = [
+    {"role": "system", "content": "SYS"},
+    {"role": "user", "content": "U"},
+    {"role": "assistant", "content": "A"},
+    {"role": "user", "content": "U2"},
+]
+RENDERED = "[gMASK]<sop><|system|>\nSYS<|user|>\nU<|assistant|>\nA<|user|>\nU2<|assistant|>"
+
+
+def test_chat_messages_render_with_the_checkpoints_own_template(glm4):
+    _, text = glm4
+    known = chat.render(text.chat_template, MESSAGES, add_generation_prompt=True)
+    unknown = chat.render(text.chat_template + "{# as another would write it #}", MESSAGES, add_generation_prompt=True)
+    assert known == unknown == RENDERED
+    tool = {"type": "function", "function": {"name": "add", "description": "加", "parameters": {}}}
+    said = chat.render(text.chat_template, [{"role": "system", "tools": [tool], "content": ""}])
+    assert "# 可用工具\n## add\n" in said
+    assert '"description": "加"' in said
+
+
+def test_the_known_templates_are_the_ones_that_are_known(glm4):
+    from hashlib import sha256
+
+    from glmlens.demo.vocabulary import CHAT
+
+    assert {sha256(t.encode()).hexdigest() for t in (CHAT, glm4[1].chat_template)} == chat.KNOWN
+
+
+def test_the_prefix_is_there_once_through_chat_too(lens):
+    lens.tokenizer.chat_template = (
+        "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    messages = [{"role": "user", "content": "Mary went to"}]
+    expected = ["[gMASK]", "<sop>", "<|user|>", "Mary", " went", " to", "<|assistant|>"]
+    assert lens.to_str_tokens(messages) == expected
+    assert lens.to_str_tokens(messages, prefix=False) == expected[2:]
+    assert torch.equal(lens(messages), lens(lens.render(messages)))
+    spoken = [*messages, {"role": "assistant", "content": " the"}]
+    assert lens.to_str_tokens(spoken)[-2:] == ["<|assistant|>", " the"]
+    batch = lens([messages, spoken])
+    torch.testing.assert_close(batch[1], lens(spoken)[0])
+    lens.tokenizer.chat_template = lens.tokenizer.chat_template.removeprefix("[gMASK]<sop>")
+    assert lens.to_str_tokens(messages) == expected
+    lens.tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        lens(messages)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 'x' * 3000000000 }}",
+        "{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}",
+        "{{ raise_exception('no') }}",
+        "{% if %}",
+        "{{ messages[0].no.such }}",
+    ],
+)
+def test_a_hostile_template_ends_in_an_error_within_seconds(template):
+    begin = time.monotonic()
+    with pytest.raises(chat.TemplateError):
+        chat.render(template, MESSAGES)
+    assert time.monotonic() - begin < 10  # a second for the template, and what a child takes to start on a busy machine
+
+
+def test_a_file_that_is_no_tokenizer_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x05sentencepiece\xff")
+    with pytest.raises(ValueError, match=r"tokenizer.model: expected lines of 'base64 rank'"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer.json: not a tokenizer.json"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_prompts_can_be_tested(lens, capsys):
+    lens.test_prompt("Mary went to the", " store John")
+    said = capsys.readouterr().out
+    assert said.count("rank") == 2
+    probs = lens("Mary went to the")[0, -1].softmax(-1)
+    i = lens.to_single_token(" store")
+    assert f"'·store': rank {int((probs > probs[i]).sum())}, probability {float(probs[i]):.2%}" in said

@@ -24,6 +24,8 @@ from glmlens.demo import vocabulary
 from glmlens.demo.world import documents
 from glmlens.model import GLM, loss
 
+EVERY = 100  # steps between the states that are kept
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -143,7 +145,7 @@ def train(out: Path, recipe: Recipe) -> GLM:
                 stepper.zero_grad()
                 scheduler.step()
             bar.set_postfix(loss=f"{mean.item():.3f}")
-            if (step + 1) % 100 == 0:
+            if (step + 1) % EVERY == 0:
                 keep_state(out, step + 1, model, [*steppers, *schedulers])
     save(out, model, engine)
     return model

@@ -1,0 +1,197 @@
+"""glmlens beside transformers and TransformerLens in one run: `python -m benchmarks --model FOLDER`."""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import glmlens
+
+Job = Callable[[], Any]
+OURS = ("glmlens eager", "glmlens sdpa")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, help="a checkpoint folder (float32 is taken)")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-random", action="store_true", help="leave out the random 200 M model")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    transformers.utils.logging.disable_progress_bar()
+    print(
+        f"torch {torch.__version__}, transformers {transformers.__version__}, {args.threads} threads, float32; ", end=""
+    )
+    print(f"medians of {args.rounds} rounds, in each of which the contestants take turns\n")
+    if args.model:
+        table(args.model.name, args.model, args.rounds)
+    if not args.no_random:
+        with tempfile.TemporaryDirectory() as folder:
+            random_model(Path(folder))
+            table("random, 12 layers, 200 M", Path(folder), args.rounds)
+
+
+def random_model(folder: Path) -> None:
+    """A GLM of 12 layers and 200 M parameters with random weights."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    config = transformers.GlmConfig(
+        vocab_size=65536, hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, num_attention_heads=16,
+        num_key_value_heads=2, head_dim=64, tie_word_embeddings=True, pad_token_id=0, eos_token_id=[1],
+        rope_parameters=rope,
+    )  # fmt: skip
+    transformers.GlmForCausalLM(config).save_pretrained(folder)
+
+
+def turns(jobs: dict[str, Job], rounds: int) -> dict[str, float]:
+    """Seconds that each job takes: the median over rounds in which all take turns, after one that does not count."""
+    taken: dict[str, list[float]] = {name: [] for name in jobs}
+    for i in range(rounds + 1):
+        for name, job in jobs.items():
+            begin = time.perf_counter()
+            job()
+            if i:
+                taken[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+
+
+def row(what: str, seconds: dict[str, float], against: str, floor: float | None = None, unit: str = "s") -> None:
+    """Print one row: every contestant's time, and as a ratio to `against`."""
+    said = "  ".join(f"{name} {s:.3f} {unit} ({s / seconds[against]:.2f})" for name, s in seconds.items())
+    print(f"{what:34}{said}" + (f"  floor {floor:.3f}" if floor else ""), flush=True)
+
+
+def theirs(path: Path) -> Any:
+    """TransformerLens's bridge over transformers' eager model, or None where it is not installed."""
+    try:
+        from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+    except ImportError:
+        return None
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(path, attn_implementation="eager", dtype=torch.float32).eval()
+    return build_bridge_from_module(
+        model, model.config.architectures[0], hf_config=model.config, tokenizer=None, dtype=torch.float32, device="cpu"
+    )
+
+
+def linears(lens: glmlens.Lens) -> list[torch.Tensor]:
+    return [m.weight for m in lens.model.modules() if isinstance(m, torch.nn.Linear)]
+
+
+@torch.no_grad()
+def table(name: str, path: Path, rounds: int) -> None:
+    print(f"## {name}")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    hf = {a: load(path, attn_implementation=a, dtype=torch.float32).eval() for a in ("sdpa", "eager")}
+    ours = {a: glmlens.load(path, dtype="float32", attention=a) for a in ("eager", "sdpa")}
+    bridge = theirs(path)
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(5, ours["eager"].cfg.d_vocab - 5, (1, 256), generator=draw)
+    weights = linears(ours["eager"])
+
+    many = [torch.randn(256, w.shape[1]) for w in weights]
+    jobs: dict[str, Job] = {
+        "glmlens eager": lambda: ours["eager"](tokens),
+        "glmlens sdpa": lambda: ours["sdpa"](tokens),
+        "transformers eager": lambda: hf["eager"](tokens),
+        "transformers sdpa": lambda: hf["sdpa"](tokens),
+        "floor": lambda: [x @ w.T for w, x in zip(weights, many, strict=True)],
+    }
+    if bridge:
+        jobs["TransformerLens"] = lambda: bridge(tokens)
+    seconds = turns(jobs, rounds)
+    floor = seconds.pop("floor")
+    row("forward, 256 tokens", seconds, "transformers eager", floor)
+
+    one, layers = f"blocks.{ours['eager'].cfg.n_layers // 2}.attn.pattern", ours["eager"].cfg.n_layers
+    jobs = {
+        "glmlens forward": lambda: ours["eager"](tokens),
+        "glmlens all": lambda: ours["eager"].run_with_cache(tokens),
+        "glmlens one": lambda: ours["eager"].run_with_cache(tokens, one),
+    }
+    if bridge:
+        jobs["TransformerLens all"] = lambda: bridge.run_with_cache(tokens)
+        jobs["TransformerLens one"] = lambda: bridge.run_with_cache(
+            tokens, names_filter=f"blocks.{layers // 2}.attn.hook_pattern"
+        )
+    row("everything recorded, one recorded", turns(jobs, rounds), "glmlens forward")
+    megabytes = {"glmlens": ours["eager"].run_with_cache(tokens)[1].bytes / 1e6}
+    if bridge:
+        _, cache = bridge.run_with_cache(tokens)
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in cache.values()}
+        megabytes["TransformerLens"] = sum(storages.values()) / 1e6
+    row("everything recorded, memory", megabytes, "glmlens", unit="MB")
+
+    prompt, single = tokens[:, :32], [torch.randn(1, w.shape[1]) for w in weights]
+    n = 64
+    plain = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False}
+    jobs = {
+        "glmlens sdpa": lambda: ours["sdpa"].generate(prompt, n, stop_ids=()),
+        "glmlens hooked": lambda: ours["sdpa"].generate(prompt, n, stop_ids=(), hooks={"resid_post": lambda x, p: x}),
+        "glmlens eager": lambda: ours["eager"].generate(prompt, n, stop_ids=()),
+        "transformers sdpa": lambda: hf["sdpa"].generate(prompt, attention_mask=torch.ones_like(prompt), **plain),
+        "transformers eager": lambda: hf["eager"].generate(prompt, attention_mask=torch.ones_like(prompt), **plain),
+        "floor": lambda: [
+            torch.nn.functional.linear(x, w) for _ in range(n) for w, x in zip(weights, single, strict=True)
+        ],
+    }
+    if bridge:
+        jobs["TransformerLens"] = lambda: bridge.generate(
+            prompt, max_new_tokens=n, do_sample=False, stop_at_eos=False, verbose=False, return_type="tokens"
+        )
+    seconds = turns(jobs, max(3, rounds // 2))
+    floor = seconds.pop("floor")
+    row(f"{n} tokens decoded after 32", seconds, "transformers sdpa", floor)
+
+    row("load", turns({"glmlens": lambda: glmlens.load(path), "transformers": lambda: load(path)}, 3), "transformers")
+    processes(path)
+    print()
+
+
+def processes(path: Path) -> None:
+    """What whole processes take: an import beside that of torch, and the peak memory of load and one forward."""
+    where = json.dumps(str(path))
+    forward = "(torch.arange(5, 21)[None])"
+    codes = {
+        "import": {
+            "torch": "import torch",
+            "glmlens": "import torch, glmlens",
+            "transformers": "import torch; from transformers import GlmForCausalLM",
+            "TransformerLens": "import torch, transformer_lens",
+        },
+        "peak": {
+            "torch": "import torch",
+            "glmlens": f"import torch, glmlens; glmlens.load({where}){forward}",
+            "transformers": "import torch; from transformers import GlmForCausalLM; "
+            f"GlmForCausalLM.from_pretrained({where}){forward}",
+        },
+    }
+    end = "\nimport resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)"
+    found: dict[str, dict[str, float]] = {}
+    for what, each in codes.items():
+        found[what] = {}
+        for name, code in each.items():
+            taken = []
+            for _ in range(3):
+                begin = time.perf_counter()
+                done = subprocess.run([sys.executable, "-c", code + end], capture_output=True, text=True, check=False)
+                taken.append(time.perf_counter() - begin if what == "import" else float(done.stdout or "nan"))
+            if done.returncode == 0:
+                found[what][name] = statistics.median(taken)
+    row("import", found["import"], "torch")
+    weights = sum(f.stat().st_size for f in path.glob("*.safetensors")) / 1e6
+    row("peak memory, load and a forward", found["peak"], "torch", unit="MB")
+    print(f"{'':34}the file has {weights:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""The model inside the package, its trainer, and what the demo shows of it."""
+
+import hashlib
+import itertools
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import reference
+
+import glmlens
+from glmlens.cli import Heads, main
+from glmlens.demo import train
+from glmlens.demo.world import KINDS, documents
+from glmlens.lens import EMBEDDED
+
+
+@pytest.fixture(scope="module")
+def inside():
+    return glmlens.load()
+
+
+def test_it_opens_without_a_network_and_is_a_glm(inside):
+    assert (inside.cfg.model_type, inside.cfg.qkv_bias) == ("glm", True)
+    assert 0 < inside.cfg.d_rotary < inside.cfg.d_head
+    assert inside.cfg.n_kv_heads < inside.cfg.n_heads
+    assert len(inside.tokenizer.prefix) == 2
+    assert sum(file.stat().st_size for file in EMBEDDED.iterdir()) < 10e6
+
+
+def test_transformers_opens_it_with_equal_logits(inside):
+    tokens = inside.to_tokens("When Mary and John went to the store, John gave a drink to")
+    with torch.no_grad():
+        assert torch.equal(reference(EMBEDDED)(tokens).logits, inside(tokens))
+
+
+def test_transformers_tokenizer_gives_equal_ids(inside):
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(EMBEDDED)
+    for text in itertools.islice(documents(99), 200):
+        assert theirs(text).input_ids == inside.tokenizer.encode(text)
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == inside.render(messages)
+
+
+def test_it_knows_what_its_world_says(inside):
+    """Loosely: the model card of a later model will be exact."""
+    assert inside.generate("The capital of France is", 1).text == " Paris"
+    assert inside.generate("Monday Tuesday Wednesday", 1).text == " Thursday"
+    heads = Heads.find(inside)
+    assert float(heads.previous.max()) > 0.7
+    assert float(heads.induction.max()) > 0.4
+
+
+def test_demo_tells_its_story_and_writes_one_self_contained_report(tmp_path, capsys):
+    assert main(["demo", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    for part in ("the next token", "previous token", "induction", "without head", "nats per token", "jupyter lab"):
+        assert part in said
+    before, after = (float(x) for x in said.split("goes from ")[1].split(" nats")[0].split(" to "))
+    assert after > before
+    assert [file.name for file in tmp_path.iterdir()] == ["glmlens-demo.html"]
+    page = (tmp_path / "glmlens-demo.html").read_text()
+    assert page.count('class="plotly-graph-div"') == 2
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=", page)
+
+
+def test_demo_leaves_no_file_where_it_is_called(tmp_path):
+    code = "from glmlens.cli import main; main(['demo'])"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_hostile_text_in_a_report_is_shown_and_never_run(tmp_path):
+    from glmlens import plot
+    from glmlens.report import save_html
+
+    bad = "<script>alert(1)</script><img src=x onerror=alert(2)><b>$x$"
+    figure = plot.attention_pattern(torch.eye(2).numpy(), [bad, "a"], bad)
+    page = save_html(tmp_path / "r.html", bad, [bad, figure]).read_text()
+    for part in ("<script>alert", "<img src=x", "onerror=alert(2)>", "<b>$x"):
+        assert part not in page
+    assert page.count("&lt;script&gt;alert(1)") >= 3
+    assert figure.layout.title.text.startswith("&lt;script&gt;")
+    assert figure.layout.xaxis.ticktext[0].endswith("&lt;b&gt;&#36;x&#36;")
+
+
+def test_repeated_tokens_keep_their_own_columns():
+    from glmlens import plot
+
+    figure = plot.attention_pattern(torch.eye(3).numpy(), ["the", "cat", "the"], "")
+    assert list(figure.data[0].x) == [0, 1, 2]
+    assert list(figure.layout.xaxis.ticktext) == ["the", "cat", "the"]
+
+
+# The trainer.
+
+
+def test_the_same_seed_gives_the_same_texts():
+    texts = "\n".join(itertools.islice(documents("0/5"), 500))
+    assert hashlib.sha256(texts.encode()).hexdigest().startswith("8f73c47c045cd7ce")
+    assert texts != "\n".join(itertools.islice(documents("1/5"), 500))
+    assert abs(sum(KINDS.values()) - 1) < 1e-9
+
+
+SMALL = replace(train.Recipe(), steps=6, batch=4, pos=32)
+
+
+def test_training_learns_and_ends_in_a_checkpoint_that_opens(tmp_path):
+    train.train(tmp_path, SMALL)
+    lens = glmlens.load(tmp_path)
+    assert torch.isfinite(lens("Mary went to the store")).all()
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "glm"
+    tokens = train.batch_of(lens.tokenizer.engine, SMALL, 0)
+    untrained = train.GLM(lens.cfg)
+    train.initialise(untrained, SMALL)
+    assert lens.loss(tokens) < train.loss(untrained(tokens), tokens) - 1
+
+
+def test_a_killed_training_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "EVERY", 2)
+    whole = train.train(tmp_path / "whole", SMALL)
+    real, calls = train.batch_of, []
+
+    def dies(engine, recipe, step):
+        calls.append(step)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(engine, recipe, step)
+
+    monkeypatch.setattr(train, "batch_of", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(tmp_path / "broken", SMALL)
+    again = train.train(tmp_path / "broken", SMALL)
+    assert calls == [0, 1, 2, 3, 2, 3, 4, 5]
+    for a, b in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_trainer_is_one_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "glmlens.demo.train", "-h"], capture_output=True, text=True, check=True
+    )
+    assert "--steps" in done.stdout
+    assert Path(train.__file__).exists()
