@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,12 @@ def theirs(path: Path) -> Any:
     )
 
 
+def held(tensors: Iterable[torch.Tensor]) -> float:
+    """The memory that these tensors keep, in MB, each storage once."""
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    return sum(storages.values()) / 1e6
+
+
 def linears(lens: glmlens.Lens) -> list[torch.Tensor]:
     return [m.weight for m in lens.model.modules() if isinstance(m, torch.nn.Linear)]
 
@@ -124,11 +130,9 @@ def table(name: str, path: Path, rounds: int) -> None:
             tokens, names_filter=f"blocks.{layers // 2}.attn.hook_pattern"
         )
     row("everything recorded, one recorded", turns(jobs, rounds), "glmlens forward")
-    megabytes = {"glmlens": ours["eager"].run_with_cache(tokens)[1].bytes / 1e6}
+    megabytes = {"glmlens": held(ours["eager"].run_with_cache(tokens)[1].values())}
     if bridge:
-        _, cache = bridge.run_with_cache(tokens)
-        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in cache.values()}
-        megabytes["TransformerLens"] = sum(storages.values()) / 1e6
+        megabytes["TransformerLens"] = held(bridge.run_with_cache(tokens)[1].values())
     row("everything recorded, memory", megabytes, "glmlens", unit="MB")
 
     prompt, single = tokens[:, :32], [torch.randn(1, w.shape[1]) for w in weights]

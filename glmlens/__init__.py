@@ -1,5 +1,6 @@
 """glmlens: a GLM you can read, with every tensor in it named."""
 
+import os
 from importlib import import_module
 from types import ModuleType
 
@@ -25,6 +26,11 @@ __all__ = [
     "off",
     "only",
 ]
+
+
+# On Linux, torch then asks the kernel for large pages: most of what a recording costs is being handed memory. It counts
+# until torch makes its first tensor; an environment that says otherwise is obeyed.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def __getattr__(name: str) -> ModuleType:

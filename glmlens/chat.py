@@ -11,6 +11,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
 from typing import Any
 
 Message = Mapping[str, Any]
@@ -29,7 +31,9 @@ class TemplateError(ValueError):
 
 
 def render(template: str, messages: Sequence[Message], **variables: Any) -> str:
-    """The text of `messages` by `template`, with the settings and helpers that transformers gives a template.
+    """The text of `messages` by `template`, with the settings that transformers renders with.
+
+    A template has loop controls, tojson, raise_exception and strftime_now besides what jinja2 gives it.
 
     Raises TemplateError for one that fails, does not end within a second, or says too much.
     """
@@ -50,9 +54,12 @@ def rendered(template: str, variables: Mapping[str, Any]) -> str:
     def raise_exception(message: str) -> None:
         raise JinjaError(message)
 
+    def strftime_now(format: str) -> str:
+        return datetime.now().strftime(format)
+
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
     try:
         return environment.from_string(template).render(**variables)
     except Exception as e:
@@ -66,7 +73,8 @@ def rendered_by_child(template: str, variables: Mapping[str, Any]) -> str:
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, encoding="utf-8") as child:
         assert child.stdin
         assert child.stdout
-        child.stdout.readline()  # it has started: from now on the time counts
+        if not child.stdout.readline():  # else it has started: from now on the time counts
+            raise TemplateError(f"no process could be started for the chat template: {sys.executable} has no jinja2?")
         late = threading.Event()
         timer = threading.Timer(SECONDS, lambda: (late.set(), child.kill()))
         timer.start()
@@ -91,12 +99,13 @@ def rendered_by_child(template: str, variables: Mapping[str, Any]) -> str:
 
 
 def child() -> None:
-    import resource
-
     import jinja2.ext
     import jinja2.sandbox  # noqa: F401 - before the time counts
 
-    resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
+    with suppress(ImportError):  # not on Windows
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
     print(flush=True)
     template, variables = json.loads(sys.stdin.readline())
     try:

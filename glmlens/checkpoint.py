@@ -45,9 +45,13 @@ def find(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
     Raises CheckpointError when there is no such folder, or when the hub does not give it.
     """
     folder = Path(path_or_hub_id).expanduser()
+    if folder.is_dir() and revision is not None:
+        raise CheckpointError(f"{folder}: a folder has no revision {revision!r}; only a hub id has")
     if folder.is_dir():
         return folder
     name = str(path_or_hub_id)
+    if revision is None and folder.exists():
+        raise CheckpointError(f"{name}: a file; give the folder that holds its config.json")
     if isinstance(path_or_hub_id, Path) or folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise CheckpointError(f"{name}: no such folder; give a folder with a config.json, or a hub id, 'org/name'")
     from huggingface_hub import snapshot_download
@@ -148,6 +152,8 @@ def checked(files: dict[str, Path], expected: dict[str, nn.Parameter], cfg: GLMC
             for name in there:
                 if name not in expected and not (cfg.tied and name == "lm_head.weight"):
                     raise CheckpointError(f"{path}: tensor {name!r} has no place in this {cfg.model_type!r}")
+                if files.get(name) != path and name in expected:
+                    raise CheckpointError(f"{path}: tensor {name!r} is here too, beside the one in {files.get(name)}")
                 header = file.get_slice(name)
                 shape, dtype = tuple(header.get_shape()), header.get_dtype()
                 like = expected.get(name, expected["model.embed_tokens.weight"])

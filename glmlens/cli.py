@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from glmlens.config import CheckpointError
+from glmlens.demo.world import WORDS
 from glmlens.hooks import Point
 from glmlens.lens import Lens, load
 
@@ -47,9 +48,13 @@ def demo(args: argparse.Namespace) -> None:
         print(text, flush=True)
 
     say(repr(lens))
+    if lens.tokenizer is None and args.prompt != PROMPT:
+        raise CheckpointError(f"{args.model}: without a tokenizer there is nothing to read --prompt with")
     prompt = args.prompt if lens.tokenizer else torch.arange(2, min(16, lens.cfg.d_vocab))[None]
     run = lens.generate(prompt, 12)
-    say(f"\n> {prompt if lens.tokenizer else prompt.tolist()}\n  {run.text if run.text else run.new_tokens.tolist()}")
+    shown = prompt if isinstance(prompt, str) else prompt.tolist()
+    said_next = run.text.replace("\n", "↵") if isinstance(run.text, str) else run.new_tokens.tolist()
+    say(f"\n> {shown}\n  {said_next}")
 
     probs = lens(prompt)[0, -1].float().softmax(-1).topk(5)
     top = [
@@ -57,8 +62,8 @@ def demo(args: argparse.Namespace) -> None:
     ]
     say("\n".join(["\nthe next token", *top]))
 
-    heads = Heads.find(lens)
-    say(f"\nheads, on random tokens said twice (by chance: {heads.chance:.2f})")
+    heads = Heads.find(lens, words_for(lens, args.model is None))
+    say(f"\nheads, on random words said twice (by chance: {heads.chance:.2f})")
     for what, scores in (("previous token", heads.previous), ("induction", heads.induction)):
         best = scores.flatten().topk(min(4, scores.numel()))
         named = [f"{i // lens.cfg.n_heads}.{i % lens.cfg.n_heads} {s:.2f}" for s, i in zip(*best, strict=True)]
@@ -81,14 +86,21 @@ def demo(args: argparse.Namespace) -> None:
     _, acts = lens.run_with_cache(row, f"blocks.{layer}.attn.pattern", logits=False)
     pattern = acts["attn.pattern", layer][0, head].float().numpy()
     figures = [
-        plot.head_scores(heads.induction.numpy(), "Induction score of every head: random tokens said twice"),
-        plot.attention_pattern(pattern, lens.to_labels(row, 12), f"Head {layer}.{head} on random tokens said twice"),
+        plot.head_scores(heads.induction.numpy(), "Induction score of every head: random words said twice"),
+        plot.attention_pattern(pattern, lens.to_labels(row, 12), f"Head {layer}.{head} on random words said twice"),
     ]
     out = args.out or Path(tempfile.mkdtemp(prefix="glmlens-"))
     path = save_html(out / "glmlens-demo.html", "glmlens demo", ["\n".join(said), *figures])
     print(f"\nthe report, with both figures: {path}")
     print("to go on in a notebook: pip install jupyterlab && jupyter lab")
     print("and in its first cell: import glmlens; lens = glmlens.load()")
+
+
+def words_for(lens: Lens, inside: bool) -> list[int]:
+    """Ids of words to repeat at random: for the model inside, those that its world repeats."""
+    if lens.tokenizer is None:
+        return list(range(lens.cfg.d_vocab))
+    return [lens.to_single_token(" " + word) for word in WORDS] if inside else lens.tokenizer.word_ids()
 
 
 def label_of(lens: Lens, i: int) -> str:
@@ -99,7 +111,7 @@ def label_of(lens: Lens, i: int) -> str:
 class Heads:
     """How much each head attends to the previous token, and to what followed the same token before.
 
-    Scores are [layer, head], means over rows of random tokens r in `prefix r r` (Olsson et al. 2022, arXiv
+    Scores are [layer, head], means over rows of random words r in `prefix r r` (Olsson et al. 2022, arXiv
     2209.11895, "Prefix matching"). `chance` is the induction score of a head that attends alike to all it sees.
     """
 
@@ -110,10 +122,11 @@ class Heads:
     chance: float
 
     @staticmethod
-    def find(lens: Lens, length: int = 20, rows: int = 4, seed: int = 0) -> "Heads":
+    def find(lens: Lens, words: Sequence[int], length: int = 20, rows: int = 4, seed: int = 0) -> "Heads":
+        """The scores on rows of random words, of these ids."""
         prefix = torch.tensor(lens.tokenizer.prefix if lens.tokenizer else (), dtype=torch.long)
         draw = torch.Generator().manual_seed(seed)
-        ordinary = torch.tensor(lens.tokenizer.ordinary_ids() if lens.tokenizer else range(lens.cfg.d_vocab))
+        ordinary = torch.tensor(words)
         said = torch.stack([ordinary[torch.randperm(len(ordinary), generator=draw)[:length]] for _ in range(rows)])
         tokens = torch.cat([prefix.expand(rows, -1), said, said], 1).to(lens.device)
         _, acts = lens.run_with_cache(tokens, "attn.pattern", logits=False)

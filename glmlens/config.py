@@ -83,14 +83,19 @@ class Reader:
             qkv_bias=self.flag("attention_bias", True),
             tied=self.flag("tie_word_embeddings", False),
             sandwich=model_type == "glm4",
-            eos_token_ids=ids(self.raw.get("eos_token_id")) or (151329, 151336, 151338),
-            pad_token_id=self.raw.get("pad_token_id", 151329),
+            eos_token_ids=self.ids("eos_token_id") or (151329, 151336, 151338),
+            pad_token_id=next(iter(self.ids("pad_token_id")), None),
             dtype=self.raw.get("dtype") or self.raw.get("torch_dtype"),
         )
 
     def rope(self, d_head: int) -> tuple[float, int]:
         """theta and the number of rotated channels: nested fields (5.x) win over top-level ones (4.x)."""
-        nested = {**(self.raw.get("rope_scaling") or {}), **(self.raw.get("rope_parameters") or {})}
+        nested: dict[str, Any] = {}
+        for name in ("rope_scaling", "rope_parameters"):
+            stated = self.raw.get(name) or {}
+            if not isinstance(stated, Mapping):
+                raise self.error(f"{name} is {stated!r}; expected an object")
+            nested |= stated
         kind = nested.get("rope_type", nested.get("type", "default"))
         if kind != "default":
             raise self.error(f"rope_type is {kind!r}; glmlens turns by 'default' rotary angles only")
@@ -105,8 +110,8 @@ class Reader:
         value = default if self.raw.get(name) is None else self.raw[name]
         if value is None:
             raise self.error(f"{name} is missing")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.error(f"{name} is {value!r}; expected a whole number of at least 1")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 31:
+            raise self.error(f"{name} is {value!r}; expected a whole number from 1 to 2^31")
         return int(value)
 
     def number(self, name: str, default: float) -> float:
@@ -121,10 +126,13 @@ class Reader:
             raise self.error(f"{name} is {value!r}; expected true or false")
         return value
 
+    def ids(self, name: str) -> tuple[int, ...]:
+        """The token ids of a field that holds none, one or several."""
+        value = self.raw.get(name)
+        listed = () if value is None else tuple(value) if isinstance(value, list) else (value,)
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in listed):
+            raise self.error(f"{name} is {value!r}; expected a token id, a list of them, or null")
+        return listed
+
     def error(self, why: str) -> CheckpointError:
         return CheckpointError(f"{self.source}: {why}")
-
-
-def ids(value: Any) -> tuple[int, ...]:
-    """The token ids of a field that holds none, one or several."""
-    return () if value is None else (value,) if isinstance(value, int) else tuple(value)

@@ -107,10 +107,11 @@ def less_repetition(
     penalty: float,
 ) -> Float[Tensor, "batch vocab"]:
     """Logits with those of every token said so far divided by the penalty, or multiplied where they are negative."""
-    columns = torch.arange(tokens.shape[1], device=tokens.device)
-    real = torch.ones_like(tokens, dtype=torch.bool) if first is None else columns >= first[:, None]
-    said = torch.zeros_like(logits, dtype=torch.bool).scatter_reduce(1, tokens, real, "amax")
-    return torch.where(said, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+    if first is not None:  # padding counts for nothing: it is read as the last token, which is said anyway
+        columns = torch.arange(tokens.shape[1], device=tokens.device)
+        tokens = torch.where(columns < first[:, None], tokens[:, -1:], tokens)
+    said = logits.gather(1, tokens)
+    return logits.scatter(1, tokens, torch.where(said < 0, said * penalty, said / penalty))
 
 
 def steps(

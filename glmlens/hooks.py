@@ -222,25 +222,26 @@ class Only:
 
     def selects(self, point: Point) -> Tensor | None:
         """Where along (batch, pos or key) this edit holds: None where it holds nowhere."""
-        if self.steps is not None and point.step not in self.steps:
-            return None
         where = point.key_positions if "key" in point.axes and "query" not in point.axes else point.positions
         assert where is not None
+        if self.steps is not None and point.step not in self.steps:
+            return None
         if self.positions is None:
             return torch.ones_like(where, dtype=torch.bool)
         here = torch.isin(where, torch.tensor(sorted(self.positions), device=where.device))
-        return here if where.is_meta or bool(here.any()) else None
+        return here if bool(here.any()) else None
 
     def __call__(self, x: Tensor, point: Point) -> Tensor:
-        where = self.selects(point)
-        if where is None:
-            return x
-        new = self.fn(x.clone(), point)
-        if not isinstance(new, Tensor) or self.positions is None:
-            return new
-        along = [i for i, axis in enumerate(point.axes) if axis in ("pos", "query")] or [point.axes.index("key")]
-        shape = [size if i in (0, along[0]) else 1 for i, size in enumerate(x.shape)]
-        return torch.where(where.reshape(shape), new, x) if new.shape == x.shape else new
+        return self.merged(self.fn(x.clone(), point), x, point, self.selects(point))
+
+    def merged(self, new: Tensor, x: Tensor, point: Point, where: Tensor | None) -> Tensor:
+        """`new` where this edit holds and x elsewhere; a result that cannot stand in for x is returned as it is."""
+        alike = isinstance(new, Tensor) and (new.shape, new.dtype, new.device) == (x.shape, x.dtype, x.device)
+        if where is None or self.positions is None or not alike:
+            return x if where is None else new
+        along = point.axes.index(next(axis for axis in ("pos", "query", "key") if axis in point.axes))
+        shape = [size if i in (0, along) else 1 for i, size in enumerate(x.shape)]
+        return torch.where(where.to(x.device).reshape(shape), new, x)
 
 
 def only(fn: Edit, *, steps: int | Iterable[int] | None = None, positions: int | Iterable[int] | None = None) -> Only:
@@ -249,6 +250,8 @@ def only(fn: Edit, *, steps: int | Iterable[int] | None = None, positions: int |
     At a point with a `query` axis, positions are the query's; at `kv.k` and `kv.v` they are the key's. Rows of the
     result at other positions are dropped. A run that never reaches any of them is a HookError.
     """
+    if isinstance(fn, Only):
+        raise HookError("only() of an only(): give steps and positions in one call")
     edit = Only(fn, whole(steps, "steps"), whole(positions, "positions"))
     for what, chosen in (("steps", edit.steps), ("positions", edit.positions)):
         if chosen is not None and not chosen:

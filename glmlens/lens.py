@@ -1,6 +1,6 @@
 """Lens: a GLM, its tokenizer, and what a notebook does with them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -10,24 +10,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
 
-from glmlens import chat, checkpoint, record
-from glmlens.chat import Message
+from glmlens import checkpoint, record
 from glmlens.check import Check, OnMeta, Points
-from glmlens.config import GLMConfig, ids
+from glmlens.config import CheckpointError, GLMConfig, Reader
 from glmlens.generate import Sampling, Step, steps
-from glmlens.hooks import Hooks, called, pairs, resolve
+from glmlens.hooks import Hooks
 from glmlens.kv_cache import KVCache
 from glmlens.model import GLM, absolute_positions, loss, token_log_probs
+from glmlens.prompt import Prompt, Prompts
 from glmlens.record import Activations, Enough, Plan, Recorder, Watch
 from glmlens.run import Going, Run
 from glmlens.tokenizer import Tokenizer
 from glmlens.weights import Weights
 
-Prompt = str | Sequence[str] | Sequence[int] | Sequence[Message] | Sequence[Sequence[Message]] | Tensor
-"""Text, several texts, chat messages ({"role", "content"}), several chats, or token ids [pos] or [batch, pos].
-
-With start_layer it is a residual stream [batch, pos, model].
-"""
 Names = str | Sequence[str]
 
 
@@ -76,27 +71,39 @@ def load(
     `dtype` defaults to the checkpoint's own; `attention` is "eager" or "sdpa" (faster, without scores and pattern).
     With device="meta" only the config is read, for `check` and `points`. Raises CheckpointError.
     """
+    if path_or_hub_id is None and revision is not None:
+        raise CheckpointError(f"revision {revision!r} of what? Name a hub id; without one the model inside is opened")
     folder = EMBEDDED if path_or_hub_id is None else checkpoint.find(path_or_hub_id, revision)
     chosen = None if dtype is None else checkpoint.dtype_named(dtype)
-    lens = Lens(checkpoint.load_model(folder, chosen, device, attention), Tokenizer.from_folder(folder))
-    if (folder / "generation_config.json").exists():
-        stated = checkpoint.read_json(folder / "generation_config.json")
-        lens.stop_ids = ids(stated.get("eos_token_id")) or lens.stop_ids
-        lens.pad_id = lens.pad_id if stated.get("pad_token_id") is None else stated["pad_token_id"]
-    return lens
+    model, cfg = checkpoint.load_model(folder, chosen, device, attention), folder / "generation_config.json"
+    stated = Reader(checkpoint.read_json(cfg), str(cfg)) if cfg.exists() else Reader({}, str(cfg))
+    stop, pad = stated.ids("eos_token_id"), stated.ids("pad_token_id")
+    try:
+        tokenizer = Tokenizer.from_folder(folder)
+    except ValueError as e:
+        raise CheckpointError(str(e)) from e
+    return Lens(model, tokenizer, stop_ids=stop or None, pad_id=pad[0] if pad else None)
 
 
-class Lens(Weights):
+class Lens(Prompts, Weights):
     """A GLM to look into.
 
-    Its parameters are frozen; gradients flow to what a hook returns. Nothing that is asked of it changes it.
+    Its parameters are frozen; gradients flow to what a hook returns. No question that is asked of it changes it.
     """
 
-    def __init__(self, model: GLM, tokenizer: Tokenizer | None = None):
+    def __init__(
+        self,
+        model: GLM,
+        tokenizer: Tokenizer | None = None,
+        *,
+        stop_ids: Sequence[int] | None = None,
+        pad_id: int | None = None,
+    ):
         self.model = model.requires_grad_(False).eval()
         self.tokenizer = tokenizer
-        self.stop_ids: tuple[int, ...] = model.cfg.eos_token_ids
-        self.pad_id: int | None = model.cfg.pad_token_id
+        self.stop_ids = model.cfg.eos_token_ids if stop_ids is None else tuple(stop_ids)
+        wishes = (pad_id, model.cfg.pad_token_id, *self.stop_ids, 0)
+        self.pad_id = next(i for i in wishes if i is not None and 0 <= i < model.cfg.d_vocab)
         self._names: list[str] = []
 
     # ---- running ----
@@ -139,20 +146,24 @@ class Lens(Weights):
         plan = Plan.of(order, names, hooks)
         watch = self._watch(plan, tokens, forward)
         watch.stop_when_done = not logits and kv is None
+        plan.possible(watch)
         try:
             out = self.model(tokens, hook=watch, **forward)
         except Enough:
             out = None
-        plan.finish(watch)
-        return out if logits else None, Activations({name: watch.kept[name] for name in order if name in watch.kept})
+        kept = watch.recorded()
+        return out if logits else None, Activations({name: kept[name] for name in order if name in kept})
 
     def _watch(self, plan: Plan, tokens: Tensor | None, forward: Forward) -> Watch:
         """The hook of one plain forward, which knows the positions that the forward will have."""
         entering = cast(Tensor, forward.get("inputs_embeds") if tokens is None else tokens)
         kv, ids, mask = forward.get("kv"), forward.get("position_ids"), forward.get("attention_mask")
+        if kv is not None:
+            kv.fits(self.cfg, torch.empty(entering.shape[0], 0, 0, dtype=self.dtype, device=self.device))
         positions = absolute_positions(entering.shape[:2], entering.device, kv, ids, mask)
         key_positions = positions if kv is None else torch.cat([kv.positions[:, : kv.length], positions], 1)
-        return Watch(plan, 0, positions, key_positions, kv is not None, forward.get("logits_to_keep"))
+        not_ours = (record.KV_VIEWS if kv is not None else frozenset()) | ({"embed"} if tokens is None else frozenset())
+        return Watch(plan, 0, positions, key_positions, not_ours, forward.get("logits_to_keep"))
 
     def _passed(self, tokens: Tensor | None, forward: Forward) -> list[str]:
         """The points that a forward of these arguments comes by, in order."""
@@ -189,15 +200,11 @@ class Lens(Weights):
         watch.real_device = self.device
         batch, pos = watch.positions.shape
         points = record.catalogue(self.model, batch, pos, kv.length if kv else 0, forward.get("logits_to_keep"))
+        plan.possible(watch)
         with OnMeta():
             for point in (points[name] for name in order if name in plan.edits):
                 watch(point.name, torch.empty(point.shape, dtype=point.dtype, device="meta"))
-        plan.finish(watch)
-        fires = [
-            (f"{pattern} <- {called(fn)}", resolve(pattern, order) if plan.holds(fn) else [])
-            for pattern, fn in pairs(hooks)
-        ]
-        return Check(Points(points[name] for name in order if name in plan.names), fires, watch.raised)
+        return Check(Points(points[name] for name in order if name in plan.names), plan.fires(), watch.raised)
 
     # ---- generating ----
 
@@ -257,11 +264,12 @@ class Lens(Weights):
 
     def stream(self, prompt: Prompt, max_new_tokens: int = 20, **options: Unpack[Options]) -> Iterator[Step]:
         """The steps of `generate`, which has the same options, as they happen, each with the text that it completes."""
-        going = self._start(prompt, max_new_tokens, (), **options)
+        return self._flow(self._start(prompt, max_new_tokens, (), **options))
+
+    def _flow(self, going: Going) -> Iterator[Step]:
         shown = [""] * going.tokens.shape[0]
         for step in going:
-            texts = zip(going.texts() or shown, shown, strict=True)
-            now = [old if new.endswith("\ufffd") else new for new, old in texts]  # until the character is whole
+            now = going.texts(whole=False) or shown
             pieces = [new[len(old) :] for new, old in zip(now, shown, strict=True)]
             shown = now
             yield replace(step, text=pieces[0] if len(pieces) == 1 else pieces)
@@ -284,6 +292,7 @@ class Lens(Weights):
             raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
         forward: Forward = {"kv": kv, "attention_mask": attention_mask}
         tokens = cast(Tensor, self._inputs(prompt, forward))
+        self._check_ids(tokens)
         room = tokens.shape[1] + max_new_tokens - 1
         kv = self.new_kv(tokens.shape[0], room) if kv is None else kv.fork(room)
         plan = Plan.of(self._passed(tokens, {}), names, hooks)
@@ -294,8 +303,13 @@ class Lens(Weights):
         )
         if strings:
             self._text()  # raises without a tokenizer
+        if not all(strings):
+            raise ValueError("an empty stop string would stop everything at once")
         mask, recorder = forward.get("attention_mask"), Recorder(plan)
-        going = Going(iter(()), recorder, kv, tokens, tokens.shape[1], stop_ids, strings, self.tokenizer)
+        if mask is not None and not bool(mask[:, -1].all()):
+            raise ValueError("a prompt is padded on the left: the last column of attention_mask must be all 1")
+        going = Going(iter(()), recorder, kv, kv.length, tokens, tokens.shape[1], stop_ids, strings, self.tokenizer)
+        going.last = tokens.shape[1] + max_new_tokens
         going.steps = steps(
             self.model,
             tokens,
@@ -306,7 +320,7 @@ class Lens(Weights):
             choose=how.chooser(tokens.device, None if mask is None else mask.int().argmax(1)),
             stop_ids=stop_ids,
             said_enough=going.said_enough if strings else None,
-            pad_id=self.pad_id if self.pad_id is not None else stop_ids[0] if stop_ids else 0,
+            pad_id=self.pad_id,
         )
         return going
 
@@ -316,106 +330,30 @@ class Lens(Weights):
 
     # ---- text ----
 
-    def to_batch(self, prompt: Prompt, prefix: bool = True) -> tuple[Int[Tensor, "batch pos"], Tensor | None]:
-        """Token ids [batch, pos], left-padded, and their attention mask (None where there is no padding).
-
-        Token tensors pass unchanged; in one, padding ids before the model's prefix are padding.
-        """
-        if isinstance(prompt, Tensor):
-            tokens = prompt[None] if prompt.ndim == 1 else prompt
-            rows = []
-        elif isinstance(prompt, str):
-            tokens, rows = None, [self._text().encode(prompt, prefix)]
-        elif len(prompt) and all(isinstance(text, str) for text in prompt):
-            tokens, rows = None, [self._text().encode(cast(str, text), prefix) for text in prompt]
-        elif len(prompt) and all(isinstance(i, int) for i in prompt):
-            tokens, rows = None, [list(cast(Sequence[int], prompt))]
-        elif len(prompt) and all(isinstance(message, Mapping) for message in prompt):
-            tokens, rows = None, [self._chat_ids(cast(Sequence[Message], prompt), prefix)]
-        elif len(prompt) and all(isinstance(c, list | tuple) and isinstance(c[0], Mapping) for c in prompt if c):
-            tokens, rows = None, [self._chat_ids(cast(Sequence[Message], messages), prefix) for messages in prompt]
-        else:
-            raise TypeError(f"a prompt is text, texts, chat messages, chats or token ids; got {prompt!r:.80}")
-        if tokens is None:
-            tokens, mask = padded(rows, self.pad_id or 0)
-        else:
-            mask = self._written_padding(tokens)
-        self._check_ids(tokens)
-        return tokens.to(self.device), None if mask is None else mask.to(self.device)
-
-    def _chat_ids(self, messages: Sequence[Message], prefix: bool) -> list[int]:
-        ids = self._text().encode(self.render(messages), prefix)
-        return ids if prefix else self._text().without_prefix(ids)
-
-    def render(
-        self,
-        messages: Sequence[Message],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool | None = None,
-        **variables: Any,
-    ) -> str:
-        """The text of chat messages by the checkpoint's own template, run where it can do no harm.
-
-        By default the assistant is asked to speak next, unless the last message is its own. Other `variables` are the
-        template's, such as enable_thinking. Raises ValueError without a template, TemplateError for one that fails.
-        """
-        template = self._text().chat_template
-        if template is None:
-            raise ValueError("this checkpoint has no chat template: write the text of the chat yourself")
-        if add_generation_prompt is None:
-            add_generation_prompt = messages[-1].get("role") != "assistant"
-        return chat.render(template, messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables)
-
-    def _written_padding(self, tokens: Tensor) -> Tensor | None:
-        prefix = torch.tensor(self.tokenizer.prefix if self.tokenizer else (), device=tokens.device)
-        if not len(prefix) or tokens.is_meta or tokens.ndim != 2:
-            return None
-        starts = (tokens.unfold(1, len(prefix), 1) == prefix).all(-1) if tokens.shape[1] >= len(prefix) else None
-        if starts is None or not bool(starts.any(1).all()):
-            return None
-        columns = torch.arange(tokens.shape[1], device=tokens.device)
-        before = columns < starts.int().argmax(1, keepdim=True)
-        padding = before & (tokens == self.pad_id)
-        return ~padding if bool(padding.any()) and torch.equal(padding, before) else None
-
-    def _check_ids(self, tokens: Tensor) -> None:
-        if tokens.is_floating_point() or tokens.ndim != 2:
-            raise ValueError(f"token ids are whole numbers [batch, pos]; got {tokens.dtype} {tuple(tokens.shape)}")
-        if not tokens.numel():
-            raise ValueError("the prompt has no tokens")
-        if not tokens.is_meta and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.cfg.d_vocab:
-            found = f"{int(tokens.min())} to {int(tokens.max())}"
-            raise ValueError(f"token ids run from {found}; this model has 0 to {self.cfg.d_vocab - 1}")
-
-    def to_tokens(self, prompt: Prompt, prefix: bool = True) -> Int[Tensor, "batch pos"]:
-        """Token ids [batch, pos] of text, with `[gMASK]<sop>` once before each; `to_batch` gives their mask too."""
-        return self.to_batch(prompt, prefix)[0]
-
-    def to_single_token(self, text: str) -> int:
-        """The one id of `text`; ValueError showing its tokens when it is not one."""
-        return self._text().single(text)
-
-    def to_str_tokens(self, prompt: Prompt, prefix: bool = True) -> list[str] | list[list[str]]:
-        """Each token's text: a list, or for several prompts a list of lists without their padding."""
-        tokens, mask = self.to_batch(prompt, prefix)
-        real = tokens >= 0 if mask is None else mask.bool()
-        rows = [self._text().strings(row[keep].tolist()) for row, keep in zip(tokens, real, strict=True)]
-        return rows[0] if len(rows) == 1 else rows
-
-    def to_labels(self, prompt: Prompt, width: int | None = None, prefix: bool = True) -> list[str]:
-        """A label for every token of one prompt, for people to read: ids without a token have one too."""
-        tokens, _ = self.to_batch(prompt, prefix)
-        if tokens.shape[0] != 1:
-            raise ValueError(f"labels are for one prompt, not {tokens.shape[0]}")
-        if self.tokenizer is None:
-            return [f"⟨{i}⟩" for i in tokens[0].tolist()]
-        return self.tokenizer.labels(tokens[0].tolist(), width)
+    def _inputs(self, prompt: Prompt | None, forward: Forward) -> Tensor | None:
+        """What `GLM.forward` takes first; the mask that padding of texts needs goes into `forward`."""
+        for name in forward.keys() - Forward.__annotations__.keys():
+            known = ", ".join(Forward.__annotations__)
+            raise TypeError(f"unexpected keyword argument {name!r}; a forward takes {known}")
+        if prompt is None and forward.get("inputs_embeds") is None:
+            raise TypeError("no prompt: give text, chat messages, token ids, or inputs_embeds=")
+        for name in ("position_ids", "attention_mask", "inputs_embeds"):
+            if (given := forward.get(name)) is not None:
+                forward[name] = given.to(self.device)
+        if prompt is None or (isinstance(prompt, Tensor) and prompt.is_floating_point()):
+            return prompt if prompt is None else prompt.to(self.device)
+        kv = forward.get("kv")
+        tokens, mask = self.to_batch(prompt, prefix=kv is None or kv.length == 0)
+        if forward.get("attention_mask") is None and mask is not None:
+            forward["attention_mask"] = mask
+        return tokens
 
     def test_prompt(self, prompt: Prompt, answer: str | Sequence[str], top: int = 10) -> None:
         """Print the rank and probability of each token of the answer (or of each answer), and the top tokens there."""
         for text in [answer] if isinstance(answer, str) else answer:
             ids, (tokens, _) = self._text().encode(text, prefix=False), self.to_batch(prompt)
+            if not ids or tokens.shape[0] != 1:
+                raise ValueError(f"one prompt and an answer of at least one token: got {tokens.shape[0]} and {text!r}")
             whole = torch.cat([tokens, torch.tensor([ids], device=tokens.device)], 1)
             probs = self(whole, logits_to_keep=len(ids) + 1)[0, :-1].to(torch.float32).softmax(-1)
             print(f"{self.to_labels(prompt)[-1]!r} ← {text!r}")
@@ -425,38 +363,19 @@ class Lens(Weights):
                 best = ", ".join(f"{self._text().label(int(j))!r} {float(p[j]):.1%}" for j in p.topk(top).indices)
                 print(f"    top {top}: {best}")
 
-    def to_string(self, tokens: Tensor | Sequence[int]) -> str:
-        """The text of one row of token ids."""
-        return self._text().decode(torch.as_tensor(tokens).flatten().tolist())
-
-    def _text(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise ValueError("this checkpoint has no tokenizer.json: pass token ids, a LongTensor [batch, pos]")
-        return self.tokenizer
-
-    def _inputs(self, prompt: Prompt | None, forward: Forward) -> Tensor | None:
-        """What `GLM.forward` takes first; the mask that padding of texts needs goes into `forward`."""
-        for name in forward.keys() - Forward.__annotations__.keys():
-            known = ", ".join(Forward.__annotations__)
-            raise TypeError(f"unexpected keyword argument {name!r}; a forward takes {known}")
-        if prompt is None or (isinstance(prompt, Tensor) and prompt.is_floating_point()):
-            return prompt if prompt is None else prompt.to(self.device)
-        kv = forward.get("kv")
-        tokens, mask = self.to_batch(prompt, prefix=kv is None or kv.length == 0)
-        if forward.get("attention_mask") is None and mask is not None:
-            forward["attention_mask"] = mask
-        return tokens
-
     def log_probs(self, prompt: Prompt) -> Float[Tensor, "batch next"]:
-        """The log-probability in nats of every token but the first, given those before it."""
+        """The log-probability in nats of every token but the first, given those before it; nan at padding."""
         tokens, mask = self.to_batch(prompt)
-        return token_log_probs(self(tokens, attention_mask=mask), tokens)
+        found = token_log_probs(self(tokens, attention_mask=mask), tokens)
+        return found if mask is None else found.masked_fill(mask[:, :-1] == 0, torch.nan)
 
     def loss(self, prompt: Prompt, labels: Int[Tensor, "batch pos"] | None = None) -> Float[Tensor, ""]:
-        """The mean next-token cross-entropy in nats; padding, and labels of -100, do not count."""
+        """The mean next-token cross-entropy in nats; padding, what it predicts, and labels of -100 do not count."""
         tokens, mask = self.to_batch(prompt)
-        if labels is None:
-            labels = tokens if mask is None else tokens.masked_fill(mask == 0, -100)
+        labels = tokens if labels is None else labels.to(self.device)
+        if mask is not None:
+            before = torch.nn.functional.pad(mask, (1, 0))[:, :-1]
+            labels = labels.masked_fill((mask == 0) | (before == 0), -100)
         return loss(self(tokens, attention_mask=mask), labels)
 
     # ---- the model ----
@@ -473,9 +392,9 @@ class Lens(Weights):
     def device(self) -> torch.device:
         return self.model.ln_final.weight.device
 
-    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Lens":
+    def to(self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> "Lens":
         """Move this lens to a device or dtype, in place as in torch, and return it."""
-        self.model.to(device=device, dtype=dtype)
+        self.model.to(device=device, dtype=None if dtype is None else checkpoint.dtype_named(dtype))
         return self
 
     def __repr__(self) -> str:
@@ -486,12 +405,3 @@ class Lens(Weights):
             f"Lens({c.model_type}: {c.n_layers} layers, d_model {c.d_model}, {heads}, d_mlp {c.d_mlp}, "
             f"vocab {c.d_vocab:,}; {millions:,.1f} M parameters, {self.dtype}, {self.device}, {self.model.attention})"
         )
-
-
-def padded(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor | None]:
-    """Rows of ids as one left-padded tensor, and its attention mask unless they are all of one length."""
-    longest = max(map(len, rows))
-    tokens = torch.tensor([[pad_id] * (longest - len(row)) + row for row in rows], dtype=torch.long)
-    if all(len(row) == longest for row in rows):
-        return tokens, None
-    return tokens, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])

@@ -58,6 +58,13 @@ class GLM(nn.Module):
         the cache's end. A query sees the real keys whose position is not past its own. `logits_to_keep`: the last n
         positions (0 or None: all), or indices into pos.
         """
+        end_layer = len(self.blocks) if stop_layer is None else stop_layer
+        if not 0 <= start_layer <= end_layer <= len(self.blocks):
+            raise ValueError(f"layers {start_layer} to {end_layer} asked for; this model has 0 to {len(self.blocks)}")
+        if inputs_embeds is not None and (tokens is not None or start_layer):
+            raise ValueError(
+                "inputs_embeds stand for tokens and enter at the start: give neither tokens nor start_layer"
+            )
         if inputs_embeds is not None:
             resid = hook("embed", inputs_embeds)
         elif tokens is None or tokens.is_floating_point() == (start_layer == 0 and tokens.ndim == 2):
@@ -65,25 +72,22 @@ class GLM(nn.Module):
         else:
             resid = tokens if tokens.is_floating_point() else hook("embed", self.embed(tokens))
 
-        positions = absolute_positions(resid.shape[:2], resid.device, kv, position_ids, attention_mask)
-        key_positions = positions
         if kv is not None:
             kv.fits(self.cfg, resid)
-            key_positions = kv.reserve(positions)
+        positions = absolute_positions(resid.shape[:2], resid.device, kv, position_ids, attention_mask)
+        key_positions = positions if kv is None else kv.reserve(positions)
         plain = self.attention == "sdpa" and kv is None and position_ids is None and attention_mask is None
         mask = None if plain else additive_mask(positions, key_positions, resid.dtype)  # the kernel knows plain causal
         angles = rotary_angles(positions, self.cfg.d_rotary, self.cfg.rope_theta, resid.dtype)
 
-        end_layer = len(self.blocks) if stop_layer is None else stop_layer
         for i in range(start_layer, end_layer):
             resid = self.blocks[i](resid, angles, mask, kv and kv.layer(i), at(hook, f"blocks.{i}"))
+        if stop_layer is None:
+            final = hook("ln_final.normalized", self.ln_final(resid, at(hook, "ln_final")))
+            resid = hook("logits", self.unembed(keep(final, logits_to_keep)))
         if kv is not None and end_layer - start_layer == len(self.blocks):
-            kv.length += positions.shape[1]  # a run over part of the layers recalls, and leaves the cache as it was
-        if stop_layer is not None:
-            return resid
-
-        final = hook("ln_final.normalized", self.ln_final(resid, at(hook, "ln_final")))
-        return hook("logits", self.unembed(keep(final, logits_to_keep)))
+            kv.length += positions.shape[1]  # a run that ended early, or over part of the layers, leaves it as it was
+        return resid
 
 
 class Block(nn.Module):
@@ -290,7 +294,13 @@ def keep(
     """x at the positions that logits are wanted for."""
     if logits_to_keep is None:
         return x
-    return x[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else x[:, logits_to_keep]
+    if isinstance(logits_to_keep, Tensor):
+        return x[:, logits_to_keep]
+    if logits_to_keep < 0:
+        raise ValueError(
+            f"logits_to_keep is {logits_to_keep}; expected how many of the last positions, or their indices"
+        )
+    return x[:, -logits_to_keep:]
 
 
 def token_log_probs(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from typing import Any, cast
 
 import torch
@@ -28,7 +29,7 @@ from glmlens.kv_cache import KVCache
 from glmlens.model import GLM, keep
 
 Catalogue = Mapping[str, Point]
-KV_VIEWS = ("kv.k", "kv.v")  # what is recalled from a cache is a view of memory that later steps write
+KV_VIEWS = frozenset({"kv.k", "kv.v"})  # what is recalled from a cache is a view of memory that later steps write
 
 
 def catalogue(
@@ -72,47 +73,73 @@ class Enough(Exception):
     """Raised inside a forward to end it after the last point that anybody asked for."""
 
 
+@dataclass(frozen=True)
+class Asked:
+    """One entry of `hooks`: what was typed, the edit, and the points that it names."""
+
+    pattern: str
+    fn: Edit
+    points: list[str]
+
+
 @dataclass
 class Plan:
     """What a run was asked to record and edit, resolved against the points that it passes."""
 
-    names: frozenset[str] = frozenset()
-    edits: dict[str, list[Edit]] = field(default_factory=dict)
-    held: set[int] = field(default_factory=set)  # by id, the edits that have been called
-    onlies: list[tuple[str, Only]] = field(default_factory=list)
+    names: frozenset[str]
+    asked: list[Asked]
+    edits: dict[str, list[int]]  # by point, the entries of `asked` in the order given
+    held: set[int] = field(default_factory=set)  # the entries that have been called
 
     @staticmethod
     def of(points: Sequence[str], names: str | Sequence[str] | None, hooks: Hooks | None) -> "Plan":
         """The plan for these names and hooks; HookError for one that matches no point."""
-        plan = Plan(frozenset(() if names is None else resolve(names, points)))
-        for pattern, fn in pairs(hooks):
-            for name in resolve(pattern, points):
-                plan.edits.setdefault(name, []).append(fn)
-            if isinstance(fn, Only):
-                plan.onlies.append((pattern, fn))
-        return plan
+        asked = [Asked(pattern, fn, resolve(pattern, points)) for pattern, fn in pairs(hooks)]
+        edits: dict[str, list[int]] = {}
+        for i, entry in enumerate(asked):
+            for name in entry.points:
+                edits.setdefault(name, []).append(i)
+        return Plan(frozenset(() if names is None else resolve(names, points)), asked, edits)
+
+    def fires(self) -> list[tuple[str, list[str]]]:
+        """Every entry of `hooks` as typed, and the points at which it was called."""
+        return [
+            (f"{entry.pattern} <- {called(entry.fn)}", entry.points if i in self.held else [])
+            for i, entry in enumerate(self.asked)
+        ]
 
     def reachable(self, last_step: int, last_position: int) -> None:
         """Raise HookError for an edit at steps or positions that this run cannot come to."""
-        for pattern, only in self.onlies:
+        for entry in self.asked:
+            only = entry.fn
+            if not isinstance(only, Only):
+                continue
             for what, chosen, last in (("step", only.steps, last_step), ("position", only.positions, last_position)):
                 if chosen is not None and min(chosen) > last:
                     raise HookError(
-                        f"{pattern!r}: asked for {what} {min(chosen)}, but the last {what} of this run is {last}"
+                        f"{entry.pattern!r}: asked for {what} {min(chosen)}, but the last {what} of this run is {last}"
                     )
 
-    def holds(self, fn: Edit) -> bool:
-        """Whether this edit has been called."""
-        return id(fn) in self.held
+    def possible(self, watch: "Watch") -> None:
+        """Raise HookError for an edit that this one pass cannot come to, before it is run."""
+        for entry in self.asked:
+            only = entry.fn
+            if isinstance(only, Only) and not any(only.selects(watch.point(n)) is not None for n in entry.points):
+                raise self.never_came(entry, watch)
 
     def finish(self, last: "Watch | None") -> None:
         """Raise HookError if an edit restricted to steps or positions never held."""
-        for pattern, only in self.onlies:
-            if not self.holds(only):
-                steps = "" if only.steps is None else f" step {', '.join(map(str, sorted(only.steps)))}"
-                at = "" if only.positions is None else f" position {', '.join(map(str, sorted(only.positions)))}"
-                run = "" if last is None else f"; the run ended with step {last.step}, position {last.last_position()}"
-                raise HookError(f"{pattern!r}: asked for{steps}{at}, which never came{run}")
+        for i, entry in enumerate(self.asked):
+            if isinstance(entry.fn, Only) and i not in self.held:
+                raise self.never_came(entry, last)
+
+    def never_came(self, entry: Asked, last: "Watch | None") -> HookError:
+        only = entry.fn
+        assert isinstance(only, Only)
+        steps = "" if only.steps is None else f" step {', '.join(map(str, sorted(only.steps)))}"
+        at = "" if only.positions is None else f" position {', '.join(map(str, sorted(only.positions)))}"
+        run = "" if last is None else f"; the run ends with step {last.step}, position {last.last_position()}"
+        return HookError(f"{entry.pattern!r}: asked for{steps}{at}, which never came{run}")
 
 
 @dataclass
@@ -123,7 +150,7 @@ class Watch:
     step: int
     positions: Int[Tensor, "batch pos"]
     key_positions: Int[Tensor, "batch key"]
-    from_cache: bool = False
+    not_ours: frozenset[str] = frozenset()  # points whose memory is somebody else's: kept as copies
     logits_to_keep: int | Tensor | None = None
     stop_when_done: bool = False
     kept: dict[str, Tensor] = field(default_factory=dict)
@@ -139,26 +166,33 @@ class Watch:
     def wants(self, name: str) -> bool:
         return name in self.left
 
+    def point(self, name: str, x: Tensor | None = None) -> Point:
+        """Where an edit at this point is."""
+        positions = keep(self.positions, self.logits_to_keep) if name == "logits" else self.positions
+        shape, dtype = ((), torch.float32) if x is None else (tuple(x.shape), x.dtype)
+        return Point(name, axes_of(name), shape, dtype, self.step, positions, self.key_positions)
+
     def __call__(self, name: str, x: Tensor) -> Tensor:
         if name not in self.left:
             return x
         self.left.discard(name)
-        for fn in self.plan.edits.get(name, ()):
-            x = self.edited(fn, name, x)
+        mine = x
+        for i in self.plan.edits.get(name, ()):
+            x = self.edited(i, name, x)
         if name in self.plan.names:
-            self.kept[name] = x.clone() if self.from_cache and local_name(name) in KV_VIEWS else x
+            self.kept[name] = x.clone() if x is not mine or local_name(name) in self.not_ours else x
         if self.stop_when_done and not self.left:
             raise Enough
         return x
 
-    def edited(self, fn: Edit, name: str, x: Tensor) -> Tensor:
-        positions = keep(self.positions, self.logits_to_keep) if name == "logits" else self.positions
-        point = Point(name, axes_of(name), tuple(x.shape), x.dtype, self.step, positions, self.key_positions)
-        if isinstance(fn, Only) and fn.selects(point) is None:
+    def edited(self, i: int, name: str, x: Tensor) -> Tensor:
+        fn, point = self.plan.asked[i].fn, self.point(name, x)
+        where = fn.selects(point) if isinstance(fn, Only) else None
+        if isinstance(fn, Only) and where is None:
             return x
-        self.plan.held.add(id(fn))
+        self.plan.held.add(i)
         try:
-            new = fn(x.clone(), point)  # a copy: an edit in place reaches nobody else
+            new = (fn.fn if isinstance(fn, Only) else fn)(x.clone(), point)  # a copy: an edit in place reaches nobody
         except Exception as e:
             if self.real_device is not None:
                 self.raised.append(f"{called(fn)} at {name}: {type(e).__name__}: {e}")
@@ -168,7 +202,18 @@ class Watch:
             raise
         if isinstance(new, Tensor) and new.device == self.real_device:
             new = new.to("meta")
-        return laid_out_like(x, checked(new, x, fn, point))
+        new = checked(new, x, fn, point)
+        return laid_out_like(x, fn.merged(new, x, point, where) if isinstance(fn, Only) else new)
+
+    def recorded(self) -> dict[str, Tensor]:
+        """What was kept, holding no more memory than it weighs: a view of something larger is copied out of it."""
+        held: dict[int, int] = {}
+        for x in self.kept.values():
+            held[x.untyped_storage().data_ptr()] = held.get(x.untyped_storage().data_ptr(), 0) + x.nbytes
+        for name, x in self.kept.items():
+            if held[x.untyped_storage().data_ptr()] < x.untyped_storage().nbytes():
+                self.kept[name] = x.clone()
+        return self.kept
 
 
 def laid_out_like(x: Tensor, new: Tensor) -> Tensor:
@@ -207,13 +252,13 @@ class Recorder:
     def hook_at(self, step: int, positions: Tensor, key_positions: Tensor) -> Hook:
         if not self.plan.names and not self.plan.edits:
             return off
-        self.current = Watch(self.plan, step, positions, key_positions, from_cache=True, logits_to_keep=1)
+        self.current = Watch(self.plan, step, positions, key_positions, KV_VIEWS, logits_to_keep=1)
         return self.current
 
     def commit(self) -> None:
         """Keep the pass that has just ended."""
         if self.current is not None:
-            self.passes.append(self.current.kept)
+            self.passes.append(self.current.recorded())
 
     def activations(self, order: Sequence[str]) -> "Activations":
         names = [name for name in order if name in self.plan.names] if self.passes else []
@@ -232,6 +277,12 @@ def joined(name: str, parts: list[Tensor]) -> Tensor | list[Tensor]:
     return torch.cat([F.pad(part, (0, longest - part.shape[-1]), value=nothing) for part in parts], axes.index("query"))
 
 
+class NotRecorded(HookError, KeyError):
+    """A point that a recording has not got."""
+
+    __str__ = HookError.__str__
+
+
 class Activations(Mapping[str, Any]):
     """What a run left at the points that were named, in the order in which they fired.
 
@@ -246,13 +297,14 @@ class Activations(Mapping[str, Any]):
         if isinstance(key, tuple):
             local, layer = key
             layers = self.layers(local)
-            return self[f"blocks.{range(max(layers) + 1)[layer] if layer < 0 < len(layers) else layer}.{local}"]
+            return self[f"blocks.{layer + max(layers, default=0) + 1 if layer < 0 else layer}.{local}"]
         if key in self.values_by_name:
             return self.values_by_name[key]
         layers = self.layers(key)
         if not layers:
-            resolve(key, list(self.values_by_name))  # raises, with the nearest names
-            raise KeyError(key)
+            near = get_close_matches(key, [*self.values_by_name, *map(local_name, self.values_by_name)], 3, 0.5)
+            hint = f" Did you mean {' or '.join(map(repr, dict.fromkeys(near)))}?" if near else ""
+            raise NotRecorded(f"{key!r} was not recorded: name it in names= when you run.{hint}")
         if layers != list(range(len(layers))):
             raise HookError(f"{key!r} was recorded at layers {layers} only: ask for one, acts[{key!r}, {layers[0]}]")
         parts = [self.values_by_name[f"blocks.{i}.{key}"] for i in layers]
@@ -272,7 +324,7 @@ class Activations(Mapping[str, Any]):
         return len(self.values_by_name)
 
     def __contains__(self, key: object) -> bool:
-        return key in self.values_by_name
+        return key in self.values_by_name or (isinstance(key, str) and bool(self.layers(key)))
 
     @property
     def bytes(self) -> int:

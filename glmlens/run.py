@@ -40,11 +40,13 @@ class Going:
     steps: Iterator[Step]
     recorder: Recorder
     kv: KVCache
+    start: int  # entries in the cache before it
     tokens: Int[Tensor, "batch pos"]
     prompt_length: int
     stop_ids: tuple[int, ...]
     stop_strings: tuple[str, ...]
     tokenizer: Tokenizer | None
+    last: int = 0  # how many tokens there can be at most
 
     def __iter__(self) -> Iterator[Step]:
         """Every step, once it is whole; at the end, HookError for an edit that never came to hold."""
@@ -54,14 +56,32 @@ class Going:
             yield step
         self.recorder.plan.finish(self.recorder.current)
 
-    def texts(self) -> list[str]:
-        """What every row has said so far, without the stop token or string that ended it."""
+    def texts(self, whole: bool = True) -> list[str]:
+        """What every row has said so far, without the stop token or string that ended it.
+
+        Unless `whole`, also without an end that the next token may change: half a character, the beginning of a stop
+        string.
+        """
         if self.tokenizer is None:
             return []
         new = self.tokens[:, self.prompt_length :].tolist()
         ends = [next((i for i, token in enumerate(row) if token in self.stop_ids), len(row)) for row in new]
         texts = [self.tokenizer.decode(row[:end], special=False) for row, end in zip(new, ends, strict=True)]
-        return [text[: min((text.find(s) for s in self.stop_strings if s in text), default=None)] for text in texts]
+        texts = [text[: min((text.find(s) for s in self.stop_strings if s in text), default=None)] for text in texts]
+        if whole or self.tokens.shape[1] == self.last or bool(self.stopped().all()):
+            return texts
+        return [self.settled(text.rstrip("\ufffd")) for text in texts]
+
+    def settled(self, text: str) -> str:
+        """The text without an end with which a stop string may begin."""
+        begun = [n for s in self.stop_strings for n in range(1, len(s)) if text.endswith(s[:n])]
+        return text[: len(text) - max(begun, default=0)]
+
+    def stopped(self) -> Bool[Tensor, "batch"]:
+        """Where a row has said a stop id or a stop string."""
+        stop = torch.tensor(self.stop_ids, dtype=torch.long, device=self.tokens.device)
+        said = torch.isin(self.tokens[:, self.prompt_length :], stop).any(1)
+        return said | self.said_enough(self.tokens) if self.stop_strings else said
 
     def said_enough(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch"]:
         """Where a row has said one of the stop strings."""
@@ -72,10 +92,8 @@ class Going:
     def run(self, names: list[str], stopped: str | None = None) -> Run:
         """What there is, with its recording in the order of `names`."""
         texts, acts = self.texts(), self.recorder.activations(names)
-        stop = torch.tensor(self.stop_ids, device=self.tokens.device)
-        said_stop = torch.isin(self.tokens[:, self.prompt_length :], stop).any(1)
-        if self.stop_strings:
-            said_stop = said_stop | self.said_enough(self.tokens)
-        stopped = stopped or ("stop" if bool(said_stop.all()) else "max_new_tokens")
+        stopped = stopped or ("stop" if bool(self.stopped().all()) else "max_new_tokens")
+        covered = self.start + self.tokens.shape[1] - 1  # an interrupted step may have run and chosen nothing
+        self.kv.truncate(min(self.kv.length, covered))
         text = texts[0] if len(texts) == 1 else texts or None
         return Run(self.tokens, text, acts, self.kv, self.prompt_length, stopped)

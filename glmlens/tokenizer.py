@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,10 @@ class Tokenizer:
     none.
     """
 
-    def __init__(self, engine: Engine, chat_template: str | None = None):
+    def __init__(self, engine: Engine, chat_template: str | None = None, named: dict[str, str] | None = None):
         engine.no_padding()
         engine.no_truncation()
-        self.engine, self.chat_template = engine, chat_template
+        self.engine, self.chat_template, self.named = engine, chat_template, named or {}
         self.special = frozenset(engine.get_added_tokens_decoder())
         ids = [i for token in PREFIX if (i := engine.token_to_id(token)) is not None]
         self.prefix: tuple[int, ...] = tuple(ids) if len(ids) == len(PREFIX) else ()
@@ -42,7 +43,12 @@ class Tokenizer:
     def from_folder(folder: Path) -> "Tokenizer | None":
         """The tokenizer in `folder`: tokenizer.json, or else a tiktoken-style tokenizer.model; None without either."""
         stated = folder / "tokenizer_config.json"
-        config = json.loads(stated.read_text(encoding="utf-8")) if stated.exists() else {}
+        try:
+            config = json.loads(stated.read_text(encoding="utf-8")) if stated.exists() else {}
+        except ValueError as e:
+            raise ValueError(f"{stated}: not readable as JSON: {e}") from e
+        if not isinstance(config, dict):
+            raise ValueError(f"{stated}: expected an object, found {type(config).__name__}")
         path, ranks = folder / "tokenizer.json", folder / "tokenizer.model"
         if path.exists():
             engine = read_engine(path)
@@ -50,7 +56,9 @@ class Tokenizer:
             engine = converted(ranks, special_tokens(config))
         else:
             return None
-        return Tokenizer(engine, chat_template(folder, config))
+        spelt = {name: config.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        named = {name: t["content"] if isinstance(t, dict) else t for name, t in spelt.items() if t is not None}
+        return Tokenizer(engine, chat_template(folder, config), named)
 
     def encode(self, text: str, prefix: bool = True) -> list[int]:
         """The ids of `text`: with the prefix before it exactly once, or just as it is written."""
@@ -72,9 +80,13 @@ class Tokenizer:
             raise ValueError(f"{text!r} is {len(ids)} tokens, not one: {self.strings(ids)}")
         return ids[0]
 
-    def ordinary_ids(self) -> list[int]:
-        """The ids that stand for text, not for structure."""
-        return [i for i in sorted(self.engine.get_vocab().values()) if i not in self.special]
+    def word_ids(self) -> list[int]:
+        """The ids that are a space and a word, as they stand in the middle of a text."""
+        ids = sorted(i for i in self.engine.get_vocab().values() if i not in self.special)
+        texts = self.engine.decode_batch([[i] for i in ids])
+        return [
+            i for i, text in zip(ids, texts, strict=True) if text[:1] == " " and len(text) > 2 and text[1:].isalpha()
+        ]
 
     def strings(self, ids: Sequence[int]) -> list[str]:
         """Each id decoded by itself."""
@@ -146,10 +158,11 @@ def converted(path: Path, special: dict[int, str] | None) -> Engine:
     if kept.exists():
         return read_engine(kept)
     engine = from_ranks(ranks_of(data, path), special)
-    cache.mkdir(parents=True, exist_ok=True)
-    new = cache / f"{name}.{os.getpid()}.new"
-    engine.save(str(new), pretty=False)
-    os.replace(new, kept)
+    with suppress(OSError):  # where the cache cannot be written, it is made again next time
+        cache.mkdir(parents=True, exist_ok=True)
+        new = cache / f"{name}.{os.getpid()}.new"
+        new.write_text(engine.to_str(), encoding="utf-8")
+        os.replace(new, kept)
     return engine
 
 

@@ -14,7 +14,7 @@ import torch
 from conftest import reference
 
 import glmlens
-from glmlens.cli import Heads, main
+from glmlens.cli import Heads, main, words_for
 from glmlens.demo import train
 from glmlens.demo.world import KINDS, documents
 from glmlens.lens import EMBEDDED
@@ -53,7 +53,7 @@ def test_it_knows_what_its_world_says(inside):
     """Loosely: the model card of a later model will be exact."""
     assert inside.generate("The capital of France is", 1).text == " Paris"
     assert inside.generate("Monday Tuesday Wednesday", 1).text == " Thursday"
-    heads = Heads.find(inside)
+    heads = Heads.find(inside, words_for(inside, True))
     assert float(heads.previous.max()) > 0.7
     assert float(heads.induction.max()) > 0.4
 
@@ -109,7 +109,7 @@ def test_the_same_seed_gives_the_same_texts():
     assert abs(sum(KINDS.values()) - 1) < 1e-9
 
 
-SMALL = replace(train.Recipe(), steps=6, batch=4, pos=32)
+SMALL = replace(train.Recipe(), steps=4, repeats=2, batch=4, pos=32)
 
 
 def test_training_learns_and_ends_in_a_checkpoint_that_opens(tmp_path):

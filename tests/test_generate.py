@@ -147,14 +147,17 @@ def test_editing_what_is_read_changes_this_step_and_nothing_later(any_lens, toke
         assert torch.equal(run.kv.values[:, :, 2], plain.kv.values[:, :, 2])
 
 
-def test_interrupting_returns_what_there_is(lens, tokens):
+@pytest.mark.parametrize("where", ["blocks.1.attn.z", "logits"])
+def test_interrupting_returns_what_there_is(lens, tokens, where):
     def interrupt(x, point):
         if point.step == 3:
             raise KeyboardInterrupt
         return x
 
-    run = lens.generate(tokens, 9, names=["resid_post"], hooks={"blocks.1.attn.z": interrupt}, stop_ids=())
+    run = lens.generate(tokens, 9, names=["resid_post"], hooks={where: interrupt}, stop_ids=())
     assert run.stopped == "interrupted"
+    more = lens.generate(run.tokens[:, -1:], 2, kv=run.kv, stop_ids=())
+    assert torch.equal(more.new_tokens, lens.generate(tokens, 5, stop_ids=()).new_tokens[:, 3:])
     assert run.new_tokens.shape == (2, 3)
     assert run.acts["resid_post"].shape == (3, 2, 11, 48)
     assert run.kv.length == 11
@@ -175,6 +178,10 @@ def test_a_failing_hook_keeps_what_was_computed(lens, tokens):
 def test_nothing_to_generate_is_an_error(lens, tokens):
     with pytest.raises(ValueError, match="at least 1"):
         lens.generate(tokens, 0)
+    mask = torch.ones_like(tokens)
+    mask[1, -2:] = 0
+    with pytest.raises(ValueError, match="padded on the left"):
+        lens.generate(tokens, 3, attention_mask=mask)
     with pytest.raises(ValueError, match="no tokens"):
         lens.generate(torch.zeros(1, 0, dtype=torch.long))
 

@@ -100,6 +100,13 @@ def test_a_step_or_position_that_never_comes_is_an_error(tokens):
     def edit(x, point):
         return x
 
+    o = glmlens.only(edit, positions=3)
+    with pytest.raises(glmlens.HookError, match="'logits'"):
+        lens.generate(tokens, 3, hooks={"blocks.0.attn.z": o, "logits": o})
+    with pytest.raises(glmlens.HookError, match="only"):
+        glmlens.only(o, steps=1)
+    with pytest.raises(glmlens.HookError, match="never came"):
+        lens.check(tokens, hooks={"resid_post": glmlens.only(edit, positions=500)})
     for chosen, told in (
         ({"steps": 5}, "last step of this run is 2"),
         ({"positions": 40}, "last position of this run is 10"),
@@ -162,6 +169,7 @@ def test_a_result_that_cannot_stand_in_is_an_error_at_the_hook(tokens, bad, told
         return bad(x)
 
     for run in (
+        lambda: lens.run_with_hooks(tokens, {"blocks.1.attn.z": glmlens.only(edit, positions=range(9))}),
         lambda: lens.run_with_hooks(tokens, {"blocks.1.attn.z": edit}),
         lambda: lens.generate(tokens, 2, hooks={"blocks.1.attn.z": edit}),
     ):
@@ -178,8 +186,12 @@ def test_what_a_hook_raises_comes_through_and_leaves_nothing_behind(lens, tokens
     def broken(x, point):
         raise ZeroDivisionError("mine")
 
-    with pytest.raises(ZeroDivisionError, match="mine"):
-        lens.run_with_hooks(tokens[:, 4:], {"blocks.1.mlp.post": broken}, kv=kv)
+    for name in ("blocks.1.mlp.post", "ln_final.scale", "logits"):
+        with pytest.raises(ZeroDivisionError, match="mine"):
+            lens.run_with_hooks(tokens[:, 4:], {name: broken}, kv=kv)
+        assert kv.length == 4
+    with pytest.raises(glmlens.HookError, match="never came"):
+        lens.run_with_hooks(tokens[:, 4:], {"resid_post": glmlens.only(broken, positions=77)}, kv=kv)
     assert kv.length == 4
     assert_close(lens(tokens[:, 4:], kv=kv), quiet[:, 4:], rtol=0, atol=1e-5 * float(quiet.abs().max()))
     assert torch.equal(lens(tokens), quiet)
@@ -219,6 +231,28 @@ def test_recordings_share_no_memory_with_the_cache(any_lens, tokens):
     assert not any((x == 5).all() for step in run.acts["kv.k", 1] for x in [step])
 
 
+def test_a_recording_is_of_its_moment_whatever_the_hook_does_with_its_memory(lens, tokens):
+    buffer = torch.zeros(2, 9, 48)
+
+    def same_buffer(x, point):
+        return buffer.add_(1)
+
+    _, acts = lens.run_with_cache(tokens, "mlp_out", {"mlp_out": same_buffer})
+    assert [float(acts["mlp_out", i].mean()) for i in range(3)] == [1, 2, 3]
+    embeds = lens.W_E[tokens].clone()
+    _, acts = lens.run_with_cache(inputs_embeds=embeds, names="embed")
+    embeds.zero_()
+    assert acts["embed"].abs().sum() > 0
+
+
+def test_a_recording_of_some_points_holds_what_they_weigh(any_lens, tokens):
+    names = ["blocks.0.mlp.gate", "blocks.0.attn.q_pass", "blocks.1.attn.z", "blocks.0.kv.v"]
+    for kv in (None, any_lens.new_kv(batch=2)):
+        _, acts = any_lens.run_with_cache(tokens, names, kv=kv)
+        for x in acts.values():
+            assert x.untyped_storage().nbytes() == x.nbytes
+
+
 # 5. No swallowed keyword arguments.
 
 
@@ -230,7 +264,7 @@ def test_a_misspelt_keyword_is_a_type_error(lens, tokens):
         lambda: lens.run_with_hooks(tokens, hook={}),
         lambda: lens.generate(tokens, max_new_token=3),
         lambda: lens.generate(tokens, 3, temprature=3.0),
-        lambda: next(lens.stream(tokens, 3, temprature=3.0)),
+        lambda: lens.stream(tokens, 3, temprature=3.0),
         lambda: lens.check(tokens, nams="all"),
     ):
         with pytest.raises(TypeError):
@@ -337,12 +371,12 @@ def test_the_table_of_points_is_what_the_code_has():
 
 
 def test_what_is_costly_is_taken_only_when_named_in_full(lens, tokens):
-    for wide in ("all", "*", "blocks.*", "blocks.0.attn.*", "blocks.*.attn.r*"):
-        try:
-            taken = lens.run_with_cache(tokens, wide)[1]
-        except glmlens.HookError:
-            continue
+    for wide in ("all", "*", "blocks.*", "blocks.0.attn.*", "blocks.*.*r*"):
+        taken = lens.run_with_cache(tokens, wide)[1]
+        assert len(taken) > 5
         assert not any(name.endswith("attn.result") for name in taken)
+    with pytest.raises(glmlens.HookError):
+        lens.run_with_cache(tokens, "blocks.*.attn.res*")
     assert len(lens.run_with_cache(tokens, "blocks.*.attn.result")[1]) == 3
     assert len(lens.run_with_cache(tokens, "attn.result")[1]) == 3
     assert len(lens.run_with_cache(tokens, "blocks.1.attn.result")[1]) == 1
@@ -430,10 +464,14 @@ def test_recordings_are_read_by_name_by_layer_and_stacked(lens, tokens):
     assert acts["resid_post"].shape == (3, 2, 9, 48)
     assert torch.equal(acts["resid_post"][1], acts["resid_post", 1])
     assert torch.equal(acts["resid_post", -1], acts["blocks.2.resid_post"])
-    with pytest.raises(glmlens.HookError, match="resid_post"):
+    with pytest.raises(glmlens.HookError, match=r"was not recorded.*resid_post"):
         acts["resid_pots"]
-    with pytest.raises((glmlens.HookError, KeyError)):
+    with pytest.raises(KeyError, match="was not recorded"):
         acts["resid_post", 9]
+    assert acts.get("nope", 5) == 5
+    assert "resid_post" in acts
+    assert "blocks.0.resid_post" in acts
+    assert "nope" not in acts
     _, some = lens.run_with_cache(tokens, ["blocks.0.attn.z", "blocks.2.attn.z"])
     with pytest.raises(glmlens.HookError, match=r"layers \[0, 2\] only"):
         some["attn.z"]

@@ -11,7 +11,7 @@ import glmlens
 
 PACKAGE = Path(glmlens.__file__).parent
 ORDER = """
-hooks config kv_cache model checkpoint generate tokenizer chat record check run weights lens
+hooks config kv_cache model checkpoint generate tokenizer chat prompt record check run weights lens
 demo.world demo.vocabulary demo.train plot report cli
 """.split()
 ALONE = ["hooks", "config", "tokenizer", "chat", "plot", "report", "demo.world"]  # import nothing of ours

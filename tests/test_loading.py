@@ -211,6 +211,26 @@ def wrong(case, folder):
         stated["weight_map"][k] = next(f for f in files if f != stated["weight_map"][k])
         index.write_text(json.dumps(stated))
         return [repr(k), "expected here by the index"]
+    if case == "tensor in two shards":
+        stated = shard(folder)
+        other = folder / next(f for f in sorted(set(stated.values())) if f != stated[k])
+        save_file(load_file(other) | {k: tensors[k].clone()}, other)
+        return [repr(k), "is here too"]
+    if case == "rope is no object":
+        rewrite_json(folder / "config.json", rope_parameters="x")
+        return ["config.json", "rope_parameters is 'x'"]
+    if case == "stop ids":
+        rewrite_json(folder / "config.json", eos_token_id="ab")
+        return ["config.json", "eos_token_id is 'ab'"]
+    if case == "generation config":
+        (folder / "generation_config.json").write_text('{"pad_token_id": 1.5}')
+        return ["generation_config.json", "pad_token_id is 1.5"]
+    if case == "tokenizer config":
+        (folder / "tokenizer_config.json").write_text("[]")
+        return ["tokenizer_config.json", "expected an object"]
+    if case == "huge":
+        rewrite_json(folder / "config.json", vocab_size=10**30)
+        return ["config.json", "vocab_size is 1000"]
     if case == "index without a map":
         file.unlink()
         index.write_text("{}")
@@ -241,6 +261,7 @@ def wrong(case, folder):
     [
         "unknown tensor", "layer too many", "missing tensor", "wrong shape", "quantised tensor", "quantised config",
         "truncated", "empty", "no weights", "missing shard", "shard outside", "shard elsewhere", "index is wrong",
+        "tensor in two shards", "rope is no object", "stop ids", "generation config", "tokenizer config", "huge",
         "index without a map", "model_type", "rope_type", "hidden_act", "size", "not json", "no config",
     ],
 )  # fmt: skip
@@ -317,7 +338,7 @@ def test_loading_maps_the_file_and_copies_nothing(real_model):
 
 def test_the_full_9b_is_checked_in_seconds_and_little_memory():
     code = """
-import glmlens, json, pathlib, tempfile, time, torch
+import glmlens, json, pathlib, tempfile, torch
 raw = {"model_type": "glm", "vocab_size": 151552, "hidden_size": 4096, "intermediate_size": 13696,
        "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 2, "head_dim": 128,
        "dtype": "bfloat16"}

@@ -228,3 +228,33 @@ def test_a_gpu_agrees_with_the_cpu(any_lens, tokens):
     here = any_lens(tokens)
     there = any_lens.to("cuda")(tokens)
     assert_close(there.cpu(), here, rtol=0, atol=1e-4 * float(here.abs().max()))
+
+
+def test_padding_counts_for_nothing_in_a_loss():
+    lens = glmlens.load(dtype="float32")
+    texts = ["John gave a drink to Mary.", "Paris", "The capital of France is Paris."]
+    each = [lens.log_probs(text)[0] for text in texts]
+    assert_close(lens.loss(texts), -torch.cat(each).mean())
+    together = lens.log_probs(texts)
+    for row, alone in zip(together, each, strict=True):
+        assert row.isnan().sum() == together.shape[1] - len(alone)
+        assert_close(row[-len(alone) :], alone, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"stop_layer": -1}, "layers 0 to -1"),
+        ({"stop_layer": 99}, "this model has 0 to 3"),
+        ({"logits_to_keep": -1}, "logits_to_keep is -1"),
+        ({"inputs_embeds": torch.zeros(2, 9, 48)}, "neither tokens"),
+        ({"start_layer": 1}, "residual stream"),
+    ],
+)
+def test_a_forward_that_makes_no_sense_is_an_error(lens, tokens, options, told):
+    with pytest.raises(ValueError, match=told):
+        lens(tokens, **options)
+    with pytest.raises(ValueError, match="layers -1"):
+        lens(lens(tokens, stop_layer=1), start_layer=-1)
+    with pytest.raises(TypeError, match="no prompt"):
+        lens()

@@ -35,7 +35,7 @@ def test_the_same_seed_gives_the_tokens_of_transformers(tmp_path, seed, way):
         expected = theirs.generate(batch, max_new_tokens=20, do_sample=sampled, **options, **padding)
         state = torch.random.get_rng_state()
         run = ours.generate(batch, 20, **way, **({"seed": 11} if sampled else {}), **padding)
-        assert torch.equal(run.tokens[:, : expected.shape[1]], expected)
+        assert torch.equal(run.tokens, expected)
         assert torch.equal(torch.random.get_rng_state(), state), "a run draws from a generator of its own"
     if sampled:
         other = ours.generate(tokens, 20, **way, seed=12, attention_mask=mask)

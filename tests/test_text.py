@@ -98,6 +98,10 @@ def test_several_texts_are_padded_on_the_left_and_every_route_gives_the_same_ans
         assert torch.equal(run.new_tokens[row], one.new_tokens[0])
         assert run.text[row] == one.text
     assert "".join(step.text[0] for step in lens.stream(texts, 4, stop_ids=())) == run.text[0]
+    free = lens.generate(texts[0], 12, stop_ids=())
+    for stop in (None, free.text[3:6], free.text[7:10]):
+        streamed = "".join(step.text for step in lens.stream(texts[0], 12, stop_ids=(), stop_strings=stop))
+        assert streamed == lens.generate(texts[0], 12, stop_ids=(), stop_strings=stop).text
 
 
 def test_a_vocabulary_without_the_prefix_gets_none():

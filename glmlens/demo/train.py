@@ -7,6 +7,7 @@ differ in their last bits between machines.
 
 import argparse
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from glmlens.checkpoint import NAMES
 from glmlens.config import GLMConfig
 from glmlens.demo import vocabulary
-from glmlens.demo.world import documents
+from glmlens.demo.world import KINDS, REPEATING, documents
 from glmlens.model import GLM, loss
 
 EVERY = 100  # steps between the states that are kept
@@ -31,7 +32,8 @@ EVERY = 100  # steps between the states that are kept
 class Recipe:
     """What decides the outcome. The initialisation matters most: drawn as usual (std 0.02), such a model stalls."""
 
-    steps: int = 2000
+    steps: int = 2000  # on the whole world
+    repeats: int = 600  # then on a world that repeats itself more, until heads form that copy what came before
     batch: int = 24
     pos: int = 96
     seed: int = 0
@@ -70,7 +72,7 @@ def initialise(model: GLM, recipe: Recipe) -> None:
 
 def batch_of(engine: Tokenizer, recipe: Recipe, step: int) -> Int[Tensor, "batch pos"]:
     """The texts of one step: rows that begin with the prefix and go on over as many texts as they hold."""
-    texts = documents(f"{recipe.seed}/{step}")
+    texts = documents(f"{recipe.seed}/{step}", REPEATING if step >= recipe.steps else KINDS)
     prefix, newline = engine.encode("").ids, engine.encode("\n", add_special_tokens=False).ids
     rows = []
     for _ in range(recipe.batch):
@@ -120,10 +122,11 @@ def optimizers(model: GLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
 
 
 def rate(step: int, recipe: Recipe) -> float:
-    """The learning rate at `step` as a share of the full one: constant, then a cosine to a twentieth."""
-    begin = recipe.constant * recipe.steps
-    done = max(0.0, (step - begin) / (recipe.steps - begin))
-    return 0.05 + 0.95 * 0.5 * (1 + float(torch.cos(torch.tensor(done * torch.pi))))
+    """The learning rate as a share of the full one: constant, then a cosine to a twentieth, for each world."""
+    first = step < recipe.steps
+    length, at, top = (recipe.steps, step, 1.0) if first else (recipe.repeats, step - recipe.steps, 0.6)
+    done = max(0.0, (at / length - recipe.constant) / (1 - recipe.constant))
+    return top * (0.05 + 0.95 * 0.5 * (1 + math.cos(min(1.0, done) * math.pi)))
 
 
 def train(out: Path, recipe: Recipe) -> GLM:
@@ -135,7 +138,8 @@ def train(out: Path, recipe: Recipe) -> GLM:
     steppers = optimizers(model, recipe)
     schedulers = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: rate(step, recipe)) for o in steppers]
     first = resume(out, model, [*steppers, *schedulers])
-    with tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, desc="training") as bar:
+    last = recipe.steps + recipe.repeats
+    with tqdm(range(first, last), initial=first, total=last, desc="training") as bar:
         for step in bar:
             tokens = batch_of(engine, recipe, step)
             mean = loss(model(tokens), tokens)
@@ -195,9 +199,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--repeats", type=int, default=Recipe.repeats)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     args = parser.parse_args()
-    train(args.out, Recipe(steps=args.steps, seed=args.seed))
+    train(args.out, Recipe(steps=args.steps, repeats=args.repeats, seed=args.seed))
 
 
 if __name__ == "__main__":

@@ -211,11 +211,14 @@ KINDS: dict[Sentence, float] = {
 }  # fmt: skip
 
 
-def documents(seed: int | str) -> Iterator[str]:
-    """Texts without end, the same for the same seed."""
+REPEATING = {kind: 0.55 * share for kind, share in KINDS.items()} | {repeated: 0.5}
+
+
+def documents(seed: int | str, kinds: dict[Sentence, float] = KINDS) -> Iterator[str]:
+    """Texts without end, of kinds in these shares, the same for the same seed."""
     draw = random.Random(seed)
     while True:
-        yield written(draw.choices(list(KINDS), list(KINDS.values()))[0](draw))
+        yield written(draw.choices(list(kinds), list(kinds.values()))[0](draw))
 
 
 def written(sentence: str) -> str:

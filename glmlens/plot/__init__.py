@@ -2,16 +2,19 @@
 
 from collections.abc import Sequence
 from html import escape
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
+Numbers = Any
+"""A numpy array, or what becomes one: nested lists, a CPU tensor."""
 GREY = "#808080"  # reads on white and on black
 
 
-def head_scores(scores: np.ndarray, title: str, what: str = "score") -> go.Figure:
+def head_scores(scores: Numbers, title: str, what: str = "score") -> go.Figure:
     """Scores [layer, head] as a heatmap, layer 0 at the bottom."""
-    layers, heads = scores.shape
+    layers, heads = np.shape(scores)
     heat = go.Heatmap(
         z=np.asarray(scores, np.float32),
         x=np.arange(heads),
@@ -26,7 +29,7 @@ def head_scores(scores: np.ndarray, title: str, what: str = "score") -> go.Figur
     return figure
 
 
-def attention_pattern(pattern: np.ndarray, labels: Sequence[str], title: str) -> go.Figure:
+def attention_pattern(pattern: Numbers, labels: Sequence[str], title: str) -> go.Figure:
     """One head's attention [query, key] as a heatmap, the first query on top; labels are of the tokens."""
     ticks = [shown(label) for label in labels]
     position = np.arange(len(ticks))

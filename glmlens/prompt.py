@@ -1,0 +1,146 @@
+"""Prompts of every kind - text, texts, chats, token ids - to token ids and their mask, and ids to what people read."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from glmlens import chat
+from glmlens.chat import Message
+from glmlens.model import GLM
+from glmlens.tokenizer import Tokenizer
+
+Prompt = str | Sequence[str] | Sequence[int] | Sequence[Message] | Sequence[Sequence[Message]] | Tensor
+"""Text, several texts, chat messages ({"role", "content"}), several chats, or token ids [pos] or [batch, pos].
+
+With start_layer it is a residual stream [batch, pos, model].
+"""
+
+
+class Prompts:
+    """What a lens says about text."""
+
+    model: GLM
+    tokenizer: Tokenizer | None
+    pad_id: int
+
+    def to_batch(self, prompt: Prompt, prefix: bool = True) -> tuple[Int[Tensor, "batch pos"], Tensor | None]:
+        """Token ids [batch, pos], left-padded, and their attention mask (None where there is no padding).
+
+        Token tensors pass unchanged; in one, padding ids before the model's prefix are padding.
+        """
+        if isinstance(prompt, Tensor):
+            tokens = prompt[None] if prompt.ndim == 1 else prompt
+            rows = []
+        elif isinstance(prompt, str):
+            tokens, rows = None, [self._text().encode(prompt, prefix)]
+        elif len(prompt) and all(isinstance(text, str) for text in prompt):
+            tokens, rows = None, [self._text().encode(cast(str, text), prefix) for text in prompt]
+        elif len(prompt) and all(isinstance(i, int) for i in prompt):
+            tokens, rows = None, [list(cast(Sequence[int], prompt))]
+        elif len(prompt) and all(isinstance(message, Mapping) for message in prompt):
+            tokens, rows = None, [self._chat_ids(cast(Sequence[Message], prompt), prefix)]
+        elif len(prompt) and all(isinstance(c, list | tuple) and isinstance(c[0], Mapping) for c in prompt if c):
+            tokens, rows = None, [self._chat_ids(cast(Sequence[Message], messages), prefix) for messages in prompt]
+        else:
+            raise TypeError(f"a prompt is text, texts, chat messages, chats or token ids; got {prompt!r:.80}")
+        if tokens is None:
+            tokens, mask = padded(rows, self.pad_id)
+        else:
+            mask = self._written_padding(tokens)
+        self._check_ids(tokens)
+        return tokens.to(self.model.ln_final.weight.device, torch.long), None if mask is None else mask.to(
+            self.model.ln_final.weight.device
+        )
+
+    def _chat_ids(self, messages: Sequence[Message], prefix: bool) -> list[int]:
+        ids = self._text().encode(self.render(messages), prefix)
+        return ids if prefix else self._text().without_prefix(ids)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool | None = None,
+        **variables: Any,
+    ) -> str:
+        """The text of chat messages by the checkpoint's own template, run where it can do no harm.
+
+        By default the assistant is asked to speak next, unless the last message is its own. Other `variables` are the
+        template's, such as enable_thinking. Raises ValueError without a template, TemplateError for one that fails.
+        """
+        template = self._text().chat_template
+        if template is None:
+            raise ValueError("this checkpoint has no chat template: write the text of the chat yourself")
+        if not messages:
+            raise ValueError("a chat without messages: give at least one")
+        variables = {**self._text().named, **variables}
+        if add_generation_prompt is None:
+            add_generation_prompt = messages[-1].get("role") != "assistant"
+        return chat.render(template, messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables)
+
+    def _written_padding(self, tokens: Tensor) -> Tensor | None:
+        prefix = torch.tensor(self.tokenizer.prefix if self.tokenizer else (), device=tokens.device)
+        if not len(prefix) or tokens.is_meta or tokens.ndim != 2:
+            return None
+        starts = (tokens.unfold(1, len(prefix), 1) == prefix).all(-1) if tokens.shape[1] >= len(prefix) else None
+        if starts is None or not bool(starts.any(1).all()):
+            return None
+        columns = torch.arange(tokens.shape[1], device=tokens.device)
+        before = columns < starts.int().argmax(1, keepdim=True)
+        padding = before & (tokens == self.pad_id)
+        return ~padding if bool(padding.any()) and torch.equal(padding, before) else None
+
+    def _check_ids(self, tokens: Tensor) -> None:
+        if tokens.is_floating_point() or tokens.ndim != 2:
+            raise ValueError(f"token ids are whole numbers [batch, pos]; got {tokens.dtype} {tuple(tokens.shape)}")
+        if not tokens.numel():
+            raise ValueError("the prompt has no tokens")
+        if not tokens.is_meta and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.model.cfg.d_vocab:
+            found = f"{int(tokens.min())} to {int(tokens.max())}"
+            raise ValueError(f"token ids run from {found}; this model has 0 to {self.model.cfg.d_vocab - 1}")
+
+    def to_tokens(self, prompt: Prompt, prefix: bool = True) -> Int[Tensor, "batch pos"]:
+        """Token ids [batch, pos] of text, with `[gMASK]<sop>` once before each; `to_batch` gives their mask too."""
+        return self.to_batch(prompt, prefix)[0]
+
+    def to_single_token(self, text: str) -> int:
+        """The one id of `text`; ValueError showing its tokens when it is not one."""
+        return self._text().single(text)
+
+    def to_str_tokens(self, prompt: Prompt, prefix: bool = True) -> list[str] | list[list[str]]:
+        """Each token's text: a list, or for several prompts a list of lists without their padding."""
+        tokens, mask = self.to_batch(prompt, prefix)
+        real = tokens >= 0 if mask is None else mask.bool()
+        rows = [self._text().strings(row[keep].tolist()) for row, keep in zip(tokens, real, strict=True)]
+        return rows[0] if len(rows) == 1 else rows
+
+    def to_labels(self, prompt: Prompt, width: int | None = None, prefix: bool = True) -> list[str]:
+        """A label for every token of one prompt, for people to read: ids without a token have one too."""
+        tokens, _ = self.to_batch(prompt, prefix)
+        if tokens.shape[0] != 1:
+            raise ValueError(f"labels are for one prompt, not {tokens.shape[0]}")
+        if self.tokenizer is None:
+            return [f"⟨{i}⟩" for i in tokens[0].tolist()]
+        return self.tokenizer.labels(tokens[0].tolist(), width)
+
+    def to_string(self, tokens: Tensor | Sequence[int]) -> str:
+        """The text of one row of token ids."""
+        return self._text().decode(torch.as_tensor(tokens).flatten().tolist())
+
+    def _text(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError("this checkpoint has no tokenizer.json: pass token ids, a LongTensor [batch, pos]")
+        return self.tokenizer
+
+
+def padded(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor | None]:
+    """Rows of ids as one left-padded tensor, and its attention mask unless they are all of one length."""
+    longest = max(map(len, rows))
+    tokens = torch.tensor([[pad_id] * (longest - len(row)) + row for row in rows], dtype=torch.long)
+    if all(len(row) == longest for row in rows):
+        return tokens, None
+    return tokens, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
