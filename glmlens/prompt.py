@@ -51,9 +51,8 @@ class Prompts:
         else:
             mask = self._written_padding(tokens)
         self._check_ids(tokens)
-        return tokens.to(self.model.ln_final.weight.device, torch.long), None if mask is None else mask.to(
-            self.model.ln_final.weight.device
-        )
+        device = self.model.ln_final.weight.device
+        return tokens.to(device, torch.long), None if mask is None else mask.to(device)
 
     def _chat_ids(self, messages: Sequence[Message], prefix: bool) -> list[int]:
         ids = self._text().encode(self.render(messages), prefix)
