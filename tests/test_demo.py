@@ -33,6 +33,15 @@ def test_it_opens_without_a_network_and_is_a_glm(inside):
     assert sum(file.stat().st_size for file in EMBEDDED.iterdir()) < 10e6
 
 
+def test_its_tokenizer_is_the_one_that_the_trainer_makes(inside):
+    from tokenizers import Tokenizer as Engine
+
+    from glmlens.demo import vocabulary
+
+    shipped = Engine.from_file(str(EMBEDDED / "tokenizer.json"))
+    assert json.loads(shipped.to_str()) == json.loads(vocabulary.make().to_str())
+
+
 def test_transformers_opens_it_with_equal_logits(inside):
     tokens = inside.to_tokens("When Mary and John went to the store, John gave a drink to")
     with torch.no_grad():

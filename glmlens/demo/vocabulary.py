@@ -5,16 +5,10 @@ import re
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from glmlens.demo.world import everything
+from glmlens.tokenizer import GLM4_SPECIAL, GLM4_SPLIT
 
-SPECIAL = [
-    "<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>",
-    "<|observation|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>",
-]  # fmt: skip
 # GLM-4's own split, but for digits in pairs: a year is a century and a year within it.
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+SPLIT = GLM4_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}{1,2}")
 CHAT = (
     "[gMASK]<sop>{% for item in messages %}{% if item['content'] %}<|{{ item['role'] }}|>\n{{ item['content'] }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -36,7 +30,7 @@ def make() -> Tokenizer:
     vocab = {piece: i for i, piece in enumerate([*alphabet, *sorted(p for p in pieces if p not in alphabet)])}
     engine = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
     engine.pre_tokenizer, engine.decoder = spell, decoders.ByteLevel()
-    engine.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    engine.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in GLM4_SPECIAL])
     ids = [(token, engine.token_to_id(token)) for token in ("[gMASK]", "<sop>")]
     engine.post_processor = processors.TemplateProcessing(
         single="[gMASK] <sop> $A", pair="[gMASK] <sop> $A $B", special_tokens=ids
