@@ -58,19 +58,8 @@ class GLM(nn.Module):
         the cache's end. A query sees the real keys whose position is not past its own. `logits_to_keep`: the last n
         positions (0 or None: all), or indices into pos.
         """
-        end_layer = len(self.blocks) if stop_layer is None else stop_layer
-        if not 0 <= start_layer <= end_layer <= len(self.blocks):
-            raise ValueError(f"layers {start_layer} to {end_layer} asked for; this model has 0 to {len(self.blocks)}")
-        if inputs_embeds is not None and (tokens is not None or start_layer):
-            raise ValueError(
-                "inputs_embeds stand for tokens and enter at the start: give neither tokens nor start_layer"
-            )
-        if inputs_embeds is not None:
-            resid = hook("embed", inputs_embeds)
-        elif tokens is None or tokens.is_floating_point() == (start_layer == 0 and tokens.ndim == 2):
-            raise ValueError("give token ids, inputs_embeds, or a residual stream [batch, pos, model] with start_layer")
-        else:
-            resid = tokens if tokens.is_floating_point() else hook("embed", self.embed(tokens))
+        layers = self.layers(start_layer, stop_layer)
+        resid = self.entering(tokens, inputs_embeds, start_layer, hook)
 
         if kv is not None:
             kv.fits(self.cfg, resid)
@@ -80,14 +69,35 @@ class GLM(nn.Module):
         mask = None if plain else additive_mask(positions, key_positions, resid.dtype)  # the kernel knows plain causal
         angles = rotary_angles(positions, self.cfg.d_rotary, self.cfg.rope_theta, resid.dtype)
 
-        for i in range(start_layer, end_layer):
+        for i in layers:
             resid = self.blocks[i](resid, angles, mask, kv and kv.layer(i), at(hook, f"blocks.{i}"))
         if stop_layer is None:
             final = hook("ln_final.normalized", self.ln_final(resid, at(hook, "ln_final")))
             resid = hook("logits", self.unembed(keep(final, logits_to_keep)))
-        if kv is not None and end_layer - start_layer == len(self.blocks):
+        if kv is not None and len(layers) == len(self.blocks):
             kv.length += positions.shape[1]  # a run that ended early, or over part of the layers, leaves it as it was
         return resid
+
+    def layers(self, start: int, stop: int | None) -> range:
+        """The layers that a run from `start` to before `stop` passes."""
+        stop = len(self.blocks) if stop is None else stop
+        if not 0 <= start <= stop <= len(self.blocks):
+            raise ValueError(f"layers {start} to {stop} asked for; this model has 0 to {len(self.blocks)}")
+        return range(start, stop)
+
+    def entering(
+        self, tokens: Tensor | None, inputs_embeds: Tensor | None, start_layer: int, hook: Hook
+    ) -> Float[Tensor, "batch pos model"]:
+        """The residual stream at the start: embedded tokens, the embeddings given, or itself."""
+        if inputs_embeds is not None:
+            if tokens is not None or start_layer:
+                raise ValueError("inputs_embeds stand for tokens and enter at layer 0: give neither with them")
+            return hook("embed", inputs_embeds)
+        if tokens is not None and tokens.is_floating_point() and tokens.ndim == 3:
+            return tokens
+        if tokens is None or tokens.is_floating_point() or start_layer:
+            raise ValueError("give token ids, inputs_embeds, or a residual stream [batch, pos, model] with start_layer")
+        return hook("embed", self.embed(tokens))
 
 
 class Block(nn.Module):

@@ -247,7 +247,7 @@ def test_padding_counts_for_nothing_in_a_loss():
         ({"stop_layer": -1}, "layers 0 to -1"),
         ({"stop_layer": 99}, "this model has 0 to 3"),
         ({"logits_to_keep": -1}, "logits_to_keep is -1"),
-        ({"inputs_embeds": torch.zeros(2, 9, 48)}, "neither tokens"),
+        ({"inputs_embeds": torch.zeros(2, 9, 48)}, "stand for tokens"),
         ({"start_layer": 1}, "residual stream"),
     ],
 )
