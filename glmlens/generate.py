@@ -137,7 +137,7 @@ def steps(
     new = tokens
     for index in range(max_new_tokens):
         positions = absolute_positions(new.shape, new.device, kv, attention_mask=attention_mask)
-        hook = hook_at(index, positions, torch.cat([kv.positions[:, : kv.length], positions], 1))
+        hook = hook_at(index, positions, kv.with_positions(positions))
         with torch.no_grad():
             logits = model(new, kv, hook, attention_mask=attention_mask, logits_to_keep=1)[:, -1]
             exact = logits.to(torch.promote_types(logits.dtype, torch.float32))

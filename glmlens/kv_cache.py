@@ -42,6 +42,10 @@ class KVCache:
         """Per row, the absolute position that follows its last entry."""
         return self.positions[:, : self.length].amax(1) + 1 if self.length else self.positions.new_zeros(self.batch)
 
+    def with_positions(self, positions: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch key"]:
+        """The positions of all entries once those of a call at these positions are among them."""
+        return torch.cat([self.positions[:, : self.length], positions], 1)
+
     def reserve(self, positions: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch key"]:
         """Make room for entries at these positions; they count once `length` includes them.
 

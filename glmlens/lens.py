@@ -161,7 +161,7 @@ class Lens(Prompts, Weights):
         if kv is not None:
             kv.fits(self.cfg, torch.empty(entering.shape[0], 0, 0, dtype=self.dtype, device=self.device))
         positions = absolute_positions(entering.shape[:2], entering.device, kv, ids, mask)
-        key_positions = positions if kv is None else torch.cat([kv.positions[:, : kv.length], positions], 1)
+        key_positions = positions if kv is None else kv.with_positions(positions)
         not_ours = (record.KV_VIEWS if kv is not None else frozenset()) | ({"embed"} if tokens is None else frozenset())
         return Watch(plan, 0, positions, key_positions, not_ours, forward.get("logits_to_keep"))
 
@@ -170,7 +170,7 @@ class Lens(Prompts, Weights):
         if not self._names:
             self._names = list(record.catalogue(self.model))
         start, stop = forward.get("start_layer", 0), forward.get("stop_layer")
-        layers = range(start, self.cfg.n_layers if stop is None else stop)
+        layers = self.model.layers(start, stop)
         ends = {"embed"} if tokens is None or not tokens.is_floating_point() else set()
         ends |= {"ln_final.scale", "ln_final.normalized", "logits"} if stop is None else set()
         return [n for n in self._names if n in ends or (n.startswith("blocks.") and int(n.split(".")[1]) in layers)]
