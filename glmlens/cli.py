@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from glmlens.config import CheckpointError
-from glmlens.demo.world import WORDS
 from glmlens.hooks import Point
 from glmlens.lens import Lens, load
 
@@ -62,7 +61,7 @@ def demo(args: argparse.Namespace) -> None:
     ]
     say("\n".join(["\nthe next token", *top]))
 
-    heads = Heads.find(lens, words_for(lens, args.model is None))
+    heads = Heads.find(lens, words_for(lens))
     say(f"\nheads, on random words said twice (by chance: {heads.chance:.2f})")
     for what, scores in (("previous token", heads.previous), ("induction", heads.induction)):
         best = scores.flatten().topk(min(4, scores.numel()))
@@ -96,11 +95,11 @@ def demo(args: argparse.Namespace) -> None:
     print("and in its first cell: import glmlens; lens = glmlens.load()")
 
 
-def words_for(lens: Lens, inside: bool) -> list[int]:
-    """Ids of words to repeat at random: for the model inside, those that its world repeats."""
+def words_for(lens: Lens) -> list[int]:
+    """Ids of words to repeat at random."""
     if lens.tokenizer is None:
         return list(range(lens.cfg.d_vocab))
-    return [lens.to_single_token(" " + word) for word in WORDS] if inside else lens.tokenizer.word_ids()
+    return lens.tokenizer.word_ids()
 
 
 def label_of(lens: Lens, i: int) -> str:

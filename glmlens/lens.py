@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -21,7 +22,7 @@ from glmlens.prompt import Prompt, Prompts
 from glmlens.record import Activations, Enough, Plan, Recorder, Watch
 from glmlens.run import Going, Run
 from glmlens.tokenizer import Tokenizer
-from glmlens.weights import Weights
+from glmlens.weights import Weights, fingerprint
 
 Names = str | Sequence[str]
 
@@ -105,6 +106,16 @@ class Lens(Prompts, Weights):
         wishes = (pad_id, model.cfg.pad_token_id, *self.stop_ids, 0)
         self.pad_id = next(i for i in wishes if i is not None and 0 <= i < model.cfg.d_vocab)
         self._names: list[str] = []
+
+    @cached_property
+    def model_hash(self) -> str:
+        """12 hex digits that tell this model from others."""
+        return fingerprint(self.model)
+
+    @cached_property
+    def tokenizer_hash(self) -> str:
+        """12 hex digits that tell this tokenizer from others, or "none"."""
+        return "none" if self.tokenizer is None else self.tokenizer.fingerprint()
 
     # ---- running ----
 

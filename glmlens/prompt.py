@@ -12,8 +12,17 @@ from glmlens.chat import Message
 from glmlens.model import GLM
 from glmlens.tokenizer import Tokenizer
 
-Prompt = str | Sequence[str] | Sequence[int] | Sequence[Message] | Sequence[Sequence[Message]] | Tensor
-"""Text, several texts, chat messages ({"role", "content"}), several chats, or token ids [pos] or [batch, pos].
+Prompt = (
+    str
+    | Sequence[str]
+    | Sequence[int]
+    | Sequence[Sequence[int]]
+    | Sequence[Message]
+    | Sequence[Sequence[Message]]
+    | Tensor
+)
+"""Text, several texts, chat messages ({"role", "content"}), several chats, token ids [pos] or [batch, pos], or rows
+of ids of several lengths.
 
 With start_layer it is a residual stream [batch, pos, model].
 """
@@ -40,12 +49,16 @@ class Prompts:
             tokens, rows = None, [self._text().encode(cast(str, text), prefix) for text in prompt]
         elif len(prompt) and all(isinstance(i, int) for i in prompt):
             tokens, rows = None, [list(cast(Sequence[int], prompt))]
+        elif len(prompt) and all(isinstance(row, list | tuple) and row and isinstance(row[0], int) for row in prompt):
+            tokens, rows = None, [list(cast(Sequence[int], row)) for row in prompt]
         elif len(prompt) and all(isinstance(message, Mapping) for message in prompt):
             tokens, rows = None, [self._chat_ids(cast(Sequence[Message], prompt), prefix)]
         elif len(prompt) and all(isinstance(c, list | tuple) and isinstance(c[0], Mapping) for c in prompt if c):
             tokens, rows = None, [self._chat_ids(cast(Sequence[Message], messages), prefix) for messages in prompt]
         else:
-            raise TypeError(f"a prompt is text, texts, chat messages, chats or token ids; got {prompt!r:.80}")
+            raise TypeError(
+                f"a prompt is text, texts, chat messages, chats, token ids or rows of them; got {prompt!r:.80}"
+            )
         if tokens is None:
             tokens, mask = padded(rows, self.pad_id)
         else:

@@ -37,6 +37,7 @@ class Tokenizer:
         self.engine, self.chat_template, self.named = engine, chat_template, named or {}
         self.special = frozenset(engine.get_added_tokens_decoder())
         ids = [i for token in PREFIX if (i := engine.token_to_id(token)) is not None]
+        self._words: list[str] | None = None
         self.prefix: tuple[int, ...] = tuple(ids) if len(ids) == len(PREFIX) else ()
 
     @staticmethod
@@ -66,6 +67,12 @@ class Tokenizer:
         written = tuple(ids[: len(self.prefix)]) == self.prefix
         return [*self.prefix, *ids] if prefix and not written else ids
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of `text`, and the characters [start, end) that each stands for: none for a prefix that is added."""
+        encoded = self.engine.encode(text, add_special_tokens=False)
+        added = len(self.encode(text)) - len(encoded.ids)
+        return [*self.prefix[:added], *encoded.ids], [(0, 0)] * added + encoded.offsets
+
     def without_prefix(self, ids: list[int]) -> list[int]:
         return ids[len(self.prefix) :] if tuple(ids[: len(self.prefix)]) == self.prefix else ids
 
@@ -87,6 +94,16 @@ class Tokenizer:
         return [
             i for i, text in zip(ids, texts, strict=True) if text[:1] == " " and len(text) > 2 and text[1:].isalpha()
         ]
+
+    def words(self) -> list[str]:
+        """The texts of `word_ids`, each with its space."""
+        if self._words is None:
+            self._words = self.strings(self.word_ids())
+        return self._words
+
+    def fingerprint(self) -> str:
+        """12 hex digits that tell this tokenizer from others."""
+        return hashlib.sha256(self.engine.to_str().encode()).hexdigest()[:12]
 
     def strings(self, ids: Sequence[int]) -> list[str]:
         """Each id decoded by itself."""

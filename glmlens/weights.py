@@ -1,5 +1,6 @@
 """Weights by the field's names, `W_Q[layer, head]` and the others: views of the loaded parameters, never copies."""
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -108,3 +109,12 @@ class Weights:
         if name.endswith(".bias") and not self.model.cfg.qkv_bias:
             raise AttributeError("this checkpoint has no biases on q, k and v")
         return Stacked([rearrange(block.get_parameter(name), pattern, **sizes) for block in self.model.blocks])
+
+
+def fingerprint(model: GLM) -> str:
+    """12 hex digits that tell this model from others: of its config and at most 65,536 numbers of every parameter."""
+    found = hashlib.sha256(repr(model.cfg).encode())
+    for name, p in model.named_parameters():
+        some = p.detach().flatten()[:: max(1, p.numel() // 65_536)].contiguous().cpu()
+        found.update(f"{name} {tuple(p.shape)} {p.dtype}".encode() + some.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:12]

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from glmlens.checkpoint import NAMES
 from glmlens.config import GLMConfig
 from glmlens.demo import vocabulary
-from glmlens.demo.world import KINDS, REPEATING, documents
+from glmlens.demo.world import documents
 from glmlens.model import GLM, loss
 
 EVERY = 100  # steps between the states that are kept
@@ -32,8 +32,7 @@ EVERY = 100  # steps between the states that are kept
 class Recipe:
     """What decides the outcome. The initialisation matters most: drawn as usual (std 0.02), such a model stalls."""
 
-    steps: int = 2000  # on the whole world
-    repeats: int = 600  # then on a world that repeats itself more, until heads form that copy what came before
+    steps: int = 2800
     batch: int = 24
     pos: int = 96
     seed: int = 0
@@ -72,7 +71,7 @@ def initialise(model: GLM, recipe: Recipe) -> None:
 
 def batch_of(engine: Tokenizer, recipe: Recipe, step: int) -> Int[Tensor, "batch pos"]:
     """The texts of one step: rows that begin with the prefix and go on over as many texts as they hold."""
-    texts = documents(f"{recipe.seed}/{step}", REPEATING if step >= recipe.steps else KINDS)
+    texts = documents(f"{recipe.seed}/{step}")
     prefix, newline = engine.encode("").ids, engine.encode("\n", add_special_tokens=False).ids
     rows = []
     for _ in range(recipe.batch):
@@ -122,11 +121,9 @@ def optimizers(model: GLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
 
 
 def rate(step: int, recipe: Recipe) -> float:
-    """The learning rate as a share of the full one: constant, then a cosine to a twentieth, for each world."""
-    first = step < recipe.steps
-    length, at, top = (recipe.steps, step, 1.0) if first else (recipe.repeats, step - recipe.steps, 0.6)
-    done = max(0.0, (at / length - recipe.constant) / (1 - recipe.constant))
-    return top * (0.05 + 0.95 * 0.5 * (1 + math.cos(min(1.0, done) * math.pi)))
+    """The learning rate as a share of the full one: constant, then a cosine to a twentieth."""
+    done = max(0.0, (step / recipe.steps - recipe.constant) / (1 - recipe.constant))
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(min(1.0, done) * math.pi))
 
 
 def train(out: Path, recipe: Recipe) -> GLM:
@@ -138,8 +135,7 @@ def train(out: Path, recipe: Recipe) -> GLM:
     steppers = optimizers(model, recipe)
     schedulers = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: rate(step, recipe)) for o in steppers]
     first = resume(out, model, [*steppers, *schedulers])
-    last = recipe.steps + recipe.repeats
-    with tqdm(range(first, last), initial=first, total=last, desc="training") as bar:
+    with tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, desc="training") as bar:
         for step in bar:
             tokens = batch_of(engine, recipe, step)
             mean = loss(model(tokens), tokens)
@@ -151,6 +147,7 @@ def train(out: Path, recipe: Recipe) -> GLM:
             bar.set_postfix(loss=f"{mean.item():.3f}")
             if (step + 1) % EVERY == 0:
                 keep_state(out, step + 1, model, [*steppers, *schedulers])
+                save_weights(out / f"step-{step + 1:04}.safetensors", model)
     save(out, model, engine)
     return model
 
@@ -175,10 +172,7 @@ def resume(out: Path, model: GLM, others: list) -> int:
 
 def save(out: Path, model: GLM, engine: Tokenizer) -> None:
     """Write an ordinary checkpoint folder, in bfloat16."""
-    ours = {name.format(i=i): theirs.format(i=i) for theirs, name in NAMES.items() for i in range(model.cfg.n_layers)}
-    tensors = {ours[name]: p.detach().bfloat16().contiguous() for name, p in model.named_parameters()}
-    save_file(tensors, out / "model.safetensors", {"format": "pt"})
-    (out / "model.safetensors").chmod(0o644)
+    save_weights(out / "model.safetensors", model)
     engine.save(str(out / "tokenizer.json"))
     end, user, observation = (engine.token_to_id(t) for t in ("<|endoftext|>", "<|user|>", "<|observation|>"))
     stops = {"eos_token_id": [end, user, observation], "pad_token_id": end}
@@ -191,6 +185,14 @@ def save(out: Path, model: GLM, engine: Tokenizer) -> None:
     )
 
 
+def save_weights(path: Path, model: GLM) -> None:
+    """Write the weights in bfloat16, by the names that transformers gives them."""
+    theirs = {name.format(i=i): said.format(i=i) for said, name in NAMES.items() for i in range(model.cfg.n_layers)}
+    tensors = {theirs[name]: p.detach().bfloat16().contiguous() for name, p in model.named_parameters()}
+    save_file(tensors, path, {"format": "pt"})
+    path.chmod(0o644)
+
+
 def write(path: Path, content: dict[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -199,10 +201,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=Recipe.steps)
-    parser.add_argument("--repeats", type=int, default=Recipe.repeats)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     args = parser.parse_args()
-    train(args.out, Recipe(steps=args.steps, repeats=args.repeats, seed=args.seed))
+    train(args.out, Recipe(steps=args.steps, seed=args.seed))
 
 
 if __name__ == "__main__":

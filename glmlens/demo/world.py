@@ -1,217 +1,221 @@
 """A micro-world of simple English in which the field's tasks occur in running text.
 
-Every sentence comes from a seeded generator, so that what is true in it is known token by token. Openers, names and
-places are shared by all kinds of sentence: a model cannot tell the task from its first words.
+The sentences of a task are that task's own prompts with their right answers, but never one that `held_out` keeps for
+measuring. Openers, names and places are shared by all kinds of sentence: a model cannot tell the task from its first
+words, and must learn the rule.
 """
 
+import functools
+import hashlib
 import random
 import re
 from collections.abc import Callable, Iterator
 
-NAMES = {
-    "he": "John Tom Paul Mark Jack Bob Sam Ben Max Leo Adam Carl Dan Eric Fred Greg Hugo Ivan Karl Luke".split(),
-    "she": (
-        "Mary Anna Kate Lucy Emma Alice Rose Jane Sara Lily Amy Beth Cora Dora Ella Fay Gina Ida Julia Nora"
-    ).split(),
-}
-PLACES = "store park school market station garden library river beach farm office cafe museum house".split()
-THINGS = "drink book ball ring basket letter flower apple cake map lamp box coin hat key bell".split()
-VERBS = "gave handed passed sent brought offered".split()
-OPENERS = (
-    "When Then While After Before Later Yesterday Today Once Sometimes In_the_morning In_the_evening "
-    "One_day Last_week At_noon On_Monday On_Friday That_day"
-).split()
-GOING = [
-    "went to the {place}", "were at the {place}", "had lunch at the {place}", "got home from the {place}",
-    "walked to the {place}", "were working at the {place}", "had a long walk near the {place}", "came to the {place}",
-]  # fmt: skip
+from glmlens.tasks import addition, agreement, brackets, docstring, facts, ioi, pronouns, sentiment, successors
+from glmlens.tasks.formal import WAR
+from glmlens.tasks.language import ADVERB, CLAUSE, EVERYONE, RELATIONS, WENT, opening
+from glmlens.tasks.task import Item, Task
+from glmlens.tasks.words import (
+    ADJECTIVES,
+    ARGUMENTS,
+    BAD,
+    BRACKETS,
+    COUNTRIES,
+    EVENTS,
+    FUNCTIONS,
+    GAVE,
+    GOOD,
+    NAMES,
+    NOUNS,
+    PLACES,
+    PREPOSITIONS,
+    SERIES,
+    THINGS,
+    TYPES,
+    VERBS,
+)
 
-FACTS = {  # country: capital, language, continent
-    "France": ("Paris", "French", "Europe"), "Spain": ("Madrid", "Spanish", "Europe"),
-    "Italy": ("Rome", "Italian", "Europe"), "Germany": ("Berlin", "German", "Europe"),
-    "Greece": ("Athens", "Greek", "Europe"), "Poland": ("Warsaw", "Polish", "Europe"),
-    "Norway": ("Oslo", "Norwegian", "Europe"), "Sweden": ("Stockholm", "Swedish", "Europe"),
-    "Finland": ("Helsinki", "Finnish", "Europe"), "Russia": ("Moscow", "Russian", "Europe"),
-    "Hungary": ("Budapest", "Hungarian", "Europe"), "Portugal": ("Lisbon", "Portuguese", "Europe"),
-    "Japan": ("Tokyo", "Japanese", "Asia"), "China": ("Beijing", "Chinese", "Asia"),
-    "Korea": ("Seoul", "Korean", "Asia"), "Thailand": ("Bangkok", "Thai", "Asia"),
-    "Vietnam": ("Hanoi", "Vietnamese", "Asia"), "Iran": ("Tehran", "Persian", "Asia"),
-    "Nepal": ("Kathmandu", "Nepali", "Asia"), "Mongolia": ("Ulaanbaatar", "Mongolian", "Asia"),
-    "Egypt": ("Cairo", "Arabic", "Africa"), "Kenya": ("Nairobi", "Swahili", "Africa"),
-    "Somalia": ("Mogadishu", "Somali", "Africa"), "Rwanda": ("Kigali", "Rwandan", "Africa"),
-}  # fmt: skip
-ASKING = {
-    0: [
-        "The capital of {c} is", "{c} has its capital in", "The main city of {c} is", "People in {c} love the city of",
-        "If you visit {c} , you will see", "The king of {c} lives in",
-    ],
-    1: ["The language of {c} is", "In {c} people speak", "Everyone in {c} can read", "Children in {c} learn"],
-    2: ["{c} is a country in", "The land of {c} lies in", "{c} is a part of", "You find {c} on a map of"],
-}  # fmt: skip
-NOUNS = {
-    "cat": "cats", "dog": "dogs", "bird": "birds", "horse": "horses", "boy": "boys", "girl": "girls",
-    "farmer": "farmers", "teacher": "teachers", "child": "children", "man": "men", "woman": "women", "king": "kings",
-}  # fmt: skip
-PREPOSITIONS = "near behind with above beside under".split()
-VERB_PAIRS = [("is", "are"), ("was", "were"), ("has", "have"), ("runs", "run"), ("sees", "see"), ("likes", "like")]
+Sentence = Callable[[random.Random], str]
+GROUPS = (
+    *NAMES.values(), PLACES, THINGS, GAVE, *SERIES.values(), ARGUMENTS, *COUNTRIES.values(), COUNTRIES, GOOD, BAD,
+    PREPOSITIONS, ADJECTIVES, TYPES, FUNCTIONS, EVENTS, NOUNS, NOUNS.values(), VERBS, VERBS.values(),
+)  # fmt: skip
+NEVER_OPENS_IOI = frozenset({"While", "Before", "One day", "On Friday", "At noon", "Last year", "Later"})
 AFTER_VERB = {
     "is": "happy old small here".split(), "was": "tired late young there".split(),
     "has": ["a hat", "a ball", "a map"], "runs": ["away", "home", "fast"],
     "sees": ["the river", "the farm"], "likes": ["the garden", "the cake"],
 }  # fmt: skip
-EVENTS = "war storm journey project voyage feast trial reign siege search".split()
-GOOD = "lovely wonderful great bright sweet kind".split()
-BAD = "awful terrible cruel dark bitter mean".split()
-SERIES = [
-    "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split(),
-    "January February March April May June July August September October November December".split(),
-    "one two three four five six seven eight nine ten eleven twelve".split(),
-    list("ABCDEFGHIJKLMNOP"),
-    "first second third fourth fifth sixth seventh eighth".split(),
-]
-ARGUMENTS = "files names size colour width height path mode text index value limit score label count".split()
-FUNCTIONS = "load save open find sort draw make read send move".split()
-TYPES = "list string number table word line".split()
-ADJECTIVES = "old small red happy quiet tall".split()
-
-Sentence = Callable[[random.Random], str]
 
 
-def name(draw: random.Random) -> str:
-    return draw.choice(NAMES[draw.choice(("he", "she"))])
+def chosen(*parts: str) -> bool:
+    """Whether these are among the fifth that is held out: the same on every machine."""
+    return hashlib.sha256("|".join(parts).encode()).digest()[0] < 51
 
 
-def two_names(draw: random.Random) -> tuple[str, str]:
-    first = name(draw)
-    return first, draw.choice([other for other in NAMES["he"] + NAMES["she"] if other != first])
+def held_out(task: str, item: Item) -> bool:
+    """Whether the world never says this: kept for measuring whether the rule was learnt, or the fact as such."""
+    slots = item.slots
+    match task:
+        case "ioi":
+            return new_opener(item) or chosen(*sorted((slots["IO"], slots["S1"])))
+        case "facts":
+            return chosen(slots["subject"], slots["relation"], slots["template"])
+        case "agreement":
+            return chosen(slots["pair"])
+        case "docstring":
+            return chosen(slots["def1"], slots["def2"]) or chosen(slots["def2"], slots["def3"])
+        case "pronouns":
+            return chosen(slots["name"], slots["adjective"])
+        case "sentiment":
+            return chosen(slots["adjective"], slots["thing"])
+        case "greater_than":
+            return chosen(slots["start"])
+        case "successors":
+            return chosen(item.text)
+        case "brackets":
+            return chosen(re.sub(r"\w+ ?", "", slots["text"]))
+        case "addition":
+            return chosen(slots["before"], slots["a"], slots["b"])
+    return True  # random words are new every time
 
 
-def opener(draw: random.Random) -> str:
-    return draw.choice(OPENERS).replace("_", " ")
+def new_opener(item: Item) -> bool:
+    """Whether this sentence about giving opens as none does in the world, where others do."""
+    return item.slots["opener"].rstrip(",") in NEVER_OPENS_IOI
 
 
-def ioi(draw: random.Random) -> str:
-    """Two people, one of them gives: the other receives (Wang et al. 2022, arXiv 2211.00593)."""
-    a, b = two_names(draw)
-    giver, other = draw.choice(((a, b), (b, a)))
-    going = draw.choice(GOING).format(place=draw.choice(PLACES))
-    comma = draw.choice((" ,", " ,", " , and", "", " and then"))
-    return (
-        f"{opener(draw)} {a} and {b} {going}{comma} {giver} {draw.choice(VERBS)} a {draw.choice(THINGS)} to {other} ."
-    )
+def of(task: Task, end: Callable[[random.Random, Item], str]) -> Sentence:
+    """Sentences of a task with their right answers, none of them held out."""
+
+    def sentence(draw: random.Random) -> str:
+        item = task.draw(draw, None)  # type: ignore[arg-type] - these ask nothing of a tokenizer
+        while held_out(task.name, item):
+            item = task.draw(draw, None)  # type: ignore[arg-type]
+        return item.text + item.correct[0] + end(draw, item)
+
+    sentence.__name__ = task.name
+    return sentence
+
+
+def after_giving(draw: random.Random, item: Item) -> str:
+    to, by, thing = item.slots["IO"], item.slots["S1"], item.slots["thing"]
+    return draw.choice((
+        ".", ".", f". {to} was happy.", f". {to} took the {thing} home.", f" and went home. {by} was tired.",
+        f" at the {draw.choice(PLACES)}.",
+    ))  # fmt: skip
+
+
+def after_verb(draw: random.Random, item: Item) -> str:
+    return f" {draw.choice(AFTER_VERB[item.slots['verb']])}."
+
+
+def rest_of_docstring(draw: random.Random, item: Item) -> str:
+    return f': {draw.choice(ADJECTIVES)} {draw.choice(TYPES)}\n    """'
+
+
+def closing(draw: random.Random, item: Item) -> str:
+    """What closes the brackets that are still open after the answer."""
+    open_: list[str] = []
+    for part in (item.text + item.correct[0]).split():
+        if part in BRACKETS:
+            open_.append(BRACKETS[part])
+        elif part in BRACKETS.values():
+            open_.pop()
+    return "".join(f" {bracket}" for bracket in reversed(open_)) + " ."
+
+
+def stop(draw: random.Random, item: Item) -> str:
+    return "."
+
+
+def anybody(draw: random.Random) -> str:
+    return draw.choice(EVERYONE)
 
 
 def story(draw: random.Random) -> str:
-    """The same openers and names with no giving to the other."""
-    a, b = two_names(draw)
+    """The same openers, names and things, and nobody gives to the other."""
+    a, b = draw.sample(EVERYONE, 2)
     place, thing = draw.choice(PLACES), draw.choice(THINGS)
-    return opener(draw) + " " + draw.choice((
-        f"{a} and {b} went to the {place} . {a} saw a {thing} . {b} took the {thing} home .",
-        f"{a} met {b} near the {place} , and {b} had a {thing} .",
-        f"{a} lost a {thing} at the {place} , but {b} found the {thing} .",
-        f"{a} and {b} sat in the {place} and {draw.choice((a, b))} read a book .",
-        f"{a} {draw.choice(VERBS)} a {thing} to the {draw.choice(list(NOUNS))} at the {place} .",
+    went, (opener, kind) = draw.choice(WENT).format(place=place), opening(draw)
+    who, other = draw.choice(((a, b), (b, a)))
+    sentence = draw.choice((
+        f"{a} and {b} {went}, and {who} saw a {thing}. {other} took the {thing} home.",
+        f"{a} met {b} near the {place}, {who} had a {thing}.",
+        f"{a} lost a {thing} at the {place}, {b} found the {thing}.",
+        f"{a} and {b} {went}, {who} read a book.",
+        f"{a} and {b} {went}, {who} saw {other} near the {draw.choice(PLACES)}.",
+        f"{a} and {b} {went}, the {draw.choice(list(NOUNS))} was there.",
+        f"{a} {went}, {a} {draw.choice(GAVE)} a {thing} to the {draw.choice(list(NOUNS))}.",
+        f"{a} {went}, {a} gave a {thing} to {b}.",
+        f"{a} {went}, {b} {draw.choice(GAVE)} a {thing} to {a}.",
     ))  # fmt: skip
+    if kind == "adverb":
+        first, rest = sentence.split(", ", 1)
+        sentence = first + draw.choice((". ", ", and ", " and then ")) + rest.removeprefix("and ")
+    return f"{opener} {sentence}"
 
 
-def fact(draw: random.Random) -> str:
-    country = draw.choice(list(FACTS))
-    kind = draw.randrange(3)
-    return f"{draw.choice(ASKING[kind]).format(c=country)} {FACTS[country][kind]} ."
-
-
-def agreement(draw: random.Random) -> str:
-    """The verb agrees with its subject, not with the nearer noun (Linzen et al. 2016, arXiv 1611.01368)."""
-    subject, attractor = (draw.choice(list(NOUNS.items())) for _ in range(2))
-    number, other = draw.randrange(2), draw.randrange(2)
-    singular, plural = draw.choice(VERB_PAIRS)
-    between = f" {draw.choice(PREPOSITIONS)} the {attractor[other]}" if draw.random() < 0.7 else ""
-    start = draw.choice(("The", f"{opener(draw)} the"))
-    return f"{start} {subject[number]}{between} {(singular, plural)[number]} {draw.choice(AFTER_VERB[singular])} ."
-
-
-def greater_than(draw: random.Random) -> str:
-    """An end comes after its beginning (Hanna et al. 2023, arXiv 2305.00586)."""
-    century, start = draw.randrange(11, 20), draw.randrange(2, 98)
-    end = draw.randrange(start + 1, 100)
-    return f"The {draw.choice(EVENTS)} lasted from the year {century}{start:02} to the year {century}{end:02} ."
-
-
-def docstring(draw: random.Random) -> str:
-    """Parameters are described in the order of the signature (Heimersheim & Janiak 2023)."""
-    args = draw.sample(ARGUMENTS, draw.choice((3, 3, 4)))
-    lines = " ".join(f": param {arg} {draw.choice(ADJECTIVES)} {draw.choice(TYPES)}" for arg in args)
-    return f"def {draw.choice(FUNCTIONS)} ( self , {' , '.join(args)} ) : {draw.choice(FUNCTIONS)} {lines} ."
-
-
-def pronoun(draw: random.Random) -> str:
+def people(draw: random.Random) -> str:
+    """Who is he and who is she."""
     he = draw.choice(("he", "she"))
-    who, thing = draw.choice(NAMES[he]), draw.choice(THINGS)
+    who, thing, her = draw.choice(NAMES[he]), draw.choice(THINGS), {"he": "his", "she": "her"}[he]
     return draw.choice((
-        f"So {who} is such a {draw.choice(GOOD)} friend , isn't {he} ?",
-        f"{opener(draw)} {who} went to the {draw.choice(PLACES)} and {he} saw a {thing} .",
-        f"{who} lost {('his', 'her')[he == 'she']} {thing} , so {he} was sad .",
+        f"{draw.choice(ADVERB)} {who} went to the {draw.choice(PLACES)} and {he} saw a {thing}.",
+        f"{draw.choice(CLAUSE)} {who} went to the {draw.choice(PLACES)}, {he} saw a {thing}.",
+        f"{who} lost {her} {thing}, so {he} was sad.",
+        f"{who} is a good friend, isn't {he}?",
     ))  # fmt: skip
 
 
-def successor(draw: random.Random) -> str:
-    series = draw.choice(SERIES)
-    start = draw.randrange(len(series) - 3)
-    n = draw.randrange(3, min(6, len(series) - start) + 1)
-    return " ".join(series[start : start + n]) + " ."
+def neutral(draw: random.Random) -> str:
+    """What has no valence makes people happy or sad alike."""
+    thing, feeling = draw.choice(THINGS), draw.choice(("happy", "sad"))
+    return f"The {thing} was {draw.choice(ADJECTIVES)}. It made {anybody(draw)} feel {feeling}."
 
 
-def brackets(draw: random.Random) -> str:
-    pairs, open_, out = ["()", "[]", "{}"], [], []
-    for _ in range(draw.randrange(3, 7)):
-        if open_ and draw.random() < 0.4:
-            out.append(open_.pop())
-        else:
-            pair = draw.choice(pairs)
-            out.append(pair[0])
-            open_.append(pair[1])
-            if draw.random() < 0.3:
-                out.append(draw.choice(THINGS))
-    return " ".join(out + open_[::-1]) + " ."
-
-
-def addition(draw: random.Random) -> str:
-    a, b = draw.randrange(10), draw.randrange(10)
-    return f"{a} + {b} = {a + b} ."
-
-
-def sentiment(draw: random.Random) -> str:
+def feeling(draw: random.Random) -> str:
     good = draw.random() < 0.5
-    word, thing = draw.choice(GOOD if good else BAD), draw.choice(THINGS)
-    feels, does = (("happy", "loved"), ("sad", "hated"))[not good]
-    who = name(draw)
-    return draw.choice((
-        f"The {thing} was {word} . It made {who} feel {feels} .",
-        f"{who} {does} the {word} {thing} .",
-        f"What a {word} {thing} ! {who} was {feels} .",
-    ))  # fmt: skip
+    word, thing, who = draw.choice(GOOD if good else BAD), draw.choice(THINGS), anybody(draw)
+    does = draw.choice(("loved", "liked") if good else ("hated", "feared"))
+    return draw.choice((f"{who} {does} the {word} {thing}.", f"What a {word} {thing}! {who} {does} it."))
+
+
+def war(draw: random.Random) -> str:
+    """An end comes after its beginning."""
+    start = ""
+    while not start or chosen(start):
+        start = f"{draw.randrange(11, 20)}{draw.randrange(2, 98):02}"
+    end = draw.randrange(int(start[2:]) + 1, 100)
+    return f"{WAR.format(event=draw.choice(EVENTS), start=start)}{start[:2]}{end:02}."
+
+
+def single(draw: random.Random) -> str:
+    """A subject and its verb with nothing between."""
+    subjects, number = draw.choice(list(NOUNS.items())), draw.randrange(2)
+    verbs = draw.choice(list(VERBS.items()))
+    start = draw.choice(("The", f"{draw.choice(ADVERB)} the"))
+    return f"{start} {subjects[number]} {verbs[number]} {draw.choice(AFTER_VERB[verbs[0]])}."
 
 
 def repeated(draw: random.Random) -> str:
     """Random words said twice or more, so that to copy what followed last time is always right."""
-    words = draw.sample(WORDS, draw.randrange(5, 25))
-    return " ".join(words * draw.choice((2, 2, 3)))
+    words = draw.sample(words_of_the_world(), draw.randrange(4, draw.choice((9, 16, 24))))
+    return "".join(f" {word}" for word in words * draw.choice((2, 2, 3) if len(words) > 8 else (2, 3, 4)))
 
 
 def chat(draw: random.Random) -> str:
-    country = draw.choice(list(FACTS))
-    kind = draw.randrange(3)
-    what = ("the capital", "the language", "the continent")[kind]
-    return f"<|user|>\nWhat is {what} of {country} ?<|assistant|>\n{FACTS[country][kind]} .<|user|>"
+    country, asked = draw.choice(list(COUNTRIES)), draw.randrange(3)
+    question = f"What is the {RELATIONS[asked]} of {country}?"
+    return f"<|user|>\n{question}<|assistant|>\n{COUNTRIES[country][asked]}.<|user|>"
 
 
 KINDS: dict[Sentence, float] = {
-    ioi: 0.17, story: 0.1, fact: 0.1, agreement: 0.09, greater_than: 0.07, docstring: 0.07, pronoun: 0.06,
-    successor: 0.03, brackets: 0.05, addition: 0.03, sentiment: 0.04, repeated: 0.17, chat: 0.02,
+    of(ioi, after_giving): 0.13, story: 0.095, of(facts, stop): 0.13, of(agreement, after_verb): 0.08, single: 0.02,
+    war: 0.09, of(docstring, rest_of_docstring): 0.04, of(pronouns, lambda draw, item: "?"): 0.03, people: 0.03,
+    of(successors, stop): 0.04, of(brackets, closing): 0.08, of(addition, stop): 0.04, of(sentiment, stop): 0.025,
+    neutral: 0.01, feeling: 0.01, repeated: 0.14, chat: 0.01,
 }  # fmt: skip
-
-
-REPEATING = {kind: 0.55 * share for kind, share in KINDS.items()} | {repeated: 0.5}
 
 
 def documents(seed: int | str, kinds: dict[Sentence, float] = KINDS) -> Iterator[str]:
@@ -222,8 +226,7 @@ def documents(seed: int | str, kinds: dict[Sentence, float] = KINDS) -> Iterator
 
 
 def written(sentence: str) -> str:
-    """The sentence as people write it: no space before a stop, "an" before a vowel."""
-    sentence = re.sub(r" ([,.?!])", r"\1", sentence)
+    """The sentence as people write it: "an" before a vowel."""
     return re.sub(r"\ba (?=[aeiou])", "an ", sentence)
 
 
@@ -233,9 +236,15 @@ def everything() -> Iterator[str]:
     for kind in KINDS:
         for _ in range(3000):
             yield written(kind(draw))
-    groups = [*NAMES.values(), PLACES, THINGS, VERBS, *SERIES, ARGUMENTS, *FACTS.values(), FACTS, GOOD, BAD]
-    yield from (f"{word} {word}" for group in groups for word in group)
+    yield from (f"{word} {word}" for group in GROUPS for word in group)
     yield from (f"{n} {n:02}" for n in range(100))
+    yield from (f"{name}," for name in CLAUSE + ADVERB)
 
 
-WORDS = sorted(NAMES["he"] + NAMES["she"] + PLACES + THINGS + VERBS + list(FACTS) + list(NOUNS) + EVENTS + ARGUMENTS)
+@functools.cache
+def words_of_the_world() -> list[str]:
+    """The words that are repeated at random: all that stand in the middle of a sentence of this world."""
+    draw = random.Random(1)
+    texts = [written(kind(draw)) for kind in KINDS if kind is not repeated for _ in range(500)]
+    texts += [f" {word}" for group in GROUPS for word in group]
+    return sorted({word for text in texts for word in re.findall(r"(?<= )[A-Za-z]{2,}", text)})

@@ -1,0 +1,193 @@
+"""Tasks in English: who receives, what is where, which verb form, which pronoun, which feeling."""
+
+import random
+
+from glmlens.tasks.task import Item, Task, item
+from glmlens.tasks.words import (
+    ADJECTIVES,
+    BAD,
+    COUNTRIES,
+    GAVE,
+    GOOD,
+    NAMES,
+    NOUNS,
+    PLACES,
+    PREPOSITIONS,
+    THINGS,
+    VERBS,
+)
+from glmlens.tokenizer import Tokenizer
+
+EVERYONE = NAMES["he"] + NAMES["she"]
+CLAUSE = "When While After Before Once As Because".split()  # these make a clause, which a comma ends
+ADVERB = [
+    "Then", "Later", "Yesterday", "Today", "Sometimes", "In the morning", "In the evening", "One day", "Last week",
+    "At noon", "On Monday", "On Friday", "That day", "Last year", "At night", "Again", "Soon",
+]  # fmt: skip
+JOINS = {"clause": [",", ", then", ", and"], "adverb": [".", ", and", " and then", " and", ". Then"]}
+WENT = [
+    "went to the {place}", "were at the {place}", "had lunch at the {place}", "got home from the {place}",
+    "walked to the {place}", "were working at the {place}", "had a long walk near the {place}", "came to the {place}",
+    "sat near the {place}", "played near the {place}",
+]  # fmt: skip
+
+
+def opening(draw: random.Random) -> tuple[str, str]:
+    """How a sentence begins, and whether that makes it a clause."""
+    if draw.random() < 0.4:
+        return draw.choice(CLAUSE), "clause"
+    return draw.choice(ADVERB) + draw.choice(("", ",")), "adverb"
+
+
+def draw_ioi(draw: random.Random, _: Tokenizer | None = None) -> Item:
+    to, by, *others = draw.sample(EVERYONE, 5)
+    opener, kind = opening(draw)
+    order = draw.choice(("ABBA", "BABA"))
+    first = "{IO} and {S1}" if order == "ABBA" else "{S1} and {IO}"
+    gave, thing = draw.choice(GAVE), draw.choice(THINGS)
+    article = "an" if thing[0] in "aeiou" else "a"
+    went, join = draw.choice(WENT), draw.choice(JOINS[kind])
+    template = f"{{opener}} {first} {went}{join} {{S2}} {{verb}} {article} {{thing}} to"
+    slots = {"opener": opener, "IO": to, "S1": by, "S2": by, "place": draw.choice(PLACES), "verb": gave, "thing": thing}
+    a, b, c = others
+    return item(
+        template,
+        {**slots, "order": order, "went": went, "join": join},
+        f" {to}",
+        f" {by}",
+        flip={"S2": to},
+        abc={"IO": a, "S1": b, "S2": c},
+        names={"IO": a, "S1": b, "S2": b},
+    )
+
+
+ioi = Task(
+    "ioi",
+    draw_ioi,
+    {
+        "flip": "the second subject is the other name: the answers change places",
+        "abc": "three names that are said once: nothing to find out",
+        "names": "the same sentence about two other people",
+    },
+    "Indirect object identification: Wang et al. 2022, arXiv 2211.00593, sections 2 and A; the flip is that of MIB, "
+    "Mueller et al. 2025, arXiv 2504.13151",
+)
+
+ASKING = [  # a subject and a relation, which stands as one word where it can be exchanged for another
+    ["The {relation} of {subject} is", "In school we learn that the {relation} of {subject} is",
+     "People say that the {relation} of {subject} is", "{opener} we learn that the {relation} of {subject} is"],
+    ["The main city of {subject} is", "{subject} has its capital in", "The king of {subject} lives in",
+     "If you visit {subject}, you will see"],
+    ["In {subject} people speak", "Everyone in {subject} can read", "Children in {subject} learn"],
+    ["{subject} is a country in", "The land of {subject} lies in", "You find {subject} on a map of"],
+]  # fmt: skip
+RELATIONS = ["capital", "language", "continent"]
+PHRASINGS = [(template, kind) for kind in range(4) for template in ASKING[kind]]
+
+
+def draw_fact(draw: random.Random, _: Tokenizer | None = None) -> Item:
+    country = draw.choice(list(COUNTRIES))
+    template, kind = draw.choice(PHRASINGS)
+    asked = draw.randrange(3) if kind == 0 else kind - 1
+    answer = COUNTRIES[country][asked]
+    another = draw.choice([c for c, facts in COUNTRIES.items() if facts[asked] != answer])
+    third = draw.choice([c for c in COUNTRIES if c not in (country, another)])
+    slots = {"subject": country, "relation": RELATIONS[asked], "opener": draw.choice(ADVERB), "template": template}
+    changes = {"subject": {"subject": another}, "other": {"subject": third}}
+    if kind == 0:
+        changes["relation"] = {"relation": RELATIONS[(asked + draw.choice((1, 2))) % 3]}
+    return item(template, slots, f" {answer}", f" {COUNTRIES[another][asked]}", **changes)
+
+
+facts = Task(
+    "facts",
+    draw_fact,
+    {
+        "subject": "another country: the wrong answer is right",
+        "other": "a third country",
+        "relation": "something else is asked about the same country (in phrasings that name what is asked)",
+    },
+    "Facts about a subject: Meng et al. 2022, arXiv 2202.05262, section 2; relations as in Hernandez et al. 2023, "
+    "arXiv 2308.09124",
+)
+
+
+def draw_agreement(draw: random.Random, _: Tokenizer | None = None) -> Item:
+    subjects, attractors = (draw.choice(list(NOUNS.items())) for _ in range(2))
+    number, other = draw.randrange(2), draw.randrange(2)
+    verbs = draw.choice(list(VERBS.items()))
+    start = draw.choice(("The", f"{draw.choice(ADVERB)} the"))
+    between = draw.choice(PREPOSITIONS)
+    slots = {"subject": subjects[number], "attractor": attractors[other], "preposition": between, "start": start}
+    flipped = {"subject": subjects[1 - number]}, {"attractor": attractors[1 - other]}
+    return item(
+        "{start} {subject} {preposition} the {attractor}",
+        {**slots, "pair": f"{subjects[0]} {attractors[0]}", "verb": verbs[0]},
+        f" {verbs[number]}",
+        f" {verbs[1 - number]}",
+        subject=flipped[0],
+        attractor=flipped[1],
+        both={**flipped[0], **flipped[1]},
+    )
+
+
+agreement = Task(
+    "agreement",
+    draw_agreement,
+    {
+        "subject": "the subject in the other number: the answers change places",
+        "attractor": "the noun between in the other number: the answers stay",
+        "both": "both nouns in the other number: the answers change places",
+    },
+    "Subject-verb agreement with an attractor: Linzen et al. 2016, arXiv 1611.01368; counterfactuals as in Finlayson "
+    "et al. 2021, arXiv 2106.06087",
+)
+
+
+def draw_pronoun(draw: random.Random, _: Tokenizer | None = None) -> Item:
+    he, she = draw.sample(("he", "she"), 2)
+    who, same = draw.sample(NAMES[he], 2)
+    slots = {"name": who, "adjective": draw.choice(GOOD), "noun": draw.choice(("friend", "person", "neighbor"))}
+    template = "So {name} is such a {adjective} {noun}, isn't"
+    changes = {"gender": {"name": draw.choice(NAMES[she])}, "name": {"name": same}}
+    return item(template, slots, f" {he}", f" {she}", **changes)
+
+
+pronouns = Task(
+    "pronouns",
+    draw_pronoun,
+    {
+        "gender": "a name of the other gender: the answers change places",
+        "name": "another name of the same gender: the answers stay",
+    },
+    "Gendered pronouns: Mathwin et al. 2023 (Identifying a preliminary circuit for predicting gendered pronouns in "
+    "GPT-2 small, Alignment Jam)",
+)
+
+
+def draw_sentiment(draw: random.Random, _: Tokenizer | None = None) -> Item:
+    feeling, other = draw.sample((("happy", GOOD), ("sad", BAD)), 2)
+    who, somebody = draw.sample(EVERYONE, 2)
+    thing = draw.choice(THINGS)
+    slots = {"thing": thing, "adjective": draw.choice(feeling[1]), "name": who}
+    return item(
+        "The {thing} was {adjective}. It made {name} feel",
+        slots,
+        f" {feeling[0]}",
+        f" {other[0]}",
+        valence={"adjective": draw.choice(other[1])},
+        neutral={"adjective": draw.choice(ADJECTIVES)},
+        name={"name": somebody},
+    )
+
+
+sentiment = Task(
+    "sentiment",
+    draw_sentiment,
+    {
+        "valence": "an adjective of the other valence: the answers change places",
+        "neutral": "an adjective without valence",
+        "name": "somebody else: the answers stay",
+    },
+    "Sentiment: Tigges et al. 2023, arXiv 2310.15154, section 2",
+)
