@@ -41,7 +41,7 @@ class Labelled:
         return self.values.shape
 
     def at(self, **where: int | str) -> Any:
-        """The numbers at a place along some axes, by index or label: `at(layer=3, head=0)`; a number when all are named.
+        """The numbers at a place along some axes, by index or label, `at(layer=3)`; a number when all are named.
 
         Raises KeyError for an unknown axis or label, and for a label that stands twice.
         """
@@ -74,7 +74,7 @@ class Labelled:
 
     def labels_at(self, place: Sequence[Any]) -> tuple[str, ...]:
         """The label along every axis of a place given by its indices."""
-        return tuple(self.labels[axis][i] for axis, i in zip(self.axes, place, strict=True))
+        return tuple(self.labels[axis][int(i)] for axis, i in zip(self.axes, place, strict=True))
 
     def clip(self, low: float, high: float) -> "Self":
         """The same with every number brought between low and high."""

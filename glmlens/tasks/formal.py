@@ -155,11 +155,11 @@ successors = Task(
 )
 
 
-def draw_brackets(draw: random.Random, _: Tokenizer | None = None) -> Item:
+def draw_brackets(draw: random.Random, tokenizer: Tokenizer | None = None) -> Item:
     """A Dyck text that is not yet closed."""
     open_: list[tuple[int, str]] = []
     out: list[str] = []
-    for _step in range(draw.randrange(2, 8)):
+    for _ in range(draw.randrange(2, 8)):
         if len(open_) > 1 and draw.random() < 0.45:
             out.append(BRACKETS[open_.pop()[1]])
         else:
@@ -194,7 +194,7 @@ brackets = Task(
 )
 
 
-def draw_addition(draw: random.Random, _: Tokenizer | None = None) -> Item:
+def draw_addition(draw: random.Random, tokenizer: Tokenizer | None = None) -> Item:
     a, b = draw.randrange(10), draw.randrange(10)
     others = [(draw.randrange(10), draw.randrange(10)) for _ in range(draw.randrange(1, 4))]
     before = "".join(f"{x}+{y}={x + y}, " for x, y in others)
