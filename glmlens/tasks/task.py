@@ -254,6 +254,8 @@ def example(drawn: Item, tokenizer: Tokenizer) -> Example:
         if len(ids) != len(tokens) or places != positions:
             shown = f"{tokenizer.strings(tokens)} and {tokenizer.strings(ids)}"
             raise Unaskable("a counterfactual of another length", f"{len(tokens)} and {len(ids)} tokens: {shown}")
+        if ids == tokens:
+            raise Unaskable("a counterfactual that is the prompt itself", f"{name}: {tokenizer.strings(ids)}")
         others[name] = ids
     correct, wrong = (
         tuple(answer_id(drawn.text, tokens, answer, tokenizer) for answer in answers)

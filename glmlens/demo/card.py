@@ -1,0 +1,149 @@
+"""The model card of the small GLM, measured: `python -m glmlens.demo.card [FOLDER]`.
+
+What it can do is measured on sentences that its world never says (see `world.held_out`); how it does it, by taking
+parts away. It writes card.json, whose numbers the tests hold against the thresholds here, and README.md with the same
+as tables.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from glmlens.demo import circuits
+from glmlens.demo.world import held_out, new_opener
+from glmlens.hooks import Point
+from glmlens.lens import EMBEDDED, Lens, load
+from glmlens.tasks import TASKS, Item
+
+Rule = Callable[[Item], bool]
+
+
+def kept(task: str) -> Rule:
+    return lambda item: held_out(task, item)
+
+
+def told(task: str) -> Rule:
+    return lambda item: not held_out(task, item)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One line of the card: a task, the items it is asked of, and what must come out at the least."""
+
+    task: str
+    asked: str
+    where: Rule
+    least: dict[str, float]
+
+
+MEASURES = (
+    Measure("ioi", "held-out pairs of names", lambda item: held_out("ioi", item) and not new_opener(item),
+            {"accuracy": 0.98, "difference": 3.0}),
+    Measure("ioi", "openers that never open such a sentence", new_opener, {"accuracy": 0.9}),
+    Measure("induction", "new random words", kept("induction"), {"first": 0.95}),
+    Measure("facts", "as told", told("facts"), {"first": 0.95}),
+    Measure("facts", "in held-out phrasings", kept("facts"), {"first": 0.85}),
+    Measure("agreement", "held-out pairs of nouns", kept("agreement"), {"accuracy": 0.98}),
+    Measure("docstring", "held-out successions of arguments", kept("docstring"), {"first": 0.98}),
+    Measure("pronouns", "names with held-out adjectives", kept("pronouns"), {"first": 0.98}),
+    Measure("successors", "held-out stretches", kept("successors"), {"first": 0.98}),
+    Measure("greater_than", "held-out years", kept("greater_than"), {"difference": 0.7}),
+    Measure("brackets", "held-out nestings", kept("brackets"), {"accuracy": 0.95}),
+    Measure("addition", "held-out lines of sums", kept("addition"), {"first": 0.95}),
+    Measure("sentiment", "held-out adjectives of a thing", kept("sentiment"), {"accuracy": 0.95}),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How a task went: the share in which right came before wrong, the mean metric, how often right came first of all.
+
+    The share that came first says nothing where several words are right: a verb form, a bracket that opens.
+    """
+
+    task: str
+    asked: str
+    n: int
+    accuracy: float
+    difference: float
+    first: float
+
+
+def ask(lens: Lens, measure: Measure, n: int = 300, seed: int | str = "card") -> Measured:
+    """Ask a lens n questions of a task."""
+    examples = TASKS[measure.task].examples(lens, n, seed, where=measure.where)
+    logits = lens(examples.tokens, logits_to_keep=1)
+    best = logits[:, -1].argmax(-1).tolist()
+    first = sum(i in example.correct for i, example in zip(best, examples, strict=True)) / n
+    difference = float(examples.measure(logits).mean())
+    return Measured(measure.task, measure.asked, n, examples.accuracy(logits), difference, first)
+
+
+STRENGTHS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
+
+
+def steering(lens: Lens, layer: int = 1, n: int = 60) -> dict[str, float]:
+    """The mean logit difference of happy and sad after an adjective without valence, by how much of it is added.
+
+    Added is the difference of means of the residual stream at good and at bad adjectives, so many times (Tigges et
+    al. 2023, arXiv 2310.15154, section 3; Turner et al. 2023, arXiv 2308.10248).
+    """
+    examples = TASKS["sentiment"].examples(lens, n, "steering")
+    rows, at = torch.arange(n), examples.at("adjective")
+    happy, sad = (lens.to_single_token(f" {feeling}") for feeling in ("happy", "sad"))
+    _, acts = lens.run_with_cache(examples.tokens, f"blocks.{layer}.resid_post", logits=False)
+    found = acts["resid_post", layer][rows, at]
+    good = torch.tensor([example.correct[0] == happy for example in examples])
+    direction = found[good].mean(0) - found[~good].mean(0)
+
+    def felt(strength: float) -> float:
+        def push(x: Tensor, point: Point) -> Tensor:
+            x[rows, at] += strength * direction
+            return x
+
+        hooks = {f"blocks.{layer}.resid_post": push}
+        last = lens.run_with_hooks(examples.counterfactual("neutral"), hooks, logits_to_keep=1)[:, -1]
+        return float((last[:, happy] - last[:, sad]).mean())
+
+    return {f"{strength:+.1f}": felt(strength) for strength in STRENGTHS}
+
+
+def measured(lens: Lens) -> dict[str, object]:
+    """The whole card as data."""
+    lines = [asdict(ask(lens, measure)) for measure in tqdm(MEASURES, desc="asking")]
+    return {
+        "model": lens.model_hash,
+        "parameters": sum(p.numel() for p in lens.model.parameters()),
+        "tasks": lines,
+        "steering": steering(lens),
+        "induction": circuits.induction(lens),
+        "facts": circuits.facts(lens),
+        "ioi": circuits.ioi(lens),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=EMBEDDED)
+    folder = parser.parse_args().folder
+    card = measured(load(folder, dtype="float32"))
+    (folder / "card.json").write_text(json.dumps(rounded(card), indent=1) + "\n", encoding="utf-8")
+
+
+def rounded(value: object) -> object:
+    """The numbers of the card to four digits after the point."""
+    if isinstance(value, dict):
+        return {name: rounded(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+if __name__ == "__main__":
+    main()

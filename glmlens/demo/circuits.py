@@ -1,0 +1,186 @@
+"""How the small GLM does it: three circuits of the model inside, each proven by taking its parts away."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from glmlens.hooks import Edit, Point
+from glmlens.lens import Lens
+from glmlens.record import Activations
+from glmlens.tasks import TASKS
+from glmlens.tasks.task import Examples
+
+Head = tuple[int, int]
+
+
+def name_of(head: Head) -> str:
+    return f"{head[0]}.{head[1]}"
+
+
+def all_heads(lens: Lens) -> list[Head]:
+    return [(layer, head) for layer in range(lens.cfg.n_layers) for head in range(lens.cfg.n_heads)]
+
+
+def exchanged(heads: Iterable[Head], other: Activations) -> dict[str, Edit]:
+    """Hooks that put another run's values where these heads write: an array of the same shape, or one that fits it."""
+    by_layer: dict[int, list[int]] = {}
+    for layer, head in heads:
+        by_layer.setdefault(layer, []).append(head)
+
+    def edit(layer: int, chosen: list[int]) -> Edit:
+        def fn(z: Tensor, point: Point) -> Tensor:
+            z[:, :, chosen] = other["attn.z", layer][:, :, chosen]
+            return z
+
+        return fn
+
+    return {f"blocks.{layer}.attn.z": edit(layer, chosen) for layer, chosen in by_layer.items()}
+
+
+def averaged(acts: Activations, first: int) -> Activations:
+    """The same activations, each the mean over all prompts and all positions from `first` on."""
+    return Activations({name: x[:, first:].mean((0, 1), keepdim=True).expand_as(x) for name, x in acts.items()})
+
+
+# ---- induction ----
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Random words said twice: the prompt, and how well what was said before is said again."""
+
+    tokens: Int[Tensor, "batch pos"]
+    length: int
+
+    @staticmethod
+    def of(lens: Lens, rows: int = 40, length: int = 20, seed: int = 0) -> "Repeats":
+        assert lens.tokenizer is not None
+        draw, words = torch.Generator().manual_seed(seed), torch.tensor(lens.tokenizer.word_ids())
+        said = torch.stack([words[torch.randperm(len(words), generator=draw)[:length]] for _ in range(rows)])
+        prefix = torch.tensor(lens.tokenizer.prefix, dtype=torch.long).expand(rows, -1)
+        return Repeats(torch.cat([prefix, said, said], 1), length)
+
+    def accuracy(self, logits: Float[Tensor, "batch pos vocab"]) -> float:
+        """How often the word that followed last time is the most probable, at the second time of all but the first."""
+        again = self.tokens[:, 1 - self.length :]
+        return float((logits[:, -self.length : -1].argmax(-1) == again).float().mean())
+
+    def attention(self, lens: Lens) -> tuple[Float[Tensor, "layer head"], Float[Tensor, "layer head"]]:
+        """How much each head attends to the previous token, and to what followed the same word before."""
+        _, acts = lens.run_with_cache(self.tokens, "attn.pattern", logits=False)
+        pattern = acts["attn.pattern"].float().mean(1)
+        prefix = self.tokens.shape[1] - 2 * self.length
+        previous = pattern.diagonal(-1, -2, -1)[..., prefix:].mean(-1)
+        return previous, pattern.diagonal(1 - self.length, -2, -1)[..., prefix + 1 :].mean(-1)
+
+
+def induction(lens: Lens) -> dict[str, object]:
+    """The heads that copy what followed before, the heads that feed them, and what is left without either."""
+    repeats = Repeats.of(lens)
+    logits, acts = lens.run_with_cache(repeats.tokens, "attn.z")
+    assert logits is not None
+    previous, copying = repeats.attention(lens)
+    means = averaged(acts, repeats.tokens.shape[1] - 2 * repeats.length)
+
+    def without(heads: list[Head]) -> float:
+        return repeats.accuracy(lens.run_with_hooks(repeats.tokens, exchanged(heads, means)))
+
+    feeding = [head for head in all_heads(lens) if previous[head] > 0.5]
+    copiers = [head for head in all_heads(lens) if copying[head] > 0.3]
+    rest = [head for head in all_heads(lens) if head[0] in {layer for layer, _ in copiers} and head not in copiers]
+    least = sorted(rest, key=lambda head: float(copying[head]))[: len(copiers)]
+    return {
+        "previous-token heads": {name_of(head): float(previous[head]) for head in feeding},
+        "induction heads": {name_of(head): float(copying[head]) for head in copiers},
+        "chance": 1 / len(lens.tokenizer.word_ids()) if lens.tokenizer else 0.0,
+        "accuracy": repeats.accuracy(logits),
+        "without the induction heads": without(copiers),
+        "without as many others of their layers": without(least),
+        "without the previous-token heads": without(feeding),
+        "others": [name_of(head) for head in least],
+    }
+
+
+# ---- facts ----
+
+
+def columns(examples: Examples, name: str) -> Int[Tensor, "example"]:
+    """The column of a named part in the left-padded batch of these examples."""
+    lengths = torch.tensor([len(row) for row in examples.tokens])
+    return examples.at(name) + lengths.max() - lengths
+
+
+def facts(lens: Lens, n: int = 150) -> dict[str, object]:
+    """The share of the logit difference that comes back when the residual stream of one place is the clean one's.
+
+    Causal tracing between two subjects: Meng et al. 2022, arXiv 2202.05262, section 2.
+    """
+    examples = TASKS["facts"].examples(lens, n, "circuit")
+    corrupt = examples.counterfactual("subject")
+    clean_logits, acts = lens.run_with_cache(examples.tokens, "resid_post")
+    assert clean_logits is not None
+    clean, broken = examples.measure(clean_logits).mean(), examples.measure(lens(corrupt)).mean()
+    found: dict[str, object] = {"clean": float(clean), "other subject": float(broken)}
+    for part in ("subject", "end"):
+        at = columns(examples, part)
+
+        def restore(x: Tensor, point: Point, at: Tensor = at) -> Tensor:
+            assert point.layer is not None
+            x[torch.arange(n), at] = acts["resid_post", point.layer][torch.arange(n), at]
+            return x
+
+        runs = [lens.run_with_hooks(corrupt, {f"blocks.{i}.resid_post": restore}) for i in range(lens.cfg.n_layers)]
+        found[f"restored at the {part}"] = [float((examples.measure(x).mean() - broken) / (clean - broken)) for x in runs]
+    return found
+
+
+# ---- indirect object identification ----
+
+
+def ioi(lens: Lens, n: int = 150) -> dict[str, object]:
+    """What each part is worth when another sentence's values stand in its place, and what the heads look at.
+
+    The other sentence names three people once each (the p_ABC of Wang et al. 2022, arXiv 2211.00593, section 2.1).
+    """
+    examples = TASKS["ioi"].examples(lens, n, "circuit")
+    names = ["attn.z", "attn.pattern", "mlp_out"]
+    logits, acts = lens.run_with_cache(examples.tokens, names)
+    _, other = lens.run_with_cache(examples.counterfactual("abc"), ["attn.z", "mlp_out"], logits=False)
+    assert logits is not None
+    clean = float(examples.measure(logits).mean())
+
+    def worth(hooks: dict[str, Edit]) -> float:
+        return clean - float(examples.measure(lens.run_with_hooks(examples.tokens, hooks)).mean())
+
+    heads = {head: worth(exchanged([head], other)) for head in all_heads(lens)}
+    mlps = {i: worth({f"blocks.{i}.mlp_out": put(other["mlp_out", i])}) for i in range(lens.cfg.n_layers)}
+    chosen = [head for head, lost in sorted(heads.items(), key=lambda pair: -abs(pair[1])) if abs(lost) > 0.05 * clean]
+    rows = torch.arange(n)
+    at = {name: columns(examples, name) for name in ("IO", "S1", "S2", "end")}
+
+    def seen(head: Head, source: str, to: str) -> float:
+        return float(acts["attn.pattern", head[0]][rows, head[1], at[source], at[to]].mean())
+
+    return {
+        "clean": clean,
+        "accuracy": examples.accuracy(logits),
+        "heads": {
+            name_of(head): {
+                "lost without": heads[head],
+                **{f"end to {to}": seen(head, "end", to) for to in ("IO", "S1", "S2")},
+                "S2 to S1": seen(head, "S2", "S1"),
+            }
+            for head in chosen
+        },
+        "mlps": {str(i): lost for i, lost in mlps.items()},
+        "left without these heads": clean - worth(exchanged(chosen, other)),
+        "left with only these heads": clean - worth(exchanged([h for h in heads if h not in chosen], other)),
+    }
+
+
+def put(value: Tensor) -> Callable[[Tensor, Point], Tensor]:
+    """A hook that puts a value, whatever was there."""
+    return lambda x, point: value.to(x.dtype)
