@@ -4,12 +4,12 @@ import os
 from importlib import import_module
 from types import ModuleType
 
+from glmlens.activations import Activations, load_activations
 from glmlens.config import CheckpointError, GLMConfig
 from glmlens.hooks import Hook, HookError, Point, off, only
 from glmlens.kv_cache import KVCache
 from glmlens.lens import Lens, Run, load
 from glmlens.model import GLM
-from glmlens.record import Activations
 
 __all__ = [
     "GLM",
@@ -23,6 +23,7 @@ __all__ = [
     "Point",
     "Run",
     "load",
+    "load_activations",
     "off",
     "only",
 ]
@@ -33,8 +34,11 @@ __all__ = [
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
+LATER = ("plot", "tasks")
+
+
 def __getattr__(name: str) -> ModuleType:
-    """Load `glmlens.plot` when it is first used: it brings Plotly."""
-    if name == "plot":
-        return import_module("glmlens.plot")
+    """Load a part that not everybody needs when it is first used: `glmlens.plot` brings Plotly."""
+    if name in LATER:
+        return import_module(f"glmlens.{name}")
     raise AttributeError(f"module 'glmlens' has no attribute {name!r}")

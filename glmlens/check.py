@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from glmlens.hooks import Point
-from glmlens.record import size, spans, table
+from glmlens.tables import size, spans, table
 
 
 class Points(list[Point]):
@@ -36,18 +36,23 @@ def which(local: str, points: list[Point]) -> str:
 
 @dataclass(frozen=True)
 class Check:
-    """What a run would record (`points`, `bytes`), where each hook would fire, and what could not be tried."""
+    """What a run would record (`points`), what of it would be stored and weigh `bytes`, and where hooks would fire.
+
+    The other points follow from those that are stored. `not_tried` says which hooks could not be called.
+    """
 
     points: Points
+    stored: Points
     fires: list[tuple[str, list[str]]]
     not_tried: list[str]
 
     @property
     def bytes(self) -> int:
-        return self.points.bytes
+        return self.stored.bytes
 
     def __repr__(self) -> str:
-        lines = [f"would record {self.points!r}"]
+        follow = len(self.points) - len(self.stored)
+        lines = [f"would store {self.stored!r}"] + ([f"and derive {follow} points from them"] if follow else [])
         lines += [f"hook {hook}: fires at {len(names)} points: {', '.join(names[:4])}" for hook, names in self.fires]
         return "\n".join(lines + [f"needs numbers, not tried: {why}" for why in self.not_tried])
 

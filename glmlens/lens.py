@@ -1,6 +1,6 @@
 """Lens: a GLM, its tokenizer, and what a notebook does with them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -12,20 +12,21 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from glmlens import checkpoint, record
+from glmlens.activations import Activations, Of
 from glmlens.check import Check, OnMeta, Points
 from glmlens.config import CheckpointError, GLMConfig, Reader
 from glmlens.generate import Sampling, Step, steps
-from glmlens.hooks import Hooks
+from glmlens.hooks import HookError, Hooks
 from glmlens.kv_cache import KVCache
 from glmlens.model import GLM, absolute_positions, loss, token_log_probs
-from glmlens.prompt import Prompt, Prompts
-from glmlens.record import Activations, Enough, Plan, Recorder, Watch
+from glmlens.prompt import Prompt, Prompts, Rows
+from glmlens.record import Enough, Plan, Recorder, Watch
 from glmlens.run import Going, Run
 from glmlens.tokenizer import Tokenizer
 from glmlens.weights import Weights, fingerprint
 
 Names = str | Sequence[str]
-
+Metric = Callable[[Tensor], Tensor]
 
 EMBEDDED = Path(__file__).parent / "demo" / "model"
 
@@ -130,15 +131,18 @@ class Lens(Prompts, Weights):
         hooks: Hooks | None = None,
         *,
         logits: bool = True,
+        gradients_of: Metric | None = None,
         **forward: Unpack[Forward],
     ) -> tuple[Tensor | None, Activations]:
         """The logits, and what was at the named points after all hooks.
 
         `names` are names ("blocks.3.attn.z"), globs ("blocks.*.resid_post"), layer-local names ("resid_post") or
-        "all". With `logits=False` the run ends after the last point asked for, and None stands for the logits.
+        "all". What follows from other points asked for is not stored but derived when it is read. With `logits=False`
+        the run ends after the last point asked for, and None stands for the logits. `gradients_of`, a function of the
+        logits to one number or one per row, also leaves its gradient at every point, `acts.gradients`.
         Raises HookError for a name that matches nothing.
         """
-        return self._run(prompt, names, hooks, logits, forward)
+        return self._run(prompt, names, hooks, logits, forward, gradients_of)
 
     def run_with_hooks(
         self, prompt: Prompt | None = None, hooks: Hooks | None = None, **forward: Unpack[Forward]
@@ -150,20 +154,77 @@ class Lens(Prompts, Weights):
         return cast(Tensor, self._run(prompt, (), hooks, True, forward)[0])
 
     def _run(
-        self, prompt: Prompt | None, names: Names, hooks: Hooks | None, logits: bool, forward: Forward
+        self,
+        prompt: Prompt | None,
+        names: Names,
+        hooks: Hooks | None,
+        logits: bool,
+        forward: Forward,
+        metric: Metric | None = None,
     ) -> tuple[Tensor | None, Activations]:
         tokens, kv = self._inputs(prompt, forward), forward.get("kv")
-        order = self._passed(tokens, forward)
-        plan = Plan.of(order, names, hooks)
+        plan = Plan.of(self._passed(tokens, forward), names, hooks)
         watch = self._watch(plan, tokens, forward)
-        watch.stop_when_done = not logits and kv is None
+        of = self._of(prompt, tokens, kv, watch.positions, watch.key_positions, frozenset(plan.edits))
         plan.possible(watch)
+        if metric is not None:
+            return self._differentiated(tokens, forward, watch, metric, of)
+        plan.store_the_basis(self.model, of.past_entries)
+        watch.left = set(plan.names) | set(plan.edits)
+        watch.stop_when_done = not logits and kv is None
         try:
             out = self.model(tokens, hook=watch, **forward)
         except Enough:
             out = None
-        kept = watch.recorded()
-        return out if logits else None, Activations({name: kept[name] for name in order if name in kept})
+        return out if logits else None, Activations(watch.recorded(), plan.named, of)
+
+    def _differentiated(
+        self, tokens: Tensor | None, forward: Forward, watch: Watch, metric: Metric, of: Of
+    ) -> tuple[Tensor, Activations]:
+        """A run whose graph begins at the embeddings, the metric of it, and the gradient at every kept point."""
+        watch.in_graph = True
+        with torch.enable_grad():
+            entering = cast(Tensor, forward.pop("inputs_embeds", None) if tokens is None else tokens)
+            if not entering.is_floating_point():
+                entering = self.model.embed(entering)
+            entering = entering.detach().requires_grad_()
+            if forward.get("start_layer"):
+                logits = self.model(entering, hook=watch, **forward)
+            else:
+                logits = self.model(hook=watch, **{**forward, "inputs_embeds": entering})
+            value = metric(logits)
+            if not isinstance(value, Tensor) or not value.requires_grad:
+                raise HookError(f"gradients_of must give a number that follows from the logits; it gave {value!r:.80}")
+            kept = dict(watch.kept)
+            found = torch.autograd.grad(value.sum(), list(kept.values()), allow_unused=True)
+        gradients = {
+            name: torch.zeros_like(x) if g is None else g for (name, x), g in zip(kept.items(), found, strict=True)
+        }
+        of = replace(of, model=None)  # a gradient does not follow from others as a value does
+        values, named = {name: x.detach() for name, x in kept.items()}, watch.plan.named
+        return logits.detach(), Activations(values, named, of, Activations(gradients, named, of))
+
+    def _of(
+        self,
+        prompt: Prompt | None,
+        tokens: Tensor | None,
+        kv: KVCache | None,
+        positions: Tensor,
+        key_positions: Tensor,
+        edited: frozenset[str] = frozenset(),
+    ) -> Of:
+        """What a recording is of."""
+        return Of(
+            None if tokens is None or tokens.is_floating_point() else tokens,
+            positions,
+            key_positions,
+            self.model,
+            lambda: self.model_hash,
+            self.tokenizer,
+            prompt.at if isinstance(prompt, Rows) else None,
+            edited,
+            past_entries=kv is not None and kv.length > 0,
+        )
 
     def _watch(self, plan: Plan, tokens: Tensor | None, forward: Forward) -> Watch:
         """The hook of one plain forward, which knows the positions that the forward will have."""
@@ -198,7 +259,7 @@ class Lens(Prompts, Weights):
         hooks: Hooks | None = None,
         **forward: Unpack[Forward],
     ) -> Check:
-        """What a run would record, what that weighs, and where its hooks fire, found on the meta device.
+        """What a run would store, what that weighs, and where its hooks fire, found on the meta device.
 
         Nothing is computed: hooks are called with tensors without numbers, and one that needs numbers is reported and
         passed over. Raises what the run would raise: HookError for a name that matches nothing or a result that does
@@ -212,10 +273,12 @@ class Lens(Prompts, Weights):
         batch, pos = watch.positions.shape
         points = record.catalogue(self.model, batch, pos, kv.length if kv else 0, forward.get("logits_to_keep"))
         plan.possible(watch)
+        plan.store_the_basis(self.model, bool(kv and kv.length))
         with OnMeta():
             for point in (points[name] for name in order if name in plan.edits):
                 watch(point.name, torch.empty(point.shape, dtype=point.dtype, device="meta"))
-        return Check(Points(points[name] for name in order if name in plan.names), plan.fires(), watch.raised)
+        stored = Points(points[name] for name in plan.named if name in plan.names)
+        return Check(Points(points[name] for name in plan.named), stored, plan.fires(), watch.raised)
 
     # ---- generating ----
 
@@ -267,11 +330,11 @@ class Lens(Prompts, Weights):
             for _ in going:
                 pass
         except KeyboardInterrupt:
-            return going.run(self._names, "interrupted")
+            return going.run("interrupted")
         except Exception as e:
-            setattr(e, "run", going.run(self._names, "failed"))  # noqa: B010 - nothing already computed is lost
+            setattr(e, "run", going.run("failed"))  # noqa: B010 - nothing already computed is lost
             raise
-        return going.run(self._names)
+        return going.run()
 
     def stream(self, prompt: Prompt, max_new_tokens: int = 20, **options: Unpack[Options]) -> Iterator[Step]:
         """The steps of `generate`, which has the same options, as they happen, each with the text that it completes."""
@@ -321,6 +384,7 @@ class Lens(Prompts, Weights):
             raise ValueError("a prompt is padded on the left: the last column of attention_mask must be all 1")
         going = Going(iter(()), recorder, kv, kv.length, tokens, tokens.shape[1], stop_ids, strings, self.tokenizer)
         going.last = tokens.shape[1] + max_new_tokens
+        going.of = self._of(prompt, None, kv, kv.positions[:, :0], kv.positions[:, :0])
         going.steps = steps(
             self.model,
             tokens,

@@ -189,9 +189,13 @@ def eager(
     k, v = (repeat(t, "batch kv key d -> batch (kv group) key d", group=group) for t in (k, v))
     scores = einsum(q, k, "batch head query d, batch head key d -> batch head query key") * q.shape[-1] ** -0.5
     scores = hook("attn.scores", scores + mask)
-    exact = torch.promote_types(scores.dtype, torch.float32)
-    pattern = hook("attn.pattern", scores.softmax(-1, dtype=exact).to(v.dtype))
+    pattern = hook("attn.pattern", softmax(scores, v.dtype))
     return einsum(pattern, v, "batch head query key, batch head key d -> batch query head d")
+
+
+def softmax(scores: Tensor, dtype: torch.dtype) -> Tensor:
+    """The softmax over the last axis, computed in at least float32."""
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(dtype)
 
 
 def sdpa(

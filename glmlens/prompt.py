@@ -1,7 +1,7 @@
 """Prompts of every kind - text, texts, chats, token ids - to token ids and their mask, and ids to what people read."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -12,6 +12,16 @@ from glmlens.chat import Message
 from glmlens.model import GLM
 from glmlens.tokenizer import Tokenizer
 
+
+@runtime_checkable
+class Rows(Protocol):
+    """Prompts that have been tokenized and know their positions by name, as the examples of a task do."""
+
+    @property
+    def tokens(self) -> list[list[int]]: ...
+    def at(self, name: str) -> Tensor: ...
+
+
 Prompt = (
     str
     | Sequence[str]
@@ -20,6 +30,7 @@ Prompt = (
     | Sequence[Message]
     | Sequence[Sequence[Message]]
     | Tensor
+    | Rows
 )
 """Text, several texts, chat messages ({"role", "content"}), several chats, token ids [pos] or [batch, pos], or rows
 of ids of several lengths.
@@ -43,6 +54,8 @@ class Prompts:
         if isinstance(prompt, Tensor):
             tokens = prompt[None] if prompt.ndim == 1 else prompt
             rows = []
+        elif isinstance(prompt, Rows):
+            tokens, rows = None, prompt.tokens
         elif isinstance(prompt, str):
             tokens, rows = None, [self._text().encode(prompt, prefix)]
         elif len(prompt) and all(isinstance(text, str) for text in prompt):

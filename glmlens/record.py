@@ -1,16 +1,17 @@
-"""Recordings: which points there are, what a run was asked to do at them, and the labelled activations it leaves."""
+"""Recording: which points there are, what a run was asked to do at them, and the hook that does it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
+from glmlens.activations import Activations, Of
 from glmlens.checkpoint import blank
+from glmlens.derive import barred, basis
 from glmlens.hooks import (
     Edit,
     Hook,
@@ -86,10 +87,17 @@ class Asked:
 class Plan:
     """What a run was asked to record and edit, resolved against the points that it passes."""
 
-    names: frozenset[str]
+    named: list[str]  # the points to record, in the order in which they fire
     asked: list[Asked]
     edits: dict[str, list[int]]  # by point, the entries of `asked` in the order given
     held: set[int] = field(default_factory=set)  # the entries that have been called
+
+    def __post_init__(self) -> None:
+        self.names = frozenset(self.named)  # those that are stored: all, unless some follow from others
+
+    def store_the_basis(self, model: GLM, past_entries: bool) -> None:
+        """Store only the points from which the others follow."""
+        self.names = frozenset(basis(self.named, model, barred(self.edits, model, past_entries)))
 
     @staticmethod
     def of(points: Sequence[str], names: str | Sequence[str] | None, hooks: Hooks | None) -> "Plan":
@@ -99,7 +107,7 @@ class Plan:
         for i, entry in enumerate(asked):
             for name in entry.points:
                 edits.setdefault(name, []).append(i)
-        return Plan(frozenset(() if names is None else resolve(names, points)), asked, edits)
+        return Plan([] if names is None else resolve(names, points), asked, edits)
 
     def fires(self) -> list[tuple[str, list[str]]]:
         """Every entry of `hooks` as typed, and the points at which it was called."""
@@ -153,6 +161,7 @@ class Watch:
     not_ours: frozenset[str] = frozenset()  # points whose memory is somebody else's: kept as copies
     logits_to_keep: int | Tensor | None = None
     stop_when_done: bool = False
+    in_graph: bool = False  # gradients are wanted at what is kept
     kept: dict[str, Tensor] = field(default_factory=dict)
     real_device: torch.device | None = None  # on meta: what edits return from there is taken for meta
     raised: list[str] = field(default_factory=list)  # on meta: what edits raised, to whom it was as if they were not
@@ -179,7 +188,9 @@ class Watch:
         mine = x
         for i in self.plan.edits.get(name, ()):
             x = self.edited(i, name, x)
-        if name in self.plan.names:
+        if self.in_graph and name in self.plan.names:
+            self.kept[name] = x = x.clone()  # a node of its own, which the run goes through
+        elif name in self.plan.names:
             self.kept[name] = x.clone() if x is not mine or local_name(name) in self.not_ours else x
         if self.stop_when_done and not self.left:
             raise Enough
@@ -260,9 +271,10 @@ class Recorder:
         if self.current is not None:
             self.passes.append(self.current.recorded())
 
-    def activations(self, order: Sequence[str]) -> "Activations":
-        names = [name for name in order if name in self.plan.names] if self.passes else []
-        return Activations({name: joined(name, [kept[name] for kept in self.passes]) for name in names})
+    def activations(self, of: Of) -> Activations:
+        """What has been recorded so far, joined over the steps."""
+        names = self.plan.named if self.passes else []
+        return Activations({name: joined(name, [kept[name] for kept in self.passes]) for name in names}, of=of)
 
 
 def joined(name: str, parts: list[Tensor]) -> Tensor | list[Tensor]:
@@ -275,100 +287,3 @@ def joined(name: str, parts: list[Tensor]) -> Tensor | list[Tensor]:
     longest = max(part.shape[-1] for part in parts)
     nothing = float("-inf") if local_name(name) == "attn.scores" else 0.0
     return torch.cat([F.pad(part, (0, longest - part.shape[-1]), value=nothing) for part in parts], axes.index("query"))
-
-
-class NotRecorded(HookError, KeyError):
-    """A point that a recording has not got."""
-
-    __str__ = HookError.__str__
-
-
-class Activations(Mapping[str, Any]):
-    """What a run left at the points that were named, in the order in which they fired.
-
-    `acts["blocks.3.attn.pattern"]` and `acts["attn.pattern", 3]` are one layer's; `acts["resid_post"]` is all layers
-    stacked: [layer, batch, pos, model]. After a generation `kv.k` and `kv.v` are a list with a tensor per step.
-    """
-
-    def __init__(self, values: Mapping[str, Tensor | list[Tensor]]):
-        self.values_by_name = dict(values)
-
-    def __getitem__(self, key: str | tuple[str, int]) -> Any:
-        if isinstance(key, tuple):
-            local, layer = key
-            layers = self.layers(local)
-            return self[f"blocks.{layer + max(layers, default=0) + 1 if layer < 0 else layer}.{local}"]
-        if key in self.values_by_name:
-            return self.values_by_name[key]
-        layers = self.layers(key)
-        if not layers:
-            near = get_close_matches(key, [*self.values_by_name, *map(local_name, self.values_by_name)], 3, 0.5)
-            hint = f" Did you mean {' or '.join(map(repr, dict.fromkeys(near)))}?" if near else ""
-            raise NotRecorded(f"{key!r} was not recorded: name it in names= when you run.{hint}")
-        if layers != list(range(len(layers))):
-            raise HookError(f"{key!r} was recorded at layers {layers} only: ask for one, acts[{key!r}, {layers[0]}]")
-        parts = [self.values_by_name[f"blocks.{i}.{key}"] for i in layers]
-        if any(isinstance(part, list) for part in parts):
-            raise HookError(f"{key!r} is a list with a tensor per step: ask for a layer, acts[{key!r}, {layers[0]}]")
-        return torch.stack(cast(list[Tensor], parts))
-
-    def layers(self, local: str) -> list[int]:
-        """The layers at which this point was recorded."""
-        names = (name for name in self.values_by_name if name.startswith("blocks.") and local_name(name) == local)
-        return [int(name.split(".")[1]) for name in names]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.values_by_name)
-
-    def __len__(self) -> int:
-        return len(self.values_by_name)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self.values_by_name or (isinstance(key, str) and bool(self.layers(key)))
-
-    @property
-    def bytes(self) -> int:
-        return sum(x.nbytes for value in self.values() for x in (value if isinstance(value, list) else [value]))
-
-    def __repr__(self) -> str:
-        return f"Activations: {len(self)} points, {size(self.bytes)}\n{table(self.rows())}"
-
-    def rows(self) -> list[tuple[str, str, str, str]]:
-        """A line per point, layers together: name, axes, shape, bytes."""
-        lines: dict[str, list[Any]] = {}
-        for name, value in self.items():
-            lines.setdefault(local_name(name), []).append(value)
-        out = []
-        for local, values in lines.items():
-            layers = self.layers(local)
-            which = f"blocks.{spans(layers)}.{local}" if layers else local
-            first = values[0][-1] if isinstance(values[0], list) else values[0]
-            per_step = f" x {len(values[0])} steps" if isinstance(values[0], list) else ""
-            weight = sum(x.nbytes for v in values for x in (v if isinstance(v, list) else [v]))
-            out.append((which, " ".join(axes_of(local)), str(tuple(first.shape)) + per_step, size(weight)))
-        return out
-
-
-def spans(layers: list[int]) -> str:
-    """[0, 1, 2, 5] as "0-2,5"."""
-    runs: list[list[int]] = []
-    for i in layers:
-        if runs and i == runs[-1][-1] + 1:
-            runs[-1].append(i)
-        else:
-            runs.append([i])
-    return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
-
-
-def size(n: int) -> str:
-    """A number of bytes for people."""
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if n >= scale:
-            return f"{n / scale:.1f} {unit}"
-    return f"{n} B"
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text in aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)

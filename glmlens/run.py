@@ -1,15 +1,16 @@
 """A generation, under way and done."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from glmlens.activations import Activations, Of
 from glmlens.generate import Step
 from glmlens.kv_cache import KVCache
-from glmlens.record import Activations, Recorder
+from glmlens.record import Recorder
 from glmlens.tokenizer import Tokenizer
 
 
@@ -47,6 +48,7 @@ class Going:
     stop_strings: tuple[str, ...]
     tokenizer: Tokenizer | None
     last: int = 0  # how many tokens there can be at most
+    of: Of | None = None
 
     def __iter__(self) -> Iterator[Step]:
         """Every step, once it is whole; at the end, HookError for an edit that never came to hold."""
@@ -89,11 +91,20 @@ class Going:
         texts = [self.tokenizer.decode(row) for row in tokens[:, self.prompt_length :].tolist()]
         return torch.tensor([any(s in text for s in self.stop_strings) for text in texts], device=tokens.device)
 
-    def run(self, names: list[str], stopped: str | None = None) -> Run:
-        """What there is, with its recording in the order of `names`."""
-        texts, acts = self.texts(), self.recorder.activations(names)
+    def run(self, stopped: str | None = None) -> Run:
+        """What there is."""
+        texts = self.texts()
         stopped = stopped or ("stop" if bool(self.stopped().all()) else "max_new_tokens")
         covered = self.start + self.tokens.shape[1] - 1  # an interrupted step may have run and chosen nothing
         self.kv.truncate(min(self.kv.length, covered))
         text = texts[0] if len(texts) == 1 else texts or None
+        acts = self.recorder.activations(self.of_what_was_run())
         return Run(self.tokens, text, acts, self.kv, self.prompt_length, stopped)
+
+    def of_what_was_run(self) -> Of:
+        """The tokens and positions of every pass that is whole."""
+        assert self.of is not None
+        ran = len(self.recorder.passes) - 1 + self.prompt_length if self.recorder.passes else 0
+        at = self.kv.positions[:, self.start : self.start + ran]
+        keys = self.kv.positions[:, : self.start + ran]
+        return replace(self.of, tokens=self.tokens[:, :ran], positions=at, key_positions=keys, by_steps=True)

@@ -11,8 +11,10 @@ import glmlens
 
 PACKAGE = Path(glmlens.__file__).parent
 ORDER = """
-hooks config results kv_cache model checkpoint generate tokenizer chat prompt record check run weights lens
-tasks.words tasks.task tasks.language tasks.formal tasks demo.world demo.vocabulary demo.train plot report cli
+hooks config results tables kv_cache model checkpoint generate tokenizer chat prompt derive activations record
+check run weights lens
+tasks.words tasks.task tasks.language tasks.formal tasks demo.world demo.vocabulary demo.train demo.circuits demo.card
+plot report cli
 """.split()
 ALONE = ["hooks", "config", "results", "tokenizer", "chat", "plot", "report", "tasks.words"]  # import nothing of ours
 

@@ -184,9 +184,9 @@ def test_prompts_of_unequal_length_give_the_answers_they_give_alone(inside):
 
 
 def test_the_world_never_says_what_is_held_out():
-    from glmlens.demo.world import KINDS, NEVER_OPENS_IOI
-
     import random
+
+    from glmlens.demo.world import KINDS, NEVER_OPENS_IOI
 
     draw = random.Random(5)
     for kind in (kind for kind in KINDS if kind.__name__ in TASKS):

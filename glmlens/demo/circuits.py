@@ -133,7 +133,9 @@ def facts(lens: Lens, n: int = 150) -> dict[str, object]:
             return x
 
         runs = [lens.run_with_hooks(corrupt, {f"blocks.{i}.resid_post": restore}) for i in range(lens.cfg.n_layers)]
-        found[f"restored at the {part}"] = [float((examples.measure(x).mean() - broken) / (clean - broken)) for x in runs]
+        found[f"restored at the {part}"] = [
+            float((examples.measure(x).mean() - broken) / (clean - broken)) for x in runs
+        ]
     return found
 
 

@@ -32,7 +32,7 @@ EVERY = 100  # steps between the states that are kept
 class Recipe:
     """What decides the outcome. The initialisation matters most: drawn as usual (std 0.02), such a model stalls."""
 
-    steps: int = 2800
+    steps: int = 2700
     batch: int = 24
     pos: int = 96
     seed: int = 0

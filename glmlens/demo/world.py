@@ -41,6 +41,7 @@ GROUPS = (
     PREPOSITIONS, ADJECTIVES, TYPES, FUNCTIONS, EVENTS, NOUNS, NOUNS.values(), VERBS, VERBS.values(),
 )  # fmt: skip
 NEVER_OPENS_IOI = frozenset({"While", "Before", "One day", "On Friday", "At noon", "Last year", "Later"})
+PRONOUN = {name: pronoun for pronoun, names in NAMES.items() for name in names}
 AFTER_VERB = {
     "is": "happy old small here".split(), "was": "tired late young there".split(),
     "has": ["a hat", "a ball", "a map"], "runs": ["away", "home", "fast"],
@@ -101,8 +102,8 @@ def of(task: Task, end: Callable[[random.Random, Item], str]) -> Sentence:
 def after_giving(draw: random.Random, item: Item) -> str:
     to, by, thing = item.slots["IO"], item.slots["S1"], item.slots["thing"]
     return draw.choice((
-        ".", ".", f". {to} was happy.", f". {to} took the {thing} home.", f" and went home. {by} was tired.",
-        f" at the {draw.choice(PLACES)}.",
+        ".", ".", f". {PRONOUN[to].capitalize()} took the {thing} home.", f". {PRONOUN[to].capitalize()} was happy.",
+        f" and went home. {by} was tired.", f" at the {draw.choice(PLACES)}.",
     ))  # fmt: skip
 
 
@@ -211,10 +212,10 @@ def chat(draw: random.Random) -> str:
 
 
 KINDS: dict[Sentence, float] = {
-    of(ioi, after_giving): 0.13, story: 0.095, of(facts, stop): 0.13, of(agreement, after_verb): 0.08, single: 0.02,
-    war: 0.09, of(docstring, rest_of_docstring): 0.04, of(pronouns, lambda draw, item: "?"): 0.03, people: 0.03,
-    of(successors, stop): 0.04, of(brackets, closing): 0.08, of(addition, stop): 0.04, of(sentiment, stop): 0.025,
-    neutral: 0.01, feeling: 0.01, repeated: 0.14, chat: 0.01,
+    of(ioi, after_giving): 0.14, story: 0.095, of(facts, stop): 0.13, of(agreement, after_verb): 0.065, single: 0.015,
+    war: 0.09, of(docstring, rest_of_docstring): 0.03, of(pronouns, lambda draw, item: "?"): 0.06, people: 0.06,
+    of(successors, stop): 0.03, of(brackets, closing): 0.065, of(addition, stop): 0.03, of(sentiment, stop): 0.025,
+    neutral: 0.01, feeling: 0.01, repeated: 0.135, chat: 0.01,
 }  # fmt: skip
 
 

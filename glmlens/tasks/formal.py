@@ -131,7 +131,7 @@ def draw_successor(draw: random.Random, _: Tokenizer | None = None) -> Item:
     shown = draw.randrange(3, min(6, len(series) - 2) + 1)
     start = draw.randrange(1, len(series) - shown)
     words, earlier = series[start : start + shown], series[start - 1 : start + shown - 1]
-    mixed = draw.sample(words[:-1], shown - 1)
+    mixed = words[1:-1] + words[:1]
     template = ", ".join([f"{{w{i}}}" for i in range(shown - 1)] + ["{last}"]) + ","
     names = [f"w{i}" for i in range(shown - 1)] + ["last"]
     return item(
@@ -149,7 +149,7 @@ successors = Task(
     draw_successor,
     {
         "earlier": "the series one step earlier: what was last is right",
-        "mixed": "the words before the last in another order",
+        "mixed": "the first word comes just before the last",
     },
     "Successors: Gould et al. 2023, arXiv 2312.09230",
 )

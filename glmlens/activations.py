@@ -1,0 +1,432 @@
+"""Recordings: labelled activations, what follows from them, and both on disk."""
+
+import html
+import json
+import os
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Int
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from glmlens.derive import Origin, barred, derive, follows
+from glmlens.hooks import HookError, axes_of, local_name
+from glmlens.model import GLM
+from glmlens.tables import size, spans, table
+from glmlens.tokenizer import Tokenizer
+
+Value = Tensor | list[Tensor]
+MANIFEST, VALUES = "manifest.json", "activations.safetensors"
+
+
+class NotRecorded(HookError, KeyError):
+    """A point that a recording has not got."""
+
+    __str__ = HookError.__str__
+
+
+@dataclass(frozen=True, eq=False)
+class Of:
+    """What a recording is of: the run's tokens and positions, the model and tokenizer, and how it was edited.
+
+    `positions` [batch, pos] are absolute, -1 for padding. `named` gives the positions of a task's names. `model` is
+    None when only its hash is known: nothing can be derived then.
+    """
+
+    tokens: Int[Tensor, "batch pos"] | None
+    positions: Int[Tensor, "batch pos"]
+    key_positions: Int[Tensor, "batch key"]
+    model: GLM | None = None
+    model_hash: Callable[[], str] = lambda: "unknown"
+    tokenizer: Tokenizer | None = None
+    named: Callable[[str], Int[Tensor, "batch"]] | None = None
+    edited: frozenset[str] = frozenset()
+    past_entries: bool = False
+    by_steps: bool = False  # joined over the steps of a generation: nothing is derived, each step had its own shape
+
+    def follows(self, name: str, stored: Mapping[str, Any]) -> bool:
+        """Whether the point of this full name follows from what is stored."""
+        if self.model is None or self.by_steps or not name.startswith(("blocks.", "ln_final.")):
+            return False
+        return follows(name, self.model, stored, barred(self.edited, self.model, self.past_entries))
+
+    def derived(self, name: str, there: ChainMap[str, Any]) -> Tensor | None:
+        """The value that follows from what is there."""
+        assert self.model is not None
+        origin = Origin(self.model, self.positions, self.key_positions)
+        return derive(name, origin, there, barred(self.edited, self.model, self.past_entries))
+
+    def moved(self, device: torch.device) -> "Of":
+        tokens = None if self.tokens is None else self.tokens.to(device)
+        return replace(
+            self, tokens=tokens, positions=self.positions.to(device), key_positions=self.key_positions.to(device)
+        )
+
+
+class Activations(Mapping[str, Any]):
+    """What a run left at the points that were named, in the order in which they fired.
+
+    `acts["blocks.3.attn.pattern"]` and `acts["attn.pattern", 3]` are one layer's; `acts["resid_post"]` is all layers
+    stacked: [layer, batch, pos, model]. `acts.at("Mary")` and `acts.at("S2")` are the same at one position,
+    `acts.row(2)` one prompt's alone. After a generation `kv.k` and `kv.v` are a list with a tensor per step.
+
+    What follows from other points is not stored but computed when it is asked for, bit for bit what was there; with
+    attention="sdpa" scores and pattern follow too, to 1e-6 of what the kernel does inside.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, Value],
+        names: Sequence[str] | None = None,
+        of: Of | None = None,
+        gradients: "Activations | None" = None,
+    ):
+        self.stored = values
+        self.names = list(values if names is None else names)
+        self.of, self._gradients = of, gradients
+
+    # ---- reading ----
+
+    def __getitem__(self, key: str | tuple[str, int]) -> Any:
+        return self._read(key, ChainMap({}, cast(Any, self.stored)))
+
+    def _read(self, key: str | tuple[str, int], there: ChainMap[str, Any]) -> Any:
+        """A point's value; what is derived on the way to many layers is looked up in `there`."""
+        if isinstance(key, tuple):
+            local, layer = key
+            layers = self.layers(local) or self._every_layer()
+            return self._read(f"blocks.{layer + max(layers, default=0) + 1 if layer < 0 else layer}.{local}", there)
+        if key in self.stored:
+            return self.stored[key]
+        if self._follows(key):
+            return cast(Of, self.of).derived(key, there)
+        layers = self.layers(key) or [i for i in self._every_layer() if self._follows(f"blocks.{i}.{key}")]
+        if not layers:
+            raise self._missing(key)
+        if layers != list(range(len(layers))):
+            raise HookError(f"{key!r} was recorded at layers {layers} only: ask for one, acts[{key!r}, {layers[0]}]")
+        parts = [self._read(f"blocks.{i}.{key}", there) for i in layers]
+        if any(isinstance(part, list) for part in parts):
+            raise HookError(f"{key!r} is a list with a tensor per step: ask for a layer, acts[{key!r}, {layers[0]}]")
+        return torch.stack(cast(list[Tensor], parts))
+
+    def _follows(self, name: str) -> bool:
+        return self.of is not None and self.of.follows(name, self.stored)
+
+    def _every_layer(self) -> list[int]:
+        return [] if self.of is None or self.of.model is None else list(range(len(self.of.model.blocks)))
+
+    def _missing(self, key: str) -> NotRecorded:
+        local = local_name(key)
+        if self.of is not None and self.of.model is None and (key in self.names or self.layers(local)):
+            return NotRecorded(f"{key!r} is not stored here; with the model it would follow: load with lens=")
+        near = get_close_matches(key, [*self.names, *map(local_name, self.names)], 3, 0.5)
+        hint = f" Did you mean {' or '.join(map(repr, dict.fromkeys(near)))}?" if near else ""
+        return NotRecorded(f"{key!r} was not recorded: name it in names= when you run.{hint}")
+
+    def layers(self, local: str) -> list[int]:
+        """The layers at which this point was recorded."""
+        names = (name for name in self.names if name.startswith("blocks.") and local_name(name) == local)
+        return [int(name.split(".")[1]) for name in names]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.names or (isinstance(key, str) and bool(self.layers(key)))
+
+    @property
+    def gradients(self) -> "Activations":
+        """The gradient of the metric at every point that was named, of the same shapes."""
+        if self._gradients is None:
+            raise HookError("no gradients were asked for: run with gradients_of=metric")
+        return self._gradients
+
+    # ---- places ----
+
+    @property
+    def tokens(self) -> Int[Tensor, "batch pos"]:
+        """The token ids that were run, padding among them."""
+        if self._of().tokens is None:
+            raise HookError("this run entered with a residual stream or embeddings: it has no tokens")
+        return cast(Tensor, self._of().tokens)
+
+    @property
+    def labels(self) -> list[list[str]]:
+        """For every row, a label for every token, without padding."""
+        of = self._of()
+        rows = [row[at >= 0].tolist() for row, at in zip(self.tokens, of.positions, strict=True)]
+        return [of.tokenizer.labels(row) if of.tokenizer else [f"⟨{i}⟩" for i in row] for row in rows]
+
+    def at(self, where: int | str, occurrence: int | None = None) -> "AtPosition":
+        """The same recording at one position of every row: absolute, a task's name for it, or the text of a token.
+
+        Positions are the query's where there is one. Raises HookError for a text that a row says never, or several
+        times when no `occurrence` (0 the first, -1 the last) is given.
+        """
+        return AtPosition(self, self.find(where, occurrence))
+
+    def find(self, where: int | str, occurrence: int | None = None) -> Int[Tensor, "batch"]:
+        """The absolute position of a place in every row; see `at`."""
+        of = self._of()
+        if isinstance(where, int):
+            last = of.positions.amax(1)
+            found = last + 1 + where if where < 0 else torch.full_like(last, where)
+            missing = (found[:, None] != of.positions).all(1)
+            if bool(missing.any()):
+                raise HookError(f"position {where} asked for; the rows end with {last.tolist()}")
+            return found
+        if of.named is not None and occurrence is None:
+            try:
+                return of.named(where).to(of.positions.device)
+            except ValueError:
+                pass
+        return torch.tensor([self._said(row, where, occurrence) for row in range(len(of.positions))]).to(
+            of.positions.device
+        )
+
+    def _said(self, row: int, text: str, occurrence: int | None) -> int:
+        of = self._of()
+        if of.tokenizer is None:
+            raise HookError(f"no tokenizer to find {text!r} with: give an absolute position")
+        real = of.positions[row] >= 0
+        said = of.tokenizer.strings(self.tokens[row][real].tolist())
+        places = [i for i, token in enumerate(said) if token == text] or [
+            i for i, token in enumerate(said) if token.strip() == text.strip() != ""
+        ]
+        if not places:
+            raise HookError(f"{text!r} is no token of row {row}: {said}")
+        if occurrence is None and len(places) > 1:
+            raise HookError(f"{text!r} stands at {places} in row {row}: say which, at({text!r}, occurrence=0)")
+        if not -len(places) <= (occurrence or 0) < len(places):
+            raise HookError(f"{text!r} stands {len(places)} times in row {row}; occurrence {occurrence} asked for")
+        return int(of.positions[row][real][places[occurrence or 0]])
+
+    def row(self, i: int) -> "Activations":
+        """The recording of one prompt alone, without its padding and with a batch of one."""
+        of = self._of()
+        if not -len(of.positions) <= i < len(of.positions):
+            raise HookError(f"row {i} asked for; this recording has {len(of.positions)}")
+        i %= len(of.positions)
+        columns, keys = (at[i] >= 0 for at in (of.positions, of.key_positions))
+
+        def cut(name: str, x: Any) -> Tensor:
+            for along, axis in enumerate(axes_of(name)):
+                if axis in ("pos", "query", "key"):
+                    x = x.movedim(along, 0)[(keys if axis == "key" else columns)].movedim(0, along)
+            return x
+
+        named = of.named and (lambda name: cast(Any, of.named)(name)[i : i + 1])
+        mine = replace(
+            of,
+            tokens=None if of.tokens is None else of.tokens[i : i + 1, columns],
+            positions=of.positions[i : i + 1, columns],
+            key_positions=of.key_positions[i : i + 1, keys],
+            named=named,
+        )
+        if any(isinstance(value, list) for value in self.stored.values()):
+            raise HookError("this recording has a tensor per step at kv.k and kv.v: rows of it cannot be taken")
+        values = {name: cut(name, x[i : i + 1]) for name, x in self.stored.items()}
+        return Activations(values, self.names, mine, self._gradients and self._gradients.row(i))
+
+    def _of(self) -> Of:
+        if self.of is None:
+            raise HookError("this recording was made by hand: it knows no tokens and no positions")
+        return self.of
+
+    # ---- moving ----
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Activations":
+        """The recording on another device or in another dtype: away from its model, so all that was named is stored."""
+        if dtype is None and (device is None or torch.device(device) == self.device):
+            return self
+        moved = self._mapped(dict(self), lambda x: x.to(device=device or x.device, dtype=dtype or x.dtype))
+        moved.of = moved.of and replace(moved.of, model=None)
+        return moved
+
+    def cpu(self) -> "Activations":
+        return self.to("cpu")
+
+    def detach(self) -> "Activations":
+        """The recording without the graph behind it."""
+        return self._mapped(self.stored, Tensor.detach)
+
+    def _mapped(self, values: Mapping[str, Value], fn: Callable[[Tensor], Tensor]) -> "Activations":
+        made = {name: [fn(x) for x in v] if isinstance(v, list) else fn(v) for name, v in values.items()}
+        gradients = self._gradients and self._gradients._mapped(self._gradients.stored, fn)
+        of = self.of if self.of is None or (at := first_device(made)) is None else self.of.moved(at)
+        return Activations(made, self.names, of, gradients)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the values are; None where there are none."""
+        return first_device(self.stored)
+
+    @property
+    def bytes(self) -> int:
+        """What is held for it: what is derived weighs nothing, what is shared weighs once."""
+        held = {(x.untyped_storage().data_ptr(), x.storage_offset(), x.nbytes): x.nbytes for x in tensors(self.stored)}
+        return sum(held.values())
+
+    # ---- disk ----
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the recording to a folder, whole or not at all: the values as safetensors, and a manifest.
+
+        Raises FileExistsError when there is a recording already.
+        """
+        folder = Path(folder)
+        if (folder / MANIFEST).exists():
+            raise FileExistsError(f"{folder} holds a recording already: give another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        of = self._of()
+        flat = {
+            f"{name}@{i}" if isinstance(value, list) else name: x.detach().contiguous()
+            for name, value in self.stored.items()
+            for i, x in enumerate(value if isinstance(value, list) else [value])
+        }
+        places = {"positions": of.positions, "key_positions": of.key_positions, "tokens": of.tokens}
+        flat |= {f"of.{name}": x.contiguous() for name, x in places.items() if x is not None}
+        manifest = {
+            "format": "glmlens.Activations 1", "model": of.model_hash(), "edited": sorted(of.edited),
+            "tokenizer": of.tokenizer.fingerprint() if of.tokenizer else "none", "names": self.names,
+            "past_entries": of.past_entries, "by_steps": of.by_steps,
+        }  # fmt: skip
+        save_file({name: x.clone() for name, x in flat.items()}, folder / f"{VALUES}.new")
+        os.replace(folder / f"{VALUES}.new", folder / VALUES)
+        (folder / f"{MANIFEST}.new").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        os.replace(folder / f"{MANIFEST}.new", folder / MANIFEST)
+        return folder
+
+    # ---- showing ----
+
+    def __repr__(self) -> str:
+        return f"{self._title()}\n{table(self.rows())}"
+
+    def _title(self) -> str:
+        derived = len(self.names) - len([name for name in self.names if name in self.stored])
+        return f"Activations: {len(self)} points, {size(self.bytes)}" + (f", {derived} derived" if derived else "")
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{name}</th>" for name in ("name", "axes", "shape", "bytes"))
+        body = "".join(f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in self.rows())
+        return f"<div>{html.escape(self._title())}<table><tr>{head}</tr>{body}</table></div>"
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """A line per point, layers together: name, axes, shape, bytes."""
+        lines: dict[str, list[str]] = {}
+        for name in self.names:
+            lines.setdefault(local_name(name), []).append(name)
+        out = []
+        for local, names in lines.items():
+            layers, held = self.layers(local), [self.stored[name] for name in names if name in self.stored]
+            which = f"blocks.{spans(layers)}.{local}" if layers else local
+            weight = size(sum(x.nbytes for v in held for x in (v if isinstance(v, list) else [v])))
+            first = held[0] if held else self[names[0]]
+            per_step = f" x {len(first)} steps" if isinstance(first, list) else ""
+            shape = str(tuple((first[-1] if isinstance(first, list) else first).shape)) + per_step
+            out.append((which, " ".join(axes_of(local)), shape, weight if held else "derived"))
+        return out
+
+
+@dataclass(frozen=True)
+class AtPosition:
+    """A recording at one position of every row: its values lack the axis `pos` (or `query`; or `key` at kv.k, kv.v)."""
+
+    acts: Activations
+    positions: Int[Tensor, "batch"]
+
+    def __getitem__(self, key: str | tuple[str, int]) -> Tensor:
+        x, local = self.acts[key], local_name(key[0] if isinstance(key, tuple) else key)
+        if isinstance(x, list):
+            raise HookError(f"{local!r} is a list with a tensor per step: take a step first")
+        stacked = (
+            isinstance(key, str) and key == local and local not in ("embed", "logits") and x.ndim > len(axes_of(local))
+        )
+        axes = ("layer", *axes_of(local)) if stacked else axes_of(local)
+        axis = next(axis for axis in ("pos", "query", "key") if axis in axes)
+        columns = self.columns(axis)
+        rows = x.movedim((axes.index("batch"), axes.index(axis)), (0, 1))
+        picked = rows[torch.arange(len(columns), device=x.device), columns]
+        return picked.movedim(0, 1) if stacked else picked
+
+    def columns(self, axis: str) -> Int[Tensor, "batch"]:
+        """Where along this axis the positions lie."""
+        of = cast(Of, self.acts.of)
+        there = of.key_positions if axis == "key" else of.positions
+        return (there == self.positions[:, None]).int().argmax(1)
+
+    def __repr__(self) -> str:
+        return f"positions {self.positions.tolist()} of {self.acts!r}"
+
+
+def tensors(values: Mapping[str, Value]) -> Iterator[Tensor]:
+    for value in values.values():
+        yield from value if isinstance(value, list) else [value]
+
+
+def first_device(values: Mapping[str, Value]) -> torch.device | None:
+    return next((x.device for x in tensors(values)), None)
+
+
+class Lazy(Mapping[str, Value]):
+    """The values in a recording's file, each read when it is asked for."""
+
+    def __init__(self, path: Path):
+        self.file = safe_open(path, framework="pt")
+        self.parts: dict[str, list[str]] = {}
+        for key in self.file.keys():  # noqa: SIM118 - no mapping
+            if not key.startswith("of."):
+                self.parts.setdefault(key.split("@")[0], []).append(key)
+
+    def __getitem__(self, name: str) -> Value:
+        keys = self.parts[name]
+        if keys == [name]:
+            return self.file.get_tensor(name)
+        return [self.file.get_tensor(key) for key in sorted(keys, key=lambda key: int(key.split("@")[1]))]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.parts
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+
+def load_activations(folder: str | Path, lens: Any = None) -> Activations:
+    """The recording that `acts.save(folder)` wrote, read piece by piece as it is asked for.
+
+    With the lens that it was recorded from, what follows from it is computed as before and texts are found. Raises
+    FileNotFoundError, and ValueError for a lens with another model or tokenizer.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).exists():
+        raise FileNotFoundError(f"{folder} holds no whole recording: there is no {MANIFEST}")
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if manifest.get("format") != "glmlens.Activations 1":
+        raise ValueError(f"{folder} is {manifest.get('format')!r}, not a recording that acts.save wrote")
+    if lens is not None:
+        for what, found in (("model", lens.model_hash), ("tokenizer", lens.tokenizer_hash)):
+            if found != manifest[what]:
+                raise ValueError(f"{folder} was recorded with {what} {manifest[what]}; this lens has {found}")
+    values = Lazy(folder / VALUES)
+    places = {name: values.file.get_tensor(f"of.{name}") for name in ("positions", "key_positions")}
+    tokens = values.file.get_tensor("of.tokens") if "of.tokens" in values.file.keys() else None  # noqa: SIM118
+    of = Of(
+        tokens, **places, model=lens and lens.model, model_hash=lambda: manifest["model"],
+        tokenizer=lens and lens.tokenizer, edited=frozenset(manifest["edited"]),
+        past_entries=manifest["past_entries"], by_steps=manifest["by_steps"],
+    )  # fmt: skip
+    return Activations(values, manifest["names"], of)
