@@ -6,6 +6,7 @@ from types import ModuleType
 
 from glmlens.activations import Activations, load_activations
 from glmlens.config import CheckpointError, GLMConfig
+from glmlens.harvest import load_harvest
 from glmlens.hooks import Hook, HookError, Point, off, only
 from glmlens.kv_cache import KVCache
 from glmlens.lens import Lens, Run, load
@@ -24,6 +25,7 @@ __all__ = [
     "Run",
     "load",
     "load_activations",
+    "load_harvest",
     "off",
     "only",
 ]

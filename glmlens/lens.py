@@ -1,6 +1,6 @@
 """Lens: a GLM, its tokenizer, and what a notebook does with them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from glmlens.activations import Activations, Of
 from glmlens.check import Check, OnMeta, Points
 from glmlens.config import CheckpointError, GLMConfig, Reader
 from glmlens.generate import Sampling, Step, steps
+from glmlens.harvest import Harvest, harvest
 from glmlens.hooks import HookError, Hooks
 from glmlens.kv_cache import KVCache
 from glmlens.model import GLM, absolute_positions, loss, token_log_probs
@@ -246,6 +247,19 @@ class Lens(Prompts, Weights):
         ends = {"embed"} if tokens is None or not tokens.is_floating_point() else set()
         ends |= {"ln_final.scale", "ln_final.normalized", "logits"} if stop is None else set()
         return [n for n in self._names if n in ends or (n.startswith("blocks.") and int(n.split(".")[1]) in layers)]
+
+    def harvest(
+        self,
+        prompts: Iterable[Any],
+        names: Names,
+        out: str | Path,
+        *,
+        batch: int = 16,
+        shard_tokens: int = 16_384,
+    ) -> Harvest:
+        """Write what is at the named points, a row per token, for any number of prompts; see `harvest.harvest`."""
+        hashes = {"model": self.model_hash, "tokenizer": self.tokenizer_hash}
+        return harvest(self, prompts, names, out, hashes=hashes, batch=batch, shard_tokens=shard_tokens)
 
     def points(self, prompt: Prompt | None = None) -> Points:
         """The catalogue of points alive in this model, with shapes for `prompt` (by default one token)."""
