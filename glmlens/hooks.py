@@ -91,6 +91,7 @@ POINTS: dict[str, tuple[str, str]] = {
     "ln_final.normalized": ("batch pos model", "weight · last resid_post · ln_final.scale: what the unembedding reads"),
     "logits": ("batch pos vocab", "W_U ln_final.normalized"),
 }
+SPLICED = {"features": "batch pos feature", "error": "batch pos model"}  # beside a point with a dictionary
 ROOT = ("embed", "ln_final.scale", "ln_final.normalized", "logits")
 ON_REQUEST = ("attn.result",)  # costs a head axis on the residual stream: never taken by "all" or a wide glob
 EAGER_ONLY = ("attn.scores", "attn.pattern")
@@ -156,6 +157,10 @@ def local_name(name: str) -> str:
 
 
 def axes_of(name: str) -> tuple[str, ...]:
+    """The axes at a point; the features and the error of a dictionary are named after the point that it writes."""
+    point, _, part = local_name(name).rpartition(".")
+    if point in POINTS and part in SPLICED:
+        return tuple(SPLICED[part].split())
     return tuple(POINTS[local_name(name)][0].split())
 
 

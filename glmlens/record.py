@@ -95,9 +95,9 @@ class Plan:
     def __post_init__(self) -> None:
         self.names = frozenset(self.named)  # those that are stored: all, unless some follow from others
 
-    def store_the_basis(self, model: GLM, past_entries: bool) -> None:
+    def store_the_basis(self, model: GLM, edited: frozenset[str], past_entries: bool) -> None:
         """Store only the points from which the others follow."""
-        self.names = frozenset(basis(self.named, model, barred(self.edits, model, past_entries)))
+        self.names = frozenset(basis(self.named, model, barred(edited, model, past_entries)))
 
     @staticmethod
     def of(points: Sequence[str], names: str | Sequence[str] | None, hooks: Hooks | None) -> "Plan":

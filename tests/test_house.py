@@ -12,7 +12,7 @@ import glmlens
 PACKAGE = Path(glmlens.__file__).parent
 ORDER = """
 hooks config results tables kv_cache model checkpoint generate tokenizer chat prompt derive activations record
-check run weights harvest lens
+check run weights splice running harvest lens
 tasks.words tasks.task tasks.language tasks.formal tasks demo.world demo.vocabulary demo.train demo.circuits demo.card
 plot report cli
 """.split()

@@ -1,0 +1,271 @@
+"""Running a model: plain, recorded and edited, in one pass; and what that would be, before it is paid for."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import TypedDict, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from typing_extensions import Unpack
+
+from glmlens import record
+from glmlens.activations import Activations, Of
+from glmlens.check import Check, OnMeta, Points
+from glmlens.config import GLMConfig
+from glmlens.hooks import Hook, HookError, Hooks, Point, off
+from glmlens.kv_cache import KVCache
+from glmlens.model import absolute_positions
+from glmlens.prompt import Prompt, Prompts, Rows
+from glmlens.record import Enough, Plan, Recorder, Watch
+from glmlens.splice import Splice, Spliced
+from glmlens.weights import fingerprint
+
+Names = str | Sequence[str]
+Metric = Callable[[Tensor], Tensor]
+
+
+class Forward(TypedDict, total=False):
+    """What a forward takes besides its prompt and hook; see `GLM.forward`."""
+
+    kv: KVCache | None
+    start_layer: int
+    stop_layer: int | None
+    position_ids: Tensor | None
+    attention_mask: Tensor | None
+    inputs_embeds: Tensor | None
+    logits_to_keep: int | Tensor | None
+
+
+class Running(Prompts):
+    """One pass of `self.model`: what it says, what is in it, and what it would say otherwise."""
+
+    splices: tuple[Splice, ...] = ()
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+
+    def __call__(self, prompt: Prompt | None = None, **forward: Unpack[Forward]) -> Float[Tensor, "batch kept vocab"]:
+        """The logits of the published model; with stop_layer, the residual stream that enters that layer."""
+        return self.model(self._inputs(prompt, forward), **forward)
+
+    def run_with_cache(
+        self,
+        prompt: Prompt | None = None,
+        names: Names = "all",
+        hooks: Hooks | None = None,
+        *,
+        logits: bool = True,
+        gradients_of: Metric | None = None,
+        **forward: Unpack[Forward],
+    ) -> tuple[Tensor | None, Activations]:
+        """The logits, and what was at the named points after all hooks.
+
+        `names` are names ("blocks.3.attn.z"), globs ("blocks.*.resid_post"), layer-local names ("resid_post") or
+        "all". What follows from other points asked for is not stored but derived when it is read. With `logits=False`
+        the run ends after the last point asked for, and None stands for the logits. `gradients_of`, a function of the
+        logits to one number or one per row, also leaves its gradient at every point, `acts.gradients`.
+        Raises HookError for a name that matches nothing.
+        """
+        return self._run(prompt, names, hooks, logits, forward, gradients_of)
+
+    def run_with_hooks(
+        self, prompt: Prompt | None = None, hooks: Hooks | None = None, **forward: Unpack[Forward]
+    ) -> Float[Tensor, "batch kept vocab"]:
+        """Logits with `hooks`, {"blocks.3.attn.z": fn} or [("blocks.*.attn.z", fn), ...], run in the order given.
+
+        `fn(x, point)` gets a copy of the tensor there and returns what the model should use instead.
+        """
+        return cast(Tensor, self._run(prompt, (), hooks, True, forward)[0])
+
+    def _run(
+        self,
+        prompt: Prompt | None,
+        names: Names,
+        hooks: Hooks | None,
+        logits: bool,
+        forward: Forward,
+        metric: Metric | None = None,
+    ) -> tuple[Tensor | None, Activations]:
+        tokens, kv = self._inputs(prompt, forward), forward.get("kv")
+        plan = Plan.of(self._passed(tokens, forward), names, hooks)
+        watch = self._watch(plan, tokens, forward)
+        of = self._of(prompt, tokens, kv, watch.positions, watch.key_positions, self._edited(plan))
+        plan.possible(watch)
+        if metric is not None:
+            return self._differentiated(tokens, forward, watch, metric, of)
+        plan.store_the_basis(self.model, of.edited, of.past_entries)
+        watch.left = set(plan.names) | set(plan.edits)
+        watch.stop_when_done = not logits and kv is None
+        try:
+            out = self.model(tokens, hook=self._spliced(watch), **forward)
+        except Enough:
+            out = None
+        return out if logits else None, Activations(watch.recorded(), plan.named, of)
+
+    def _differentiated(
+        self, tokens: Tensor | None, forward: Forward, watch: Watch, metric: Metric, of: Of
+    ) -> tuple[Tensor, Activations]:
+        """A run whose graph begins at the embeddings, the metric of it, and the gradient at every kept point."""
+        watch.in_graph = True
+        with torch.enable_grad():
+            entering = cast(Tensor, forward.pop("inputs_embeds", None) if tokens is None else tokens)
+            if not entering.is_floating_point():
+                entering = self.model.embed(entering)
+            entering = entering.detach().requires_grad_()
+            if forward.get("start_layer"):
+                logits = self.model(entering, hook=self._spliced(watch), **forward)
+            else:
+                logits = self.model(hook=self._spliced(watch), **{**forward, "inputs_embeds": entering})
+            value = metric(logits)
+            if not isinstance(value, Tensor) or not value.requires_grad:
+                raise HookError(f"gradients_of must give a number that follows from the logits; it gave {value!r:.80}")
+            kept = dict(watch.kept)
+            found = torch.autograd.grad(value.sum(), list(kept.values()), allow_unused=True)
+        gradients = {
+            name: torch.zeros_like(x) if g is None else g for (name, x), g in zip(kept.items(), found, strict=True)
+        }
+        of = replace(of, model=None)  # a gradient does not follow from others as a value does
+        values, named = {name: x.detach() for name, x in kept.items()}, watch.plan.named
+        return logits.detach(), Activations(values, named, of, Activations(gradients, named, of))
+
+    def _of(
+        self,
+        prompt: Prompt | None,
+        tokens: Tensor | None,
+        kv: KVCache | None,
+        positions: Tensor,
+        key_positions: Tensor,
+        edited: frozenset[str] = frozenset(),
+    ) -> Of:
+        """What a recording is of."""
+        return Of(
+            None if tokens is None or tokens.is_floating_point() else tokens,
+            positions,
+            key_positions,
+            self.model,
+            lambda: self.model_hash,
+            self.tokenizer,
+            prompt.at if isinstance(prompt, Rows) else None,
+            edited,
+            past_entries=kv is not None and kv.length > 0,
+        )
+
+    def _watch(self, plan: Plan, tokens: Tensor | None, forward: Forward) -> Watch:
+        """The hook of one plain forward, which knows the positions that the forward will have."""
+        entering = cast(Tensor, forward.get("inputs_embeds") if tokens is None else tokens)
+        kv, ids, mask = forward.get("kv"), forward.get("position_ids"), forward.get("attention_mask")
+        if kv is not None:
+            kv.fits(self.cfg, torch.empty(entering.shape[0], 0, 0, dtype=self.dtype, device=self.device))
+        positions = absolute_positions(entering.shape[:2], entering.device, kv, ids, mask)
+        key_positions = positions if kv is None else kv.with_positions(positions)
+        not_ours = (record.KV_VIEWS if kv is not None else frozenset()) | ({"embed"} if tokens is None else frozenset())
+        return Watch(plan, 0, positions, key_positions, not_ours, forward.get("logits_to_keep"))
+
+    def _passed(self, tokens: Tensor | None, forward: Forward) -> list[str]:
+        """The points that a forward of these arguments comes by, in order."""
+        if not self._names:
+            self._names = list(self._catalogue())
+        start, stop = forward.get("start_layer", 0), forward.get("stop_layer")
+        layers = self.model.layers(start, stop)
+        ends = {"embed"} if tokens is None or not tokens.is_floating_point() else set()
+        ends |= {"ln_final.scale", "ln_final.normalized", "logits"} if stop is None else set()
+        return [n for n in self._names if n in ends or (n.startswith("blocks.") and int(n.split(".")[1]) in layers)]
+
+    def _catalogue(self, *shape: int, past: int = 0, logits_to_keep: int | Tensor | None = None) -> dict[str, Point]:
+        """Every point of this model, and of the dictionaries spliced into it, in the order in which they fire."""
+        found = record.catalogue(self.model, *shape, past=past, logits_to_keep=logits_to_keep)
+        for splice in self.splices:
+            found = {point.name: point for name in found for point in splice.around(found[name])}
+        return found
+
+    # ---- dictionaries ----
+
+    def _spliced(self, hook: Hook) -> Hook:
+        return Spliced(hook, self.splices) if self.splices and hook is not off else hook
+
+    def _hook_at(self, recorder: Recorder) -> Callable[[int, Tensor, Tensor], Hook]:
+        """What hooks each step of a generation."""
+        return lambda step, positions, keys: self._spliced(recorder.hook_at(step, positions, keys))
+
+    def _edited(self, plan: Plan) -> frozenset[str]:
+        """The points whose values edits change: their own, and those that edited features write."""
+        edited = frozenset(plan.edits)
+        return edited | {s.writes for s in self.splices if s.features in edited or s.error in edited}
+
+    # ---- before it is paid for ----
+
+    def points(self, prompt: Prompt | None = None) -> Points:
+        """The catalogue of points alive in this model, with shapes for `prompt` (by default one token)."""
+        shape = (1, 1) if prompt is None else self.to_batch(prompt)[0].shape
+        return Points(self._catalogue(*shape).values())
+
+    def check(
+        self,
+        prompt: Prompt | None = None,
+        names: Names = (),
+        hooks: Hooks | None = None,
+        **forward: Unpack[Forward],
+    ) -> Check:
+        """What a run would store, what that weighs, and where its hooks fire, found on the meta device.
+
+        Nothing is computed: hooks are called with tensors without numbers, and one that needs numbers is reported and
+        passed over. Raises what the run would raise: HookError for a name that matches nothing or a result that does
+        not fit.
+        """
+        tokens, kv = self._inputs(prompt, forward), forward.get("kv")
+        order = self._passed(tokens, forward)
+        plan = Plan.of(order, names, hooks)
+        watch = self._watch(plan, tokens, forward)
+        watch.real_device = self.device
+        batch, pos = watch.positions.shape
+        past, keep = kv.length if kv else 0, forward.get("logits_to_keep")
+        points = self._catalogue(batch, pos, past=past, logits_to_keep=keep)
+        plan.possible(watch)
+        plan.store_the_basis(self.model, self._edited(plan), bool(past))
+        with OnMeta():
+            for point in (points[name] for name in order if name in plan.edits):
+                watch(point.name, torch.empty(point.shape, dtype=point.dtype, device="meta"))
+        stored = Points(points[name] for name in plan.named if name in plan.names)
+        return Check(Points(points[name] for name in plan.named), stored, plan.fires(), watch.raised)
+
+    def _inputs(self, prompt: Prompt | None, forward: Forward) -> Tensor | None:
+        """What `GLM.forward` takes first; the mask that padding of texts needs goes into `forward`."""
+        for name in forward.keys() - Forward.__annotations__.keys():
+            known = ", ".join(Forward.__annotations__)
+            raise TypeError(f"unexpected keyword argument {name!r}; a forward takes {known}")
+        if prompt is None and forward.get("inputs_embeds") is None:
+            raise TypeError("no prompt: give text, chat messages, token ids, or inputs_embeds=")
+        for name in ("position_ids", "attention_mask", "inputs_embeds"):
+            if (given := forward.get(name)) is not None:
+                forward[name] = given.to(self.device)
+        if prompt is None or (isinstance(prompt, Tensor) and prompt.is_floating_point()):
+            return prompt if prompt is None else prompt.to(self.device)
+        kv = forward.get("kv")
+        tokens, mask = self.to_batch(prompt, prefix=kv is None or kv.length == 0)
+        if forward.get("attention_mask") is None and mask is not None:
+            forward["attention_mask"] = mask
+        return tokens
+
+    @property
+    def cfg(self) -> GLMConfig:
+        return self.model.cfg
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.ln_final.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.ln_final.weight.device
+
+    @cached_property
+    def model_hash(self) -> str:
+        """12 hex digits that tell this model from others."""
+        return fingerprint(self.model)
+
+    @cached_property
+    def tokenizer_hash(self) -> str:
+        """12 hex digits that tell this tokenizer from others, or "none"."""
+        return "none" if self.tokenizer is None else self.tokenizer.fingerprint()

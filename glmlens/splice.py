@@ -1,0 +1,153 @@
+"""Dictionaries of features spliced into a run: the model as it is, until a feature is edited."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from glmlens.hooks import Hook, HookError, Point, wanted
+
+
+@runtime_checkable
+class Coder(Protocol):
+    """A sparse autoencoder or transcoder: anything that encodes [batch pos model] to features and decodes them."""
+
+    def encode(self, x: Tensor) -> Tensor: ...
+    def decode(self, features: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Dictionary:
+    """features = relu((x - b_dec) W_enc + b_enc), kept where above `threshold`; x is about features W_dec + b_dec.
+
+    Sparse autoencoders: Bricken et al. 2023 (Towards Monosemanticity), section "Sparse autoencoder"; thresholds:
+    Rajamanoharan et al. 2024, arXiv 2407.14435; transcoders, which subtract nothing on the way in (`b_in` is zero):
+    Dunefsky et al. 2024, arXiv 2406.11944.
+    """
+
+    W_enc: Float[Tensor, "model feature"]
+    b_enc: Float[Tensor, "feature"]
+    W_dec: Float[Tensor, "feature model"]
+    b_dec: Float[Tensor, "model"]
+    b_in: Float[Tensor, "model"]
+    threshold: Float[Tensor, "feature"]
+
+    def encode(self, x: Float[Tensor, "batch pos model"]) -> Float[Tensor, "batch pos feature"]:
+        found = ((x.to(self.W_enc.dtype) - self.b_in) @ self.W_enc + self.b_enc).relu()
+        return torch.where(found > self.threshold, found, 0)
+
+    def decode(self, features: Float[Tensor, "batch pos feature"]) -> Float[Tensor, "batch pos model"]:
+        return features @ self.W_dec + self.b_dec
+
+    def save(self, path: str | Path) -> None:
+        save_file({name: x.contiguous() for name, x in vars(self).items()}, path)
+
+    @staticmethod
+    def load(path: str | Path, device: str | torch.device = "cpu") -> "Dictionary":
+        """The dictionary in a safetensors file: W_enc, b_enc, W_dec, b_dec, and if it has them threshold and b_in.
+
+        Without b_in it is an autoencoder, which subtracts b_dec on the way in. Raises ValueError.
+        """
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        missing = {"W_enc", "b_enc", "W_dec", "b_dec"} - set(found)
+        if missing:
+            raise ValueError(
+                f"{path} has {', '.join(sorted(found))}; a dictionary also needs {', '.join(sorted(missing))}"
+            )
+        threshold = found.get("threshold", torch.zeros_like(found["b_enc"]))
+        parts = {name: found[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+        return Dictionary(**parts, b_in=found.get("b_in", found["b_dec"]), threshold=threshold)
+
+
+@dataclass(frozen=True, eq=False)
+class Splice:
+    """A coder between two points, or at one: what it reads, and the point at which what it writes is added."""
+
+    coder: Coder
+    reads: str
+    writes: str
+    width: int
+
+    @property
+    def features(self) -> str:
+        return f"{self.writes}.features"
+
+    @property
+    def error(self) -> str:
+        return f"{self.writes}.error"
+
+    def around(self, point: Point) -> list[Point]:
+        """A point of the model, with those of this splice that are shown before it or after."""
+        shape = (*point.shape[:2], self.width)
+        features = [replace(point, name=self.features, axes=("batch", "pos", "feature"), shape=shape)]
+        error = [replace(point, name=self.error)]
+        if self.reads == self.writes == point.name:
+            return [*features, *error, point]
+        after = features if point.name == self.reads else []
+        return [*(error if point.name == self.writes else []), point, *after]
+
+
+class Spliced:
+    """A hook with dictionaries in its way.
+
+    A feature is encoded from what the model reads, shown under a name of its own, and what an edit of it changes in the
+    reconstruction is added at the point that it writes. The error of the reconstruction stays where it is: without an
+    edit the model computes its own numbers, bit for bit.
+    """
+
+    def __init__(self, hook: Hook, splices: Sequence[Splice]):
+        self.hook, self.splices = hook, splices
+        self.held: dict[str, tuple[Tensor, Tensor]] = {}  # by point written, the features before and after edits
+
+    def wants(self, name: str) -> bool:
+        return wanted(self.hook, name)
+
+    def __call__(self, name: str, x: Tensor) -> Tensor:
+        for splice in (splice for splice in self.splices if splice.writes == name):
+            if splice.reads == name:
+                self.read(splice, x)
+            x = self.written(splice, x)
+        x = self.hook(name, x)
+        for splice in (splice for splice in self.splices if splice.reads == name != splice.writes):
+            self.read(splice, x)
+        return x
+
+    def read(self, splice: Splice, x: Tensor) -> None:
+        features = splice.coder.encode(x).to(x.dtype)
+        self.held[splice.writes] = features, self.hook(splice.features, features)
+
+    def written(self, splice: Splice, x: Tensor) -> Tensor:
+        before, after = self.held.pop(splice.writes)
+        said = splice.coder.decode(before).to(x.dtype)
+        error = x - said
+        new = self.hook(splice.error, error)
+        if after is before and new is error:
+            return x
+        return x + (splice.coder.decode(after).to(x.dtype) - said) + (new - error)
+
+
+def splice_between(
+    coder: Coder, reads: str | None, writes: str, points: Sequence[Point], device: torch.device
+) -> Splice:
+    """The splice of a coder at these points; HookError when they are no residual-wide points of one model, in order."""
+    if not isinstance(coder, Coder):
+        raise HookError(f"a coder has encode and decode; {type(coder).__name__} has not")
+    reads = writes if reads is None else reads
+    names = [point.name for point in points]
+    for name in (reads, writes):
+        if name not in names:
+            raise HookError(f"no point is called {name!r}: name it in full, such as 'blocks.2.resid_post'")
+        if points[names.index(name)].axes != ("batch", "pos", "model"):
+            raise HookError(f"{name!r} is {' '.join(points[names.index(name)].axes)}; a coder reads batch pos model")
+    if names.index(reads) > names.index(writes):
+        raise HookError(f"{reads!r} comes after {writes!r}: a coder reads before it writes")
+    at = points[names.index(reads)]
+    nothing = torch.zeros(1, 1, at.shape[-1], dtype=at.dtype, device=device)
+    return Splice(coder, reads, writes, coder.encode(nothing).shape[-1])
