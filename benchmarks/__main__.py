@@ -144,15 +144,14 @@ def table(name: str, path: Path, rounds: int) -> None:
         jobs["TransformerLens one"] = lambda: bridge.run_with_cache(
             tokens, names_filter=f"blocks.{layers // 2}.attn.hook_pattern"
         )
-    weight = int(held(ours["eager"].run_with_cache(tokens)[1].values()) * 1e6 / 4)
+    recorded = ours["eager"].run_with_cache(tokens)[1]
+    weight = int(held(recorded.stored.values()) * 1e6 / 4)
+    jobs["glmlens reading all"] = lambda: [recorded[name] for name in recorded]
     jobs["writing as much"] = lambda: torch.empty(weight).fill_(1)
     seconds = turns(jobs, rounds)
     floor += seconds.pop("writing as much")  # the matrix products, and writing what is kept to new memory
     row("everything recorded, one recorded", seconds, "glmlens forward", floor)
-    megabytes = {"glmlens": held(ours["eager"].run_with_cache(tokens)[1].values())}
-    if bridge:
-        megabytes["TransformerLens"] = held(bridge.run_with_cache(tokens)[1].values())
-    row("everything recorded, memory", megabytes, "glmlens", unit="MB")
+    recordings(ours["eager"], bridge)
 
     prompt, single = tokens[:, :32], [torch.randn(1, w.shape[1]) for w in weights]
     n = 64
@@ -184,6 +183,17 @@ def table(name: str, path: Path, rounds: int) -> None:
     row("load", seconds, "transformers", floor)
     processes(path)
     print()
+
+
+def recordings(lens: glmlens.Lens, bridge: Any, pos: int = 512) -> None:
+    """What everything recorded holds, each storage once, and what `check` says before."""
+    tokens = torch.randint(5, lens.cfg.d_vocab - 5, (1, pos), generator=torch.Generator().manual_seed(1))
+    acts = lens.run_with_cache(tokens)[1]
+    found = {"glmlens": held(acts.stored.values()), "as check says": lens.check(tokens, "all").bytes / 1e6}
+    found["if all were stored"] = sum(acts[name].nbytes for name in acts) / 1e6
+    if bridge:
+        found["TransformerLens"] = held(bridge.run_with_cache(tokens)[1].values())
+    row(f"everything recorded, {pos} tokens", found, "TransformerLens" if bridge else "glmlens", unit="MB")
 
 
 def processes(path: Path) -> None:
