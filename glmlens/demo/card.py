@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,12 +129,124 @@ def measured(lens: Lens) -> dict[str, object]:
     }
 
 
+def page(card: dict[str, Any]) -> str:
+    """The card for people: README.md of the model's folder."""
+    least = {(m.task, m.asked): ", ".join(f"{what} {bound}" for what, bound in m.least.items()) for m in MEASURES}
+    lines = [
+        f"| {line['task']} | {line['asked']} | {line['accuracy']:.1%} | {line['difference']:.2f} | "
+        f"{line['first']:.1%} | {least[line['task'], line['asked']]} |"
+        for line in card["tasks"]
+    ]
+    steered = [f"| {strength} | {felt:+.2f} |" for strength, felt in card["steering"].items()]
+    induction, facts, ioi = card["induction"], card["facts"], card["ioi"]
+    traced = [
+        f"| {layer} | {subject:.2f} | {end:.2f} |"
+        for layer, (subject, end) in enumerate(
+            zip(facts["restored at the subject"], facts["restored at the end"], strict=True)
+        )
+    ]
+    heads = [
+        f"| {head} | {part['lost without']:+.2f} | {part['end to IO']:.2f} | {part['end to S1']:.2f} | "
+        f"{part['end to S2']:.2f} | {part['S2 to S1']:.2f} |"
+        for head, part in ioi["heads"].items()
+    ]
+    mlps = [f"| MLP {layer} | {lost:+.2f} | | | | |" for layer, lost in ioi["mlps"].items()]
+    return PAGE.format(
+        parameters=card["parameters"] / 1e6,
+        model=card["model"],
+        tasks="\n".join(lines),
+        steering="\n".join(steered),
+        feeding=scored(induction["previous-token heads"]),
+        copiers=scored(induction["induction heads"]),
+        induction=induction,
+        facts=facts,
+        traced="\n".join(traced),
+        ioi=ioi,
+        heads="\n".join(heads + mlps),
+    )
+
+
+def scored(heads: dict[str, float]) -> str:
+    return ", ".join(f"{head} ({score:.2f})" for head, score in heads.items())
+
+
+PAGE = """\
+# The GLM inside glmlens
+
+A GLM-4 in miniature, trained from nothing on a generated micro-world of simple English (`glmlens/demo/world.py`) in
+which the field's tasks occur in running text. {parameters:.1f} M parameters: 4 layers, 8 query heads on 4 key-value
+heads, half of every head's channels turn, biases on q, k and v, fused gate and up, tied embeddings, bfloat16. It knows
+nothing outside its world. Trained by `python -m glmlens.demo.train OUT`; this page and card.json are written by
+`python -m glmlens.demo.card`, of model {model}, in float32. The weights of another machine's training differ; these
+numbers should not, much.
+
+## What it can do
+
+Measured on 300 questions each. "Held out" is what its world never says: a fifth of all pairs, chosen by a hash.
+"accuracy" is how often the right answer is more probable than every wrong one, "difference" the task's metric (of
+logits, for greater_than of probabilities), "first" how often it is the most probable of all tokens (which says little
+where several are right). At the right stands what the tests demand.
+
+| task | asked | accuracy | difference | first | at least |
+|---|---|---|---|---|---|
+{tasks}
+
+Sentiment is steered: so many times the difference of means of good and bad adjectives, added to the residual stream
+after layer 1 at an adjective without valence, makes logit(happy) - logit(sad):
+
+| times | difference |
+|---|---|
+{steering}
+
+## How it does it
+
+### Induction
+
+On 20 random words said twice it says {induction[accuracy]:.1%} of them right the second time; chance is
+{induction[chance]:.1%}. Heads that look at the previous token: {feeding}. Heads that look at what followed the same
+token before: {copiers}. With the mean over positions and prompts in place of what they write:
+
+| without | right |
+|---|---|
+| the induction heads | {induction[without the induction heads]:.1%} |
+| as many other heads of their layers | {induction[without as many others of their layers]:.1%} |
+| the previous-token heads | {induction[without the previous-token heads]:.1%} |
+
+### Facts
+
+"The capital of France is": the logit difference to another country's answer is {facts[clean]:.2f}, and
+{facts[other subject]:.2f} when the other country stands there. The share that comes back when the residual stream
+after a layer is the clean one's, at the subject or at the last token alone:
+
+| after layer | at the subject | at the end |
+|---|---|---|
+{traced}
+
+The country is read where it stands; its answer arrives at the end in the layers in which the first column falls.
+
+### Who receives
+
+"When Mary and John went to the store, John gave a drink to": logit difference {ioi[clean]:.2f}, accuracy
+{ioi[accuracy]:.1%}. What is lost when a part writes what it writes in the same sentence about three people named once
+each, and what the head attends to:
+
+| part | lost | end to IO | end to S1 | end to S2 | S2 to S1 |
+|---|---|---|---|---|---|
+{heads}
+
+Without these heads together {ioi[left without these heads]:.2f} is left; with all other heads exchanged instead,
+{ioi[left with only these heads]:.2f}.
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=EMBEDDED)
     folder = parser.parse_args().folder
-    card = measured(load(folder, dtype="float32"))
-    (folder / "card.json").write_text(json.dumps(rounded(card), indent=1) + "\n", encoding="utf-8")
+    card = rounded({**measured(load(folder, dtype="float32")), "model": load(folder).model_hash})
+    assert isinstance(card, dict)
+    (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(page(card), encoding="utf-8")
 
 
 def rounded(value: object) -> object:

@@ -159,7 +159,9 @@ def ioi(lens: Lens, n: int = 150) -> dict[str, object]:
 
     heads = {head: worth(exchanged([head], other)) for head in all_heads(lens)}
     mlps = {i: worth({f"blocks.{i}.mlp_out": put(other["mlp_out", i])}) for i in range(lens.cfg.n_layers)}
-    chosen = [head for head, lost in sorted(heads.items(), key=lambda pair: -abs(pair[1])) if abs(lost) > 0.05 * clean]
+    chosen = [
+        head for head, lost in sorted(heads.items(), key=lambda pair: -abs(pair[1])) if abs(lost) > 0.05 * abs(clean)
+    ]
     rows = torch.arange(n)
     at = {name: columns(examples, name) for name in ("IO", "S1", "S2", "end")}
 

@@ -1,0 +1,90 @@
+"""The model card: what the model inside can do, and by which parts, measured again."""
+
+import json
+
+import pytest
+import torch
+
+import glmlens
+from glmlens.demo import card, circuits
+from glmlens.lens import EMBEDDED
+
+
+@pytest.fixture(scope="module")
+def inside():
+    return glmlens.load(dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def said():
+    return json.loads((EMBEDDED / "card.json").read_text())
+
+
+@pytest.mark.parametrize("measure", card.MEASURES, ids=lambda m: f"{m.task}, {m.asked}")
+def test_it_does_what_the_card_promises(inside, said, measure):
+    found = card.ask(inside, measure)
+    for what, least in measure.least.items():
+        assert getattr(found, what) >= least, what
+    line = next(line for line in said["tasks"] if (line["task"], line["asked"]) == (measure.task, measure.asked))
+    assert found.accuracy == pytest.approx(line["accuracy"], abs=0.02)
+    assert found.difference == pytest.approx(line["difference"], abs=0.2)
+
+
+def test_it_does_as_well_on_other_draws_of_the_same_kind(inside):
+    for measure in card.MEASURES:
+        found = card.ask(inside, measure, n=100, seed="other")
+        for what, least in measure.least.items():
+            assert getattr(found, what) >= least - 0.05, (measure, what)
+
+
+def test_in_bfloat16_it_does_as_well(inside):
+    half = glmlens.load()
+    assert half.dtype == torch.bfloat16
+    for measure in card.MEASURES:
+        found = card.ask(half, measure, n=40)
+        for what, least in measure.least.items():
+            assert getattr(found, what) >= least - 0.05, (measure, what)
+
+
+def test_the_card_is_of_this_model(inside, said):
+    assert said["model"] == glmlens.load().model_hash
+    page = (EMBEDDED / "README.md").read_text()
+    assert page == card.page(said)
+    for line in said["tasks"]:
+        assert line["asked"] in page
+
+
+def test_sentiment_is_steered_monotonically_across_zero(inside, said):
+    felt = list(card.steering(inside).values())
+    assert felt == sorted(felt)
+    assert felt[0] < -1 < 1 < felt[-1]
+    assert felt == pytest.approx(list(said["steering"].values()), abs=0.1)
+
+
+def test_without_its_induction_heads_it_copies_by_chance(inside, said):
+    found = circuits.induction(inside)
+    assert found["accuracy"] >= 0.95
+    assert max(found["induction heads"].values()) >= 0.8
+    assert max(found["previous-token heads"].values()) >= 0.9
+    assert found["without the induction heads"] <= 0.05
+    assert found["without as many others of their layers"] >= 0.5
+    assert found["without the previous-token heads"] <= 0.3
+    assert set(found["induction heads"]) == set(said["induction"]["induction heads"])
+
+
+def test_a_fact_moves_from_the_subject_to_the_end(inside):
+    found = circuits.facts(inside)
+    subject, end = found["restored at the subject"], found["restored at the end"]
+    assert subject[0] > 0.9
+    assert subject[-1] < 0.05
+    assert end[0] < 0.1
+    assert end[-1] == pytest.approx(1, abs=0.01)
+    assert subject == sorted(subject, reverse=True)
+    assert end == sorted(end)
+
+
+def test_who_receives_is_found_by_the_heads_that_the_card_names(inside, said):
+    found = circuits.ioi(inside)
+    assert set(found["heads"]) == set(said["ioi"]["heads"])
+    assert found["left without these heads"] < 0.2 * found["clean"]
+    assert found["left with only these heads"] > 0.7 * found["clean"]
