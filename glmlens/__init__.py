@@ -34,7 +34,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def __getattr__(name: str) -> ModuleType:
-    """Load `glmlens.plot` when it is first used: it brings Plotly."""
-    if name == "plot":
-        return import_module("glmlens.plot")
+    """Load `glmlens.analysis` and `glmlens.plot`, which brings Plotly, when they are first used."""
+    if name in ("analysis", "plot"):
+        return import_module(f"glmlens.{name}")
     raise AttributeError(f"module 'glmlens' has no attribute {name!r}")

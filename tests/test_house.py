@@ -12,7 +12,10 @@ import glmlens
 PACKAGE = Path(glmlens.__file__).parent
 ORDER = """
 hooks config results kv_cache model checkpoint generate tokenizer chat prompt record check run weights lens
-tasks.words tasks.task tasks.language tasks.formal tasks demo.world demo.vocabulary demo.train plot report cli
+tasks.words tasks.task tasks.language tasks.formal tasks
+analysis.rows analysis.pattern analysis.logit_lens analysis.residual analysis.attribution
+analysis.factored analysis.circuits analysis.heads analysis.selfcheck analysis
+demo.world demo.vocabulary demo.train plot report cli
 """.split()
 ALONE = ["hooks", "config", "results", "tokenizer", "chat", "plot", "report", "tasks.words"]  # import nothing of ours
 

@@ -1,0 +1,56 @@
+"""Attention patterns, also of a model whose attention path never writes them down."""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from glmlens.lens import Lens
+from glmlens.model import additive_mask, eager
+
+
+def pattern_points(lens: Lens) -> list[str]:
+    """The points from which `pattern` and `scores` take a layer's attention: its own, or what it is made of."""
+    if lens.model.attention == "eager":
+        return ["attn.scores", "attn.pattern"]
+    return ["attn.q_rot", *(["attn.q_pass"] if lens.cfg.d_rotary < lens.cfg.d_head else []), "kv.k"]
+
+
+def pattern(
+    acts: Mapping[str, Tensor],
+    layer: int,
+    positions: Int[Tensor, "batch query"],
+    key_positions: Int[Tensor, "batch key"],
+) -> Float[Tensor, "batch head query key"]:
+    """The pattern of a layer: as recorded, or else computed from the recorded queries and keys as `eager` does."""
+    return attention(acts, layer, positions, key_positions, "attn.pattern")
+
+
+def scores(
+    acts: Mapping[str, Tensor],
+    layer: int,
+    positions: Int[Tensor, "batch query"],
+    key_positions: Int[Tensor, "batch key"],
+) -> Float[Tensor, "batch head query key"]:
+    """The scores of a layer, before the softmax; see `pattern`."""
+    return attention(acts, layer, positions, key_positions, "attn.scores")
+
+
+def attention(
+    acts: Mapping[str, Tensor], layer: int, positions: Tensor, key_positions: Tensor, which: str
+) -> Float[Tensor, "batch head query key"]:
+    recorded = acts.get(f"blocks.{layer}.{which}")
+    if recorded is not None:
+        return recorded if recorded.ndim == 4 else recorded.unsqueeze(2)  # taken at one query
+    parts = [acts.get(f"blocks.{layer}.{name}") for name in ("attn.q_rot", "attn.q_pass")]
+    q = torch.cat([part for part in parts if part is not None], -1)
+    q, k = q if q.ndim == 4 else q.unsqueeze(1), acts[f"blocks.{layer}.kv.k"]
+    found: dict[str, Tensor] = {}
+
+    def note(name: str, x: Tensor) -> Tensor:
+        found[name] = x
+        return x
+
+    eager(q, k, k, additive_mask(positions, key_positions, q.dtype), note)
+    return found[which]
