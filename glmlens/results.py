@@ -98,10 +98,8 @@ class Labelled:
         axes = " ".join(f"{axis} {n}" for axis, n in zip(self.axes, self.shape, strict=True))
         about = "".join(f"\n  {what}: {said}" for what, said in self.about.items())
         shown = self.top(3) if self.axes and self.values.dtype.kind != "U" else []
-        most = (
-            "\n  largest:" + "".join(f"\n  {' '.join(place)}: {value:.4g}" for place, value in shown) if shown else ""
-        )
-        return f"{type(self).__name__} [{axes}]{about}{most}"
+        most = "".join(f"\n  {' '.join(place)}: {value:.4g}" for place, value in shown)
+        return f"{type(self).__name__} [{axes}]{about}{most and chr(10) + '  largest:'}{most}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,9 +118,10 @@ class Sheets:
 
     def stride(self, axis: str, step: int) -> "Self":
         """Every step-th place along an axis, of all that have it."""
-        return replace(
-            self, **{n: sheet.stride(axis, step) for n, sheet in self.sheets().items() if axis in sheet.axes}
-        )
+        having = {name: sheet for name, sheet in self.sheets().items() if axis in sheet.axes}
+        if not having:
+            raise KeyError(f"no axis {axis!r} in any of {', '.join(self.sheets())}")
+        return replace(self, **{name: sheet.stride(axis, step) for name, sheet in having.items()})
 
     def clip(self, low: float, high: float) -> "Self":
         """The same with every measured number (not ids, ranks or texts) brought between low and high."""

@@ -66,8 +66,8 @@ class LogitAttribution(Labelled):
             labels,
             about,
             rest=rest,
-            total=self.total.mean(0),
-            unexplained=self.unexplained.mean(0),
+            total=np.asarray(self.total.mean(0)),
+            unexplained=np.asarray(self.unexplained.mean(0)),
         )
 
 
@@ -128,7 +128,7 @@ def result(
     named = {"layer": layers_of(rows.lens), "sublayer": list(SUBLAYERS), "key": rows.pos_labels()}
     labelled = rows.labelled(values, " ".join(split.axes), {a: named[a] for a in split.axes if a in named}, about)
     others = rows.labelled(rest, "part", {"part": ["embed", *split.rest_labels(rows.lens)]}, about)
-    single, explained = 0 if rows.batch == 1 else slice(None), numbers(values).reshape(rows.batch, -1)
+    explained = numbers(values).reshape(rows.batch, -1)
     missing = numbers(total) - np.nansum(explained, 1, dtype=np.float64) - numbers(rest).sum(1, dtype=np.float64)
     found = LogitAttribution(
         labelled.values,
@@ -136,8 +136,8 @@ def result(
         labelled.labels,
         about,
         rest=others,
-        total=numbers(total)[single],
-        unexplained=missing[single],
+        total=rows.single(numbers(total)),
+        unexplained=rows.single(missing),
     )
     return found.mean() if mean else found
 

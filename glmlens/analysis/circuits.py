@@ -105,15 +105,11 @@ def copying_scores(lens: Lens) -> Labelled:
     and without their scales. The matrix is [vocab, vocab] and of rank d: its eigenvalues are found at [d, d].
     """
     through = vocabulary(lens)
-    scores = torch.tensor(
-        [
-            [copying(OV(lens, i, h, norms=True), through) for h in range(lens.cfg.n_heads)]
-            for i in range(lens.cfg.n_layers)
-        ]
-    )
+    heads = range(lens.cfg.n_heads)
+    scores = [[copying(OV(lens, i, head, norms=True), through) for head in heads] for i in range(lens.cfg.n_layers)]
     about = {"metric": "copying: sum(λ) / sum(|λ|) of W_E OV W_U", "direction": "1 copies the token that it reads",
              "positions": "none: weights alone", "kv": groups_of(lens), "model": lens.model_hash}  # fmt: skip
-    return Labelled(numbers(scores), ("layer", "head"), {}, about)
+    return Labelled(np.array(scores), ("layer", "head"), {}, about)
 
 
 def copying(ov: Factored, through: Float[Tensor, "model model"]) -> float:
@@ -133,23 +129,22 @@ def vocabulary(lens: Lens) -> Float[Tensor, "model model"]:
 def composition(lens: Lens, kind: str = "K") -> Labelled:
     """How much of what each head writes is what later heads read: [writer, reader], nan where the writer is not before.
 
-    ‖OV_writer · X‖ / (‖OV_writer‖ ‖X‖), Frobenius, where X is what the reader does with its input: W_Q W_Kᵀ as the
-    "Q"uery side of a head reads it; its transpose, all query heads of a group together, as the "K"ey side of a
-    key-value head reads it; W_V W_O, again of a group, for "V" (Elhage et al. 2021, "Composition"). So readers are heads
-    "3.7" for Q and key-value heads "3.kv1" for K and V. At distance 0, with the norms' weights. Two random circuits have
-    1 / √d_model.
+    ‖OV_writer · X‖ / (‖OV_writer‖ ‖X‖), Frobenius norms, where X is what the reader does with its input (Elhage et al.
+    2021, "Three Kinds of Composition"): W_Q W_Kᵀ for "Q", its transpose for "K", W_V W_O for "V". Query heads that
+    share a key-value head read keys and values with one matrix, so for K and V the reader is the key-value head,
+    "3.kv1", with the X of its heads side by side; for Q it is a head, "3.7". At distance 0, with the norms' weights.
+    Two random circuits have 1 / √d_model. Raises ValueError for another kind.
     """
     if kind not in READERS:
         raise ValueError(f"kind is {kind!r}; choose from {', '.join(map(repr, READERS))}")
-    cfg, read = lens.cfg, READERS[kind]
-    readers = cfg.n_heads if kind == "Q" else cfg.n_kv_heads
+    cfg, readers = lens.cfg, lens.cfg.n_heads if kind == "Q" else lens.cfg.n_kv_heads
     scores = np.full((cfg.n_layers, cfg.n_heads, cfg.n_layers, readers), np.nan)
-    for i in range(cfg.n_layers - 1):
-        writing = [OV(lens, i, head, norms=True) for head in range(cfg.n_heads)]
-        W, writes = torch.stack([ov.A.T @ ov.A for ov in writing]), torch.stack([ov.B for ov in writing])
-        for j in range(i + 1, cfg.n_layers):
-            reads, R = read(lens, j)
-            scores[i, :, j] = numbers(composed(W, writes, reads, R))
+    W = [torch.stack([ov.A.T @ ov.A for ov in OVs(lens, i)]) for i in range(cfg.n_layers)]
+    for j in range(cfg.n_layers):
+        reads, R = READERS[kind](lens, j)
+        for i in range(j):
+            writes = exact(lens.W_O[i]) * norm_weight(lens, i, "ln1_post")
+            scores[i, :, j] = numbers(composed(W[i], writes, reads, R))
     labels = {
         "writer": [f"{i}.{head}" for i in range(cfg.n_layers) for head in range(cfg.n_heads)],
         "reader": [f"{j}.{'' if kind == 'Q' else 'kv'}{h}" for j in range(cfg.n_layers) for h in range(readers)],
@@ -172,28 +167,34 @@ def composed(
     both = einsum(W, meet, R, meet, "writer c d, writer reader d e, reader e f, writer reader c f -> writer reader")
     BB = einsum(writes, writes, "writer c model, writer d model -> writer c d")
     CC = einsum(reads, reads, "reader model c, reader model d -> reader c d")
-    apart = einsum(W, BB, "writer c d, writer c d -> writer")[:, None] * einsum(
-        R, CC, "reader c d, reader c d -> reader"
-    )
-    return (both.clamp(min=0) / apart).sqrt()
+    OV, X = einsum(W, BB, "writer c d, writer c d -> writer"), einsum(R, CC, "reader c d, reader c d -> reader")
+    return (both.clamp(min=0) / (OV[:, None] * X)).sqrt()
+
+
+def OVs(lens: Lens, layer: int) -> list[Factored]:
+    return [OV(lens, layer, head, norms=True) for head in range(lens.cfg.n_heads)]
+
+
+def QKs(lens: Lens, layer: int) -> list[Factored]:
+    return [QK(lens, layer, head, norms=True) for head in range(lens.cfg.n_heads)]
 
 
 Reads = tuple[Float[Tensor, "reader model d"], Float[Tensor, "reader d d"]]
 
 
 def query_side(lens: Lens, layer: int) -> Reads:
-    each = [QK(lens, layer, head, norms=True) for head in range(lens.cfg.n_heads)]
+    each = QKs(lens, layer)
     return torch.stack([qk.A for qk in each]), torch.stack([qk.B @ qk.B.T for qk in each])
 
 
 def key_side(lens: Lens, layer: int) -> Reads:
     """Of every key-value head; ‖·‖² over the query heads that share it is the sum of theirs."""
-    each = [QK(lens, layer, head, norms=True) for head in range(lens.cfg.n_heads)]
+    each = QKs(lens, layer)
     return grouped(lens, torch.stack([qk.B.T for qk in each]), torch.stack([qk.A.T @ qk.A for qk in each]))
 
 
 def value_side(lens: Lens, layer: int) -> Reads:
-    each = [OV(lens, layer, head, norms=True) for head in range(lens.cfg.n_heads)]
+    each = OVs(lens, layer)
     return grouped(lens, torch.stack([ov.A for ov in each]), torch.stack([ov.B @ ov.B.T for ov in each]))
 
 

@@ -1,4 +1,4 @@
-"""Attention patterns, also of a model whose attention path never writes them down."""
+"""Attention patterns and scores, also of a model whose attention path never writes them down."""
 
 from collections.abc import Mapping
 
@@ -9,6 +9,10 @@ from torch import Tensor
 from glmlens.lens import Lens
 from glmlens.model import additive_mask, eager
 
+Queries = Int[Tensor, "batch query"]
+Keys = Int[Tensor, "batch key"]
+Pattern = Float[Tensor, "batch head query key"]
+
 
 def pattern_points(lens: Lens) -> list[str]:
     """The points from which `pattern` and `scores` take a layer's attention: its own, or what it is made of."""
@@ -17,29 +21,20 @@ def pattern_points(lens: Lens) -> list[str]:
     return ["attn.q_rot", *(["attn.q_pass"] if lens.cfg.d_rotary < lens.cfg.d_head else []), "kv.k"]
 
 
-def pattern(
-    acts: Mapping[str, Tensor],
-    layer: int,
-    positions: Int[Tensor, "batch query"],
-    key_positions: Int[Tensor, "batch key"],
-) -> Float[Tensor, "batch head query key"]:
-    """The pattern of a layer: as recorded, or else computed from the recorded queries and keys as `eager` does."""
-    return attention(acts, layer, positions, key_positions, "attn.pattern")
+def pattern(acts: Mapping[str, Tensor], layer: int, at: Queries, key_at: Keys) -> Pattern:
+    """The pattern of a layer: as recorded, or else made of the recorded queries and keys as `eager` makes it.
+
+    `at` are the absolute positions of the queries that were recorded, and `key_at` of the keys: -1 at padding.
+    """
+    return attention(acts, layer, at, key_at, "attn.pattern")
 
 
-def scores(
-    acts: Mapping[str, Tensor],
-    layer: int,
-    positions: Int[Tensor, "batch query"],
-    key_positions: Int[Tensor, "batch key"],
-) -> Float[Tensor, "batch head query key"]:
+def scores(acts: Mapping[str, Tensor], layer: int, at: Queries, key_at: Keys) -> Pattern:
     """The scores of a layer, before the softmax; see `pattern`."""
-    return attention(acts, layer, positions, key_positions, "attn.scores")
+    return attention(acts, layer, at, key_at, "attn.scores")
 
 
-def attention(
-    acts: Mapping[str, Tensor], layer: int, positions: Tensor, key_positions: Tensor, which: str
-) -> Float[Tensor, "batch head query key"]:
+def attention(acts: Mapping[str, Tensor], layer: int, at: Queries, key_at: Keys, which: str) -> Pattern:
     recorded = acts.get(f"blocks.{layer}.{which}")
     if recorded is not None:
         return recorded if recorded.ndim == 4 else recorded.unsqueeze(2)  # taken at one query
@@ -52,5 +47,5 @@ def attention(
         found[name] = x
         return x
 
-    eager(q, k, k, additive_mask(positions, key_positions, q.dtype), note)
+    eager(q, k, k, additive_mask(at, key_at, q.dtype), note)
     return found[which]

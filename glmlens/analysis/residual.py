@@ -24,7 +24,7 @@ def accumulated_residual(
     axis `prompt` in front.
     """
     rows = Rows.of(lens, prompt)
-    _, acts = rows.run(["embed", "resid_post", *(["resid_mid"] if mid else [])], hooks, logits=False)
+    acts = rows.record(["embed", "resid_post", *(["resid_mid"] if mid else [])], hooks)
     streams = streams_of(lens, acts, mid)
     return vectors(rows, "layer", streams, position, "the residual stream")
 
@@ -48,7 +48,7 @@ def decomposed_residual(
     rows = Rows.of(lens, prompt)
     names = ["embed", "mlp_out", *(["attn.z"] if by == "head" else ["attn_out"])]
     post = ["ln1_post.scale"] if by == "head" and lens.cfg.sandwich else []
-    _, acts = rows.run([*names, *post], hooks, logits=False)
+    acts = rows.record([*names, *post], hooks)
     parts = {"embed": acts["embed"]}
     for i, layer in enumerate(layers_of(lens)):
         parts |= parts_of(lens, acts, i, layer, by)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -59,10 +59,17 @@ class Rows:
             raise IndexError(f"position {int(asked[row])} asked for; prompt {row} has {int(lengths[row])} tokens")
         return torch.where(asked < 0, asked, asked - lengths) + self.tokens.shape[1]
 
-    def run(self, names: str | Sequence[str], hooks: Hooks | None = None, **forward: Any) -> tuple[Tensor, Activations]:
+    def run(self, names: str | Sequence[str], hooks: Hooks | None = None) -> tuple[Tensor, Activations]:
         """The logits of these rows, and what was at the named points after all hooks."""
-        logits, acts = self.lens.run_with_cache(self.tokens, names, hooks, attention_mask=self.mask, **forward)
+        logits, acts = self.lens.run_with_cache(self.tokens, names, hooks, attention_mask=self.mask)
         return cast(Tensor, logits), acts
+
+    def record(
+        self, names: str | Sequence[str], hooks: Hooks | None = None, position_ids: Tensor | None = None
+    ) -> Activations:
+        """What is at the named points, in a run that ends after the last of them."""
+        where = {"attention_mask": self.mask, "position_ids": position_ids}
+        return self.lens.run_with_cache(self.tokens, names, hooks, logits=False, **where)[1]
 
     def run_at(
         self, columns: Int[Tensor, "batch"], names: Sequence[str], hooks: Hooks | None = None
@@ -78,7 +85,7 @@ class Rows:
         return logits[rows, torch.searchsorted(wanted, columns)], Activations(picked.kept)
 
     def absolute(
-        self, x: Shaped[Tensor, "batch pos *rest"], nothing: float = np.nan
+        self, x: Shaped[Tensor, "batch pos *rest"], nothing: float | int = np.nan
     ) -> Shaped[Tensor, "batch pos *rest"]:
         """x with absolute position p at index p in every row, and `nothing` past a row's end."""
         if self.mask is None:
@@ -130,12 +137,12 @@ class Rows:
         about: Mapping[str, str],
     ) -> Labelled:
         """x as numbers with these axes after `prompt`, an axis that a single prompt does not have."""
-        names, values = tuple(axes.split()), numbers(x)
-        return (
-            Labelled(values[0], names, labels, about)
-            if self.batch == 1
-            else Labelled(values, ("prompt", *names), labels, about)
-        )
+        names = tuple(axes.split())
+        return Labelled(self.single(numbers(x)), names if self.batch == 1 else ("prompt", *names), labels, about)
+
+    def single(self, values: np.ndarray) -> np.ndarray:
+        """`values` [prompt, ...], of a single prompt without that axis."""
+        return np.squeeze(values, 0) if self.batch == 1 else values
 
 
 class Picked:

@@ -18,7 +18,6 @@ from glmlens.prompt import Prompt
 from glmlens.record import table
 from glmlens.results import Labelled
 
-ROUNDINGS = 84  # 1e-5 in float32, in units of the dtype's own rounding step
 SHIFT = 5
 
 
@@ -31,8 +30,8 @@ class Row:
     """One check: what was asked, the number found, and the largest that it may be."""
 
     check: str
-    measured: float
-    bound: float
+    measured: float | int
+    bound: float | int
     unit: str
 
     @property
@@ -40,12 +39,8 @@ class Row:
         return self.measured <= self.bound  # nan does not hold
 
     def cells(self) -> tuple[str, str, str, str]:
-        return (
-            "ok" if self.holds else "FAILED",
-            self.check,
-            f"{self.measured:.3g} (at most {self.bound:.3g})",
-            self.unit,
-        )
+        numbers = f"{self.measured:.3g} (at most {self.bound:.3g})"
+        return "ok" if self.holds else "FAILED", self.check, numbers, self.unit
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -62,8 +57,8 @@ class SelfCheck(Labelled):
 def selfcheck(lens: Lens, prompt: Prompt | None = None) -> SelfCheck:
     """Check a model against its config and against identities that hold of every GLM, and print a table.
 
-    By default on 12 random tokens after the prefix. A bound of 0 means equal bit for bit; the others are 84 rounding
-    steps of the dtype, 1e-5 in float32, of the largest number compared. Raises SelfCheckError, with the measured number
+    By default on 12 random tokens after the prefix. A bound of 0 means equal bit for bit; the others are 1e-5
+    in float32, and more or less in other dtypes by their rounding. Raises SelfCheckError, with the measured number
     and the bound of every row that fails.
     """
     prompt = random_tokens(lens) if prompt is None else prompt
@@ -84,12 +79,16 @@ def random_tokens(lens: Lens) -> Tensor:
     return torch.cat([prefix, torch.randint(lens.cfg.d_vocab, (1, 12), generator=torch.Generator().manual_seed(0))], 1)
 
 
-Measured = tuple[float, float, str]
+Measured = tuple[float | int, float | int, str]
 
 
 def rounding(lens: Lens) -> float:
-    """The bound for numbers that rounding may move."""
-    return ROUNDINGS * torch.finfo(lens.dtype).eps
+    """The bound for numbers that rounding may move: 84 steps of the dtype (1e-5 in float32), or 16 of a half one.
+
+    There sums are made in float32, so what is rounded is their results alone.
+    """
+    steps = 16 if lens.dtype.itemsize == 2 else 84
+    return steps * torch.finfo(lens.dtype).eps
 
 
 def largest(x: Tensor) -> float:
@@ -103,10 +102,8 @@ def departure(lens: Lens, a: Tensor, b: Tensor) -> Measured:
 
 
 def shapes(lens: Lens, prompt: Prompt) -> Measured:
-    claimed = {
-        n: (p.shape, lens.dtype) for n, p in blank(lens.cfg, lens.model.attention, lens.dtype).named_parameters()
-    }
-    found = {n: (p.shape, p.dtype) for n, p in lens.model.named_parameters()}
+    said = blank(lens.cfg, lens.model.attention, lens.dtype)
+    claimed, found = ({n: (p.shape, p.dtype) for n, p in m.named_parameters()} for m in (said, lens.model))
     wrong = sorted(name for name in claimed.keys() | found.keys() if claimed.get(name) != found.get(name))
     return len(wrong), 0, f"parameters differ{': ' if wrong else ''}{', '.join(wrong[:3])}"
 
@@ -145,7 +142,7 @@ def patterns(lens: Lens, prompt: Prompt) -> Iterator[tuple[Tensor, Tensor]]:
     rows = Rows.of(lens, prompt)
     at = rows.positions
     hidden = (at[:, None, None, :] > at[:, None, :, None]) | (at < 0)[:, None, None, :]
-    _, acts = rows.run(pattern_points(lens), logits=False)
+    acts = rows.record(pattern_points(lens))
     for layer in range(lens.cfg.n_layers):
         found = exact(pattern(acts, layer, at, at))
         real = (at >= 0)[:, None, :, None].expand_as(found)
@@ -177,7 +174,8 @@ def attributed(by: str) -> Callable[[Lens, Prompt], Measured]:
         rows = Rows.of(lens, prompt)
         logits, _ = rows.run_at(rows.columns(-1), ())
         found = logit_attribution(lens, prompt, logits.argmax(-1), by=by)
-        return float(np.max(np.abs(found.unexplained)) / np.nanmax(np.abs(found.parts.values))), rounding(lens), "of the largest part"  # fmt: skip
+        parts = np.nanmax(np.abs(found.parts.values))
+        return float(np.max(np.abs(found.unexplained)) / parts), rounding(lens), "of the largest part"
 
     return check
 
@@ -201,7 +199,7 @@ def relative(lens: Lens, prompt: Prompt) -> Measured:
     real = (at >= 0)[:, None, :, None] & (at >= 0)[:, None, None, :] & (at[:, None, None, :] <= at[:, None, :, None])
     for shift in (0, SHIFT):
         moved = torch.where(at >= 0, at + shift, at)
-        _, acts = rows.run(pattern_points(lens), logits=False, position_ids=moved.clamp(min=0))
+        acts = rows.record(pattern_points(lens), position_ids=moved.clamp(min=0))
         layers = [scores(acts, i, moved, moved) for i in range(lens.cfg.n_layers)]
         found.append(torch.cat([x[real.expand_as(x)] for x in layers]))
     return departure(lens, found[1], found[0])
