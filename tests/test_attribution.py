@@ -146,7 +146,7 @@ def test_layers_are_what_transformers_adds(tmp_path, seed):
         out = theirs(tokens, output_hidden_states=True)
     stream = [h[0, -1].double() for h in out.hidden_states[:-1]] + [streams[0][0, -1].double()]
     scale = (stream[-1].pow(2).mean() + theirs.config.rms_norm_eps).rsqrt()
-    pull = theirs.lm_head.weight[8].double() * theirs.model.norm.weight.double() * scale
+    pull = theirs.lm_head.weight[8].detach().double() * theirs.model.norm.weight.detach().double() * scale
     found = analysis.logit_attribution(ours, tokens, 8, by="layer")
     added = [float((b - a) @ pull) for a, b in pairwise(stream)]
     assert found.values == pytest.approx(added, abs=1e-5 * largest(found))
@@ -380,7 +380,7 @@ def test_results_can_be_thinned_clipped_and_tabled(demo):
     frame = found.to_dataframe()
     assert list(frame.columns) == ["layer", "head", "key", "value"]
     assert frame.value.sum() == pytest.approx(found.values.sum(), rel=1e-4)
-    read = analysis.logit_lens(demo, PROMPT, target=" Mary").stride("layer", 2).clip(0, 5)
+    read = analysis.logit_lens(demo, PROMPT, target=" Mary").stride("layer", 2).clip(0.0, 5.0)
     frame = read.to_dataframe()
     assert isinstance(frame, pandas.DataFrame)
     assert set(frame.columns) == {"layer", "pos", "rank"} | set(read.sheets())

@@ -73,7 +73,9 @@ def test_a_head_of_one_kind_has_the_score_one_of_that_kind_whatever_goes_to_the_
 
 def test_prefix_matching_counts_what_followed_every_earlier_time():
     shape = {"prefix": 2, "length": 5, "times": 4}
-    run = said(attending([4, 9, 14], **shape), **shape)
+    pattern = attending([4, 9, 14], **shape)
+    pattern[:, 2] = 0  # nothing was said before the first word, so it followed none
+    run = said(pattern, **shape)
     assert_close(run.shares({"x": run.after_same()})["x"][0], torch.ones(1, 2))
     assert_close(run.share(attending([9], **shape)[None, None], run.after_same()), torch.ones(1))
 

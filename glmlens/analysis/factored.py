@@ -13,7 +13,7 @@ class Factored:
     """The matrix A B of low rank, kept as its factors: a vector `x` goes through it as `x @ A @ B`."""
 
     A: Float[Tensor, "left rank"]
-    B: Float[Tensor, "rank right"]
+    B: Float[Tensor, "_ right"]
 
     def __post_init__(self) -> None:
         if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[1] != self.B.shape[0]:

@@ -68,8 +68,10 @@ class Rows:
         self, names: str | Sequence[str], hooks: Hooks | None = None, position_ids: Tensor | None = None
     ) -> Activations:
         """What is at the named points, in a run that ends after the last of them."""
-        where = {"attention_mask": self.mask, "position_ids": position_ids}
-        return self.lens.run_with_cache(self.tokens, names, hooks, logits=False, **where)[1]
+        _, acts = self.lens.run_with_cache(
+            self.tokens, names, hooks, logits=False, attention_mask=self.mask, position_ids=position_ids
+        )
+        return acts
 
     def run_at(
         self, columns: Int[Tensor, "batch"], names: Sequence[str], hooks: Hooks | None = None

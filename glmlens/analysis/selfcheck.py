@@ -62,7 +62,7 @@ def selfcheck(lens: Lens, prompt: Prompt | None = None) -> SelfCheck:
     and the bound of every row that fails.
     """
     prompt = random_tokens(lens) if prompt is None else prompt
-    found = [Row(check, *measure(lens, prompt)) for check, measure in CHECKS.items()]
+    found = [tried(check, measure, lens, prompt) for check, measure in CHECKS.items()]
     about = Rows.of(lens, prompt).about(metric="largest departure", direction="0 is best", positions="all")
     measured = np.array([row.measured for row in found])
     result = SelfCheck(measured, ("check",), {"check": [row.check for row in found]}, about, rows=tuple(found))
@@ -74,12 +74,21 @@ def selfcheck(lens: Lens, prompt: Prompt | None = None) -> SelfCheck:
     return result
 
 
+def tried(check: str, measure: "Check", lens: Lens, prompt: Prompt) -> Row:
+    """A row for this check; one that cannot even be run does not hold."""
+    try:
+        return Row(check, *measure(lens, prompt))
+    except Exception as e:
+        return Row(check, np.nan, 0, f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")
+
+
 def random_tokens(lens: Lens) -> Tensor:
     prefix = torch.tensor([lens.tokenizer.prefix if lens.tokenizer else ()], dtype=torch.long)
     return torch.cat([prefix, torch.randint(lens.cfg.d_vocab, (1, 12), generator=torch.Generator().manual_seed(0))], 1)
 
 
 Measured = tuple[float | int, float | int, str]
+Check = Callable[[Lens, Prompt], Measured]
 
 
 def rounding(lens: Lens) -> float:
@@ -163,19 +172,19 @@ def added(lens: Lens, prompt: Prompt) -> Measured:
     """The embedding, heads and MLPs, against the last residual stream."""
     parts = decomposed_residual(lens, prompt, by="head").values
     last = accumulated_residual(lens, prompt).at(layer=lens.cfg.n_layers).values
-    gap = np.nanmax(np.abs(parts.sum(-3, dtype=np.float64) - last))
-    return float(gap / np.nanmax(np.abs(parts))), rounding(lens), "of the largest part"
+    gap = np.abs(parts.sum(-3, dtype=np.float64) - last)[~np.isnan(last)]  # nan is past a prompt's end
+    return float(gap.max() / np.nan_to_num(np.abs(parts)).max()), rounding(lens), "of the largest part"
 
 
-def attributed(by: str) -> Callable[[Lens, Prompt], Measured]:
+def attributed(by: str) -> Check:
     """The parts of the most probable token's logit, against that logit."""
 
     def check(lens: Lens, prompt: Prompt) -> Measured:
         rows = Rows.of(lens, prompt)
         logits, _ = rows.run_at(rows.columns(-1), ())
         found = logit_attribution(lens, prompt, logits.argmax(-1), by=by)
-        parts = np.nanmax(np.abs(found.parts.values))
-        return float(np.max(np.abs(found.unexplained)) / parts), rounding(lens), "of the largest part"
+        parts = np.nan_to_num(np.abs(found.parts.values)).max()
+        return float(np.abs(found.unexplained).max() / parts), rounding(lens), "of the largest part"
 
     return check
 
@@ -205,7 +214,7 @@ def relative(lens: Lens, prompt: Prompt) -> Measured:
     return departure(lens, found[1], found[0])
 
 
-CHECKS: dict[str, Callable[[Lens, Prompt], Measured]] = {
+CHECKS: dict[str, Check] = {
     "parameters are what the config says": shapes,
     "every weight is a number": finite,
     "embedding and unembedding are one where the config says so": tied,
