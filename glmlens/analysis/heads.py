@@ -107,8 +107,8 @@ class Said:
     @staticmethod
     def of(lens: Lens, ids: Int[Tensor, "batch word"], prefix: Sequence[int], times: int) -> "Said":
         tokens = torch.cat([torch.tensor(prefix, dtype=torch.long).expand(len(ids), -1), ids.repeat(1, times)], 1)
-        rows, points = Rows.of(lens, tokens), pattern_points(lens)
-        acts = rows.record([point for point in points if point != "attn.scores"])
+        rows = Rows.of(lens, tokens)
+        acts = rows.record(pattern_points(lens))
         at = rows.positions
         patterns = [exact(pattern(acts, layer, at, at)) for layer in range(lens.cfg.n_layers)]
         word = torch.cat([torch.arange(-len(prefix), 0), torch.arange(ids.shape[1]).repeat(times)])

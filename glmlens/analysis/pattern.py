@@ -14,10 +14,10 @@ Keys = Int[Tensor, "batch key"]
 Pattern = Float[Tensor, "batch head query key"]
 
 
-def pattern_points(lens: Lens) -> list[str]:
-    """The points from which `pattern` and `scores` take a layer's attention: its own, or what it is made of."""
+def pattern_points(lens: Lens, which: str = "attn.pattern") -> list[str]:
+    """The points from which `pattern` (or, of "attn.scores", `scores`) is had: itself, or what it is made of."""
     if lens.model.attention == "eager":
-        return ["attn.scores", "attn.pattern"]
+        return [which]
     return ["attn.q_rot", *(["attn.q_pass"] if lens.cfg.d_rotary < lens.cfg.d_head else []), "kv.k"]
 
 

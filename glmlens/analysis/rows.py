@@ -163,7 +163,7 @@ class Picked:
 
 
 def label(lens: Lens, token: int) -> str:
-    return lens.to_labels(torch.tensor([[token]]))[0]
+    return lens.tokenizer.label(token) if lens.tokenizer else f"⟨{token}⟩"
 
 
 def exact(x: Tensor) -> Tensor:

@@ -208,7 +208,7 @@ def relative(lens: Lens, prompt: Prompt) -> Measured:
     real = (at >= 0)[:, None, :, None] & (at >= 0)[:, None, None, :] & (at[:, None, None, :] <= at[:, None, :, None])
     for shift in (0, SHIFT):
         moved = torch.where(at >= 0, at + shift, at)
-        acts = rows.record(pattern_points(lens), position_ids=moved.clamp(min=0))
+        acts = rows.record(pattern_points(lens, "attn.scores"), position_ids=moved.clamp(min=0))
         layers = [scores(acts, i, moved, moved) for i in range(lens.cfg.n_layers)]
         found.append(torch.cat([x[real.expand_as(x)] for x in layers]))
     return departure(lens, found[1], found[0])
