@@ -204,6 +204,17 @@ def test_examples_are_explained_by_their_own_metric(demo, task):
     assert abs(summed(found) - found.total) <= 1e-5 * largest(found)
 
 
+def test_examples_of_several_lengths_have_no_mean_by_source_position(demo):
+    examples = tasks.facts.examples(demo, 30)
+    assert len(set(map(len, examples.tokens))) > 1
+    with pytest.raises(ValueError, match="take examples.of_length()"):
+        analysis.logit_attribution(demo, examples, by="source")
+    alike = examples.of_length()
+    found = analysis.logit_attribution(demo, alike, by="source")
+    assert found.shape[-1] == len(alike[0].tokens)
+    assert abs(summed(found) - found.total) <= 1e-5 * largest(found)
+
+
 def test_a_position_of_examples_has_a_name(demo):
     examples = tasks.ioi.examples(demo, 4)
     named = analysis.logit_attribution(demo, examples, by="head", position="S2")

@@ -13,7 +13,7 @@ PACKAGE = Path(glmlens.__file__).parent
 ORDER = """
 hooks config results kv_cache model checkpoint generate tokenizer chat prompt record check run weights lens
 tasks.words tasks.task tasks.language tasks.formal tasks
-analysis.rows analysis.pattern analysis.logit_lens analysis.residual analysis.attribution
+analysis.rows analysis.pattern analysis.logit_lens analysis.residual analysis.parts analysis.attribution
 analysis.factored analysis.circuits analysis.heads analysis.selfcheck analysis
 demo.world demo.vocabulary demo.train plot report cli
 """.split()
