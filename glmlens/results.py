@@ -1,7 +1,7 @@
 """What an analysis leaves: labelled numbers that know what they are of."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -62,7 +62,7 @@ class Labelled:
             raise KeyError(f"{axis} {place} asked for; there are {len(labels)}")
         axes = tuple(a for a in self.axes if a != axis)
         about = {**self.about, axis: labels[place]}
-        return Labelled(self.values.take(place, along), axes, {a: self.labels[a] for a in axes}, about)
+        return Labelled(np.asarray(self.values.take(place, along)), axes, {a: self.labels[a] for a in axes}, about)
 
     def top(self, n: int = 5, *, largest: bool | None = None) -> list[tuple[tuple[str, ...], float]]:
         """The n entries that are largest in magnitude (or largest, or smallest), each with its labels; never nan."""
@@ -97,5 +97,42 @@ class Labelled:
     def __repr__(self) -> str:
         axes = " ".join(f"{axis} {n}" for axis, n in zip(self.axes, self.shape, strict=True))
         about = "".join(f"\n  {what}: {said}" for what, said in self.about.items())
-        most = "".join(f"\n  {' '.join(place)}: {value:.4g}" for place, value in self.top(3)) if self.axes else ""
-        return f"{type(self).__name__} [{axes}]{about}\n  largest:{most}"
+        shown = self.top(3) if self.axes and self.values.dtype.kind != "U" else []
+        most = "".join(f"\n  {' '.join(place)}: {value:.4g}" for place, value in shown)
+        return f"{type(self).__name__} [{axes}]{about}{most and chr(10) + '  largest:'}{most}"
+
+
+@dataclass(frozen=True, eq=False)
+class Sheets:
+    """Several labelled results about the same places, each a field, and what they say of themselves together.
+
+    The axes of each are those of the largest, or the first few of them.
+    """
+
+    about: Mapping[str, str]
+
+    def sheets(self) -> dict[str, Labelled]:
+        """The labelled fields by name; one that was not asked for (None) is not among them."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: sheet for name, sheet in found.items() if isinstance(sheet, Labelled)}
+
+    def stride(self, axis: str, step: int) -> "Self":
+        """Every step-th place along an axis, of all that have it."""
+        having = {name: sheet for name, sheet in self.sheets().items() if axis in sheet.axes}
+        if not having:
+            raise KeyError(f"no axis {axis!r} in any of {', '.join(self.sheets())}")
+        return replace(self, **{name: sheet.stride(axis, step) for name, sheet in having.items()})
+
+    def clip(self, low: float, high: float) -> "Self":
+        """The same with every measured number (not ids, ranks or texts) brought between low and high."""
+        measured = {n: sheet for n, sheet in self.sheets().items() if sheet.values.dtype.kind == "f"}
+        return replace(self, **{n: sheet.clip(low, high) for n, sheet in measured.items()})
+
+    def to_dataframe(self) -> "pandas.DataFrame":
+        """One row per place: a column with the label for every axis, and one for every sheet. Needs pandas."""
+        largest = max(self.sheets().values(), key=lambda sheet: len(sheet.axes))
+        frame = largest.to_dataframe().drop(columns="value")
+        for name, sheet in self.sheets().items():
+            spread = sheet.values.reshape(sheet.shape + (1,) * (len(largest.axes) - len(sheet.axes)))
+            frame[name] = np.broadcast_to(spread, largest.shape).ravel()
+        return frame

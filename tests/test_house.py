@@ -13,8 +13,10 @@ PACKAGE = Path(glmlens.__file__).parent
 ORDER = """
 hooks config results tables kv_cache model checkpoint generate tokenizer chat prompt derive activations record
 check run weights splice running harvest lens
-tasks.words tasks.task tasks.language tasks.formal tasks demo.world demo.vocabulary demo.train demo.circuits demo.card
-plot report cli
+tasks.words tasks.task tasks.language tasks.formal tasks
+analysis.rows analysis.pattern analysis.logit_lens analysis.residual analysis.parts analysis.attribution
+analysis.factored analysis.circuits analysis.heads analysis.probes analysis.selfcheck analysis
+demo.world demo.vocabulary demo.train demo.circuits demo.card plot report cli
 """.split()
 ALONE = ["hooks", "config", "results", "tokenizer", "chat", "plot", "report", "tasks.words"]  # import nothing of ours
 

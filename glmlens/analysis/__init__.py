@@ -1,0 +1,32 @@
+"""Reading a GLM: what the residual stream says, who says it, what heads attend to, and whether the numbers hold."""
+
+from glmlens.analysis.attribution import LogitAttribution, logit_attribution
+from glmlens.analysis.circuits import OV, QK, QK_bias, composition, copying_scores
+from glmlens.analysis.factored import Factored
+from glmlens.analysis.heads import HeadScores, head_scores
+from glmlens.analysis.logit_lens import LogitLens, logit_lens
+from glmlens.analysis.probes import Probe, probe
+from glmlens.analysis.residual import accumulated_residual, decomposed_residual
+from glmlens.analysis.selfcheck import SelfCheck, SelfCheckError, selfcheck
+
+__all__ = [
+    "OV",
+    "QK",
+    "Factored",
+    "HeadScores",
+    "LogitAttribution",
+    "LogitLens",
+    "Probe",
+    "QK_bias",
+    "SelfCheck",
+    "SelfCheckError",
+    "accumulated_residual",
+    "composition",
+    "copying_scores",
+    "decomposed_residual",
+    "head_scores",
+    "logit_attribution",
+    "logit_lens",
+    "probe",
+    "selfcheck",
+]

@@ -1,0 +1,189 @@
+"""Direct logit attribution: what each part of the model adds to a logit, with the real final norm.
+
+The last residual stream is the sum of what was added to it, and the final norm is a factor per position and a weight
+per channel. So a logit is a sum too (Elhage et al. 2021, A Mathematical Framework for Transformer Circuits):
+
+    logit[token] = sum over parts of  part · (W_U[:, token] * ln_final.weight) * ln_final.scale
+
+It counts direct effects only: what a later layer makes of a part is counted as that layer's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from glmlens.analysis.parts import SPLITS, SUBLAYERS, At, Split, along, points_for
+from glmlens.analysis.rows import Position, Rows, Token, exact, groups_of, layers_of, numbers
+from glmlens.hooks import Hooks
+from glmlens.lens import Lens
+from glmlens.prompt import Prompt
+from glmlens.results import Labelled
+from glmlens.tasks.task import Examples
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LogitAttribution(Labelled):
+    """What each part adds to a logit, or to a difference of two.
+
+    `values` are the parts that were asked for and `rest` [part] all others. Together they are `total`, the model's own
+    number, less `unexplained`: rounding, or what a hook has put in between. Several prompts have an axis `prompt` in
+    front of all of these.
+    """
+
+    rest: Labelled = field(kw_only=True)
+    total: np.ndarray = field(kw_only=True)
+    unexplained: np.ndarray = field(kw_only=True)
+
+    @property
+    def parts(self) -> Labelled:
+        """`values` and `rest` along one axis, `part`: what sums to the total."""
+        lead = self.values.shape[: "prompt" in self.axes]
+        places = [[f"{axis} {label}" for label in self.labels[axis]] for axis in self.axes[len(lead) :]]
+        names = [*map(", ".join, product(*places)), *self.rest.labels["part"]]
+        values = np.concatenate([self.values.reshape(*lead, -1), self.rest.values], -1)
+        return Labelled(values, self.rest.axes, {**self.rest.labels, "part": names}, self.about)
+
+    def mean(self) -> "LogitAttribution":
+        """The mean over prompts; ValueError where they have not all the same places, as source positions may be."""
+        if "prompt" not in self.axes:
+            return self
+        if np.isnan(self.values).any():
+            raise ValueError("prompts of several lengths have no mean by position: take examples.of_length()")
+        about = {**self.about, "prompt": f"mean of {len(self.labels['prompt'])}: {self.about['prompt']}"}
+        labels = {axis: self.labels[axis] for axis in self.axes[1:]}
+        rest = Labelled(self.rest.values.mean(0), ("part",), {"part": self.rest.labels["part"]}, about)
+        return LogitAttribution(
+            self.values.mean(0),
+            self.axes[1:],
+            labels,
+            about,
+            rest=rest,
+            total=np.asarray(self.total.mean(0)),
+            unexplained=np.asarray(self.unexplained.mean(0)),
+        )
+
+
+def logit_attribution(
+    lens: Lens,
+    prompt: Prompt | Examples,
+    answer: Token | Sequence[Token] | Tensor | None = None,
+    wrong: Token | Sequence[Token] | Tensor | None = None,
+    *,
+    by: str = "component",
+    position: Position | str = -1,
+    hooks: Hooks | None = None,
+) -> LogitAttribution:
+    """What every part adds to the logit of `answer` (less that of `wrong`) after an absolute position.
+
+    `by` and the axes of the values: "layer" [layer], "component" [layer, sublayer], "head" [layer, head], "mlp"
+    [layer], "neuron" [layer, mlp], "source" [layer, head, key], where key is the position that a head took it from.
+    An answer is the text of one token, an id, one for every prompt, or a direction [model] or [batch, model] that the
+    normalised stream is read along. Examples of a task have their own: the best right answer less the best wrong one,
+    averaged over the examples; and `position` may be the name of one of theirs.
+
+    In units of logits. What the parts miss is `unexplained`: in float32 at most 1e-5 of the largest part, but the two
+    logits of a difference are rounded as they are, also where their tokens' unembeddings almost coincide. Raises
+    ValueError for an unknown `by`.
+    """
+    if by not in SPLITS:
+        raise ValueError(f"by is {by!r}; choose from {', '.join(map(repr, SPLITS))}")
+    split, rows = SPLITS[by], Rows.of(lens, prompt.tokens if isinstance(prompt, Examples) else prompt)
+    columns = rows.columns(place_of(position, prompt))
+    logits, acts = rows.run_at(columns, points_for(lens, split), hooks)
+    goal = goal_of(rows, exact(logits), prompt if isinstance(prompt, Examples) else None, answer, wrong)
+    pull = goal.direction * exact(lens.model.ln_final.weight) * exact(acts["ln_final.scale"])
+
+    at = At(lens, acts, rows, columns)
+    values = torch.stack([split.parts(at, layer, pull) for layer in range(lens.cfg.n_layers)], 1)
+    rest = [along(acts["embed"], pull), *(along(acts[name], pull) for name in split.rest_points(lens))]
+    if "key" in split.axes:
+        values = rearrange(values, "batch layer head key -> batch key layer head")
+        values = rearrange(rows.absolute(values), "batch key layer head -> batch layer head key")
+    total = goal.total(acts["ln_final.normalized"])
+    return result(rows, columns, split, goal.name, values, torch.stack(rest, 1), total, isinstance(prompt, Examples))
+
+
+def place_of(position: Position | str, prompt: Prompt | Examples) -> Position:
+    """An absolute position; examples of a task know theirs by name."""
+    if not isinstance(position, str):
+        return position
+    if not isinstance(prompt, Examples):
+        raise TypeError(f"position {position!r}: only examples of a task have positions with names; give a number")
+    return prompt.at(position)
+
+
+def result(
+    rows: Rows, columns: Tensor, split: Split, name: str, values: Tensor, rest: Tensor, total: Tensor, mean: bool
+) -> LogitAttribution:
+    about = rows.about(
+        metric="logit", direction=name, parts="direct effects: the final norm's scale is the run's own",
+        positions=rows.place(columns), kv=groups_of(rows.lens),
+    )  # fmt: skip
+    named = {"layer": layers_of(rows.lens), "sublayer": list(SUBLAYERS), "key": rows.pos_labels()}
+    labelled = rows.labelled(values, " ".join(split.axes), {a: named[a] for a in split.axes if a in named}, about)
+    others = rows.labelled(rest, "part", {"part": ["embed", *split.rest_labels(rows.lens)]}, about)
+    explained = numbers(values).reshape(rows.batch, -1)
+    missing = numbers(total) - np.nansum(explained, 1, dtype=np.float64) - numbers(rest).sum(1, dtype=np.float64)
+    found = LogitAttribution(
+        labelled.values,
+        labelled.axes,
+        labelled.labels,
+        about,
+        rest=others,
+        total=rows.single(numbers(total)),
+        unexplained=rows.single(missing),
+    )
+    return found.mean() if mean else found
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is attributed: a direction [batch, model] that the normalised stream is read along, and its name."""
+
+    direction: Float[Tensor, "batch model"]
+    name: str
+    logits: Float[Tensor, "batch"] | None  # the model's own number, where the direction is one of tokens
+
+    def total(self, normalized: Float[Tensor, "batch model"]) -> Float[Tensor, "batch"]:
+        return (exact(normalized) * self.direction).sum(-1) if self.logits is None else self.logits
+
+
+def goal_of(
+    rows: Rows,
+    logits: Float[Tensor, "batch vocab"],
+    examples: Examples | None,
+    answer: Token | Sequence[Token] | Tensor | None,
+    wrong: Token | Sequence[Token] | Tensor | None,
+) -> Goal:
+    """The direction of a token, of a difference of tokens, of a task's answers, or the one that was given."""
+    if examples is not None and answer is None and wrong is None:
+        answer = [best(example.correct, row) for example, row in zip(examples, logits, strict=True)]
+        wrong = [best(example.wrong, row) for example, row in zip(examples, logits, strict=True)]
+    if answer is None:
+        raise TypeError("no answer: give the text of one token, an id, a direction [model], or examples of a task")
+    if isinstance(answer, Tensor) and answer.is_floating_point():
+        if wrong is not None:
+            raise TypeError("a direction is already what is attributed: give it alone, without wrong=")
+        given = exact(answer.to(rows.tokens.device)).expand(rows.batch, rows.lens.cfg.d_model)
+        return Goal(given, "the direction given, of the normalised stream", None)
+    right = rows.tokens_of(answer)
+    of, direction, name = logits.gather(1, right[:, None]), unembedding(rows.lens, right), rows.said(right)
+    if wrong is not None:
+        other = rows.tokens_of(wrong)
+        of, direction = of - logits.gather(1, other[:, None]), direction - unembedding(rows.lens, other)
+        name = f"{name} - {rows.said(other)}"
+    return Goal(direction, name, of.squeeze(1))
+
+
+def best(ids: Sequence[int], logits: Float[Tensor, "vocab"]) -> int:
+    return ids[int(logits[list(ids)].argmax())]
+
+
+def unembedding(lens: Lens, ids: Tensor) -> Float[Tensor, "batch model"]:
+    return exact(lens.W_U.T[ids])

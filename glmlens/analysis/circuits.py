@@ -1,0 +1,206 @@
+"""What heads do by their weights alone: OV and QK circuits, copying, and composition between heads.
+
+Vectors are rows, as in `x @ W`. Elhage et al. 2021, A Mathematical Framework for Transformer Circuits. Several query
+heads share one key-value head here: `head // n_groups` is its number.
+"""
+
+import numpy as np
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from glmlens.analysis.factored import Factored
+from glmlens.analysis.rows import exact, groups_of, numbers
+from glmlens.lens import Lens
+from glmlens.model import RMSNorm, rotary_angles, turn
+from glmlens.results import Labelled
+
+VOCAB_CHUNK = 8192
+
+
+def OV(lens: Lens, layer: int, head: int, *, norms: bool = False) -> Factored:
+    """W_V W_O: what a head writes for what it reads, [model, model] of rank d. Linear in ln1.normalized.
+
+    b_V W_O is added to it, whatever is read. With `norms`, the weights of ln1 before it and of ln1_post (glm4) after
+    it are in it too, so that it stands on the residual stream; the scales, a positive number per position, never are.
+    """
+    W_V, W_O = exact(lens.W_V[layer, kv_of(lens, head)]), exact(lens.W_O[layer, head])
+    if not norms:
+        return Factored(W_V, W_O)
+    return Factored(norm_weight(lens, layer, "ln1")[:, None] * W_V, W_O * norm_weight(lens, layer, "ln1_post"))
+
+
+def QK(lens: Lens, layer: int, head: int, distance: int = 0, *, part: str = "all", norms: bool = False) -> Factored:
+    """W_Q R(distance) W_Kᵀ / √d: how strongly a query looks at a key that stands `distance` positions before it.
+
+    [model, model] of rank d (Su et al. 2021, arXiv 2104.09864, section 3.2). `part` is "rotary", the channels that
+    turn; "pass", those that do not and so know no distance; or "all", their sum. The score of x at position i and y at
+    j is x @ QK(distance=i - j) @ y for normalised x and y, in a model without biases: see `QK_bias`. Raises ValueError
+    for a negative distance, at which nothing looks.
+    """
+    if distance < 0:
+        raise ValueError(f"distance is {distance}: a query looks back, at distance 0 or more")
+    W_Q, W_K = exact(lens.W_Q[layer, head]), exact(lens.W_K[layer, kv_of(lens, head)])
+    if norms:
+        weight = norm_weight(lens, layer, "ln1")[:, None]
+        W_Q, W_K = weight * W_Q, weight * W_K
+    kept = channels(lens, part)
+    return Factored(turned(lens, W_Q, distance)[:, kept] * lens.cfg.d_head**-0.5, W_K[:, kept].T)
+
+
+def QK_bias(
+    lens: Lens, layer: int, head: int, distance: int = 0
+) -> tuple[Float[Tensor, "model"], Float[Tensor, "model"], float]:
+    """What the biases add to x @ QK @ y: a vector on the query's x, one on the key's y, and a constant.
+
+    The score is x @ QK @ y + x @ on_query + on_key @ y + constant. Zeros in a model without biases.
+    """
+    W_Q, W_K = exact(lens.W_Q[layer, head]), exact(lens.W_K[layer, kv_of(lens, head)])
+    if not lens.cfg.qkv_bias:
+        return W_Q.new_zeros(len(W_Q)), W_Q.new_zeros(len(W_Q)), 0.0
+    b_Q, b_K = exact(lens.b_Q[layer, head]), exact(lens.b_K[layer, kv_of(lens, head)])
+    query, bias = turned(lens, W_Q, distance), turned(lens, b_Q[None], distance)[0]
+    scale = lens.cfg.d_head**-0.5
+    return query @ b_K * scale, W_K @ bias * scale, float(bias @ b_K) * scale
+
+
+def turned(lens: Lens, rows: Float[Tensor, "row d"], distance: int) -> Float[Tensor, "row d"]:
+    """Every row turned as a query that stands `distance` positions after its key."""
+    here = torch.tensor([[distance]], device=rows.device)
+    cos, sin = rotary_angles(here, lens.cfg.d_rotary, lens.cfg.rope_theta, rows.dtype)
+    r = lens.cfg.d_rotary
+    return torch.cat([turn(rows[None, None, :, :r], cos, sin)[0, 0], rows[:, r:]], -1)
+
+
+def channels(lens: Lens, part: str) -> slice:
+    found = {"all": slice(None), "rotary": slice(lens.cfg.d_rotary), "pass": slice(lens.cfg.d_rotary, None)}
+    if part not in found:
+        raise ValueError(f"part is {part!r}; choose from {', '.join(map(repr, found))}")
+    if part == "pass" and lens.cfg.d_rotary == lens.cfg.d_head:
+        raise ValueError("part is 'pass', but in this model every channel turns: ask for 'rotary'")
+    return found[part]
+
+
+def kv_of(lens: Lens, head: int) -> int:
+    """The key-value head that a query head reads; IndexError for a head that is not there."""
+    if not 0 <= head < lens.cfg.n_heads:
+        raise IndexError(f"head {head} asked for; there are 0 to {lens.cfg.n_heads - 1}")
+    return head // lens.cfg.n_groups
+
+
+def norm_weight(lens: Lens, layer: int, name: str) -> Float[Tensor, "model"]:
+    """The weight of a layer's norm, or ones where there is no such norm."""
+    norm = lens.model.blocks[layer].get_submodule(name)
+    return exact(norm.weight) if isinstance(norm, RMSNorm) else exact(torch.ones_like(lens.model.ln_final.weight))
+
+
+# ---- copying ----
+
+
+def copying_scores(lens: Lens) -> Labelled:
+    """sum(λ) / sum(|λ|) over the eigenvalues λ of W_E OV W_U, for every head: 1 copies, -1 suppresses, 0 is chance.
+
+    Elhage et al. 2021, "Summarizing OV/QK matrices". With the weights of the norms on the way (ln1, ln1_post, ln_final)
+    and without their scales. The matrix is [vocab, vocab] and of rank d: its eigenvalues are found at [d, d].
+    """
+    through = vocabulary(lens)
+    heads = range(lens.cfg.n_heads)
+    scores = [[copying(OV(lens, i, head, norms=True), through) for head in heads] for i in range(lens.cfg.n_layers)]
+    about = {"metric": "copying: sum(λ) / sum(|λ|) of W_E OV W_U", "direction": "1 copies the token that it reads",
+             "positions": "none: weights alone", "kv": groups_of(lens), "model": lens.model_hash}  # fmt: skip
+    return Labelled(np.array(scores), ("layer", "head"), {}, about)
+
+
+def copying(ov: Factored, through: Float[Tensor, "model model"]) -> float:
+    eigenvalues = torch.linalg.eigvals((ov.B @ through @ ov.A).cpu())
+    return float(eigenvalues.real.sum() / eigenvalues.abs().sum())
+
+
+def vocabulary(lens: Lens) -> Float[Tensor, "model model"]:
+    """ln_final.weight * W_U W_E, a chunk of the vocabulary at a time: from what is written to what would read it."""
+    pairs = zip(lens.W_U.T.split(VOCAB_CHUNK), lens.W_E.split(VOCAB_CHUNK), strict=True)
+    return exact(lens.model.ln_final.weight)[:, None] * sum(exact(W_U).T @ exact(W_E) for W_U, W_E in pairs)
+
+
+# ---- composition ----
+
+
+def composition(lens: Lens, kind: str = "K") -> Labelled:
+    """How much of what each head writes is what later heads read: [writer, reader], nan where the writer is not before.
+
+    ‖OV_writer · X‖ / (‖OV_writer‖ ‖X‖), Frobenius norms, where X is what the reader does with its input (Elhage et al.
+    2021, "Three Kinds of Composition"): W_Q W_Kᵀ for "Q", its transpose for "K", W_V W_O for "V". Query heads that
+    share a key-value head read keys and values with one matrix, so for K and V the reader is the key-value head,
+    "3.kv1", with the X of its heads side by side; for Q it is a head, "3.7". At distance 0, with the norms' weights.
+    Two random circuits have 1 / √d_model. Raises ValueError for another kind.
+    """
+    if kind not in READERS:
+        raise ValueError(f"kind is {kind!r}; choose from {', '.join(map(repr, READERS))}")
+    cfg, readers = lens.cfg, lens.cfg.n_heads if kind == "Q" else lens.cfg.n_kv_heads
+    scores = np.full((cfg.n_layers, cfg.n_heads, cfg.n_layers, readers), np.nan)
+    W = [torch.stack([ov.A.T @ ov.A for ov in OVs(lens, i)]) for i in range(cfg.n_layers)]
+    for j in range(cfg.n_layers):
+        reads, R = READERS[kind](lens, j)
+        for i in range(j):
+            writes = exact(lens.W_O[i]) * norm_weight(lens, i, "ln1_post")
+            scores[i, :, j] = numbers(composed(W[i], writes, reads, R))
+    labels = {
+        "writer": [f"{i}.{head}" for i in range(cfg.n_layers) for head in range(cfg.n_heads)],
+        "reader": [f"{j}.{'' if kind == 'Q' else 'kv'}{h}" for j in range(cfg.n_layers) for h in range(readers)],
+    }
+    about = {"metric": f"{kind}-composition", "direction": "0 to 1; the writer is in an earlier layer",
+             "positions": "none: weights alone, distance 0", "chance": f"{cfg.d_model**-0.5:.3g} for random circuits",
+             "kv": groups_of(lens), "model": lens.model_hash}  # fmt: skip
+    flat = rearrange(scores, "layer head later reader -> (layer head) (later reader)")
+    return Labelled(flat, ("writer", "reader"), labels, about)
+
+
+def composed(
+    W: Float[Tensor, "writer d d"],
+    writes: Float[Tensor, "writer d model"],
+    reads: Float[Tensor, "reader model d"],
+    R: Float[Tensor, "reader d d"],
+) -> Float[Tensor, "writer reader"]:
+    """‖A (B C) D‖ / (‖A B‖ ‖C D‖) from W = AᵀA, writes = B, reads = C, R = D Dᵀ: nothing larger than [d, d] a pair."""
+    meet = einsum(writes, reads, "writer d model, reader model e -> writer reader d e")
+    both = einsum(W, meet, R, meet, "writer c d, writer reader d e, reader e f, writer reader c f -> writer reader")
+    BB = einsum(writes, writes, "writer c model, writer d model -> writer c d")
+    CC = einsum(reads, reads, "reader model c, reader model d -> reader c d")
+    OV, X = einsum(W, BB, "writer c d, writer c d -> writer"), einsum(R, CC, "reader c d, reader c d -> reader")
+    return (both.clamp(min=0) / (OV[:, None] * X)).sqrt()
+
+
+def OVs(lens: Lens, layer: int) -> list[Factored]:
+    return [OV(lens, layer, head, norms=True) for head in range(lens.cfg.n_heads)]
+
+
+def QKs(lens: Lens, layer: int) -> list[Factored]:
+    return [QK(lens, layer, head, norms=True) for head in range(lens.cfg.n_heads)]
+
+
+Reads = tuple[Float[Tensor, "reader model d"], Float[Tensor, "reader d d"]]
+
+
+def query_side(lens: Lens, layer: int) -> Reads:
+    each = QKs(lens, layer)
+    return torch.stack([qk.A for qk in each]), torch.stack([qk.B @ qk.B.T for qk in each])
+
+
+def key_side(lens: Lens, layer: int) -> Reads:
+    """Of every key-value head; ‖·‖² over the query heads that share it is the sum of theirs."""
+    each = QKs(lens, layer)
+    return grouped(lens, torch.stack([qk.B.T for qk in each]), torch.stack([qk.A.T @ qk.A for qk in each]))
+
+
+def value_side(lens: Lens, layer: int) -> Reads:
+    each = OVs(lens, layer)
+    return grouped(lens, torch.stack([ov.A for ov in each]), torch.stack([ov.B @ ov.B.T for ov in each]))
+
+
+def grouped(lens: Lens, reads: Tensor, R: Tensor) -> Reads:
+    group = lens.cfg.n_groups
+    return reads[::group], rearrange(R, "(kv group) c d -> kv group c d", group=group).sum(1)
+
+
+READERS = {"Q": query_side, "K": key_side, "V": value_side}

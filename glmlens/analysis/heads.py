@@ -1,0 +1,161 @@
+"""What heads attend to when random words are said again: the scores by which kinds of heads are known."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from glmlens.analysis.circuits import copying_scores
+from glmlens.analysis.pattern import pattern, pattern_points
+from glmlens.analysis.rows import Rows, exact, groups_of, numbers
+from glmlens.lens import Lens
+from glmlens.results import Labelled, Sheets
+from glmlens.tables import table
+
+REPEATS = 4  # as often as Olsson et al. say their words
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadScores(Sheets):
+    """Scores of every head [layer, head], and the `chance` of each: what a head has that attends alike to all it sees.
+
+    `previous`, `duplicate`, `induction` and `prefix_matching` are shares of the attention that does not go to the
+    model's prefix `[gMASK]<sop>`; `on_prefix` is the share that does. `copying` is of the weights.
+    """
+
+    chance: Mapping[str, float]
+    previous: Labelled
+    duplicate: Labelled
+    induction: Labelled
+    prefix_matching: Labelled
+    copying: Labelled
+    on_prefix: Labelled
+
+    def best(self, score: str, n: int = 4) -> list[tuple[int, int, float]]:
+        """The n heads with the highest score: (layer, head, score)."""
+        found = self.sheets()[score].top(n, largest=True)
+        return [(int(layer), int(head), value) for (layer, head), value in found]
+
+    def __repr__(self) -> str:
+        rows = [("score", "by chance", "highest (layer.head)")]
+        for name in self.sheets():
+            heads = "  ".join(f"{layer}.{head} {value:.2f}" for layer, head, value in self.best(name))
+            rows.append((name, f"{self.chance[name]:.3f}", heads))
+        about = "".join(f"\n  {what}: {said}" for what, said in self.about.items())
+        return f"HeadScores{about}\n{table(rows)}"
+
+
+def head_scores(
+    lens: Lens, *, rows: int = 4, length: int = 20, seed: int = 0, words: Sequence[int] | Sequence[str] | None = None
+) -> HeadScores:
+    """Scores of every head on rows of `length` different random words r, said again.
+
+    Of the attention of words that does not go to the prefix, the share that goes
+    - previous: to the word before (in `prefix r r`);
+    - duplicate: from the second r, to the same word in the first;
+    - induction: from the second r, to the word that followed it in the first (Elhage et al. 2021, A Mathematical
+      Framework for Transformer Circuits);
+    - prefix_matching: the same in `prefix r r r r`, to all words that followed it before (Olsson et al. 2022, arXiv
+      2209.11895, "Prefix matching").
+
+    copying is `copying_scores`, and on_prefix the share of all attention that goes to the prefix. `words` are texts of
+    one token, or ids: by default all tokens that are a space and letters, or without a tokenizer all ids. Raises
+    ValueError when there are fewer than `length`. A head that attends to nothing but the prefix has nan.
+    """
+    ids, prefix = random_words(lens, rows, length, seed, words), lens.tokenizer.prefix if lens.tokenizer else ()
+    twice, often = Said.of(lens, ids, prefix, 2), Said.of(lens, ids, prefix, REPEATS)
+    found = twice.shares({"previous": twice.previous(), "duplicate": twice.same(), "induction": twice.after_same()})
+    found |= often.shares({"prefix_matching": often.after_same()}) | {"on_prefix": twice.on_prefix()}
+    about = {
+        "metric": "share of attention", "direction": "higher is more of this kind",
+        "positions": f"{rows} rows of {length} random words said twice (prefix_matching: {REPEATS} times), seed {seed}",
+        "prefix": f"{len(prefix)} columns excluded", "kv": groups_of(lens), "model": lens.model_hash,
+    }  # fmt: skip
+    sheets = {
+        name: Labelled(numbers(scores), ("layer", "head"), {}, {**about, "metric": name, "chance": f"{chance:.3g}"})
+        for name, (scores, chance) in found.items()
+    }
+    chances = {name: chance for name, (_, chance) in found.items()} | {"copying": 0.0}
+    return HeadScores(about, chances, copying=copying_scores(lens), **sheets)
+
+
+def random_words(
+    lens: Lens, rows: int, length: int, seed: int, words: Sequence[int] | Sequence[str] | None
+) -> Int[Tensor, "batch word"]:
+    """Rows of different ids, drawn at random."""
+    if words is None:
+        words = lens.tokenizer.word_ids() if lens.tokenizer else list(range(lens.cfg.d_vocab))
+    ids = torch.tensor(sorted({i if isinstance(i, int) else lens.to_single_token(i) for i in words}))
+    if not 2 <= length <= len(ids):
+        raise ValueError(f"length is {length}, and there are {len(ids)} different words: give 2 to {len(ids)}")
+    draw = torch.Generator().manual_seed(seed)
+    return torch.stack([ids[torch.randperm(len(ids), generator=draw)[:length]] for _ in range(rows)])
+
+
+Scored = dict[str, tuple[Float[Tensor, "layer head"], float]]
+
+
+@dataclass(frozen=True, eq=False)
+class Said:
+    """Rows of words said several times after a prefix: the pattern of every layer, and which word stands where."""
+
+    patterns: list[Float[Tensor, "batch head query key"]]
+    word: Int[Tensor, "pos"]  # its number among the words; no two alike in the prefix
+
+    @staticmethod
+    def of(lens: Lens, ids: Int[Tensor, "batch word"], prefix: Sequence[int], times: int) -> "Said":
+        tokens = torch.cat([torch.tensor(prefix, dtype=torch.long).expand(len(ids), -1), ids.repeat(1, times)], 1)
+        rows = Rows.of(lens, tokens)
+        acts = rows.record(pattern_points(lens))
+        at = rows.positions
+        patterns = [exact(pattern(acts, layer, at, at)) for layer in range(lens.cfg.n_layers)]
+        word = torch.cat([torch.arange(-len(prefix), 0), torch.arange(ids.shape[1]).repeat(times)])
+        return Said(patterns, word.to(lens.device))
+
+    def places(self) -> tuple[Int[Tensor, "query one"], Int[Tensor, "key"]]:
+        here = torch.arange(len(self.word), device=self.word.device)
+        return here[:, None], here
+
+    def previous(self) -> Bool[Tensor, "query key"]:
+        query, key = self.places()
+        return (key == query - 1) & (self.word >= 0)
+
+    def same(self) -> Bool[Tensor, "query key"]:
+        """The same word, earlier."""
+        query, key = self.places()
+        return (self.word[:, None] == self.word) & (key < query)
+
+    def after_same(self) -> Bool[Tensor, "query key"]:
+        """What followed the same word, earlier."""
+        follows = self.same().roll(1, 1)
+        follows[:, 0] = False
+        return follows
+
+    def shares(self, targets: Mapping[str, Bool[Tensor, "query key"]]) -> Scored:
+        """The share of each target, of every head; and of one that attends alike to all that it sees."""
+        alike = self.alike()
+        return {
+            name: (torch.stack([self.share(x, target) for x in self.patterns]), float(self.share(alike, target)))
+            for name, target in targets.items()
+        }
+
+    def share(
+        self, attention: Float[Tensor, "batch head query key"], target: Bool[Tensor, "query key"]
+    ) -> Float[Tensor, "head"]:
+        """What goes to the target, of what does not go to the prefix, over the queries that have a target."""
+        asked = attention[:, :, target.any(1)]
+        return (asked * target[target.any(1)]).sum((0, 2, 3)) / (asked * (self.word >= 0)).sum((0, 2, 3))
+
+    def on_prefix(self) -> tuple[Float[Tensor, "layer head"], float]:
+        """The share of all attention of words that goes to the prefix."""
+        words = self.word >= 0
+        shares = [x[:, :, words][..., ~words].sum(-1).mean((0, 2)) for x in (*self.patterns, self.alike())]
+        return torch.stack(shares[:-1]), float(shares[-1])
+
+    def alike(self) -> Float[Tensor, "batch head query key"]:
+        """A pattern that attends alike to all that it sees."""
+        query, key = self.places()
+        seen = (key <= query).to(self.patterns[0].dtype)
+        return (seen / seen.sum(-1, keepdim=True))[None, None]

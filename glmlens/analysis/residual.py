@@ -1,0 +1,90 @@
+"""The residual stream as what it has come to, and as what was added to it."""
+
+import torch
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor
+
+from glmlens.activations import Activations
+from glmlens.analysis.logit_lens import streams_of
+from glmlens.analysis.rows import Position, Rows, exact, layers_of
+from glmlens.hooks import Hooks
+from glmlens.lens import Lens
+from glmlens.model import RMSNorm
+from glmlens.prompt import Prompt
+from glmlens.results import Labelled
+
+
+def accumulated_residual(
+    lens: Lens, prompt: Prompt, *, mid: bool = False, position: Position | None = None, hooks: Hooks | None = None
+) -> Labelled:
+    """The residual stream after the embedding and after every layer: [layer, pos, model].
+
+    With `mid` also before every MLP; with `position`, an absolute one, without the axis pos. Several prompts have an
+    axis `prompt` in front.
+    """
+    rows = Rows.of(lens, prompt)
+    acts = rows.record(["embed", "resid_post", *(["resid_mid"] if mid else [])], hooks)
+    streams = streams_of(lens, acts, mid)
+    return vectors(rows, "layer", streams, position, "the residual stream")
+
+
+def decomposed_residual(
+    lens: Lens,
+    prompt: Prompt,
+    *,
+    by: str = "component",
+    position: Position | None = None,
+    hooks: Hooks | None = None,
+) -> Labelled:
+    """What was added to the residual stream: [part, pos, model], whose sum over part is the last residual stream.
+
+    `by` is "layer", "component" (attention and MLP of every layer) or "head" (every head, and the MLPs). Of a `glm4`,
+    parts are as they are after the norm on the sublayer's output. Raises ValueError for another `by`; of neurons there
+    are too many: see `logit_attribution`.
+    """
+    if by not in ("layer", "component", "head"):
+        raise ValueError(f"by is {by!r}; choose from 'layer', 'component', 'head'")
+    rows = Rows.of(lens, prompt)
+    names = ["embed", "mlp_out", *(["attn.z"] if by == "head" else ["attn_out"])]
+    post = ["ln1_post.scale"] if by == "head" and lens.cfg.sandwich else []
+    acts = rows.record([*names, *post], hooks)
+    parts = {"embed": acts["embed"]}
+    for i, layer in enumerate(layers_of(lens)):
+        parts |= parts_of(lens, acts, i, layer, by)
+    return vectors(rows, "part", parts, position, "what is added to the residual stream")
+
+
+def parts_of(lens: Lens, acts: Activations, layer: int, name: str, by: str) -> dict[str, Tensor]:
+    """What a layer adds, by label."""
+    mlp = exact(acts["mlp_out", layer])
+    if by == "layer":
+        return {name: exact(acts["attn_out", layer]) + mlp}
+    if by == "component":
+        return {f"{name} attn": acts["attn_out", layer], f"{name} mlp": mlp}
+    heads = head_outputs(lens, acts, layer).unbind(2)
+    return {f"{name}.{head}": x for head, x in enumerate(heads)} | {f"{name} mlp": mlp}
+
+
+def head_outputs(lens: Lens, acts: Activations, layer: int) -> Float[Tensor, "batch pos head model"]:
+    """What each head adds to the residual stream: W_O z, and then the norm on attention's output if there is one."""
+    z, W_O = exact(acts["attn.z", layer]), exact(lens.W_O[layer])
+    out = einsum(z, W_O, "batch pos head d, head d model -> batch pos head model")
+    norm = lens.model.blocks[layer].get_submodule("ln1_post")
+    if not isinstance(norm, RMSNorm):
+        return out
+    return out * exact(acts["ln1_post.scale", layer]).unsqueeze(2) * exact(norm.weight)
+
+
+def vectors(rows: Rows, axis: str, parts: dict[str, Tensor], position: Position | None, metric: str) -> Labelled:
+    """The parts, each [batch, pos, model], as one result."""
+    labels = {axis: list(parts)}
+    if position is None:
+        values = torch.stack([rows.absolute(exact(x)) for x in parts.values()], 1)
+        about = rows.about(metric=metric, direction="every channel of the model", positions="absolute")
+        return rows.labelled(values, f"{axis} pos model", {**labels, "pos": rows.pos_labels()}, about)
+    columns = rows.columns(position)
+    each = torch.arange(rows.batch, device=columns.device)
+    values = torch.stack([exact(x[each, columns]) for x in parts.values()], 1)
+    about = rows.about(metric=metric, direction="every channel of the model", positions=rows.place(columns))
+    return rows.labelled(values, f"{axis} model", labels, about)

@@ -1,0 +1,186 @@
+"""Prompts as the rows of one batch: run once, read at absolute positions, labelled for people."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from jaxtyping import Int, Shaped
+from torch import Tensor
+
+from glmlens.activations import Activations
+from glmlens.hooks import Hooks, Point, pairs
+from glmlens.lens import Lens
+from glmlens.model import absolute_positions
+from glmlens.prompt import Prompt
+from glmlens.results import Labelled
+
+Position = int | Sequence[int] | Tensor
+"""An absolute position with the prefix counted, negative from a prompt's end; or one for every prompt."""
+Token = str | int
+"""The text of one token, or its id."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Token ids [batch, pos], left-padded, and their mask [batch, pos]: None where nothing is padding."""
+
+    lens: Lens
+    tokens: Int[Tensor, "batch pos"]
+    mask: Int[Tensor, "batch pos"] | None
+
+    @staticmethod
+    def of(lens: Lens, prompt: Prompt) -> "Rows":
+        tokens, mask = lens.to_batch(prompt)
+        return Rows(lens, tokens, None if mask is None else mask.long())
+
+    @property
+    def batch(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def positions(self) -> Int[Tensor, "batch pos"]:
+        """Absolute positions, -1 at padding."""
+        return absolute_positions(self.tokens.shape, self.tokens.device, attention_mask=self.mask)
+
+    @property
+    def lengths(self) -> Int[Tensor, "batch"]:
+        """How many real tokens each row has."""
+        return (self.positions >= 0).sum(1)
+
+    def columns(self, position: Position) -> Int[Tensor, "batch"]:
+        """The column of an absolute position in every row; IndexError where a prompt is too short for it."""
+        asked = torch.as_tensor(position, device=self.tokens.device).expand(self.batch)
+        lengths = self.lengths
+        outside = (asked >= lengths) | (asked < -lengths)
+        if bool(outside.any()):
+            row = int(outside.int().argmax())
+            raise IndexError(f"position {int(asked[row])} asked for; prompt {row} has {int(lengths[row])} tokens")
+        return torch.where(asked < 0, asked, asked - lengths) + self.tokens.shape[1]
+
+    def run(self, names: str | Sequence[str], hooks: Hooks | None = None) -> tuple[Tensor, Activations]:
+        """The logits of these rows, and what was at the named points after all hooks."""
+        logits, acts = self.lens.run_with_cache(self.tokens, names, hooks, attention_mask=self.mask)
+        return cast(Tensor, logits), acts
+
+    def record(
+        self, names: str | Sequence[str], hooks: Hooks | None = None, position_ids: Tensor | None = None
+    ) -> Activations:
+        """What is at the named points, in a run that ends after the last of them."""
+        _, acts = self.lens.run_with_cache(
+            self.tokens, names, hooks, logits=False, attention_mask=self.mask, position_ids=position_ids
+        )
+        return acts
+
+    def run_at(
+        self, columns: Int[Tensor, "batch"], names: Sequence[str], hooks: Hooks | None = None
+    ) -> tuple[Shaped[Tensor, "batch vocab"], Activations]:
+        """The logits at one column of every row, and the named points there: without their pos or query axis.
+
+        A point with a `key` axis and no `query` is kept whole. What is not asked about is not kept.
+        """
+        wanted, picked = torch.unique(columns), Picked(columns)
+        edits = [*pairs(hooks), *((name, picked) for name in names)]
+        logits = self.lens.run_with_hooks(self.tokens, edits, attention_mask=self.mask, logits_to_keep=wanted)
+        rows = torch.arange(self.batch, device=logits.device)
+        return logits[rows, torch.searchsorted(wanted, columns)], Activations(picked.kept)
+
+    def absolute(
+        self, x: Shaped[Tensor, "batch pos *rest"], nothing: float | int = np.nan
+    ) -> Shaped[Tensor, "batch pos *rest"]:
+        """x with absolute position p at index p in every row, and `nothing` past a row's end."""
+        if self.mask is None:
+            return x
+        out = torch.full_like(x, nothing)
+        for row, length in enumerate(self.lengths.tolist()):
+            out[row, :length] = x[row, x.shape[1] - length :]
+        return out
+
+    def tokens_of(self, asked: Token | Sequence[Token] | Tensor) -> Int[Tensor, "batch"]:
+        """One id for every row, from a text or id for all of them or one for each; ValueError for another number."""
+        several = asked.tolist() if isinstance(asked, Tensor) else asked
+        listed = [several] * self.batch if isinstance(several, str | int) else list(several)
+        if len(listed) != self.batch:
+            raise ValueError(f"{len(listed)} tokens for {self.batch} prompts: give one for all, or one for each")
+        ids = torch.tensor([i if isinstance(i, int) else self.lens.to_single_token(i) for i in listed])
+        if not 0 <= int(ids.min()) <= int(ids.max()) < self.lens.cfg.d_vocab:
+            raise ValueError(f"token ids {listed}; this model has 0 to {self.lens.cfg.d_vocab - 1}")
+        return ids.to(self.tokens.device)
+
+    def said(self, ids: Tensor) -> str:
+        """The tokens of these ids, one for every row, as people can read them."""
+        return ", ".join(dict.fromkeys(label(self.lens, i) for i in ids.tolist()))
+
+    def pos_labels(self) -> list[str]:
+        """A label for every absolute position: its number, and its token where there is one prompt."""
+        if self.batch > 1:
+            return [str(i) for i in range(self.tokens.shape[1])]
+        return [f"{i} {label(self.lens, token)}" for i, token in enumerate(self.tokens[0].tolist())]
+
+    def place(self, columns: Tensor) -> str:
+        """The absolute positions at these columns, for people."""
+        found = self.positions[torch.arange(self.batch, device=columns.device), columns].tolist()
+        return ", ".join(str(i) for i in dict.fromkeys(found))
+
+    def about(self, **said: str) -> dict[str, str]:
+        """What a result says of itself: `said`, the prompt, and the model."""
+        if self.batch > 1:
+            prompt = f"{self.batch} prompts"
+        else:
+            prompt = " ".join(label(self.lens, token) for token in self.tokens[0].tolist())
+        return {**said, "prompt": prompt, "model": self.lens.model_hash}
+
+    def labelled(
+        self,
+        x: Shaped[Tensor, "batch *rest"],
+        axes: str,
+        labels: Mapping[str, Sequence[str]],
+        about: Mapping[str, str],
+    ) -> Labelled:
+        """x as numbers with these axes after `prompt`, an axis that a single prompt does not have."""
+        names = tuple(axes.split())
+        return Labelled(self.single(numbers(x)), names if self.batch == 1 else ("prompt", *names), labels, about)
+
+    def single(self, values: np.ndarray) -> np.ndarray:
+        """`values` [prompt, ...], of a single prompt without that axis."""
+        return np.squeeze(values, 0) if self.batch == 1 else values
+
+
+class Picked:
+    """An edit that changes nothing, and keeps what it sees at one column of every row."""
+
+    def __init__(self, columns: Int[Tensor, "batch"]):
+        self.columns, self.kept = columns, dict[str, Tensor]()
+
+    def __call__(self, x: Tensor, point: Point) -> Tensor:
+        rows = torch.arange(x.shape[0], device=x.device)
+        if "query" in point.axes:
+            self.kept[point.name] = x[rows, :, self.columns]
+        else:
+            self.kept[point.name] = x[rows, self.columns] if "pos" in point.axes else x
+        return x
+
+
+def label(lens: Lens, token: int) -> str:
+    return lens.tokenizer.label(token) if lens.tokenizer else f"⟨{token}⟩"
+
+
+def exact(x: Tensor) -> Tensor:
+    """x in at least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
+
+
+def numbers(x: Tensor) -> np.ndarray:
+    """x as a numpy array, in at least float32."""
+    return exact(x.detach()).cpu().numpy()
+
+
+def layers_of(lens: Lens) -> list[str]:
+    return [str(i) for i in range(lens.cfg.n_layers)]
+
+
+def groups_of(lens: Lens) -> str:
+    """Which query heads read which key-value head, for people."""
+    group = lens.cfg.n_groups
+    return "; ".join(f"kv {kv}: heads {kv * group}-{(kv + 1) * group - 1}" for kv in range(lens.cfg.n_kv_heads))

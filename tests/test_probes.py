@@ -1,0 +1,59 @@
+"""Linear probes: they find what is there, and say when they learnt it by heart."""
+
+import pytest
+import torch
+
+import glmlens
+from glmlens.analysis import probe
+
+
+def clouds(n=200, d=8, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    labels = [("he", "she")[i] for i in torch.randint(2, (n,), generator=draw).tolist()]
+    x = torch.randn(n, d, generator=draw)
+    x[:, 2] += 6 * torch.tensor([label == "she" for label in labels])
+    return x, labels
+
+
+def test_a_probe_finds_a_direction_that_is_there_and_none_that_is_not():
+    x, labels = clouds()
+    found = probe(torch.stack([torch.randn_like(x), x]), labels)
+    assert found.at(layer=0, part="held out") < 0.7
+    assert found.at(layer=1, part="held out") > 0.97
+    assert abs(found.at(layer=0, part="selectivity")) < 0.25
+    assert found.at(layer=1, part="selectivity") > 0.3
+    assert found.at(layer=1, part="chance") < 0.6
+    assert float(found.direction(1, "she")[2]) > 0.9
+    assert float(found.direction(1, "he")[2]) < -0.9
+
+
+def test_a_probe_that_learns_types_by_heart_is_not_selective():
+    draw = torch.Generator().manual_seed(1)
+    words = torch.randint(20, (400,), generator=draw)
+    x = torch.nn.functional.one_hot(words, 20).float() + 0.1 * torch.randn(400, 20, generator=draw)
+    labels = [int(word) % 2 for word in words]
+    found = probe(x, labels, types=words.tolist(), l2=0.01)
+    assert found.at(layer=0, part="held out") > 0.97
+    assert found.at(layer=0, part="control") > 0.97
+    assert abs(found.at(layer=0, part="selectivity")) < 0.03
+
+
+def test_gender_is_read_off_the_models_names():
+    lens = glmlens.load(dtype="float32")
+    examples = glmlens.tasks.pronouns.examples(lens, 120)
+    _, acts = lens.run_with_cache(examples, "resid_post", logits=False)
+    labels = [example.item.correct[0].strip() for example in examples]
+    found = probe(acts.at("end")["resid_post"], labels)
+    assert found.shape == (4, 5)
+    assert found.at(layer=3, part="held out") > 0.9
+    assert found.at(layer=3, part="selectivity") > 0.2
+
+
+def test_what_cannot_be_probed_is_an_error():
+    x, labels = clouds(20)
+    with pytest.raises(ValueError, match="19 labels and 19 types for 20"):
+        probe(x, labels[1:])
+    with pytest.raises(ValueError, match="nothing to tell apart"):
+        probe(x, ["he"] * 20)
+    with pytest.raises(ValueError, match="holds out none"):
+        probe(x, labels, held_out=0.0)
