@@ -62,7 +62,7 @@ class Labelled:
             raise KeyError(f"{axis} {place} asked for; there are {len(labels)}")
         axes = tuple(a for a in self.axes if a != axis)
         about = {**self.about, axis: labels[place]}
-        return Labelled(self.values.take(place, along), axes, {a: self.labels[a] for a in axes}, about)
+        return Labelled(np.asarray(self.values.take(place, along)), axes, {a: self.labels[a] for a in axes}, about)
 
     def top(self, n: int = 5, *, largest: bool | None = None) -> list[tuple[tuple[str, ...], float]]:
         """The n entries that are largest in magnitude (or largest, or smallest), each with its labels; never nan."""

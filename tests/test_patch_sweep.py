@@ -28,28 +28,28 @@ def index_of(axes, **where):
     return tuple(where.get(axis, slice(None)) for axis in axes)
 
 
-def naive(lens, base, source, name, **where):
-    """Every logit of the base run with the source's value put in place, by an ordinary hook."""
+def naive(lens, base, source, name, *places):
+    """Logits of whole runs of the base, the source's value put in the place of each by an ordinary hook."""
     value = lens.run_with_cache(source, [name])[1][name]
 
     def put(x, point):
-        i = index_of(point.axes, **where)
-        x[i] = value[i]
+        for row, where in enumerate(places):
+            x[row][index_of(point.axes[1:], **where)] = value[0][index_of(point.axes[1:], **where)]
         return x
 
-    return lens.run_with_hooks(base, {name: put})
+    return lens.run_with_hooks(base.expand(len(places), -1), {name: put})
 
 
 def position_axis(axes):
     return "query" if "query" in axes else "pos" if "pos" in axes else "key"
 
 
-def agree(lens, found, expected):
-    """To 1e-5 of the largest logit."""
-    largest = max(float(x.abs().max()) for x in expected.values())
-    for place, logits in expected.items():
-        right, wrong = (float(logits[0, -1, t]) for t in PAIR)
-        assert abs(found[place] - (right - wrong)) <= 1e-5 * largest, place
+def agree(found, expected):
+    """To 1e-5 of the largest logit; both are by place, what is expected as logits."""
+    found, logits = torch.as_tensor(np.array(found)).flatten(), torch.cat([*expected])
+    difference = logits[:, -1, PAIR[0]] - logits[:, -1, PAIR[1]]
+    assert found.shape == difference.shape
+    assert float((found - difference).abs().max()) <= 1e-5 * float(logits.abs().max())
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -66,49 +66,37 @@ def test_a_sweep_equals_the_naive_loop_at_every_point(point, attention):
         lens, clean, corrupt, point, over=over, metric=PAIR, normalise=False, progress=False, allow="no change"
     )
     axes = next(p.axes for p in lens.points() if p.local == point)
-    expected = {
-        (layer, p) if layer is not None else (p,): naive(
-            lens, corrupt, clean, name.format(layer), **{position_axis(axes): p}
-        )
-        for layer in layers
-        for p in range(9)
-    }
-    agree(lens, found.values, expected)
+    places = [{position_axis(axes): p} for p in range(9)]
+    agree(found.values, [naive(lens, corrupt, clean, name.format(layer), *places) for layer in layers])
 
 
 @pytest.mark.parametrize(
     ("point", "axis", "n"),
     [("attn.q", "head", 4), ("attn.z", "head", 4), ("attn.result", "head", 4), ("attn.q_rot", "head", 4),
      ("attn.k", "kv", 2), ("attn.v", "kv", 2), ("kv.k", "kv", 2), ("kv.v", "kv", 2), ("kv.k_new", "kv", 2),
-     ("mlp.post", "mlp", 56), ("mlp.gate", "mlp", 56), ("rotary.cos", "pair", 4), ("attn.pattern", "head", 4),
+     ("mlp.post", "mlp", 56), ("mlp.gate", "mlp", 56), ("attn.pattern", "head", 4),
      ("attn.scores", "head", 4), ("attn.z", "d", 16), ("resid_mid", "model", 48)],
 )  # fmt: skip
 def test_a_sweep_over_parts_equals_the_naive_loop(lens, point, axis, n):
     clean, corrupt = pair((0, 4))
-    if point == "rotary.cos":  # the same in every prompt: put in what another function of position would give
-        found = patch.sweep(
-            lens, clean, None, point, over=("layer", axis), metric=PAIR, normalise=False, progress=False,
-            do=patch.Put(0.5), direction="noise",
-        )  # fmt: skip
-        for layer in range(3):
-            for i in range(n):
-
-                def put(x, p, i=i):
-                    x[..., i] = 0.5
-                    return x
-
-                expected = lens.run_with_hooks(clean, {f"blocks.{layer}.{point}": put})
-                agree(lens, found.values, {(layer, i): expected})
-        return
     found = patch.sweep(
         lens, clean, corrupt, point, over=("layer", axis), metric=PAIR, normalise=False, progress=False, direction="noise"
     )
-    expected = {
-        (layer, i): naive(lens, clean, corrupt, f"blocks.{layer}.{point}", **{axis: i})
-        for layer in range(3)
-        for i in range(n)
-    }
-    agree(lens, found.values, expected)
+    places = [{axis: i} for i in range(n)]
+    agree(found.values, [naive(lens, clean, corrupt, f"blocks.{layer}.{point}", *places) for layer in range(3)])
+
+
+def test_the_angles_of_a_layer_can_be_changed_pair_by_pair(lens):
+    clean, _ = pair()
+    found = patch.sweep(lens, clean, None, Site("rotary.cos", layer=1), over=("pair",), metric=PAIR, normalise=False,
+                        do=patch.Put(0.5), direction="noise", progress=False)  # fmt: skip
+
+    def put(x, point):
+        for i in range(4):
+            x[i, :, i] = 0.5
+        return x
+
+    agree(found.values, [lens.run_with_hooks(clean.expand(4, -1), {"blocks.1.rotary.cos": put})])
 
 
 def test_a_rotary_pair_is_two_adjacent_channels(lens):
@@ -117,12 +105,8 @@ def test_a_rotary_pair_is_two_adjacent_channels(lens):
         lens, clean, corrupt, Site("attn.q_rot", layer=1), over=("head", "pair"), metric=PAIR, normalise=False,
         progress=False,
     )  # fmt: skip
-    expected = {
-        (h, i): naive(lens, corrupt, clean, "blocks.1.attn.q_rot", head=h, rotated=slice(2 * i, 2 * i + 2))
-        for h in range(4)
-        for i in range(4)
-    }
-    agree(lens, found.values, expected)
+    places = [{"head": h, "rotated": slice(2 * i, 2 * i + 2)} for h in range(4) for i in range(4)]
+    agree(found.values, [naive(lens, corrupt, clean, "blocks.1.attn.q_rot", *places)])
 
 
 def test_a_pattern_is_changed_by_destination_and_source(lens):
@@ -131,12 +115,8 @@ def test_a_pattern_is_changed_by_destination_and_source(lens):
         lens, clean, corrupt, Site("attn.pattern", layer=1, head=2), over=("query", "key"), metric=PAIR,
         normalise=False, progress=False, most_bytes=40_000,
     )  # fmt: skip
-    expected = {
-        (q, k): naive(lens, corrupt, clean, "blocks.1.attn.pattern", head=2, query=q, key=k)
-        for q in range(9)
-        for k in range(9)
-    }
-    agree(lens, found.values, expected)
+    places = [{"head": 2, "query": q, "key": k} for q in range(9) for k in range(9)]
+    agree(found.values, [naive(lens, corrupt, clean, "blocks.1.attn.pattern", *places)])
     assert found.axes == ("query", "key")
 
 
@@ -156,14 +136,13 @@ def test_keys_and_values_are_changed_per_query_head_as_if_ungrouped(point, atten
     found = patch.sweep(
         grouped, clean, corrupt, point, over=("layer", "head"), metric=PAIR, normalise=False, progress=False
     )
-    expected = {
-        (layer, h): naive(split, corrupt, clean, f"blocks.{layer}.{point}", kv=h) for layer in range(3) for h in range(4)
-    }
-    agree(grouped, found.values, expected)
+    heads = [{"kv": h} for h in range(4)]
+    expected = [naive(split, corrupt, clean, f"blocks.{layer}.{point}", *heads) for layer in range(3)]
+    agree(found.values, expected)
     assert "query heads" in found.about["heads"]
     one = patch.Intervention(Site(point, layer=1, head=3), patch.Swap.of_prompt(grouped, clean))
     logits = patch.run(grouped, corrupt, one)
-    torch.testing.assert_close(logits, expected[1, 3], rtol=0, atol=1e-5 * float(logits.abs().max()))
+    torch.testing.assert_close(logits, expected[1][3:], rtol=0, atol=1e-5 * float(logits.abs().max()))
 
 
 def test_groups_and_single_heads_can_be_changed_in_one_job(lens):
@@ -308,7 +287,7 @@ def test_the_null_floor_takes_values_from_other_pairs(lens):
         ring = draw.permutation(4)
         source = dict(zip(ring.tolist(), np.roll(ring, 1).tolist(), strict=True))
         assert all(i != j for i, j in source.items())
-        values = [naive(lens, corrupt[i : i + 1], clean[source[i] : source[i] + 1], "blocks.1.attn_out") for i in range(4)]
+        values = [naive(lens, corrupt[i : i + 1], clean[source[i] : source[i] + 1], "blocks.1.attn_out", {}) for i in range(4)]
         effects.append(abs(np.mean([float(v[0, -1, 5] - v[0, -1, 9]) for v in values])))
     assert found.floor.at(layer=1) == pytest.approx(np.quantile(effects, 0.95), abs=1e-4)
     with pytest.raises(PatchError, match="exchanges sources"):
@@ -325,7 +304,7 @@ def test_a_task_brings_its_metric_and_its_positions():
     for i, example in enumerate(examples):
         clean, corrupt = (torch.tensor([t]) for t in (example.tokens, example.counterfactuals["flip"]))
         assert found.clean[i] == pytest.approx(float(examples[i : i + 1].measure(lens(clean))), abs=1e-4)
-        logits = naive(lens, corrupt, clean, "blocks.1.resid_pre", pos=example.at("S2"))
+        logits = naive(lens, corrupt, clean, "blocks.1.resid_pre", {"pos": example.at("S2")})
         expected = float(examples[i : i + 1].measure(logits))
         assert found.raw.at(pair=i, layer=1, pos="S2") == pytest.approx(expected, abs=1e-5 * float(logits.abs().max()))
 

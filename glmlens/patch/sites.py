@@ -2,13 +2,16 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from einops import repeat
 from torch import Tensor
 
-from glmlens.hooks import HookError, axes_of, local_name, resolve
+from glmlens.checkpoint import blank
+from glmlens.config import GLMConfig
+from glmlens.hooks import HookError, Point, axes_of, local_name, resolve
 from glmlens.lens import Lens
 from glmlens.record import catalogue
 
@@ -125,12 +128,18 @@ class Chosen:
     ungrouped: bool
 
 
+@lru_cache(16)
+def points_of(cfg: GLMConfig, attention: str, dtype: torch.dtype) -> Mapping[str, Point]:
+    """The catalogue of every model of this shape."""
+    return catalogue(blank(cfg, attention, dtype))
+
+
 class Atlas:
     """The points of a lens and how large they are; turns sites into indices."""
 
     def __init__(self, lens: Lens):
         self.lens, self.cfg = lens, lens.cfg
-        self.points = catalogue(lens.model)
+        self.points = points_of(lens.cfg, lens.model.attention, lens.dtype)
         self.widths: dict[str, int] = {}
         for point in self.points.values():
             self.widths |= dict(zip(point.axes, point.shape, strict=True))
