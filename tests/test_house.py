@@ -13,7 +13,8 @@ PACKAGE = Path(glmlens.__file__).parent
 ORDER = """
 hooks config results kv_cache model checkpoint generate tokenizer chat prompt record check run weights lens
 tasks.words tasks.task tasks.language tasks.formal tasks
-patch.sites patch.changes patch.interventions patch.metrics patch.engine patch.evaluate patch.sweep patch demo.world demo.vocabulary demo.train plot report cli
+patch.sites patch.changes patch.interventions patch.metrics patch.engine patch.evaluate patch.sweep
+patch.worlds patch.steer patch demo.world demo.vocabulary demo.train plot report cli
 """.split()
 ALONE = ["hooks", "config", "results", "tokenizer", "chat", "plot", "report", "tasks.words"]  # import nothing of ours
 

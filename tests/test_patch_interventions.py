@@ -82,7 +82,9 @@ def test_noise_is_scaled_to_the_embeddings_and_the_same_for_the_same_seed(lens):
     assert (added[[0, 1, 4, 5, 6, 7, 8]] == 0).all()
     assert float(added[2:4].std()) == pytest.approx(3 * float(big.W_E.std()), rel=0.05)
     again = patch.run(lens, TOKENS, Intervention(Site("embed", pos=2), patch.Noise.of_lens(lens, 3.0, seed=1)))
-    assert torch.equal(again, patch.run(lens, TOKENS, Intervention(Site("embed", pos=2), patch.Noise.of_lens(lens, seed=1))))
+    assert torch.equal(
+        again, patch.run(lens, TOKENS, Intervention(Site("embed", pos=2), patch.Noise.of_lens(lens, seed=1)))
+    )
 
 
 def test_a_mean_takes_prompts_of_any_length_unless_by_position(lens):

@@ -59,7 +59,9 @@ def test_a_sweep_equals_the_naive_loop_at_every_point(point, attention):
     if point not in {p.local for p in lens.points()}:
         pytest.skip(f"{attention} has no {point}")
     clean, corrupt = pair()
-    name = "blocks.{}." + point if any(p.name.startswith("blocks.") for p in lens.points() if p.local == point) else point
+    name = (
+        "blocks.{}." + point if any(p.name.startswith("blocks.") for p in lens.points() if p.local == point) else point
+    )
     layers = range(3) if name != point else [None]
     over = ("layer", "pos") if name != point else ("pos",)
     found = patch.sweep(
@@ -80,7 +82,15 @@ def test_a_sweep_equals_the_naive_loop_at_every_point(point, attention):
 def test_a_sweep_over_parts_equals_the_naive_loop(lens, point, axis, n):
     clean, corrupt = pair((0, 4))
     found = patch.sweep(
-        lens, clean, corrupt, point, over=("layer", axis), metric=PAIR, normalise=False, progress=False, direction="noise"
+        lens,
+        clean,
+        corrupt,
+        point,
+        over=("layer", axis),
+        metric=PAIR,
+        normalise=False,
+        progress=False,
+        direction="noise",
     )
     places = [{axis: i} for i in range(n)]
     agree(found.values, [naive(lens, clean, corrupt, f"blocks.{layer}.{point}", *places) for layer in range(3)])
@@ -174,7 +184,9 @@ def test_several_changes_at_several_layers_hold_together(lens, everywhere):
     zero = patch.Intervention(Site("mlp.post", layer=1, pos=2, mlp=range(5, 9)), patch.Zero())
     found = patch.evaluate(lens, corrupt, [[swap], [zero], [swap, zero]], metric, sources=clean, progress=False)
     at = {"blocks.0.attn.z": head, "blocks.2.attn.z": head}
-    for row, hooks in zip(found, (at, {"blocks.1.mlp.post": neurons}, at | {"blocks.1.mlp.post": neurons}), strict=True):
+    for row, hooks in zip(
+        found, (at, {"blocks.1.mlp.post": neurons}, at | {"blocks.1.mlp.post": neurons}), strict=True
+    ):
         logits = logits_of(hooks)
         expected = metric(logits if everywhere else logits[:, -1:], torch.zeros(1))
         assert abs(float(row[0]) - float(expected[0])) <= 1e-5 * float(logits.abs().max())
@@ -267,7 +279,9 @@ def test_many_pairs_are_measured_each_and_together(lens):
 def test_the_interval_is_the_bootstrap_of_the_ratio_of_means(lens):
     pairs = [pair((2, 5), seed=i) for i in range(4)]
     clean, corrupt = (torch.cat([p[i] for p in pairs]) for i in (0, 1))
-    found = patch.sweep(lens, clean, corrupt, Site("attn_out", layer=1), over=("pos",), metric=PAIR, progress=False, seed=3)
+    found = patch.sweep(
+        lens, clean, corrupt, Site("attn_out", layer=1), over=("pos",), metric=PAIR, progress=False, seed=3
+    )
     drawn = np.random.default_rng(3).integers(0, 4, (1000, 4))
     raw = found.raw.values[:, 5]
     means = [(raw[d].mean() - found.corrupt[d].mean()) / (found.clean - found.corrupt)[d].mean() for d in drawn]
@@ -287,7 +301,9 @@ def test_the_null_floor_takes_values_from_other_pairs(lens):
         ring = draw.permutation(4)
         source = dict(zip(ring.tolist(), np.roll(ring, 1).tolist(), strict=True))
         assert all(i != j for i, j in source.items())
-        values = [naive(lens, corrupt[i : i + 1], clean[source[i] : source[i] + 1], "blocks.1.attn_out", {}) for i in range(4)]
+        values = [
+            naive(lens, corrupt[i : i + 1], clean[source[i] : source[i] + 1], "blocks.1.attn_out", {}) for i in range(4)
+        ]
         effects.append(abs(np.mean([float(v[0, -1, 5] - v[0, -1, 9]) for v in values])))
     assert found.floor.at(layer=1) == pytest.approx(np.quantile(effects, 0.95), abs=1e-4)
     with pytest.raises(PatchError, match="exchanges sources"):

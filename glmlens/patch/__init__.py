@@ -5,9 +5,12 @@ from glmlens.patch.evaluate import Cost, evaluate
 from glmlens.patch.interventions import Intervention, generate, load, run, save
 from glmlens.patch.metrics import Metric
 from glmlens.patch.sites import PatchError, Site
+from glmlens.patch.steer import Steering, steering
 from glmlens.patch.sweep import Sweep, check, sweep
+from glmlens.patch.worlds import Worlds, worlds
 
 __all__ = [
     "Add", "Apply", "Change", "Cost", "Intervention", "Mean", "Metric", "Noise", "PatchError", "Put", "Remove",
-    "Resample", "Scale", "Site", "Swap", "Sweep", "Zero", "check", "evaluate", "generate", "load", "run", "save", "sweep",
+    "Resample", "Scale", "Site", "Steering", "Swap", "Sweep", "Worlds", "Zero", "check", "evaluate", "generate", "load", "run", "save",
+    "steering", "sweep", "worlds",
 ]  # fmt: skip

@@ -135,12 +135,12 @@ class Noise(Change):
     The same numbers at the same place for the same seed, whatever else is changed.
     """
 
-    scale: float = 3.0
+    scale: int | float = 3.0
     seed: int = 0
     unit: float = 1.0
 
     @classmethod
-    def of_lens(cls, lens: Lens, scale: float = 3.0, seed: int = 0) -> "Noise":
+    def of_lens(cls, lens: Lens, scale: int | float = 3.0, seed: int = 0) -> "Noise":
         return cls(scale, seed, float(lens.W_E.float().std()))
 
     def new(self, old: Tensor, at: Where, kept: Tensor | None) -> Tensor:
@@ -171,7 +171,7 @@ class Apply(Change):
 class Put(Change):
     """A number everywhere, or a vector along the last axis."""
 
-    value: tuple[float, ...] | float
+    value: tuple[float, ...] | int | float
 
     def __post_init__(self) -> None:
         if not isinstance(self.value, int | float):
@@ -187,7 +187,7 @@ class Put(Change):
 class Scale(Change):
     """The same numbers times a factor."""
 
-    factor: float
+    factor: int | float
 
     def new(self, old: Tensor, at: Where, kept: Tensor | None) -> Tensor:
         return old * self.factor
@@ -198,7 +198,7 @@ class Add(Change):
     """`scale` times a direction added along the last axis."""
 
     direction: tuple[float, ...]
-    scale: float = 1.0
+    scale: int | float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "direction", numbers(self.direction))

@@ -292,7 +292,9 @@ def ending(
 ) -> Float[Tensor, "cell"]:
     """From the residual stream that leaves the last layer to the metric, at the positions that it reads alone."""
     length, n_layers = base.tokens.shape[1], model.cfg.n_layers
-    read = torch.arange(length if metric.everywhere else 1, device=owner.device) + (0 if metric.everywhere else length - 1)
+    read = torch.arange(length if metric.everywhere else 1, device=owner.device) + (
+        0 if metric.everywhere else length - 1
+    )
     x = base.resid[n_layers][owner][:, read]
     for i, (cell, seat) in enumerate(zip(wave.cells, wave.seats, strict=True)):
         if cell.start < n_layers:
@@ -332,4 +334,3 @@ def row_bytes(model: GLM, width: int, past: int, dtype: torch.dtype) -> int:
     slot = 8 * cfg.d_model + 6 * cfg.d_mlp + 6 * cfg.n_heads * cfg.d_head
     attention = cfg.n_heads * (4 * width * keys + 4 * keys * cfg.d_head)
     return (width * slot + attention) * dtype.itemsize
-

@@ -254,9 +254,13 @@ def evaluate(
     return out
 
 
-def refuse_idle(variants: Sequence[Variant], moved: Bool[Tensor, "variant example"], allow: str | Sequence[str]) -> None:
+def refuse_idle(
+    variants: Sequence[Variant], moved: Bool[Tensor, "variant example"], allow: str | Sequence[str]
+) -> None:
     """Raise PatchError for variants that changed nothing in any example, unless "no change" is allowed."""
     idle = [v for v in range(len(variants)) if variants[v] and not bool(moved[v].any())]
     if idle and "no change" not in ((allow,) if isinstance(allow, str) else allow):
         said = "; ".join(map(str, variants[idle[0]]))
-        raise PatchError(f"{len(idle)} of {len(variants)} variants changed nothing: {said}. If meant, allow='no change'")
+        raise PatchError(
+            f"{len(idle)} of {len(variants)} variants changed nothing: {said}. If meant, allow='no change'"
+        )

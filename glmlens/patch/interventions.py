@@ -54,9 +54,7 @@ class Write:
     def at(self, positions: Tensor) -> "Write":
         return replace(self, positions=positions)
 
-    def into(
-        self, x: Tensor, slots: Tensor, positions: Tensor, column: Callable[[Tensor], Tensor]
-    ) -> Tensor:
+    def into(self, x: Tensor, slots: Tensor, positions: Tensor, column: Callable[[Tensor], Tensor]) -> Tensor:
         """Change one row [position, rest] of a tensor in place; whether any number in it is another now.
 
         `slots` is where `positions` stand in the row, `column` where keys stand.
@@ -199,7 +197,9 @@ def columns(asked: Tensor, keys: Tensor) -> Tensor:
     """Where the keys at these positions stand."""
     found = (keys[None] == asked[:, None]).int()
     if not bool(found.any(1).all()):
-        raise PatchError(f"key positions {asked[~found.any(1)].tolist()} asked for; this call can attend to {keys.tolist()}")
+        raise PatchError(
+            f"key positions {asked[~found.any(1)].tolist()} asked for; this call can attend to {keys.tolist()}"
+        )
     return found.argmax(1)
 
 

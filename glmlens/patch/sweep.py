@@ -162,7 +162,9 @@ class Planned:
             raise PatchError(f"direction is {direction!r}; choose from 'denoise', 'noise', 'both'")
         do = Swap() if do is None else do
         if corrupt is None and (do == Swap() or direction != "noise"):
-            raise PatchError("without corrupt prompts only clean ones can be changed: direction='noise' and a do= such as Zero()")
+            raise PatchError(
+                "without corrupt prompts only clean ones can be changed: direction='noise' and a do= such as Zero()"
+            )
         prompts, site = ids(lens, clean), Site(site) if isinstance(site, str) else site
         others = prompts if corrupt is None else ids(lens, corrupt)
         if len(prompts) != len(others):
@@ -174,7 +176,9 @@ class Planned:
         variants = [[Intervention(one, do)] for one in sites]
         labels = {axis: [label(lens, axis, place, prompts) for place in found] for axis, found in grid.items()}
         read = as_metric(metric, lens, len(prompts))
-        return Planned(lens, prompts, others, site, do, tuple(over), labels, variants, read, directions, names, most_bytes)
+        return Planned(
+            lens, prompts, others, site, do, tuple(over), labels, variants, read, directions, names, most_bytes
+        )
 
     def job(self, direction: str, order: Sequence[int] | None = None) -> Job:
         """Measuring in one direction, with the sources of other pairs when their order is given."""
@@ -243,7 +247,9 @@ class Planned:
             **({"heads": "; ".join(said)} if said else {}),
             "pairs": str(len(self.prompts)),
             "baselines": f"clean {self.clean.mean():.4g}, corrupt {self.corrupt.mean():.4g}",
-            "interval": f"95 % of 1000 bootstrap means over pairs, seed {seed}" if len(self.prompts) > 1 else "none: one pair",
+            "interval": f"95 % of 1000 bootstrap means over pairs, seed {seed}"
+            if len(self.prompts) > 1
+            else "none: one pair",
             "model": self.lens.model_hash,
             "tokenizer": self.lens.tokenizer_hash,
         }
