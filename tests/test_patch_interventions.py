@@ -119,7 +119,7 @@ def test_interventions_print_compare_and_save(lens, tmp_path):
 
 def test_an_intervention_that_comes_to_nothing_is_an_error(lens):
     same = Intervention(Site("attn.z", layer=1), patch.Scale(1.0))
-    with pytest.raises(PatchError, match="changed nothing.*allow='no change'"):
+    with pytest.raises(PatchError, match=r"changed nothing.*allow='no change'"):
         patch.run(lens, TOKENS, same)
     assert torch.equal(patch.run(lens, TOKENS, same, allow="no change"), lens(TOKENS))
     with pytest.raises(PatchError, match="changed nothing"):
@@ -135,7 +135,7 @@ def test_an_intervention_that_comes_to_nothing_is_an_error(lens):
         patch.run(lens, TOKENS, Intervention(Site("attn.z", layer=1), patch.Swap()))
     with pytest.raises(PatchError, match="a vector of 48 for a place that is 16 wide"):
         patch.run(lens, TOKENS, Intervention(Site("attn.z", layer=1), patch.Add(DIRECTION)))
-    with pytest.raises((PatchError, HookError), match="did you mean|Did you mean"):
+    with pytest.raises((PatchError, HookError), match="Did you mean"):
         patch.run(lens, TOKENS, Intervention(Site("atn.z", layer=1), patch.Zero()))
 
 

@@ -53,7 +53,7 @@ def test_worlds_refuse_what_cannot_be_meant(lens):
         patch.worlds(lens, two, {"embed": lambda here, point: {"x": here["clean"]}})
     with pytest.raises(PatchError, match="changed nothing"):
         patch.worlds(lens, two, {"embed": lambda here, point: {"clean": here["clean"]}})
-    with pytest.raises(PatchError, match="expected torch.float32 \\(9, 48\\)"):
+    with pytest.raises(PatchError, match=r"expected torch.float32 \(9, 48\)"):
         patch.worlds(lens, two, {"embed": lambda here, point: {"clean": here["clean"][:3]}})
 
 

@@ -11,6 +11,6 @@ from glmlens.patch.worlds import Worlds, worlds
 
 __all__ = [
     "Add", "Apply", "Change", "Cost", "Intervention", "Mean", "Metric", "Noise", "PatchError", "Put", "Remove",
-    "Resample", "Scale", "Site", "Steering", "Swap", "Sweep", "Worlds", "Zero", "check", "evaluate", "generate", "load", "run", "save",
-    "steering", "sweep", "worlds",
+    "Resample", "Scale", "Site", "Steering", "Swap", "Sweep", "Worlds", "Zero", "check", "evaluate", "generate", "load",
+    "run", "save", "steering", "sweep", "worlds",
 ]  # fmt: skip

@@ -1,7 +1,7 @@
 """What to put at a place: plain data that prints, compares and saves."""
 
 import importlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -239,7 +239,7 @@ def ids(lens: Lens, prompts: Prompt) -> tuple[Ids, ...]:
     return tuple(tuple(row[keep.bool()].tolist()) for row, keep in zip(tokens, real, strict=True))
 
 
-def numbers(direction: Iterable[float]) -> tuple[float, ...]:
+def numbers(direction: Any) -> tuple[float, ...]:
     """A vector as plain numbers."""
     listed = direction.detach().flatten().tolist() if isinstance(direction, Tensor) else direction
     return tuple(float(x) for x in listed)

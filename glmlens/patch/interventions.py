@@ -121,7 +121,7 @@ class Compiler:
                 values[name, split].append(ungrouped(x[None], self.lens.cfg.n_groups)[0] if split else x)
         for place, rows in values.items():
             same = len({len(row) for row in rows}) == 1
-            self.kept[change, *place] = change.of(torch.stack(rows) if same else torch.cat(rows)[None])
+            self.kept[(change, *place)] = change.of(torch.stack(rows) if same else torch.cat(rows)[None])
 
     def writes(self, one: Intervention, length: int | None, names: Names) -> list[Write]:
         """The writes of an intervention in a prompt of this length whose positions have these names."""
@@ -160,7 +160,8 @@ class Applied:
         def edit(x: Tensor, point: Point) -> Tensor:
             if write.ungrouped and x.shape[2] != self.lens.cfg.n_heads:
                 raise PatchError(f"{write.name} by query head needs a cache that is not grouped: use patch.run")
-            assert point.positions is not None and point.key_positions is not None
+            assert point.positions is not None
+            assert point.key_positions is not None
             view, where = seated(point.name, x), point.key_positions if write.by_key else point.positions
             for row, here, keys in zip(view, where, point.key_positions, strict=True):
                 reached = here >= 0 if write.positions is None else torch.isin(here, write.positions)

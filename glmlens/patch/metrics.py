@@ -49,7 +49,8 @@ def as_metric(metric: Any, lens: Lens, n_examples: int) -> Metric:
         right, wrong = (lens.to_single_token(t) if isinstance(t, str) else int(t) for t in metric)
         return logit_difference([((right,), (wrong,))] * n_examples, lens)
     if callable(metric):
-        return Metric(getattr(metric, "__name__", "metric"), lambda logits, _: metric(logits[:, -1]))
+        fn: Callable[..., Any] = metric
+        return Metric(getattr(metric, "__name__", "metric"), lambda logits, _: fn(logits[:, -1]))
     raise PatchError(f"a metric is (right, wrong), a task's Examples or a function of logits [row, vocab]: {metric!r}")
 
 

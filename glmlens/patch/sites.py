@@ -145,7 +145,7 @@ class Atlas:
             self.widths |= dict(zip(point.axes, point.shape, strict=True))
 
     def names(self, site: Site) -> tuple[str, ...]:
-        """The tensors that a site is of; HookError for an unknown point and PatchError for a layer that is not there."""
+        """The tensors that a site is of; PatchError for a point or layer that is not there."""
         try:
             names = resolve(site.point, self.points)
         except HookError as e:
@@ -154,7 +154,7 @@ class Atlas:
             return tuple(names)
         if not names[0].startswith("blocks."):
             raise PatchError(f"{site.point} is in no layer: leave layer= out")
-        return tuple(f"blocks.{i}.{site.point}" for i in self.within("layer", site.layer, self.cfg.n_layers))
+        return tuple(f"blocks.{i}.{site.point}" for i in self.within("layer", site.given()["layer"], self.cfg.n_layers))
 
     def size(self, site: Site, axis: str, length: int) -> int:
         """How many places there are along an axis of a site, in prompts of this length."""

@@ -1,4 +1,4 @@
-"""Several worlds in one forward: runs side by side as rows of one batch, each able to read the others at every point."""
+"""Several worlds in one forward: runs as rows of one batch, each able to read the others at every point."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -73,9 +73,8 @@ def exchange(pattern: str, fn: Exchange, names: list[str], moved: set[str]) -> E
                 raise PatchError(f"no world is called {name!r}; there are {', '.join(names)}")
             row = x[names.index(name)]
             if new.shape != row.shape or new.dtype != row.dtype:
-                raise PatchError(
-                    f"{point.name}: {new.dtype} {tuple(new.shape)} for {name!r}; expected {row.dtype} {tuple(row.shape)}"
-                )
+                found, expected = (f"{x.dtype} {tuple(x.shape)}" for x in (new, row))
+                raise PatchError(f"{point.name}: {found} for {name!r}; expected {expected}")
             if not torch.equal(row, new):
                 moved.add(pattern)
             row.copy_(new)
