@@ -29,6 +29,30 @@ def head_scores(scores: Numbers, title: str, what: str = "score") -> go.Figure:
     return figure
 
 
+def grid(
+    values: Numbers, rows: Sequence[str], columns: Sequence[str], title: str, axes: tuple[str, str], what: str
+) -> go.Figure:
+    """Signed numbers [row, column] as a heatmap with zero in the middle, the first row at the bottom."""
+    z = np.asarray(values, np.float32)
+    most = float(np.nanmax(np.abs(z), initial=1e-9))
+    y, x = np.arange(len(rows)), np.arange(len(columns))
+    heat = go.Heatmap(
+        z=z,
+        x=x,
+        y=y,
+        text=np.vectorize("{:.2f}".format)(z),
+        texttemplate="%{text}",
+        colorscale="RdBu",
+        zmin=-most,
+        zmax=most,
+        hovertemplate=f"{shown(axes[0])} %{{y}}, {shown(axes[1])} %{{x}}<br>{shown(what)} %{{z:.3f}}<extra></extra>",
+    )
+    figure = go.Figure(heat, layout(title, 130 + 34 * len(rows)))
+    figure.update_xaxes(title=shown(axes[1]), tickvals=x, ticktext=[shown(label) for label in columns])
+    figure.update_yaxes(title=shown(axes[0]), tickvals=y, ticktext=[shown(label) for label in rows])
+    return figure
+
+
 def attention_pattern(pattern: Numbers, labels: Sequence[str], title: str) -> go.Figure:
     """One head's attention [query, key] as a heatmap, the first query on top; labels are of the tokens."""
     ticks = [shown(label) for label in labels]

@@ -1,0 +1,204 @@
+"""What `glmlens demo` tells: a prompt, its answer, the heads that it comes from, and what changing them does."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glmlens import analysis, patch
+from glmlens.hooks import Hooks, Point
+from glmlens.lens import Lens
+from glmlens.patch import Site, Sweep
+from glmlens.results import Labelled
+from glmlens.tables import table
+from glmlens.tasks import TASKS, Examples, TaskError
+
+PROMPT = "When Mary and John went to the store, John gave a drink to"
+N = 40  # sentences about giving
+
+
+class Story:
+    """Text as it is told, and the figures that go with it."""
+
+    def __init__(self, lens: Lens):
+        self.lens = lens
+        self.parts: list[Any] = []
+
+    def say(self, *lines: str) -> None:
+        text = "\n".join(lines)
+        self.parts.append(text)
+        print(f"{text}\n", flush=True)
+
+    def show(self, figure: Any) -> None:
+        self.parts.append(figure)
+
+
+def tell(lens: Lens, prompt: str, out: Path | None) -> Path:
+    """Tell the story of a model and write it, with its figures, to one HTML file; returns the file."""
+    from glmlens.report import save_html
+
+    story = Story(lens)
+    story.say(repr(lens))
+    answer(story, prompt)
+    if lens.tokenizer is not None:
+        try:
+            giving(story)
+            steered(story)
+        except TaskError as e:
+            story.say(f"(not asked of this model: {e})")
+    induction(story)
+    path = (out or Path(tempfile.mkdtemp(prefix="glmlens-"))) / "glmlens-demo.html"
+    return save_html(path, "glmlens demo", story.parts)
+
+
+def answer(story: Story, prompt: str) -> None:
+    """How the prompt goes on, and the most probable next tokens."""
+    lens = story.lens
+    asked = prompt if lens.tokenizer else torch.arange(2, min(16, lens.cfg.d_vocab))[None]
+    run = lens.generate(asked, 12)
+    said = run.text.replace("\n", "↵") if isinstance(run.text, str) else run.new_tokens.tolist()
+    probs = lens(asked, logits_to_keep=1)[0, -1].float().softmax(-1).topk(5)
+    top = [f"  {p:6.1%}  {label_of(lens, i)}" for p, i in zip(*(x.tolist() for x in probs), strict=True)]
+    story.say(f"> {prompt if isinstance(asked, str) else asked.tolist()}", f"  {said}", "", "the next token", *top)
+
+
+def label_of(lens: Lens, i: int) -> str:
+    return repr(lens.to_string([i])) if lens.tokenizer else str(i)
+
+
+def giving(story: Story) -> None:
+    """Where the answer comes from, by taking heads away; and what putting an activation back does."""
+    from glmlens import plot
+
+    lens = story.lens
+    examples = TASKS["ioi"].examples(lens, N, "demo")
+    logits = lens(examples, logits_to_keep=1)
+    difference = float(examples.measure(logits).mean())
+    story.say(
+        f"who receives? {N} sentences like this one: the right name is more probable than the wrong one in "
+        f"{examples.accuracy(logits):.0%}, by {difference:.2f} logits on average"
+    )
+
+    heads = patch.sweep(
+        lens,
+        examples,
+        "abc",
+        Site("attn.z"),
+        over=("layer", "head"),
+        direction="noise",
+        normalise=False,
+        progress=False,
+    )
+    lost = Labelled(difference - heads.values, heads.axes, heads.labels, heads.about)
+    rows = [(f"  head {layer}.{head}", f"{value:+.2f}") for (layer, head), value in lost.top(5)]
+    story.say("what is lost when one head says what it says where three people are named once each", table(rows))
+    title = "Logit difference lost without each head, in sentences about giving"
+    story.show(plot.head_scores(lost.values, title, "logits lost"))
+    (layer, head), _ = lost.top(1)[0]
+    pattern_of(story, examples, int(layer), int(head))
+    replaced(story, examples)
+
+
+def pattern_of(story: Story, examples: Examples, layer: int, head: int) -> None:
+    """What this head looks at in the first sentence."""
+    from glmlens import plot
+
+    row = torch.tensor(examples.tokens[:1])
+    _, acts = story.lens.run_with_cache(row, f"blocks.{layer}.attn.pattern", logits=False)
+    pattern = acts["attn.pattern", layer][0, head].float().cpu().numpy()
+    title = f"Head {layer}.{head}: where each token looks"
+    story.show(plot.attention_pattern(pattern, story.lens.to_labels(row, 12), title))
+
+
+def replaced(story: Story, examples: Examples) -> None:
+    """Where the names are exchanged, what comes back when one activation is that of the sentence as it was."""
+    from glmlens import plot
+
+    places = ("IO", "S1", "S2", "end")
+    found: Sweep = patch.sweep(
+        story.lens, examples, "flip", Site("resid_pre", pos=places), over=("layer", "pos"), progress=False
+    )
+    head = ("  entering layer", *places)
+    rows = [(f"  {layer}", *(f"{x:.2f}" for x in row)) for layer, row in enumerate(found.values)]
+    story.say(
+        "the same sentences in which the other person gives: the share of the difference that comes back when the",
+        "residual stream is exchanged at one place",
+        table([head, *rows]),
+    )
+    title = "Recovered by one residual stream, by layer and place"
+    story.show(plot.grid(found.values, found.labels["layer"], places, title, ("layer", "position"), "recovered"))
+
+
+def steered(story: Story) -> None:
+    """How a sentence goes on when a feeling is added to one word."""
+    examples = TASKS["sentiment"].examples(story.lens, 24, "demo").of_length()
+    at = examples.at("adjective").tolist()
+    happy = [example.item.correct[0] == " happy" for example in examples]
+    cut = [example.tokens[: position + 1] for example, position in zip(examples, at, strict=True)]
+    good, bad = ([row for row, is_good in zip(cut, happy, strict=True) if is_good == side] for side in (True, False))
+    n, layer = min(len(good), len(bad)), story.lens.cfg.n_layers // 4
+    vector = patch.steering(story.lens, good[:n], bad[:n], layers=layer)
+    prompt = examples[0].counterfactuals["neutral"]
+    lines = []
+    for times in (-2, 0, 2):
+        edits = vector.interventions(times, pos=at[0]) if times else []
+        run = patch.generate(story.lens, prompt, 2, edits) if times else story.lens.generate(prompt, 2)
+        lines.append(f"  {times:+d}  {run.text}")
+    said = story.lens.to_string(prompt[len(story.lens.tokenizer.prefix) if story.lens.tokenizer else 0 :])
+    story.say(f"> {said}", f"with a feeling added to the adjective in layer {layer}, so many times", *lines)
+
+
+def induction(story: Story) -> None:
+    """The heads that copy what came before, and what they are worth."""
+    from glmlens import plot
+
+    lens, length = story.lens, 20
+    scores = analysis.head_scores(lens, length=length)
+    lines = [f"heads, on random words said twice (by chance: {scores.chance['induction']:.2f})"]
+    for what, name in (("previous", "previous token"), ("induction", "induction")):
+        best = "  ".join(f"{layer}.{head} {value:.2f}" for layer, head, value in scores.best(what))
+        lines.append(f"  {name:15}{best}")
+    best = scores.best("induction", lens.cfg.n_layers * lens.cfg.n_heads)
+    copiers = [(layer, head) for layer, head, value in best if value > 0.5] or [best[0][:2]]
+    tokens = repeats(lens, length)
+    before, after = (loss(tokens, length, lens.run_with_hooks(tokens, hooks)) for hooks in (None, without(copiers)))
+    named = ", ".join(f"{layer}.{head}" for layer, head in copiers)
+    story.say(
+        *lines,
+        f"without head {named}, the loss on what is said for the second time goes from {before:.2f} to "
+        f"{after:.2f} nats per token",
+    )
+    layer, head = copiers[0]
+    story.show(plot.head_scores(scores.induction.values, "Induction score of every head: random words said twice"))
+    row = tokens[:1]
+    _, acts = lens.run_with_cache(row, f"blocks.{layer}.attn.pattern", logits=False)
+    pattern = acts["attn.pattern", layer][0, head].float().cpu().numpy()
+    title = f"Head {layer}.{head} on random words said twice"
+    story.show(plot.attention_pattern(pattern, lens.to_labels(row, 12), title))
+
+
+def without(heads: list[tuple[int, int]]) -> Hooks:
+    """Hooks that make these heads say nothing."""
+
+    def silence(z: Tensor, point: Point) -> Tensor:
+        z[:, :, [head for layer, head in heads if layer == point.layer]] = 0
+        return z
+
+    return {f"blocks.{layer}.attn.z": silence for layer, _ in heads}
+
+
+def repeats(lens: Lens, length: int, rows: int = 4) -> Tensor:
+    """Rows of random words said twice."""
+    ids = torch.tensor(lens.tokenizer.word_ids() if lens.tokenizer else range(lens.cfg.d_vocab))
+    draw = torch.Generator().manual_seed(0)
+    said = torch.stack([ids[torch.randperm(len(ids), generator=draw)[:length]] for _ in range(rows)])
+    prefix = torch.tensor(lens.tokenizer.prefix if lens.tokenizer else (), dtype=torch.long).expand(rows, -1)
+    return torch.cat([prefix, said, said], 1).to(lens.device)
+
+
+def loss(tokens: Tensor, length: int, logits: Tensor) -> float:
+    """Nats per token of the second half."""
+    before = logits[:, -length - 1 : -1].float().log_softmax(-1)
+    return -float(before.gather(-1, tokens[:, -length:, None]).mean())

@@ -1,0 +1,336 @@
+"""Many changed runs in a fraction of the work: what an edit cannot have changed is not run again.
+
+A cell is one changed run. It starts at the layer of its first edit, from the residual stream of the base run, and at
+the position of its first edit, since earlier positions cannot see it: their keys and values are those of the base run.
+Its positions are a segment; segments are packed end to end into rows of one width, and a mask lets each see its own
+past. All layers are passed once by a wave of rows, which rows join where they start. At the end only what the metric
+reads is unembedded.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from glmlens.hooks import at, local_name
+from glmlens.kv_cache import KVCache, LayerKV
+from glmlens.lens import Lens
+from glmlens.model import GLM, rotary_angles
+from glmlens.patch.interventions import Write
+from glmlens.patch.metrics import Metric
+from glmlens.patch.sites import seated, ungrouped
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """The unchanged runs of examples of one length: the residual stream that enters every layer, and the cache.
+
+    The last entry of `resid` leaves the last layer; `numbers` are what the metric calls these examples.
+    """
+
+    tokens: Int[Tensor, "example pos"]
+    numbers: Int[Tensor, "example"]
+    resid: list[Float[Tensor, "example pos model"]]
+    kv: KVCache
+    values: dict[str, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def of(
+        lens: Lens, tokens: Int[Tensor, "example pos"], numbers: Int[Tensor, "example"], names: Sequence[str] = ()
+    ) -> "Base":
+        """Run the examples once; `values` [example, position, rest] are at the points named."""
+        last = f"blocks.{lens.cfg.n_layers - 1}.resid_post"
+        kv = lens.new_kv(*tokens.shape)
+        wanted = ["resid_pre", last, *names]
+        keep_none = torch.zeros(0, dtype=torch.long, device=lens.device)
+        all_logits = any(name == "logits" for name in names)
+        _, acts = lens.run_with_cache(tokens, wanted, kv=kv, logits_to_keep=None if all_logits else keep_none)
+        resid = [acts["resid_pre", i] for i in range(lens.cfg.n_layers)] + [acts[last]]
+        return Base(tokens, numbers, resid, kv, {name: seated(name, acts[name]) for name in names})
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One changed run: of which example, by which writes, from which layer and position on."""
+
+    example: int
+    writes: tuple[Write, ...]
+    start: int
+    first: int
+
+    @staticmethod
+    def of(example: int, writes: Sequence[Write], n_layers: int) -> "Cell":
+        moved = tuple(earliest(write, n_layers) for write in writes)
+        first = min(int(w.positions[0]) for w in moved if w.positions is not None)
+        return Cell(example, moved, min(layer_of(w.name, n_layers) for w in moved), first)
+
+
+def layer_of(name: str, n_layers: int) -> int:
+    return int(name.split(".")[1]) if name.startswith("blocks.") else n_layers
+
+
+def earliest(write: Write, n_layers: int) -> Write:
+    """The same write where the least is left to run: a layer's output is the next one's input."""
+    name = write.name
+    if name == "embed":
+        name = "blocks.0.resid_pre"
+    elif local_name(name) == "resid_post":
+        name = f"blocks.{layer_of(name, n_layers) + 1}.resid_pre"
+    return write if name == write.name else Write(
+        name, write.positions, write.rest, write.do, write.kept, write.ungrouped, write.length
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where a cell sits: its row, the slot of its first position, and how many entries of the past precede slots."""
+
+    row: int
+    slot: int
+    first: int
+    past: int
+
+    def slots(self, positions: Tensor) -> Tensor:
+        return positions - self.first + self.slot
+
+    def columns(self, positions: Tensor) -> Tensor:
+        """Where keys stand: before the first position in the shared past, from there on in the row itself."""
+        return torch.where(positions < self.first, positions, self.past + self.slots(positions))
+
+
+@dataclass(frozen=True, eq=False)
+class Wave:
+    """Rows of packed cells that go through the layers together, ordered by where they start."""
+
+    cells: list[Cell]
+    seats: list[Seat]
+    starts: list[int]  # of every row
+    width: int
+    past: int
+
+
+def packed(lengths: Sequence[int], width: int) -> list[list[int]]:
+    """Indices of segments packed into rows of a width, the longest first, each where it leaves the least room."""
+    rows: list[list[int]] = []
+    room: dict[int, list[int]] = {}  # by how much is left, the rows
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        left = next((n for n in range(lengths[i], width) if room.get(n)), None)
+        row = len(rows) if left is None else room[left].pop()
+        if left is None:
+            rows.append([])
+        rows[row].append(i)
+        room.setdefault((width if left is None else left) - lengths[i], []).append(row)
+    return rows
+
+
+def waves(cells: Sequence[Cell], length: int, n_layers: int, most_bytes: int, row_bytes: Callable) -> Iterator[Wave]:
+    """Pack cells into waves whose rows weigh at most so many bytes, `row_bytes(width, past)` each."""
+    inside = [cell for cell in cells if cell.start < n_layers]
+    for start in range(0, len(at_end := [cell for cell in cells if cell.start == n_layers]), 4096):
+        some = at_end[start : start + 4096]
+        yield Wave(some, [Seat(-1, 0, cell.first, 0) for cell in some], [], 0, 0)
+    groups: dict[tuple[int, int], list[Cell]] = {}
+    for cell in sorted(inside, key=lambda cell: (cell.start, cell.example)):
+        groups.setdefault((cell.start, cell.example), []).append(cell)
+    if not inside:
+        return
+    longest = length - min(cell.first for cell in inside)
+    layouts = []
+    for width in (longest, longest + 1):  # with one slot more, two segments of a triangle fill a row
+        rows = [
+            [group[i] for i in row]
+            for group in groups.values()
+            for row in packed([length - cell.first for cell in group], width)
+        ]
+        layouts.append((len(rows) * width, width, rows))
+    _, width, rows = min(layouts, key=lambda layout: layout[:2])
+    past = max(cell.first for cell in inside)
+    many = max(1, most_bytes // row_bytes(width, past))
+    for i in range(0, len(rows), many):
+        yield seat(rows[i : i + many], length, width)
+
+
+def seat(rows: list[list[Cell]], length: int, width: int) -> Wave:
+    past = max(cell.first for row in rows for cell in row)
+    cells, seats = [], []
+    for i, row in enumerate(rows):
+        slot = 0
+        for cell in row:
+            cells.append(cell)
+            seats.append(Seat(i, slot, cell.first, past))
+            slot += length - cell.first
+    return Wave(cells, seats, [row[0].start for row in rows], width, past)
+
+
+@dataclass(frozen=True)
+class Past(LayerKV):
+    """One layer's keys and values of the base run, recalled before those of each row."""
+
+    examples: Int[Tensor, "row"] | None  # None: all rows are of the only example
+    rows: int
+    length: int
+    group: int  # above 1: every query head reads its own
+
+    def remember(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out = []
+        for all_past, new in ((self.cache.keys, k), (self.cache.values, v)):
+            past = all_past[self.index, :, : self.length]
+            past = past.expand(self.rows, -1, -1, -1) if self.examples is None else past[self.examples]
+            both = torch.cat([past, new], 1)
+            out.append(ungrouped(both, self.group) if self.group > 1 else both)
+        return out[0], out[1]
+
+
+@dataclass
+class Editing:
+    """The hook of a wave: every write changes the positions of its own cell."""
+
+    wave: Wave
+    changed: Bool[Tensor, "cell"]
+    group: int
+    writes: dict[str, list[tuple[int, Write]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for i, cell in enumerate(self.wave.cells):
+            for write in cell.writes:
+                self.writes.setdefault(write.name, []).append((i, write))
+
+    def wants(self, name: str) -> bool:
+        return name in self.writes
+
+    def splits(self, layer: int) -> bool:
+        """Whether keys or values of this layer are edited as single query heads read them."""
+        names = (f"blocks.{layer}.kv.k", f"blocks.{layer}.kv.v")
+        return any(write.ungrouped for name in names for _, write in self.writes.get(name, ()))
+
+    def __call__(self, name: str, x: Tensor) -> Tensor:
+        if name not in self.writes:
+            return x
+        x = x.clone()
+        view = seated(name, x)
+        for i, write in self.writes[name]:
+            seat, positions = self.wave.seats[i], write.positions
+            assert positions is not None
+            slots = seat.columns(positions) if write.by_key else seat.slots(positions)
+            row = view[seat.row]
+            whole_group = write.by_key and not write.ungrouped and self.splits(layer_of(name, 0))
+            into = self.by_group if whole_group else Write.into
+            self.changed[i] |= into(write, row, slots, positions, seat.columns)
+        return x
+
+    def by_group(
+        self, write: Write, row: Tensor, slots: Tensor, positions: Tensor, column: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """A write of a whole group, in a row that other cells of the wave have made to be by head."""
+        grouped = row[:, :: self.group].clone()
+        changed = write.into(grouped, slots, positions, column)
+        row.copy_(ungrouped(grouped[None], self.group)[0])
+        return changed
+
+
+def unchanged(base: Base, n_layers: int) -> Wave:
+    """A wave of the base runs as they are."""
+    length = base.tokens.shape[1]
+    cells = [Cell(i, (), n_layers, length) for i in range(len(base.tokens))]
+    return Wave(cells, [Seat(-1, 0, length, 0)] * len(cells), [], 0, 0)
+
+
+@torch.no_grad()
+def through(model: GLM, base: Base, wave: Wave, metric: Metric) -> tuple[Float[Tensor, "cell"], Bool[Tensor, "cell"]]:
+    """The metric of every cell of a wave, and whether its edits changed any number."""
+    device, cfg = base.tokens.device, model.cfg
+    changed = torch.zeros(len(wave.cells), dtype=torch.bool, device=device)
+    hook = Editing(wave, changed, cfg.n_groups)
+    position, cell = layout(wave, base.tokens.shape[1], device)
+    mask = segments_mask(position, cell, wave, base.resid[0].dtype)
+    angles = rotary_angles(position, cfg.d_rotary, cfg.rope_theta, base.resid[0].dtype)
+    owner = torch.tensor([c.example for c in wave.cells], device=device)
+    examples = owner[cell.amax(1)] if wave.starts else owner[:0]
+    one = base.tokens.shape[0] == 1
+
+    resid = base.resid[0].new_zeros(0, wave.width, cfg.d_model)
+    for i in range(min(wave.starts, default=cfg.n_layers), cfg.n_layers):
+        rows = sum(start <= i for start in wave.starts)
+        new = slice(len(resid), rows)
+        resid = torch.cat([resid, base.resid[i][examples[new, None], position[new].clamp(min=0)]])
+        group = cfg.n_groups if hook.splits(i) else 1
+        past = Past(base.kv, i, None if one else examples[:rows], rows, wave.past, group)
+        turns = angles[0][:rows], angles[1][:rows]
+        resid = model.blocks[i](resid, turns, mask[:rows], past, at(hook, f"blocks.{i}"))
+    return ending(model, base, wave, resid, owner, metric, hook), changed
+
+
+def layout(wave: Wave, length: int, device: torch.device) -> tuple[Int[Tensor, "row slot"], Int[Tensor, "row slot"]]:
+    """The absolute position and the cell of every slot, -1 where a row is longer than its cells."""
+    position = torch.full((len(wave.starts), wave.width), -1)
+    cell = position.clone()
+    for i, seat in enumerate(wave.seats):
+        if wave.starts:
+            here = slice(seat.slot, seat.slot + length - seat.first)
+            position[seat.row, here] = torch.arange(seat.first, length)
+            cell[seat.row, here] = i
+    return position.to(device), cell.to(device)
+
+
+def segments_mask(
+    position: Int[Tensor, "row slot"], cell: Int[Tensor, "row slot"], wave: Wave, dtype: torch.dtype
+) -> Float[Tensor, "row one slot key"]:
+    """0 where a slot may look: at the past before its cell's first position, and at its own cell up to itself."""
+    first = torch.tensor([c.first for c in wave.cells] + [0], device=position.device)[cell]
+    past = torch.arange(wave.past, device=position.device) < first[:, :, None]
+    own = (cell[:, :, None] == cell[:, None]) & (position[:, :, None] >= position[:, None])
+    seen = rearrange(torch.cat([past, own], 2), "row slot key -> row 1 slot key")
+    nothing = torch.zeros((), dtype=dtype, device=position.device)
+    return torch.where(seen, nothing, torch.finfo(dtype).min)
+
+
+def ending(
+    model: GLM, base: Base, wave: Wave, resid: Tensor, owner: Tensor, metric: Metric, hook: Editing
+) -> Float[Tensor, "cell"]:
+    """From the residual stream that leaves the last layer to the metric, at the positions that it reads alone."""
+    length, n_layers = base.tokens.shape[1], model.cfg.n_layers
+    read = torch.arange(length if metric.everywhere else 1, device=owner.device) + (
+        0 if metric.everywhere else length - 1
+    )
+    x = base.resid[n_layers][owner][:, read]
+    for i, (cell, seat) in enumerate(zip(wave.cells, wave.seats, strict=True)):
+        if cell.start < n_layers:
+            later = read >= seat.first
+            x[i, later] = resid[seat.row, seat.slots(read[later])]
+    end = Ending(hook, read)
+    x = end(f"blocks.{n_layers}.resid_pre", x)
+    final = end("ln_final.normalized", model.ln_final(x, at(end, "ln_final")))
+    if metric.columns is None or hook.wants("logits"):
+        logits = end("logits", model.unembed(final))
+        logits = logits if metric.columns is None else logits[..., metric.columns]
+    else:
+        logits = final @ model.unembed.weight[metric.columns].T
+    return metric(logits, base.numbers[owner])
+
+
+@dataclass
+class Ending:
+    """The hook behind the last layer, where every cell is a row and its slots are the positions read."""
+
+    hook: Editing
+    read: Int[Tensor, "slot"]
+
+    def __call__(self, name: str, x: Tensor) -> Tensor:
+        for i, write in self.hook.writes.get(name, ()):
+            assert write.positions is not None
+            here = self.read[torch.isin(self.read, write.positions)]
+            if len(here):
+                self.hook.changed[i] |= write.into(x[i], here - self.read[0], here, lambda keys: keys)
+        return x
+
+
+def row_bytes(model: GLM, width: int, past: int, dtype: torch.dtype) -> int:
+    """What one row weighs at most while it passes a layer: the residual stream, its norms, an MLP and a pattern."""
+    cfg = model.cfg
+    keys = width + past
+    slot = 8 * cfg.d_model + 6 * cfg.d_mlp + 6 * cfg.n_heads * cfg.d_head
+    attention = cfg.n_heads * (4 * width * keys + 4 * keys * cfg.d_head)
+    return (width * slot + attention) * dtype.itemsize

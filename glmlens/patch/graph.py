@@ -1,0 +1,94 @@
+"""A GLM as a graph: who writes to the residual stream, who reads it, and the edges between them.
+
+Writers, in the order in which they write: the embedding, and of every layer its heads and its MLP. Readers: of every
+layer the query of each head, the key and the value of each group, and the MLP; at last the logits. A reader reads all
+that was written before it, so its edges come from the first writers and are counted by one number.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from glmlens.config import GLMConfig
+
+Edge = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Writers, readers and edges of a GLM with this many layers, heads and groups (native grouped queries)."""
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+
+    @staticmethod
+    def of(cfg: GLMConfig) -> "Graph":
+        return Graph(cfg.n_layers, cfg.n_heads, cfg.n_kv_heads)
+
+    @cached_property
+    def writers(self) -> list[str]:
+        layers = ([*(f"{i}.head{h}" for h in range(self.n_heads)), f"{i}.mlp"] for i in range(self.n_layers))
+        return ["embed", *(name for layer in layers for name in layer)]
+
+    @cached_property
+    def readers(self) -> list[str]:
+        return [name for i in range(self.n_layers) for name in (*self.attention(i), f"{i}.mlp")] + ["logits"]
+
+    def attention(self, layer: int) -> list[str]:
+        """The readers of a layer's attention: queries by head, keys and values by group."""
+        kinds = (("q", self.n_heads), ("k", self.n_kv_heads), ("v", self.n_kv_heads))
+        return [f"{layer}.{kind}{n}" for kind, many in kinds for n in range(many)]
+
+    @property
+    def per_layer(self) -> int:
+        """Readers of one layer."""
+        return self.n_heads + 2 * self.n_kv_heads + 1
+
+    def rows(self, layer: int) -> slice:
+        """Where the readers of a layer's attention are among all readers; its MLP follows."""
+        return slice(layer * self.per_layer, (layer + 1) * self.per_layer - 1)
+
+    def before(self, layer: int) -> int:
+        """How many writers have written when a layer begins."""
+        return 1 + layer * (self.n_heads + 1)
+
+    @cached_property
+    def n_edges(self) -> int:
+        return sum(self.reads())
+
+    def reads(self) -> Iterator[int]:
+        """For every reader, of how many first writers it has edges."""
+        for i in range(self.n_layers):
+            yield from [self.before(i)] * (self.per_layer - 1)
+            yield self.before(i) + self.n_heads
+        yield self.before(self.n_layers)
+
+    @cached_property
+    def mask(self) -> Bool[Tensor, "reader writer"]:
+        """Where there is an edge."""
+        reads = torch.tensor(list(self.reads()))
+        return torch.arange(len(self.writers)) < reads[:, None]
+
+    def edges(self) -> Iterator[Edge]:
+        """Every edge as (writer, reader)."""
+        for reader, many in zip(self.readers, self.reads(), strict=True):
+            for writer in self.writers[:many]:
+                yield writer, reader
+
+    def feeds(self) -> Bool[Tensor, "writer reader"]:
+        """Which readers a writer is computed from: a head from its query and its group's key and value."""
+        found = torch.zeros(len(self.writers), len(self.readers), dtype=torch.bool)
+        group, at = self.n_heads // self.n_kv_heads, {name: i for i, name in enumerate(self.readers)}
+        for w, name in enumerate(self.writers[1:], 1):
+            layer, part = name.split(".")
+            if part == "mlp":
+                found[w, at[name]] = True
+            else:
+                h = int(part.removeprefix("head"))
+                found[w, [at[f"{layer}.q{h}"], at[f"{layer}.k{h // group}"], at[f"{layer}.v{h // group}"]]] = True
+        return found

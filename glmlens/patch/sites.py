@@ -1,0 +1,225 @@
+"""Where: one vocabulary for every place in a model that can be changed."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from einops import repeat
+from torch import Tensor
+
+from glmlens.checkpoint import blank
+from glmlens.config import GLMConfig
+from glmlens.hooks import HookError, Point, axes_of, local_name, resolve
+from glmlens.lens import Lens
+from glmlens.record import catalogue
+
+Place = int | str
+Places = Place | Iterable[Place] | None
+
+
+class PatchError(ValueError):
+    """An intervention that cannot mean what was asked; the message says what to type instead."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in a model: a point, and of each of its axes the indices that are meant; None means all of them.
+
+    `point` is a name as in `lens.points()`, "attn.z" with `layer=` or "blocks.3.attn.z". `pos` are absolute positions,
+    or names of positions that an example has ("S2", "end"): along `query` at a pattern (its destination, with `key`
+    its source), along `key` at `kv.k` and `kv.v` (the cache entry). `pair` are adjacent channels that rotary turns
+    together, `mlp` neurons. `head` at `kv.k` and `kv.v` is a query head: what it alone reads, as if heads did not
+    share keys and values.
+    """
+
+    point: str
+    layer: Places = None
+    pos: Places = None
+    head: Places = None
+    kv: Places = None
+    key: Places = None
+    pair: Places = None
+    mlp: Places = None
+    d: Places = None
+    model: Places = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self)[1:]:
+            object.__setattr__(self, field.name, listed(getattr(self, field.name), field.name))
+        if self.point.startswith("blocks."):
+            if self.layer is not None:
+                raise PatchError(f"{self.point!r} names its layer: leave layer= out")
+            layer = self.point.split(".")[1]
+            if layer != "*":
+                object.__setattr__(self, "layer", (int(layer),))
+            object.__setattr__(self, "point", local_name(self.point))
+
+    @property
+    def ungrouped(self) -> bool:
+        """Whether keys or values are meant as one query head reads them."""
+        return self.point in ("kv.k", "kv.v") and self.head is not None
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes of the tensor there, the batch first and then that of position."""
+        return seated_axes(self.point, self.ungrouped)
+
+    def given(self) -> dict[str, tuple[Place, ...]]:
+        """What is not left at "all", by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)[1:] if getattr(self, f.name) is not None}
+
+    def at(self, **places: Any) -> "Site":
+        """The same site with some of its places chosen."""
+        return replace(self, **places)
+
+    def __str__(self) -> str:
+        said = ", ".join(f"{name} {'+'.join(map(str, places))}" for name, places in self.given().items())
+        return f"{self.point}{f' [{said}]' if said else ''}"
+
+
+def listed(places: Any, what: str) -> tuple[Place, ...] | None:
+    """Places as a tuple; PatchError where there are none, one is there twice or one counts from the end."""
+    if places is None:
+        return None
+    found = (places,) if isinstance(places, int | str) else tuple(p if isinstance(p, str) else int(p) for p in places)
+    if not found:
+        raise PatchError(f"{what} came out empty: this would change nothing. Leave {what}= out to mean all")
+    if len(set(found)) != len(found):
+        raise PatchError(f"{what} {found}: one is there twice")
+    if any(isinstance(p, int) and p < 0 for p in found):
+        raise PatchError(f"{what} {found}: places are counted from 0, and the last position is called 'end'")
+    if any(isinstance(p, str) for p in found) and what not in ("pos", "key"):
+        raise PatchError(f"{what} {found}: only positions have names; give whole numbers")
+    return found
+
+
+def position_axis(axes: Sequence[str]) -> str:
+    """The axis along which a tensor has positions: of a pattern, where attention goes to."""
+    return next(axis for axis in ("query", "pos", "key") if axis in axes)
+
+
+def seated_axes(point: str, ungrouped: bool = False) -> tuple[str, ...]:
+    axes = axes_of(point)
+    along = position_axis(axes)
+    rest = [axis for axis in axes if axis not in ("batch", along)]
+    return ("batch", along, *("head" if ungrouped and axis == "kv" else axis for axis in rest))
+
+
+def seated(name: str, x: Tensor) -> Tensor:
+    """The tensor at a point as [batch, position, the rest], a view."""
+    axes = axes_of(name)
+    return x.movedim(axes.index(position_axis(axes)), 1)
+
+
+def ungrouped(x: Tensor, group: int) -> Tensor:
+    """[batch, key, kv, d] as every query head reads it: [batch, key, head, d]."""
+    return repeat(x, "batch key kv d -> batch key (kv group) d", group=group)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A site in one model and prompt: names of tensors, positions, and the indices along the axes after those."""
+
+    names: tuple[str, ...]
+    positions: tuple[int, ...] | None
+    rest: tuple[Tensor | None, ...]
+    ungrouped: bool
+
+
+@lru_cache(16)
+def points_of(cfg: GLMConfig, attention: str, dtype: torch.dtype) -> Mapping[str, Point]:
+    """The catalogue of every model of this shape."""
+    return catalogue(blank(cfg, attention, dtype))
+
+
+class Atlas:
+    """The points of a lens and how large they are; turns sites into indices."""
+
+    def __init__(self, lens: Lens):
+        self.lens, self.cfg = lens, lens.cfg
+        self.points = points_of(lens.cfg, lens.model.attention, lens.dtype)
+        self.widths: dict[str, int] = {}
+        for point in self.points.values():
+            self.widths |= dict(zip(point.axes, point.shape, strict=True))
+
+    def names(self, site: Site) -> tuple[str, ...]:
+        """The tensors that a site is of; PatchError for a point or layer that is not there."""
+        try:
+            names = resolve(site.point, self.points)
+        except HookError as e:
+            raise PatchError(str(e)) from None
+        if site.layer is None:
+            return tuple(names)
+        if not names[0].startswith("blocks."):
+            raise PatchError(f"{site.point} is in no layer: leave layer= out")
+        return tuple(f"blocks.{i}.{site.point}" for i in self.within("layer", site.given()["layer"], self.cfg.n_layers))
+
+    def size(self, site: Site, axis: str, length: int) -> int:
+        """How many places there are along an axis of a site, in prompts of this length."""
+        if axis in ("pos", "query", "key"):
+            return length
+        if axis == "pair" and "rotated" in site.axes:
+            return self.cfg.d_rotary // 2
+        return {"layer": self.cfg.n_layers, "head": self.cfg.n_heads, "kv": self.cfg.n_kv_heads}.get(
+            axis, self.widths.get(axis, 0)
+        )
+
+    def within(self, axis: str, places: Sequence[Place], size: int) -> list[int]:
+        found = [int(p) for p in places]
+        if max(found) >= size:
+            raise PatchError(f"{axis} {max(found)} asked for; there are {size}, 0 to {size - 1}")
+        return found
+
+    def choose(self, site: Site, length: int | None, names: Mapping[str, int]) -> Chosen:
+        """The indices of a site in a prompt of this length whose positions have these names.
+
+        Without a length any position may still come, as in a generation. Raises PatchError for a place that this
+        point has not got.
+        """
+        tensors, axes = self.names(site), site.axes
+        for asked in site.given():
+            if asked not in ("layer", "pos", *axes[2:]) and not self.stands_for(asked, axes):
+                raise PatchError(f"{site.point} has axes {' '.join(axes[1:])}: no {asked}. {self.hint(site, asked)}")
+        positions = self.positions(site.pos, length, names)
+        return Chosen(tensors, positions, tuple(self.along(site, axis, length, names) for axis in axes[2:]),
+                      site.ungrouped)  # fmt: skip
+
+    def stands_for(self, asked: str, axes: Sequence[str]) -> bool:
+        return (asked == "pair" and "rotated" in axes) or (asked == "d" and bool({"rotated", "rest"} & set(axes)))
+
+    def hint(self, site: Site, asked: str) -> str:
+        if asked == "head" and "kv" in site.axes:
+            return f"Heads share it: give kv=, or Site('kv.{site.point[-1]}', head=...) for what one query head reads"
+        return "See lens.points()"
+
+    def positions(self, places: Any, length: int | None, names: Mapping[str, int]) -> tuple[int, ...] | None:
+        if places is None:
+            return None if length is None else tuple(range(length))
+        found = sorted({named(place, names) for place in places})
+        if length is not None and found[-1] >= length:
+            raise PatchError(f"position {found[-1]} asked for; the prompt has 0 to {length - 1}")
+        return tuple(found)
+
+    def along(self, site: Site, axis: str, length: int | None, names: Mapping[str, int]) -> Tensor | None:
+        places: Any = site.pair if axis == "rotated" and site.pair is not None else None
+        if places is not None:
+            pairs = self.within("pair", places, self.cfg.d_rotary // 2)
+            return torch.tensor([c for i in pairs for c in (2 * i, 2 * i + 1)], device=self.lens.device)
+        if axis == "key":
+            found = self.positions(site.key, length, names)
+            return None if found is None else torch.tensor(found, device=self.lens.device)
+        places = getattr(site, "d" if axis in ("rotated", "rest") else axis, None)
+        if places is None:
+            return None
+        return torch.tensor(self.within(axis, places, self.size(site, axis, 0)), device=self.lens.device)
+
+
+def named(place: Place, names: Mapping[str, int]) -> int:
+    if isinstance(place, int):
+        return place
+    if place not in names:
+        known = ", ".join(map(repr, names)) or "none: give numbers"
+        raise PatchError(f"no position {place!r} here; the names are {known}")
+    return names[place]

@@ -1,0 +1,171 @@
+"""Steering: directions fitted to pairs of prompts that differ in one thing, added while a model runs."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from glmlens.lens import Lens
+from glmlens.patch.changes import Add, Ids, ids, numbers
+from glmlens.patch.interventions import Intervention
+from glmlens.patch.sites import Atlas, PatchError, Places, Site
+from glmlens.prompt import Prompt
+
+FORMAT = "glmlens.Steering"
+
+
+@dataclass(frozen=True, eq=False)
+class Steering:
+    """A direction per layer at a point of the residual stream: `vectors` [layer, model].
+
+    They add, subtract and scale. `about` says how they were found.
+    """
+
+    point: str
+    layers: tuple[int, ...]
+    vectors: Float[Tensor, "layer model"] = field(repr=False)
+    model: str
+    about: str = ""
+
+    def interventions(self, scale: int | float = 1.0, pos: Places = None) -> list[Intervention]:
+        """The vectors times `scale` added at absolute positions, by default at all: for `patch.generate` and others."""
+        return [
+            Intervention(Site(self.point, layer=layer, pos=pos), Add(numbers(vector), scale))
+            for layer, vector in zip(self.layers, self.vectors, strict=True)
+        ]
+
+    def __getitem__(self, layer: int) -> Float[Tensor, "model"]:
+        return self.vectors[self.layers.index(layer)]
+
+    def __add__(self, other: "Steering") -> "Steering":
+        if (self.point, self.layers, self.model) != (other.point, other.layers, other.model):
+            raise PatchError(f"{self} and {other} are not of one model, point and layers")
+        return replace(self, vectors=self.vectors + other.vectors, about=f"{self.about} + {other.about}")
+
+    def __mul__(self, factor: int | float) -> "Steering":
+        return replace(self, vectors=self.vectors * factor, about=f"{factor} ({self.about})")
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "Steering":
+        return self * -1.0
+
+    def __sub__(self, other: "Steering") -> "Steering":
+        return self + -other
+
+    def normalized(self) -> "Steering":
+        """The same directions, each of length 1."""
+        return replace(self, vectors=torch.nn.functional.normalize(self.vectors, dim=-1))
+
+    def save(self, path: str | Path) -> None:
+        """Write the vectors to one safetensors file."""
+        about = {"point": self.point, "layers": list(self.layers), "model": self.model, "about": self.about}
+        save_file({"vectors": self.vectors.contiguous()}, path, {"format": FORMAT, "about": json.dumps(about)})
+
+    @staticmethod
+    def load(path: str | Path, lens: Lens, *, other_model: bool = False) -> "Steering":
+        """The vectors that `save` wrote; PatchError for those of another model, unless `other_model`."""
+        with safe_open(path, framework="pt") as file:
+            said = file.metadata() or {}
+            if said.get("format") != FORMAT:
+                raise PatchError(f"{path} holds no steering vectors that glmlens saved")
+            vectors = file.get_tensor("vectors").to(lens.device, copy=True)
+        about: dict[str, Any] = json.loads(said["about"])
+        if about["model"] != lens.model_hash and not other_model:
+            raise PatchError(
+                f"{path} is for model {about['model']}, this is {lens.model_hash}. If that is meant, other_model=True"
+            )
+        return Steering(about["point"], tuple(about["layers"]), vectors, about["model"], about["about"])
+
+
+def steering(
+    lens: Lens,
+    positive: Prompt,
+    negative: Prompt,
+    *,
+    layers: Places = None,
+    point: str = "resid_post",
+    method: str = "mean",
+    ridge: int | float = 0.01,
+) -> Steering:
+    """Directions from negative to positive prompts, from what their last positions have at a point.
+
+    "mean": the difference of means (Turner et al. 2023, arXiv 2308.10248; Rimsky et al. 2023, arXiv 2312.06681,
+    section 2). "pca": the first right singular vector of the differences of pairs (Zou et al. 2023, arXiv 2310.01405,
+    section 3.1). "logistic": the weights of a logistic regression on both sides, of the standardised numbers and with
+    `ridge`/2 times their squared length. The last two are as long as the mean difference along them, so that 1 is the
+    same step for all methods.
+    """
+    if method not in METHODS:
+        raise PatchError(f"method is {method!r}; choose from {', '.join(map(repr, METHODS))}")
+    sides = [ids(lens, prompts) for prompts in (positive, negative)]
+    if len(sides[0]) != len(sides[1]):
+        raise PatchError(f"{len(sides[0])} positive and {len(sides[1])} negative prompts: they are compared in pairs")
+    site = Site(point, layer=layers)
+    names = Atlas(lens).names(site)
+    if site.axes != ("batch", "pos", "model"):
+        raise PatchError(f"{point} has axes {' '.join(site.axes[1:])}; steer at one with pos model")
+    plus, minus = (ends(lens, rows, names) for rows in sides)
+    found = [METHODS[method](a, b, ridge) for a, b in zip(plus, minus, strict=True)]
+    numbered = tuple(int(name.split(".")[1]) for name in names)
+    said = f"{method} of {len(sides[0])} pairs"
+    return Steering(site.point, numbered, torch.stack(found).to(lens.dtype), lens.model_hash, said)
+
+
+def ends(lens: Lens, rows: Sequence[Ids], names: Sequence[str]) -> Float[Tensor, "layer prompt model"]:
+    """What the last position of every prompt has at these points, in float64."""
+    found = []
+    for row in rows:
+        _, acts = lens.run_with_cache(torch.tensor([row], device=lens.device), list(names), logits=False)
+        found.append(torch.stack([acts[name][0, -1] for name in names]))
+    return torch.stack(found, 1).double()
+
+
+def mean(plus: Tensor, minus: Tensor, ridge: int | float) -> Float[Tensor, "model"]:
+    return (plus - minus).mean(0)
+
+
+def pca(plus: Tensor, minus: Tensor, ridge: int | float) -> Float[Tensor, "model"]:
+    return as_long_as(mean(plus, minus, ridge), torch.linalg.svd(plus - minus, full_matrices=False).Vh[0])
+
+
+def logistic(plus: Tensor, minus: Tensor, ridge: int | float) -> Float[Tensor, "model"]:
+    both = torch.cat([plus, minus])
+    spread = both.std(0).clamp(min=1e-12)
+    x = (both - both.mean(0)) / spread
+    weights = torch.zeros(x.shape[1] + 1, dtype=x.dtype, device=x.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=500, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        loss = logistic_loss(weights, x, len(plus), ridge)
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(step)  # pyright: ignore[reportArgumentType]
+    return as_long_as(mean(plus, minus, ridge), weights.detach()[:-1] / spread)
+
+
+def logistic_loss(weights: Tensor, x: Tensor, n_positive: int, ridge: int | float) -> Float[Tensor, ""]:
+    """The mean cross-entropy in nats of "positive" for the first rows and not for the others, and the ridge."""
+    sign = torch.ones(len(x), dtype=x.dtype, device=x.device)
+    sign[n_positive:] = -1
+    said = x @ weights[:-1] + weights[-1]
+    return torch.nn.functional.softplus(-sign * said).mean() + ridge / 2 * weights[:-1].square().sum()
+
+
+def as_long_as(difference: Tensor, direction: Tensor) -> Float[Tensor, "model"]:
+    """The direction, as long as the difference along it and pointing the same way."""
+    unit = torch.nn.functional.normalize(direction, dim=0)
+    return difference.dot(unit) * unit
+
+
+METHODS = {"mean": mean, "pca": pca, "logistic": logistic}

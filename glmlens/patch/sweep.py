@@ -1,0 +1,381 @@
+"""Sweeps: the same change at every place of a grid, for many pairs of prompts, with error bars."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from glmlens.lens import Lens
+from glmlens.patch.changes import Change, Ids, Swap, ids
+from glmlens.patch.evaluate import BUDGET, NOTHING, Cost, Job, Names, refuse_idle
+from glmlens.patch.interventions import Intervention
+from glmlens.patch.metrics import Metric, as_metric
+from glmlens.patch.sites import Atlas, PatchError, Place, Site
+from glmlens.prompt import Prompt
+from glmlens.results import Labelled
+from glmlens.tasks.task import Examples
+
+DIRECTIONS = {"denoise": "corrupt run, clean values put in", "noise": "clean run, corrupt values put in"}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Sweep(Labelled):
+    """A grid of effects: (metric of the changed run - base) / (other - base), means over pairs first.
+
+    0 is the run that is changed and 1 the run that the values are from, or with `normalise=False` the plain metric.
+    `raw[pair, ...]` are the metrics of the changed runs and `clean[pair]`, `corrupt[pair]` those of the plain ones.
+    `low` and `high` bound 95 % of bootstrap means over pairs (nan for one pair). `floor` is what 95 % of the effects of
+    values from other pairs stay below in magnitude (nan unless asked for). `unchanged[pair, ...]` is where the change
+    changed nothing. Cells that were not run are nan, and `finished` says whether there are any.
+    """
+
+    raw: Labelled = field(kw_only=True, repr=False)
+    clean: np.ndarray = field(kw_only=True)
+    corrupt: np.ndarray = field(kw_only=True)
+    low: Labelled = field(kw_only=True, repr=False)
+    high: Labelled = field(kw_only=True, repr=False)
+    floor: Labelled = field(kw_only=True, repr=False)
+    unchanged: Labelled = field(kw_only=True, repr=False)
+    cost: Cost = field(kw_only=True, repr=False)
+    finished: bool = field(kw_only=True, default=True)
+
+    def stride(self, axis: str, step: int) -> Labelled:  # type: ignore[override]
+        """Every step-th place along an axis, as plain labelled numbers."""
+        return Labelled(self.values, self.axes, self.labels, self.about).stride(axis, step)
+
+
+def sweep(
+    lens: Lens,
+    clean: Prompt | Examples,
+    corrupt: Prompt | str | None,
+    site: Site | str,
+    *,
+    over: Sequence[str],
+    metric: Any = None,
+    do: Change | None = None,
+    direction: str = "denoise",
+    names: Sequence[Names] = (),
+    normalise: bool = True,
+    null: int = 0,
+    seed: int = 0,
+    most_bytes: int = BUDGET,
+    checkpoint: str | Path | None = None,
+    allow: str | Sequence[str] = (),
+    progress: bool = True,
+) -> Sweep:
+    """Change a site place by place along the axes `over`, and measure.
+
+    `clean` are prompts and `corrupt` as many others, each as long as its partner; with a task's Examples as `clean`,
+    `corrupt` names a counterfactual, `metric` is theirs and positions have their names. `over` are "layer" and axes of
+    the point; along each, the places that the site names, or all. `direction` is "denoise", "noise" or "both", an axis
+    of its own. `do` is Swap(), the other run's value, unless given. `null` is how often pairs exchange their sources
+    for the floor. With a `checkpoint` file, finished cells are kept there and not run again. Interrupted, it returns
+    what is finished.
+
+    Raises PatchError for pairs of different length, for a place that is not there, for baselines too close to
+    normalise by, and for a sweep of which no cell changes anything unless allow="no change".
+    """
+    plan = Planned.of(lens, clean, corrupt, site, over, metric, do, direction, names, most_bytes)
+    plan.measurable(normalise)
+    runs = [Grid.empty(plan, way) for way in plan.directions]
+    nulls = plan.shuffled(null, seed)
+    if nulls and plan.do != Swap():
+        raise PatchError(f"a null floor exchanges the sources of Swap(), and {plan.do} has none: null=0")
+    store = Store.at(checkpoint, plan)
+    finished = False
+    total = len(plan.variants) * len(plan.prompts) * len(plan.directions) * (1 + len(nulls))
+    with tqdm(total=total, disable=not progress, unit="cell", desc=str(plan.site)) as bar:
+        try:
+            for run in runs:
+                run.fill(bar, store)
+            for i, order in enumerate(nulls):
+                for run in runs:
+                    run.fill_null(bar, store, order, i)
+            finished = True
+        except KeyboardInterrupt:
+            bar.write(f"interrupted after {bar.n} of {total} cells")
+    if finished:
+        moved = torch.stack([run.moved for run in runs]).any(0)
+        if not bool(moved.any()):
+            refuse_idle(plan.variants, moved, allow)
+    return plan.result(runs, normalise, seed, finished)
+
+
+def check(
+    lens: Lens,
+    clean: Prompt | Examples,
+    corrupt: Prompt | str | None,
+    site: Site | str,
+    *,
+    over: Sequence[str],
+    metric: Any = None,
+    do: Change | None = None,
+    direction: str = "denoise",
+    names: Sequence[Names] = (),
+    most_bytes: int = BUDGET,
+) -> Cost:
+    """What such a sweep would take; only the prompts themselves are run."""
+    plan = Planned.of(lens, clean, corrupt, site, over, metric, do, direction, names, most_bytes)
+    costs = [plan.job(way).cost(plan.variants) for way in plan.directions]
+    return sum(costs[1:], costs[0])
+
+
+@dataclass
+class Planned:
+    """A sweep that has been understood: prompts, variants and labels."""
+
+    lens: Lens
+    prompts: tuple[Ids, ...]
+    others: tuple[Ids, ...]
+    site: Site
+    do: Change
+    over: tuple[str, ...]
+    labels: dict[str, list[str]]
+    variants: list[list[Intervention]]
+    metric: Metric
+    directions: tuple[str, ...]
+    names: Sequence[Names]
+    most_bytes: int
+
+    @staticmethod
+    def of(
+        lens: Lens, clean: Any, corrupt: Any, site: Site | str, over: Sequence[str], metric: Any, do: Change | None,
+        direction: str, names: Sequence[Names], most_bytes: int,
+    ) -> "Planned":  # fmt: skip
+        if isinstance(clean, Examples):
+            names = names or [{**example.positions} for example in clean]
+            metric = clean if metric is None else metric
+            corrupt = clean.counterfactual(corrupt) if isinstance(corrupt, str) else corrupt
+            clean = clean.tokens
+        if metric is None:
+            raise PatchError("no metric: give (right, wrong), a function of logits [row, vocab] or a task's Examples")
+        directions = tuple(DIRECTIONS) if direction == "both" else (direction,)
+        if not set(directions) <= DIRECTIONS.keys():
+            raise PatchError(f"direction is {direction!r}; choose from 'denoise', 'noise', 'both'")
+        do = Swap() if do is None else do
+        if corrupt is None and (do == Swap() or direction != "noise"):
+            raise PatchError(
+                "without corrupt prompts only clean ones can be changed: direction='noise' and a do= such as Zero()"
+            )
+        prompts, site = ids(lens, clean), Site(site) if isinstance(site, str) else site
+        others = prompts if corrupt is None else ids(lens, corrupt)
+        if len(prompts) != len(others):
+            raise PatchError(f"{len(prompts)} clean and {len(others)} corrupt prompts: they are compared in pairs")
+        atlas = Atlas(lens)
+        grid = {axis: places(atlas, site, axis, prompts) for axis in over}
+        fields = [attribute(site, axis) for axis in over]
+        sites = [site.at(**dict(zip(fields, where, strict=True))) for where in product(*grid.values())]
+        variants = [[Intervention(one, do)] for one in sites]
+        labels = {axis: [label(lens, axis, place, prompts) for place in found] for axis, found in grid.items()}
+        read = as_metric(metric, lens, len(prompts))
+        return Planned(
+            lens, prompts, others, site, do, tuple(over), labels, variants, read, directions, names, most_bytes
+        )
+
+    def job(self, direction: str, order: Sequence[int] | None = None) -> Job:
+        """Measuring in one direction, with the sources of other pairs when their order is given."""
+        base, source = (self.others, self.prompts) if direction == "denoise" else (self.prompts, self.others)
+        taken = source if order is None else [source[i] for i in order]
+        return Job(self.lens, base, self.metric, taken, self.names, self.most_bytes)
+
+    def measurable(self, normalise: bool) -> None:
+        """Find the baselines; PatchError when they are too close to divide by their distance."""
+        self.clean = self.job("noise").baseline().cpu().numpy()
+        self.corrupt = self.job("denoise").baseline().cpu().numpy()
+        distance, scale = abs((self.clean - self.corrupt).mean()), np.abs([self.clean, self.corrupt]).mean()
+        if normalise and distance < max(1e-3 * scale, 1e-6):
+            raise PatchError(
+                f"{self.metric.name} is {self.clean.mean():.4g} clean and {self.corrupt.mean():.4g} corrupt: too close "
+                "to divide by their distance. normalise=False gives the plain metric"
+            )
+
+    def shuffled(self, n: int, seed: int) -> list[list[int]]:
+        """n orders of the pairs in which each has the source of another of the same length."""
+        draw, found = np.random.default_rng(seed), list[list[int]]()
+        for _ in range(n):
+            order = list(range(len(self.prompts)))
+            for length in sorted(set(map(len, self.prompts))):
+                same = [i for i in order if len(self.prompts[i]) == length]
+                if len(same) < 2:
+                    raise PatchError(f"a null floor exchanges sources between pairs: of {length} tokens there is one")
+                ring = draw.permutation(same)
+                for i, j in zip(ring, np.roll(ring, 1), strict=True):
+                    order[i] = int(j)
+            found.append(order)
+        return found
+
+    def result(self, runs: "Sequence[Grid]", normalise: bool, seed: int, finished: bool) -> Sweep:
+        both = len(runs) > 1
+        axes = (*(("direction",) if both else ()), *self.over)
+        labels = {**({"direction": list(self.directions)} if both else {}), **self.labels}
+
+        def shaped(per_run: Sequence[np.ndarray], *more: str) -> Labelled:
+            """[direction, more, cell] to [more, direction, over]."""
+            x = np.stack(per_run) if both else per_run[0]
+            x = np.moveaxis(x, 0, len(more)) if both else x
+            sizes = [len(labels[axis]) for axis in axes]
+            return Labelled(x.reshape(*x.shape[: len(more)], *sizes), (*more, *axes), labels, about)
+
+        about = self.about(normalise, seed)
+        parts = [run.statistics(normalise, seed) for run in runs]
+        mean, low, high, floor = (shaped([part[i] for part in parts]) for i in range(4))
+        raw = shaped([run.values.T.cpu().numpy() for run in runs], "pair")
+        unchanged = shaped([~run.moved.T.cpu().numpy() for run in runs], "pair")
+        return Sweep(
+            mean.values, axes, labels, about, raw=raw, clean=self.clean, corrupt=self.corrupt, low=low, high=high,
+            floor=floor, unchanged=unchanged, finished=finished, cost=sum((run.cost for run in runs), NOTHING),
+        )  # fmt: skip
+
+    def about(self, normalise: bool, seed: int) -> dict[str, str]:
+        value = "effect: (metric - base) / (other - base), 0 the changed run's, 1 its source's"
+        grouping = {"head": "query heads", "kv": "key-value heads, each with its group of query heads"}
+        said = [grouping[axis] for axis in ("head", "kv") if axis in self.site.axes]
+        return {
+            "metric": self.metric.name,
+            "value": value if normalise else f"plain {self.metric.name}",
+            "site": str(self.site),
+            "change": str(self.do),
+            "direction": "; ".join(f"{way}: {DIRECTIONS[way]}" for way in self.directions),
+            **({"heads": "; ".join(said)} if said else {}),
+            "pairs": str(len(self.prompts)),
+            "baselines": f"clean {self.clean.mean():.4g}, corrupt {self.corrupt.mean():.4g}",
+            "interval": f"95 % of 1000 bootstrap means over pairs, seed {seed}"
+            if len(self.prompts) > 1
+            else "none: one pair",
+            "model": self.lens.model_hash,
+            "tokenizer": self.lens.tokenizer_hash,
+        }
+
+
+@dataclass
+class Grid:
+    """The numbers of one direction as they come in."""
+
+    plan: Planned
+    direction: str
+    values: Tensor  # variant example, nan where not run
+    moved: Tensor
+    nulls: list[Tensor] = field(default_factory=list)
+    cost: Cost = NOTHING
+
+    @staticmethod
+    def empty(plan: Planned, direction: str) -> "Grid":
+        values = torch.full((len(plan.variants), len(plan.prompts)), torch.nan, dtype=torch.float64)
+        return Grid(plan, direction, values, torch.zeros_like(values, dtype=torch.bool))
+
+    def fill(self, bar: Any, store: "Store") -> None:
+        self.values, self.moved = store.load(self.direction, self.values, self.moved)
+        self.measure(self.plan.job(self.direction), self.values, self.moved, bar, store, self.direction)
+
+    def fill_null(self, bar: Any, store: "Store", order: Sequence[int], i: int) -> None:
+        name, empty = f"{self.direction} null {i}", torch.full_like(self.values, torch.nan)
+        values, moved = store.load(name, empty, torch.zeros_like(self.moved))
+        self.nulls.append(values)
+        self.measure(self.plan.job(self.direction, order), values, moved, bar, store, name)
+
+    def measure(self, job: Job, values: Tensor, moved: Tensor, bar: Any, store: "Store", name: str) -> None:
+        """Run the cells that are nan, in place."""
+        todo = values.isnan()
+        bar.update(int((~todo).sum()))
+        for variant, example, found, changed in job.run(self.plan.variants, todo):
+            where = variant.cpu(), example.cpu()
+            values[where], moved[where] = found.double().cpu(), changed.cpu()
+            store.save(name, values, moved)
+            bar.update(len(found))
+        self.cost += job.spent
+
+    def statistics(self, normalise: bool, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Per cell: the mean effect, its interval, and the null floor."""
+        base, other = self.plan.corrupt, self.plan.clean
+        if self.direction == "noise":
+            base, other = other, base
+
+        def effect(values: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+            """[..., pair drawn] to [cell, ...]: the ratio of means over the pairs drawn."""
+            mean = values[:, pairs].mean(-1)
+            return (mean - base[pairs].mean(-1)) / (other - base)[pairs].mean(-1) if normalise else mean
+
+        values, n = self.values.numpy(), len(self.plan.prompts)
+        middle = effect(values, np.arange(n))
+        nothing = np.full_like(middle, np.nan)
+        if n == 1:
+            return middle, nothing, nothing, nothing
+        drawn = np.random.default_rng(seed).integers(0, n, (1000, n))
+        means = np.concatenate([effect(values, some) for some in np.array_split(drawn, 50)], -1)
+        low, high = np.quantile(means, [0.025, 0.975], axis=-1)
+        return middle, low, high, self.floor(effect, n, nothing)
+
+    def floor(self, effect: Any, n: int, nothing: np.ndarray) -> np.ndarray:
+        if not self.nulls:
+            return nothing
+        return np.quantile([np.abs(effect(null.numpy(), np.arange(n))) for null in self.nulls], 0.95, axis=0)
+
+
+@dataclass
+class Store:
+    """Finished cells on disk, under a key that says what they are cells of."""
+
+    path: Path | None
+    key: str
+    parts: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @staticmethod
+    def at(path: str | Path | None, plan: Planned) -> "Store":
+        """The store at a path, with what is in it; PatchError when that is of another sweep."""
+        said = (plan.lens.model_hash, plan.prompts, plan.others, plan.variants, plan.metric.name, list(plan.names))
+        store = Store(None if path is None else Path(path), hashlib.sha256(repr(said).encode()).hexdigest())
+        if store.path is not None and store.path.exists():
+            with np.load(store.path) as file:
+                store.parts = dict(file)
+            if str(store.parts.pop("key")) != store.key:
+                raise PatchError(f"{path} holds cells of another sweep: give another file, or remove it")
+        return store
+
+    def load(self, name: str, values: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
+        if name not in self.parts:
+            return values, moved
+        return torch.from_numpy(self.parts[name].copy()), torch.from_numpy(self.parts[f"{name} moved"].copy())
+
+    def save(self, name: str, values: Tensor, moved: Tensor) -> None:
+        if self.path is None:
+            return
+        self.parts |= {name: values.numpy(), f"{name} moved": moved.numpy()}
+        beside = self.path.with_name(f".{self.path.name}.part")
+        with beside.open("wb") as file:
+            np.savez(file, key=np.array(self.key), **self.parts)  # pyright: ignore[reportArgumentType]
+        os.replace(beside, self.path)
+
+
+def attribute(site: Site, axis: str) -> str:
+    """What a site calls an axis of its point: where it is changed is `pos`, whatever the point calls it."""
+    return "pos" if axis == site.axes[1] else axis
+
+
+def places(atlas: Atlas, site: Site, axis: str, prompts: Sequence[Ids]) -> list[Place]:
+    """The places along one axis of the grid: those that the site names, or all."""
+    names = atlas.names(site)
+    known = [*(["layer"] if names[0].startswith("blocks.") else []), "pos", *site.axes[1:]]
+    known += ["pair"] if "rotated" in site.axes else ["head"] if site.point in ("kv.k", "kv.v") else []
+    if axis not in known:
+        raise PatchError(f"over {axis!r}: {site.point} has {', '.join(dict.fromkeys(known))}")
+    given = getattr(site, attribute(site, axis), None)
+    if given is not None:
+        return list(given)
+    if axis in ("pos", "query", "key") and len(set(map(len, prompts))) > 1:
+        raise PatchError("prompts of several lengths: name the positions, Site(..., pos=('S2', 'end'))")
+    return list(range(atlas.size(site, axis, len(prompts[0]))))
+
+
+def label(lens: Lens, axis: str, place: Place, prompts: Sequence[Ids]) -> str:
+    """What to call a place: a position of a single prompt with its token."""
+    if axis not in ("pos", "query", "key") or isinstance(place, str) or len(prompts) > 1:
+        return str(place)
+    return f"{place} {lens.to_labels(torch.tensor([prompts[0][place]]))[0]}"

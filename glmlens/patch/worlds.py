@@ -1,0 +1,84 @@
+"""Several worlds in one forward: runs as rows of one batch, each able to read the others at every point."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from glmlens.activations import Activations
+from glmlens.hooks import Edit, Point
+from glmlens.lens import Lens, Names
+from glmlens.patch.changes import ids
+from glmlens.patch.evaluate import lengths_differ
+from glmlens.patch.sites import PatchError
+from glmlens.prompt import Prompt
+
+Exchange = Callable[[dict[str, Tensor], Point], Mapping[str, Tensor]]
+"""From what every world has at a point, [pos, rest] each, to what some of them should have instead."""
+
+
+@dataclass(frozen=True, eq=False)
+class Worlds:
+    """What happened in worlds that ran together: `logits[name]` [pos, vocab], and `acts` with a row per world."""
+
+    names: tuple[str, ...]
+    logits: Mapping[str, Float[Tensor, "pos vocab"]] = field(repr=False)
+    acts: Activations = field(repr=False)
+
+    def __getitem__(self, name: str) -> Float[Tensor, "pos vocab"]:
+        return self.logits[name]
+
+
+def worlds(
+    lens: Lens,
+    prompts: Mapping[str, Prompt],
+    hooks: Mapping[str, Exchange] | Sequence[tuple[str, Exchange]] = (),
+    *,
+    names: Names = (),
+    allow: str | Sequence[str] = (),
+) -> Worlds:
+    """Run prompts of one length side by side, with hooks that see all of them at once.
+
+    `hooks` are {"blocks.3.attn.z": fn}, where `fn(here, point)` gets {world: tensor [pos, rest]} and returns what
+    worlds should have instead, {"patched": here["clean"]}; the others stay. They run in the order given, so a later
+    one sees what an earlier one did. `names` are recorded, as by `run_with_cache`. Raises PatchError for prompts of
+    different lengths, for a world that is not there, and for a hook that changed nothing unless allow="no change".
+    """
+    rows = {name: row for name, prompt in prompts.items() for row in ids(lens, prompt)}
+    first = next(iter(rows.values()))
+    for row in rows.values():
+        if len(row) != len(first):
+            raise PatchError(lengths_differ(lens, first, row))
+    tokens = torch.tensor(list(rows.values()), device=lens.device)
+    moved: set[str] = set()
+    listed = list(hooks.items()) if isinstance(hooks, Mapping) else list(hooks)
+    ordinary = [(pattern, exchange(pattern, fn, list(rows), moved)) for pattern, fn in listed]
+    logits, acts = lens.run_with_cache(tokens, names, ordinary)
+    idle = [pattern for pattern, _ in listed if pattern not in moved]
+    if idle and "no change" not in ((allow,) if isinstance(allow, str) else allow):
+        raise PatchError(f"the hook at {idle[0]!r} changed nothing. If that is meant, allow='no change'")
+    assert logits is not None
+    return Worlds(tuple(rows), dict(zip(rows, logits, strict=True)), acts)
+
+
+def exchange(pattern: str, fn: Exchange, names: list[str], moved: set[str]) -> Edit:
+    """An ordinary hook that hands every world's row to `fn`; `moved` learns whether a number changed."""
+
+    def hook(x: Tensor, point: Point) -> Tensor:
+        rows = dict(zip(names, x.clone(), strict=True))
+        for name, new in fn(rows, point).items():
+            if name not in names:
+                raise PatchError(f"no world is called {name!r}; there are {', '.join(names)}")
+            row = x[names.index(name)]
+            if new.shape != row.shape or new.dtype != row.dtype:
+                found, expected = (f"{x.dtype} {tuple(x.shape)}" for x in (new, row))
+                raise PatchError(f"{point.name}: {found} for {name!r}; expected {expected}")
+            if not torch.equal(row, new):
+                moved.add(pattern)
+            row.copy_(new)
+        return x
+
+    hook.__name__ = getattr(fn, "__name__", "exchange")
+    return hook
