@@ -207,7 +207,7 @@ def test_examples_are_explained_by_their_own_metric(demo, task):
 def test_examples_of_several_lengths_have_no_mean_by_source_position(demo):
     examples = tasks.facts.examples(demo, 30)
     assert len(set(map(len, examples.tokens))) > 1
-    with pytest.raises(ValueError, match="take examples.of_length"):
+    with pytest.raises(ValueError, match=r"take examples\.of_length"):
         analysis.logit_attribution(demo, examples, by="source")
     alike = examples.of_length()
     found = analysis.logit_attribution(demo, alike, by="source")
