@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from glmlens.analysis.parts import SPLITS, SUBLAYERS, At, Split, along, points_for
-from glmlens.analysis.rows import Position, Rows, Token, exact, groups_of, layers_of, numbers
+from glmlens.analysis.rows import Position, Rows, Token, exact, finest, groups_of, layers_of, numbers
 from glmlens.hooks import Hooks
 from glmlens.lens import Lens
 from glmlens.prompt import Prompt
@@ -97,7 +97,7 @@ def logit_attribution(
     columns = rows.columns(place_of(position, prompt))
     logits, acts = rows.run_at(columns, points_for(lens, split), hooks)
     goal = goal_of(rows, exact(logits), prompt if isinstance(prompt, Examples) else None, answer, wrong)
-    pull = goal.direction * exact(lens.model.ln_final.weight) * exact(acts["ln_final.scale"])
+    pull = finest(goal.direction) * finest(lens.model.ln_final.weight) * finest(acts["ln_final.scale"])
 
     at = At(lens, acts, rows, columns)
     values = torch.stack([split.parts(at, layer, pull) for layer in range(lens.cfg.n_layers)], 1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from glmlens.activations import Activations
 from glmlens.analysis.pattern import pattern, pattern_points
-from glmlens.analysis.rows import Rows, exact
+from glmlens.analysis.rows import Rows, exact, finest
 from glmlens.lens import Lens
 from glmlens.model import RMSNorm
 
@@ -18,7 +18,8 @@ SUBLAYERS = {"attn": ("attn_out", "ln1_post"), "mlp": ("mlp_out", "ln2_post")}
 
 
 def along(part: Float[Tensor, "batch model"], pull: Float[Tensor, "batch model"]) -> Float[Tensor, "batch"]:
-    return einsum(exact(part), pull, "batch model, batch model -> batch")
+    """A few channels of real models are so large that a product in float32 would add to what stays unexplained."""
+    return einsum(finest(part), pull, "batch model, batch model -> batch").to(exact(part).dtype)
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,11 @@ class At:
         norm = self.lens.model.blocks[layer].get_submodule(name)
         if not isinstance(norm, RMSNorm):
             return pull
-        return pull * exact(norm.weight) * exact(self.acts[name + ".scale", layer])
+        return pull * finest(norm.weight) * finest(self.acts[name + ".scale", layer])
 
     def pull_on_z(self, layer: int, pull: Float[Tensor, "batch model"]) -> Float[Tensor, "batch head d"]:
-        pull = self.before_post_norm(layer, "ln1_post", pull)
-        return einsum(exact(self.lens.W_O[layer]), pull, "head d model, batch model -> batch head d")
+        W_O, pull = exact(self.lens.W_O[layer]), self.before_post_norm(layer, "ln1_post", pull)
+        return einsum(W_O, pull.to(W_O.dtype), "head d model, batch model -> batch head d")
 
 
 def by_layer(at: At, layer: int, pull: Tensor) -> Float[Tensor, "batch"]:
@@ -62,8 +63,8 @@ def by_head(at: At, layer: int, pull: Tensor) -> Float[Tensor, "batch head"]:
 
 
 def by_neuron(at: At, layer: int, pull: Tensor) -> Float[Tensor, "batch mlp"]:
-    pull = at.before_post_norm(layer, "ln2_post", pull)
-    on_neurons = einsum(exact(at.lens.W_down[layer]), pull, "mlp model, batch model -> batch mlp")
+    W_down, pull = exact(at.lens.W_down[layer]), at.before_post_norm(layer, "ln2_post", pull)
+    on_neurons = einsum(W_down, pull.to(W_down.dtype), "mlp model, batch model -> batch mlp")
     return exact(at.acts["mlp.post", layer]) * on_neurons
 
 

@@ -171,6 +171,11 @@ def exact(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
 
 
+def finest(x: Tensor) -> Tensor:
+    """x in float64, where its device has that."""
+    return exact(x) if x.device.type == "mps" else x.double()
+
+
 def numbers(x: Tensor) -> np.ndarray:
     """x as a numpy array, in at least float32."""
     return exact(x.detach()).cpu().numpy()
