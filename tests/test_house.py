@@ -14,7 +14,8 @@ ORDER = """
 hooks config results kv_cache model checkpoint generate tokenizer chat prompt record check run weights lens
 tasks.words tasks.task tasks.language tasks.formal tasks
 patch.sites patch.changes patch.interventions patch.metrics patch.engine patch.evaluate patch.sweep
-patch.worlds patch.steer patch.gradients patch.graph patch.edges patch
+patch.worlds patch.steer patch.gradients patch.graph patch.edges patch.attribute
+patch.paths patch.circuits patch
 demo.world demo.vocabulary demo.train plot report cli
 """.split()
 ALONE = ["hooks", "config", "results", "tokenizer", "chat", "plot", "report", "tasks.words"]  # import nothing of ours
