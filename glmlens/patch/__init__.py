@@ -6,9 +6,10 @@ from glmlens.patch.circuits import FRACTIONS, Circuit, Curve, Exact, greedy, top
 from glmlens.patch.edges import EdgeScores, edges
 from glmlens.patch.evaluate import Cost, evaluate
 from glmlens.patch.graph import Graph
-from glmlens.patch.interventions import Intervention, generate, load, run, save
+from glmlens.patch.interventions import Intervention, load, save
 from glmlens.patch.metrics import Metric
 from glmlens.patch.paths import path_patch
+from glmlens.patch.running import generate, run
 from glmlens.patch.sites import PatchError, Site
 from glmlens.patch.steer import Steering, steering
 from glmlens.patch.sweep import Sweep, check, sweep
