@@ -14,7 +14,7 @@ ORDER = """
 hooks config results kv_cache model checkpoint generate tokenizer chat prompt record check run weights lens
 tasks.words tasks.task tasks.language tasks.formal tasks
 patch.sites patch.changes patch.interventions patch.running patch.metrics patch.waves patch.engine
-patch.evaluate patch.store patch.sweep
+patch.evaluate patch.store patch.grid patch.sweep
 patch.worlds patch.steer patch.gradients patch.graph patch.edges patch.attribute
 patch.paths patch.circuits patch
 demo.world demo.vocabulary demo.train plot report cli
