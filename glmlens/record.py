@@ -189,7 +189,8 @@ class Watch:
         for i in self.plan.edits.get(name, ()):
             x = self.edited(i, name, x)
         if self.in_graph and name in self.plan.names:
-            self.kept[name] = x = x.clone()  # a node of its own, which the run goes through
+            # A node of its own, which the run goes through; after an edit that cut the graph, its beginning.
+            self.kept[name] = x = x.clone() if x.requires_grad else x.detach().clone().requires_grad_()
         elif name in self.plan.names:
             self.kept[name] = x.clone() if x is not mine or local_name(name) in self.not_ours else x
         if self.stop_when_done and not self.left:

@@ -246,6 +246,18 @@ def test_gradients_go_through_hooks(lens, tokens):
     assert float(acts.gradients["resid_post", 2].abs().max()) > 0.0
 
 
+def test_gradients_begin_anew_where_a_hook_puts_a_value(lens, tokens):
+    value = torch.randn(2, 9, 48, generator=torch.Generator().manual_seed(4))
+    hooks = {"blocks.1.resid_post": lambda x, point: value.clone()}
+    _, acts = lens.run_with_cache(tokens, "resid_post", hooks, gradients_of=metric)
+    _, alone = lens.run_with_cache(value, "resid_post", start_layer=2, gradients_of=metric)
+    assert float(acts.gradients["resid_post", 0].abs().max()) == 0.0
+    assert torch.allclose(acts.gradients["resid_post", 2], alone.gradients["resid_post", 2])
+    leaf = value.clone().requires_grad_()
+    metric(lens(leaf, start_layer=2)).sum().backward()
+    assert torch.allclose(acts.gradients["resid_post", 1], leaf.grad, rtol=1e-4, atol=1e-6)
+
+
 def test_gradients_that_were_not_asked_for_are_an_error(lens, tokens):
     _, acts = lens.run_with_cache(tokens)
     with pytest.raises(HookError, match="gradients_of=metric"):

@@ -69,9 +69,11 @@ def attribute(
     _, there = lens.run_with_cache(source, also, logits=False)
     passes: list[Hooks | None] = [None] if not drop else [without(lens, i) for i in range(lens.cfg.n_layers)]
     total: Tensor | None = None
-    for hooks in passes:
-        run = gradients(lens, base, read, needed, hooks, also, cut=drop)
+    for dropped, hooks in enumerate(passes):
+        run = gradients(lens, base, read, needed, hooks, also)
         found = torch.stack([estimate(lens, run, there, i, point) for i in range(lens.cfg.n_layers)], 1)
+        if drop and point in ADDED:  # where the gradient was cut, it begins anew
+            found[:, dropped] = 0
         if by_group:
             found = found.unflatten(3, (-1, lens.cfg.n_groups)).sum(4)
         for i in [i for i, axis in enumerate(shown, 1) if axis not in over][::-1]:
@@ -82,6 +84,9 @@ def attribute(
     left = [axis for axis in shown if axis in over]
     total = total.mean(0).permute([left.index(axis) for axis in over])
     return labelled(lens, total, over, len(base), read, point, direction, method + (" with GradDrop" if drop else ""))
+
+
+ADDED = ("attn_out", "mlp_out")
 
 
 def point_in_layers(lens: Lens, point: str) -> bool:
@@ -111,7 +116,7 @@ def plain(lens: Lens, run: Gradients, there: Mapping[str, Any], layer: int, poin
 
 def without(lens: Lens, layer: int) -> Hooks:
     """Hooks under which no gradient passes what a layer adds to the residual stream."""
-    return [(f"blocks.{layer}.{local}", lambda x, point: x.detach()) for local in ("attn_out", "mlp_out")]
+    return [(f"blocks.{layer}.{local}", lambda x, point: x.detach()) for local in ADDED]
 
 
 def query(lens: Lens, acts: Mapping[str, Any], layer: int) -> Float[Tensor, "batch pos head d"]:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from glmlens.hooks import Hooks, Point, pairs
+from glmlens.hooks import Hooks
 from glmlens.lens import Lens
 from glmlens.patch.metrics import Metric
 
@@ -28,33 +28,15 @@ def gradients(
     names: Sequence[str],
     hooks: Hooks | None = None,
     also: Sequence[str] = (),
-    cut: bool = False,
 ) -> Gradients:
-    """Run with a backward pass to the points `names`; `also` are recorded without their gradient.
+    """Run with a backward pass to the points `names`, whose gradient is 0 where hooks cut the graph; `also` record."""
+    found: list[Tensor] = []
 
-    With `cut`, hooks may have cut the graph, and the gradient of what no longer leads to the metric is 0.
-    """
-    last = None if metric.everywhere else 1
-    leaf: dict[str, Tensor] = {}
-
-    def embed(x: Tensor, point: Point) -> Tensor:
-        """The parameters are frozen: a graph begins where something asks for a gradient."""
-        leaf["embed"] = x.detach().requires_grad_()
-        return leaf["embed"]
-
-    recorded = [name for name in dict.fromkeys((*names, *also)) if name != "embed"]
-    with torch.enable_grad():
-        logits, acts = lens.run_with_cache(tokens, recorded, [*pairs(hooks), ("embed", embed)], logits_to_keep=last)
-        assert logits is not None
+    def measured(logits: Tensor) -> Tensor:
         read = logits if metric.columns is None else logits[..., metric.columns]
-        measured = metric(read, torch.arange(len(tokens), device=tokens.device))
-        found = {**leaf, **{name: acts[name] for name in recorded}}
-        wanted = [found[name] if found[name].requires_grad or not cut else zero_slope(found[name]) for name in names]
-        slopes = torch.autograd.grad(measured.sum(), wanted, allow_unused=cut, materialize_grads=cut)
-    values = {name: x.detach() for name, x in found.items()}
-    return Gradients(values, dict(zip(names, slopes, strict=True)), measured.detach())
+        found.append(metric(read, torch.arange(len(tokens), device=tokens.device)))
+        return found[0]
 
-
-def zero_slope(x: Tensor) -> Tensor:
-    """A stand-in for what was detached, which leads nowhere."""
-    return x.detach().requires_grad_()
+    last, asked = None if metric.everywhere else 1, list(dict.fromkeys((*names, *also)))
+    _, acts = lens.run_with_cache(tokens, asked, hooks, gradients_of=measured, logits_to_keep=last)
+    return Gradients(dict(acts), {name: acts.gradients[name] for name in names}, found[0].detach())
