@@ -95,7 +95,7 @@ def giving(story: Story) -> None:
     rows = [(f"  head {layer}.{head}", f"{value:+.2f}") for (layer, head), value in lost.top(5)]
     story.say("what is lost when one head says what it says where three people are named once each", table(rows))
     title = "Logit difference lost without each head, in sentences about giving"
-    story.show(plot.head_scores(lost.values, title, "logits lost"))
+    story.show(plot.head_scores(lost, title=title))
     (layer, head), _ = lost.top(1)[0]
     pattern_of(story, examples, int(layer), int(head))
     replaced(story, examples)
@@ -109,7 +109,7 @@ def pattern_of(story: Story, examples: Examples, layer: int, head: int) -> None:
     _, acts = story.lens.run_with_cache(row, f"blocks.{layer}.attn.pattern", logits=False)
     pattern = acts["attn.pattern", layer][0, head].float().cpu().numpy()
     title = f"Head {layer}.{head}: where each token looks"
-    story.show(plot.attention_pattern(pattern, story.lens.to_labels(row, 12), title))
+    story.show(plot.attention_pattern(pattern, story.lens.to_labels(row), title=title))
 
 
 def replaced(story: Story, examples: Examples) -> None:
@@ -128,7 +128,7 @@ def replaced(story: Story, examples: Examples) -> None:
         table([head, *rows]),
     )
     title = "Recovered by one residual stream, by layer and place"
-    story.show(plot.grid(found.values, found.labels["layer"], places, title, ("layer", "position"), "recovered"))
+    story.show(plot.patch_grid(found, title=title))
 
 
 def steered(story: Story) -> None:
@@ -171,12 +171,13 @@ def induction(story: Story) -> None:
         f"{after:.2f} nats per token",
     )
     layer, head = copiers[0]
-    story.show(plot.head_scores(scores.induction.values, "Induction score of every head: random words said twice"))
+    title = "Induction score of every head: random words said twice"
+    story.show(plot.head_scores(scores, n_kv_heads=lens.cfg.n_kv_heads, title=title))
     row = tokens[:1]
     _, acts = lens.run_with_cache(row, f"blocks.{layer}.attn.pattern", logits=False)
     pattern = acts["attn.pattern", layer][0, head].float().cpu().numpy()
     title = f"Head {layer}.{head} on random words said twice"
-    story.show(plot.attention_pattern(pattern, lens.to_labels(row, 12), title))
+    story.show(plot.attention_pattern(pattern, lens.to_labels(row), title=title))
 
 
 def without(heads: list[tuple[int, int]]) -> Hooks:
