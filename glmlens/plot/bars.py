@@ -42,7 +42,8 @@ def logit_attribution(
     values, rest = (x if prompt_of is None else x.at(prompt=prompt_of) for x in (plain(result), result.rest))
     parts = summed(values, [over] if isinstance(over, str) else over)
     names, numbers = flat(parts)
-    names, numbers = [*names, *rest.labels["part"]], np.concatenate([numbers, rest.values])
+    names = [*rest.labels["part"][:1], *names, *rest.labels["part"][1:]]  # the embedding comes first
+    numbers = np.concatenate([rest.values[:1], numbers, rest.values[1:]])
     names, numbers, note = fewest(names, numbers, top)
     total = float(np.ravel(result.total)[prompt_of or 0])
     name = f"What each part adds to the logit of {result.about.get('direction', 'the answer')}"
@@ -86,7 +87,8 @@ def fewest(names: Sequence[str], values: np.ndarray, top: int) -> tuple[list[str
     order = np.argsort(-np.abs(np.nan_to_num(values)), kind="stable")
     first, others = order[:top], order[top:]
     kept = np.append(values[first], np.nansum(values[others]))
-    return [*(names[i] for i in first), f"{len(others):,} others"], kept, f"the {top} largest of {len(names):,}"
+    named = [str(names[int(i)]) for i in first]
+    return [*named, f"{len(others):,} others"], kept, f"the {top} largest of {len(names):,}"
 
 
 def drawn(
@@ -104,7 +106,7 @@ def drawn(
         hovertemplate=f"%{{y}}<br>%{{x:+.4g}} {shown(what)}<extra></extra>",
     )
     figure = go.Figure(bar)
-    ticks(figure, "y", names, "", room=60, down=True)
+    ticks(figure, "y", names, "", room=60, most=30, down=True)
     figure.update_xaxes(title=shown(what), zeroline=True, zerolinecolor=FAINT, gridcolor=FAINT, showgrid=True)
     tall: Look = {"height": 90 + 19 * len(names)}
     return dressed(figure, title, about, notes, **(tall | look))  # type: ignore[arg-type]

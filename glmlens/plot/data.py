@@ -10,7 +10,8 @@ from glmlens.results import Labelled
 Numbers = Any
 """A Labelled result, a numpy array, or what becomes one: nested lists, a tensor of any floating type and device."""
 Labels = Mapping[str, Sequence[str]] | Sequence[str] | None
-PLACES = ("pos", "query", "key", "step")  # axes along which a label stands beside its number
+Limits = tuple[int | float, int | float]
+PLACES = ("pos", "query", "key", "step")
 
 
 def array(x: Numbers) -> np.ndarray:
@@ -24,8 +25,8 @@ def array(x: Numbers) -> np.ndarray:
 def labelled(data: Numbers, axes: Sequence[str], labels: Labels = None) -> Labelled:
     """Numbers with these axes, from a result that has as many or from a plain array.
 
-    `labels` is a mapping by axis, or one sequence for every axis of that length that stands for positions. Raises
-    ValueError for another number of axes.
+    `labels` is a mapping by axis, or the labels of tokens, for all axes of positions. Raises ValueError for another
+    number of axes.
     """
     if isinstance(data, Labelled):
         found = Labelled(array(data.values), data.axes, data.labels, data.about)
@@ -46,17 +47,10 @@ def check(n: int, shape: object, axes: Sequence[str]) -> None:
 
 
 def spread(data: Labelled, labels: Sequence[str] | None) -> dict[str, Sequence[str]]:
-    """One sequence of token labels for all axes of positions."""
+    """One sequence of token labels for all axes of positions, each with its number in front."""
     if labels is None:
         return {}
-    return {axis: labels for axis in data.axes if axis in PLACES}
-
-
-def numbered(axis: str, labels: Sequence[str]) -> list[str]:
-    """Labels of positions with their number in front, so that two tokens of one spelling can be told apart."""
-    if axis not in PLACES:
-        return list(labels)
-    return [t if t.split(" ")[0] == str(i) else f"{i} {t}" for i, t in enumerate(labels)]
+    return {axis: [f"{i} {label}" for i, label in enumerate(labels)] for axis in data.axes if axis in PLACES}
 
 
 def pooled(data: Labelled, most: int) -> tuple[Labelled, str]:
@@ -65,10 +59,9 @@ def pooled(data: Labelled, most: int) -> tuple[Labelled, str]:
     Blocks of neighbours are drawn as one cell with the number that is largest in magnitude, so that a lone peak stays.
     """
     rows, columns = (-(-n // most) for n in data.shape)
-    named = Labelled(data.values, data.axes, {a: numbered(a, data.labels[a]) for a in data.axes}, data.about)
     if rows == columns == 1:
-        return named, ""
-    labels = {a: blocks(named.labels[a], k) for a, k in zip(data.axes, (rows, columns), strict=True)}
+        return data, ""
+    labels = {a: blocks(data.labels[a], k) for a, k in zip(data.axes, (rows, columns), strict=True)}
     size = " x ".join(f"{n:,}" for n in data.shape)
     note = f"each cell shows the largest number of {rows} x {columns}: there are {size} ({' x '.join(data.axes)})"
     return Labelled(largest(data.values, rows, columns), data.axes, labels, data.about), note
@@ -91,6 +84,5 @@ def largest(values: np.ndarray, rows: int, columns: int) -> np.ndarray:
 
 
 def title_of(data: Labelled) -> str:
-    """A title for numbers that say what they are, "head scores" style; else the names of their axes."""
-    said = data.about.get("score") or data.about.get("metric")
-    return said or " x ".join(data.axes)
+    """What numbers say that they are, or the names of their axes."""
+    return data.about.get("metric") or " x ".join(data.axes)

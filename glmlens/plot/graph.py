@@ -46,11 +46,11 @@ def strongest(scores: Mapping[Edge, float] | Sequence[tuple[Edge, float]], top: 
     return sorted(((edge, float(score)) for edge, score in pairs), key=lambda pair: -abs(pair[1]))[:top]
 
 
-def height_of(name: str) -> float:
+def height_of(name: str) -> int:
     """How high a part is: the embedding lowest, three rows for a layer, the logits on top."""
     layer, _, part = name.partition(".")
     if not part:
-        return -1.0 if name == "embed" else 1e9
+        return -1 if name == "embed" else 10**9
     return 3 * int(layer) + (2 if part == "mlp" else 1 if part.startswith("head") else 0)
 
 
@@ -63,7 +63,7 @@ def order_of(name: str) -> tuple[str, int]:
 
 def seated(names: set[str]) -> dict[str, tuple[float, int]]:
     """A place for every part: rows from below without empty ones, evenly spread along each."""
-    rows: dict[float, list[str]] = {}
+    rows: dict[int, list[str]] = {}
     for name in sorted(names, key=order_of):
         rows.setdefault(height_of(name), []).append(name)
     found = {}

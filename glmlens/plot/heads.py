@@ -6,10 +6,10 @@ import numpy as np
 import plotly.graph_objects as go
 from typing_extensions import Unpack
 
-from glmlens.plot.data import Labels, Numbers, blocks, labelled, largest, numbered
-from glmlens.plot.style import GREY, MAGNITUDE, Look, dressed, ticks
+from glmlens.plot.data import Labels, Numbers, blocks, labelled, largest
+from glmlens.plot.style import GREY, MAGNITUDE, SERIES, Look, bar_of, dressed, ticks
 
-ACROSS = 512  # cells of all the small pictures beside each other
+ACROSS = 400  # cells of all the small pictures beside each other
 
 
 def attention_heads(
@@ -25,26 +25,32 @@ def attention_heads(
     groups = n_kv_heads or 1
     if n % groups:
         raise ValueError(f"{n} heads do not fall into {groups} groups")
-    columns = min(n // groups, 8) if groups > 1 else min(n, 8)
+    wide = 8 if n > 16 else 4
+    columns = min(n // groups, wide) if groups > 1 else min(n, wide)
     per_group = -(-(n // groups) // columns)
     if groups > 1 and per_group == 1:
-        columns *= max(1, min(groups, 8 // columns))  # small groups stand beside each other
+        columns *= max(1, min(groups, wide // columns))  # small groups stand beside each other
     k = -(-max(data.shape[1:]) // max(16, min(128, ACROSS // columns)))
     tiles = np.stack([largest(head, k, k) for head in data.values])
     seats = [seat(head, n // groups, per_group, columns) for head in range(n)]
     rows, gaps = 1 + max(row for row, _ in seats), (-(-tiles.shape[1] // 6), -(-tiles.shape[2] // 16))
     board = Board(tiles.shape[1:], gaps, (rows, columns))
     figure = go.Figure(board.heat(tiles, seats))
-    query, key = (blocks(numbered(axis, data.labels[axis]), k) for axis in data.axes[1:])
+    query, key = (blocks(data.labels[axis], k) for axis in data.axes[1:])
     ticks(figure, "x", [label for _ in range(columns) for label in (*key, *[""] * gaps[1])], "")
     ticks(figure, "y", [label for _ in range(rows) for label in (*[""] * gaps[0], *query)], "", down=True)
-    figure.update_xaxes(showticklabels=False, title="key, to the right")
-    figure.update_yaxes(showticklabels=False, title="query, downwards")
+    figure.update_xaxes(showticklabels=False).update_yaxes(showticklabels=False)
+    figure.update_layout(xaxis_title="key, to the right", yaxis_title="query, downwards")
     for head, place in enumerate(seats):
         group = f" · kv {head // (n // groups)}" if groups > 1 else ""
         y, x = board.corner(*place)
         at = {"x": x - 0.5, "y": y - 0.5, "xanchor": "left", "yanchor": "bottom", "yshift": -2}
-        figure.add_annotation(text=f"head {head}{group}", showarrow=False, font={"size": 11, "color": GREY}, **at)
+        figure.add_annotation(
+            text=f"head {head}{group}",
+            showarrow=False,
+            font={"size": 11, "color": SERIES[head // (n // groups) % len(SERIES)] if groups > 1 else GREY},
+            **at,
+        )
     note = f"each cell shows the largest number of {k} x {k}: there are {length:,} queries" if k > 1 else ""
     tall = {"height": int(40 + rows * 1.17 * (860 / columns - 10))}
     return dressed(figure, "Attention of all heads", data.about, (note,), **(tall | look))  # type: ignore[arg-type]
@@ -71,9 +77,8 @@ class Board:
             here = np.s_[y : y + self.tile[0], x : x + self.tile[1]]
             z[here], of[here] = picture, head
         hover = "head %{customdata}<br>query %{y}, key %{x}<br>attention %{z:.4g}<extra></extra>"
-        bar = {"title": {"text": "attention", "side": "right"}, "thickness": 12, "outlinewidth": 0}
         heat = go.Heatmap(z=z, x=np.arange(size[1]), y=np.arange(size[0]), customdata=of, colorscale=MAGNITUDE)
-        return heat.update(zmin=0, zmax=1, hoverongaps=False, hovertemplate=hover, colorbar=bar)
+        return heat.update(zmin=0, zmax=1, hoverongaps=False, hovertemplate=hover, colorbar=bar_of("attention"))
 
 
 def seat(head: int, size: int, per_group: int, columns: int) -> tuple[int, int]:

@@ -7,12 +7,11 @@ import numpy as np
 import plotly.graph_objects as go
 from typing_extensions import Unpack
 
-from glmlens.plot.data import Labels, Numbers, array, labelled, pooled, title_of
-from glmlens.plot.style import MOST_CELLS, Look, colors, dressed, shown, ticks
+from glmlens.plot.data import Labels, Limits, Numbers, array, labelled, pooled, title_of
+from glmlens.plot.style import MOST_CELLS, Look, bar_of, colors, dressed, shown, ticks
 from glmlens.results import Labelled
 
 WRITTEN = 400  # so many cells have their number written in them
-PIXELS = {"layer": 26, "head": 26}
 
 
 def heatmap(
@@ -23,7 +22,7 @@ def heatmap(
     what: str = "value",
     signed: bool | None = None,
     down: bool = False,
-    limits: tuple[float, float] | None = None,
+    limits: Limits | None = None,
     max_cells: int = MOST_CELLS,
     **look: Unpack[Look],
 ) -> go.Figure:
@@ -40,15 +39,18 @@ def drawn(
     what: str,
     signed: bool | None = None,
     down: bool = False,
-    limits: tuple[float, float] | None = None,
+    limits: Limits | None = None,
     most: int = MOST_CELLS,
     look: Look | None = None,
-    text: np.ndarray | None = None,
+    text: np.ndarray | bool = True,
     more: tuple[str, np.ndarray] | None = None,
     name: str | None = None,
     notes: tuple[str, ...] = (),
 ) -> go.Figure:
-    """The heatmap of labelled numbers; `text` is written in the cells, and `more` is a line of hover and its data."""
+    """The heatmap of labelled numbers.
+
+    `text` is written in the cells, or the numbers, or with False nothing; `more` is a line of hover and its data.
+    """
     whole = data.values
     signed = bool(np.nanmin(whole, initial=0) < 0) if signed is None else signed
     data, note = pooled(data, most)
@@ -65,14 +67,13 @@ def drawn(
         z=data.values,
         x=np.arange(data.shape[1]),
         y=np.arange(data.shape[0]),
-        text=text,
-        texttemplate="%{text}"
-        if text is not None
-        else ("%{z:.2f}" if data.values.size <= WRITTEN and wide(data) else None),
+        text=None if isinstance(text, bool) else text,
+        texttemplate=(number(data.values) if text else None) if isinstance(text, bool) else "%{text}",
+        textfont={"size": 10},
         customdata=more[1] if more else None,
         hovertemplate="<br>".join(lines) + "<extra></extra>",
         hoverongaps=False,
-        colorbar={"title": {"text": shown(what, 40), "side": "right"}, "thickness": 12, "outlinewidth": 0},
+        colorbar=bar_of(what),
         **scale,
     )
     figure = go.Figure(heat)
@@ -82,9 +83,12 @@ def drawn(
     return dressed(figure, name or title_of(data), data.about, (*notes, note), **(tall | (look or {})))  # type: ignore[arg-type]
 
 
-def wide(data: Labelled) -> bool:
-    """Whether a number fits into a cell."""
-    return data.shape[1] <= 20
+def number(values: np.ndarray) -> str | None:
+    """How numbers are written in the cells, where they have room."""
+    if values.shape[1] > 16 or values.size > WRITTEN:
+        return None
+    most = np.nanmax(np.abs(values), initial=0)
+    return "%{z:.2f}" if most < 10 else "%{z:.1f}" if most < 100 else "%{z:.0f}"
 
 
 def patch_grid(
@@ -95,14 +99,16 @@ def patch_grid(
     A Sweep brings its interval (`low`, `high`) and `floor`; plain numbers [row, column] have none.
     """
     data = labelled(sweep, ("layer", "pos"), labels)
+    name = f"Effect of patching {data.about['site']}" if "site" in data.about else "Effect of patching"
     known = [(word, getattr(sweep, name, None)) for word, name in (("from", "low"), ("to", "high"), ("null", "floor"))]
     sheets = [(word, array(sheet.values)) for word, sheet in known if sheet is not None]
     sheets = [(word, values) for word, values in sheets if np.isfinite(values).any()]
     if not sheets or max(data.shape) > max_cells:
-        return drawn(data, "effect", True, most=max_cells, look=look)
+        return drawn(data, "effect", True, most=max_cells, look=look, name=name)
     lines = {"from": "95 %% interval %s", "to": "to %s", "null": "null floor %s"}
     said = " ".join(lines[word] % f"%{{customdata[{i}]:.3g}}" for i, (word, _) in enumerate(sheets))
-    return drawn(data, "effect", True, most=max_cells, look=look, more=(said, np.stack([v for _, v in sheets], -1)))
+    more = (said, np.stack([values for _, values in sheets], -1))
+    return drawn(data, "effect", True, most=max_cells, look=look, more=more, name=name)
 
 
 def logit_lens(
@@ -122,10 +128,11 @@ def logit_lens(
     step = -(-sheets["kl"].shape[1] // max_cells)
     word, probability = (sheets[name].stride("pos", step) for name in ("word", "probability"))
     data = sheets[show] if show != "probability" else sheets["probability"].at(rank=0)
-    data = Labelled(array(data.values), data.axes, data.labels, data.about).stride("pos", step)
-    written = None
-    if data.shape[1] <= 24:
-        written = np.array([[shown(t, 9) for t in row] for row in word.values[..., 0]])
+    about = {key: said for key, said in data.about.items() if key != "direction"}
+    data = Labelled(array(data.values), data.axes, data.labels, about).stride("pos", step)
+    written: np.ndarray | bool = False
+    if data.shape[1] <= 18:
+        written = np.array([[shown(t, 8) for t in row] for row in word.values[..., 0]])
     note = f"every {step}th position is drawn, of {sheets['kl'].shape[1]:,}" if step > 1 else ""
     name = {"probability": "Logit lens: the most probable next token after each layer"}.get(
         show, f"Logit lens: {data.about.get('metric', show)}"
@@ -171,9 +178,11 @@ def attention_pattern(
     """
     data = labelled(pattern, ("query", "key"), labels)
     if value_norms is None:
-        return drawn(data, "attention", False, True, (0, 1), max_cells, look, name="Attention", text=None)
+        return drawn(data, "attention", False, True, (0, 1), max_cells, look, False, name="Attention")
     weighted = Labelled(data.values * array(value_norms)[None, :], data.axes, data.labels, data.about)
-    return drawn(weighted, "attention x length of value", False, True, None, max_cells, look, name="Attention by value")
+    return drawn(
+        weighted, "attention x length of value", False, True, None, max_cells, look, False, name="Attention by value"
+    )
 
 
 def head_scores(

@@ -6,8 +6,8 @@ import numpy as np
 import plotly.graph_objects as go
 from typing_extensions import Unpack
 
-from glmlens.plot.data import Labels, Numbers, array, labelled, numbered, title_of
-from glmlens.plot.style import FAINT, SERIES, SIGNED, Look, dressed, shown, ticks
+from glmlens.plot.data import Labels, Limits, Numbers, array, labelled, title_of
+from glmlens.plot.style import FAINT, SERIES, SIGNED, Look, bar_of, dressed, shown, ticks
 from glmlens.results import Labelled
 
 DASHES = ("solid", "dash", "dot", "dashdot")
@@ -20,7 +20,7 @@ def lines(
     axes: tuple[str, str] = ("series", "place"),
     along: str | None = None,
     what: str = "value",
-    limits: tuple[float, float] | None = None,
+    limits: Limits | None = None,
     **look: Unpack[Look],
 ) -> go.Figure:
     """Numbers with two axes as one line for every label of one of them; `along` (the last axis) goes to the right.
@@ -38,8 +38,7 @@ def lines(
     figure = go.Figure()
     for i, (name, row) in enumerate(zip(found.labels[series], values, strict=True)):
         figure.add_scatter(**line(i, name, row, what))
-    places = numbered(along, found.labels[along])
-    ticks(figure, "x", places, along)
+    ticks(figure, "x", found.labels[along], along)
     upwards(figure, what, limits)
     figure.update_layout(showlegend=len(values) > 1, legend={"title": {"text": shown(series)}})
     return dressed(figure, title_of(found), found.about, **look)
@@ -62,7 +61,7 @@ def line(i: int, name: str, row: np.ndarray, what: str) -> dict:
     }
 
 
-def upwards(figure: go.Figure, what: str, limits: tuple[float, float] | None) -> None:
+def upwards(figure: go.Figure, what: str, limits: Limits | None) -> None:
     grid = {"showgrid": True, "gridcolor": FAINT, "zeroline": True, "zerolinecolor": FAINT}
     figure.update_yaxes(title=shown(what), range=limits, **grid)
 
@@ -80,17 +79,18 @@ def compare(sweeps: Mapping[str, Numbers], *, what: str = "effect", **look: Unpa
     for name, sweep in found.items():
         if (sweep.axes, sweep.labels) != (first.axes, first.labels):
             raise ValueError(f"{name!r} is of other places than {next(iter(found))!r}: {sweep.axes} and {first.axes}")
-    figure = beside(found, what) if len(first.axes) == 2 else above(sweeps, found, what)
+    figure = beside(found, first, what) if len(first.axes) == 2 else above(sweeps, found, first, what)
     about = {key: said for key, said in first.about.items() if key in ("metric", "model", "pairs")}
     tall: Look = {"height": 320 if len(first.axes) == 1 else 90 + max(160, 22 * first.shape[0])}
-    return dressed(figure, f"{what.capitalize()} by {' and '.join(first.axes)}", about, **(tall | look))  # type: ignore[arg-type]
+    room = 20 if len(first.axes) == 2 else 0
+    return dressed(figure, f"{what.capitalize()} by {' and '.join(first.axes)}", about, room=room, **(tall | look))  # type: ignore[arg-type]
 
 
 def axes_of(values: Numbers) -> tuple[str, ...]:
     return ("layer", "place")[: array(values).ndim]
 
 
-def above(sweeps: Mapping[str, Numbers], found: Mapping[str, Labelled], what: str) -> go.Figure:
+def above(sweeps: Mapping[str, Numbers], found: Mapping[str, Labelled], first: Labelled, what: str) -> go.Figure:
     """Lines over one axis, with the ends of their intervals."""
     figure = go.Figure()
     for i, (name, data) in enumerate(found.items()):
@@ -100,33 +100,26 @@ def above(sweeps: Mapping[str, Numbers], found: Mapping[str, Labelled], what: st
             low, high = (array(end.values) for end in ends)  # type: ignore[union-attr]
             error = {"array": high - data.values, "arrayminus": data.values - low, "symmetric": False, "thickness": 1}
         figure.add_scatter(**line(i, name, data.values, what), error_y=error)
-    axis = data.axes[0]
-    ticks(figure, "x", numbered(axis, data.labels[axis]), axis)
+    axis = first.axes[0]
+    ticks(figure, "x", first.labels[axis], axis)
     upwards(figure, what, None)
     return figure.update_layout(showlegend=True)
 
 
-def beside(found: Mapping[str, Labelled], what: str) -> go.Figure:
+def beside(found: Mapping[str, Labelled], first: Labelled, what: str) -> go.Figure:
     """Grids over two axes next to each other, zero in the middle."""
     from plotly.subplots import make_subplots
 
     names = [shown(name, 30) for name in found]
     figure = make_subplots(1, len(found), subplot_titles=names, shared_yaxes=True, horizontal_spacing=0.03)
+    figure.update_annotations(font_size=12)
     most = max(float(np.nanmax(np.abs(data.values), initial=1e-9)) for data in found.values())
-    for i, (name, data) in enumerate(found.items(), 1):
-        rows, columns = data.axes
-        hover = (
-            f"{shown(rows)} %{{y}}, {shown(columns)} %{{x}}<br>{shown(what)} %{{z:.4g}}<extra>{shown(name, 30)}</extra>"
-        )
-        at = {"x": np.arange(data.shape[1]), "y": np.arange(data.shape[0])}
-        figure.add_trace(go.Heatmap(z=data.values, coloraxis="coloraxis", hovertemplate=hover, **at), 1, i)
-        for axis, labels, update in (
-            (columns, data.labels[columns], figure.update_xaxes),
-            (rows, data.labels[rows], figure.update_yaxes),
-        ):
-            update(
-                tickvals=np.arange(len(labels)), ticktext=[shown(t, 16) for t in numbered(axis, labels)], row=1, col=i
-            )
-    figure.update_xaxes(title=shown(columns)).update_yaxes(title=shown(rows), col=1)
-    bar = {"title": {"text": shown(what), "side": "right"}, "thickness": 12, "outlinewidth": 0}
-    return figure.update_layout(coloraxis={"colorscale": SIGNED, "cmin": -most, "cmax": most, "colorbar": bar})
+    rows, columns = map(shown, first.axes)
+    at = {"x": np.arange(first.shape[1]), "y": np.arange(first.shape[0]), "coloraxis": "coloraxis"}
+    for i, (name, data) in enumerate(zip(names, found.values(), strict=True), 1):
+        hover = f"{rows} %{{y}}, {columns} %{{x}}<br>{shown(what)} %{{z:.4g}}<extra>{name}</extra>"
+        figure.add_trace(go.Heatmap(z=data.values, hovertemplate=hover, **at), 1, i)
+    below, left = ([shown(label, 16) for label in first.labels[axis]] for axis in reversed(first.axes))
+    figure.update_xaxes(title=columns, tickvals=at["x"], ticktext=below)
+    figure.update_yaxes(tickvals=at["y"], ticktext=left).update_yaxes(title=rows, col=1)
+    return figure.update_layout(coloraxis={"colorscale": SIGNED, "cmin": -most, "cmax": most, "colorbar": bar_of(what)})

@@ -3,6 +3,7 @@
 import unicodedata
 from collections.abc import Mapping, Sequence
 from html import escape
+from textwrap import wrap
 from typing import Any, TypedDict
 
 import plotly.graph_objects as go
@@ -18,7 +19,15 @@ LONG = 110  # characters of a line under the title
 DRAWN = {"\n": "↵", "\r": "␍", "\t": "→"}
 TURNING = {*map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A)), "\u200e", "\u200f", "\u2028", "\u2029"}
 
-AXIS = {"showgrid": False, "zeroline": False, "automargin": True, "title": {"standoff": 8}, "linecolor": FAINT}
+AXIS = {
+    "showgrid": False,
+    "zeroline": False,
+    "automargin": True,
+    "ticks": "",
+    "ticklabelstandoff": 4,
+    "title": {"standoff": 8},
+    "linecolor": FAINT,
+}
 TEMPLATE = go.layout.Template(
     layout={
         "paper_bgcolor": "rgba(0,0,0,0)",
@@ -28,8 +37,14 @@ TEMPLATE = go.layout.Template(
         "xaxis": AXIS,
         "yaxis": AXIS,
         "hoverlabel": {"bgcolor": "#222222", "bordercolor": GREY, "font": {"color": "#ffffff"}, "align": "left"},
-        "modebar": {"remove": ["sendChartToCloud"], "bgcolor": "rgba(0,0,0,0)", "color": GREY, "activecolor": GREY},
+        "modebar": {
+            "remove": ["sendChartToCloud", "select2d", "lasso2d"],
+            "bgcolor": "rgba(0,0,0,0)",
+            "color": GREY,
+            "activecolor": GREY,
+        },
         "legend": {"bgcolor": "rgba(0,0,0,0)"},
+        "showlegend": False,
         "title": {
             "x": 0,
             "xref": "container",
@@ -81,16 +96,20 @@ def dressed(
     about: Mapping[str, str],
     notes: Sequence[str] = (),
     *,
+    room: int = 0,
     title: str | None = None,
     subtitle: str | None = None,
     height: int = 400,
     width: int | None = None,
 ) -> go.Figure:
-    """The figure under its title: what it is, and below that the prompt, the metric, the model and the notes."""
-    said = subtitle_of(about) if subtitle is None else ([subtitle] if subtitle else [])
-    lines = [*said, *filter(None, notes)]
+    """The figure under its title: what it is, and below that the prompt, the metric, the model and the notes.
+
+    `room` is of pixels between these and the figure.
+    """
+    said = subtitle_of(about) if subtitle is None else [subtitle]
+    lines = [line for line in (*said, " · ".join(filter(None, notes))) if line]
     small = "<br>".join(shown(line, LONG) for line in lines)
-    above = 46 + 17 * len(lines)
+    above = 46 + 17 * len(lines) + room
     text = shown(name if title is None else title, 90)
     figure.update_layout(
         template=TEMPLATE,
@@ -105,15 +124,22 @@ def dressed(
 def subtitle_of(about: Mapping[str, str]) -> list[str]:
     """What a result says of itself, in a line for the prompt and a line for the rest."""
     first = [about["prompt"]] if "prompt" in about else []
-    known = ("metric", "value", "direction", "pairs", "baselines", "model")
-    said = [f"{what} {about[what]}" if what in ("model", "pairs") else about[what] for what in known if what in about]
+    words = {"metric": "{}", "direction": "{}", "pairs": "{} pairs", "model": "model {}"}
+    said = [word.format(about[what]) for what, word in words.items() if what in about]
     return first + ([" · ".join(said)] if said else [])
 
 
 def ticks(
-    figure: go.Figure, axis: str, labels: Sequence[str], title: str, *, room: int = 44, down: bool = False
+    figure: go.Figure,
+    axis: str,
+    labels: Sequence[str],
+    title: str,
+    *,
+    room: int = 36,
+    most: int = 16,
+    down: bool = False,
 ) -> None:
-    """Integer places with these labels: all of them on hover, and along the axis as many as there is room for.
+    """Integer places with these labels: whole on hover, and along the axis, of `most` characters, as many as have room.
 
     A label is never a coordinate. `axis` is "x" or "y"; with `down` the first place is on top.
     """
@@ -121,16 +147,21 @@ def ticks(
     places = list(range(n))
     ends = [n - 0.5, -0.5] if down else [-0.5, n - 0.5]
     full = {"tickvals": places, "ticktext": [shown(label, 60) for label in labels], "range": ends}
-    brief = {"tickvals": places[::step], "ticktext": [shown(label, 16) for label in labels[::step]]}
-    steep = {"tickangle": -55} if axis == "x" and max(map(len, brief["ticktext"]), default=0) > 3 else {}
-    said = {"title": {"text": shown(title)}, **steep}
+    brief = {"tickvals": places[::step], "ticktext": [shown(label, most) for label in labels[::step]]}
+    steep = axis == "x" and 8 * sum(min(len(label), most) + 1 for label in labels[::step]) > 700
+    said = {"title": {"text": shown(title)}, **({"tickangle": -55} if steep else {})}
     if step == 1 and brief["ticktext"] == full["ticktext"]:
         figure.update_layout({f"{axis}axis": full | said})
         return
     over = {"overlaying": axis, "matches": axis, "side": "bottom" if axis == "x" else "left", "range": ends}
     figure.update_layout({f"{axis}axis": full | {"showticklabels": False}, f"{axis}axis2": brief | over | said})
     nowhere = {"x": [None], "y": [None], f"{axis}axis": f"{axis}2"}  # an axis is drawn only if a trace is on it
-    figure.add_scatter(**nowhere, showlegend=False, hoverinfo="skip")
+    figure.add_scatter(**nowhere, hoverinfo="skip")
+
+
+def bar_of(what: str) -> dict[str, Any]:
+    """The bar that tells what the colours stand for."""
+    return {"title": {"text": "<br>".join(map(shown, wrap(what, 12)))}, "thickness": 12, "outlinewidth": 0}
 
 
 def colors(values: Any, signed: bool) -> dict[str, Any]:

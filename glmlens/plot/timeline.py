@@ -1,6 +1,7 @@
 """A generation, step by step: what was chosen, how sure the model was, and what else it might have said."""
 
 from collections.abc import Callable, Iterable
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -35,12 +36,16 @@ def generation(
     figure.update_xaxes(range=[0, 1.12], tickformat=".0%", gridcolor=FAINT, showgrid=True, row=2, col=1)
     figure.update_yaxes(title="probability", range=[0, 1.05], gridcolor=FAINT, showgrid=True, row=1, col=1)
     most = max(h for _, _, h, *_ in read)
-    figure.update_yaxes(title="entropy, nats", range=[0, 1.05 * max(most, 0.1)], row=1, col=1, secondary_y=True)
+    figure.update_yaxes(
+        title="entropy, nats", range=[0, 1.05 * ceil(max(most, 0.1))], tickformat=".1f", row=1, col=1, secondary_y=True
+    )
     figure.update_yaxes(**names(read[0], label), row=2, col=1)
     figure.frames = [frame(i, step, label) for i, step in enumerate(read)]
-    figure.update_layout(sliders=[slider(ticktext)], showlegend=True, legend={"orientation": "h", "y": 1.08, "x": 0})
+    figure.update_layout(
+        sliders=[slider(ticktext)], showlegend=True, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
+    )
     tall: Look = {"height": 620}
-    dressed(figure, "A generation, step by step", {}, **(tall | look))  # type: ignore[arg-type]
+    dressed(figure, "A generation, step by step", {}, room=24, **(tall | look))  # type: ignore[arg-type]
     return figure.update_layout(margin={"b": 90})
 
 
@@ -102,6 +107,6 @@ def frame(i: int, step: Reading, label: Callable[[int], str]) -> go.Frame:
 def slider(labels: list[str]) -> dict[str, Any]:
     now = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
     steps = [{"method": "animate", "label": label, "args": [[str(i)], now]} for i, label in enumerate(labels)]
-    said = {"prefix": "step ", "font": {"size": 12}, "xanchor": "left"}
+    said = {"prefix": "step ", "font": {"size": 12, "color": GREY}, "xanchor": "left"}
     style = {"bgcolor": GREY, "bordercolor": GREY, "tickcolor": GREY, "font": {"size": 1, "color": "rgba(0,0,0,0)"}}
-    return {"active": 0, "steps": steps, "currentvalue": said | {"font": {"color": GREY}}, "pad": {"t": 30}, **style}
+    return {"active": 0, "steps": steps, "currentvalue": said, "pad": {"t": 30}, **style}
