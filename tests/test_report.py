@@ -67,7 +67,7 @@ def test_reports_are_public():
 
 def test_hostile_text_in_a_report_is_escaped(hostile_page):
     page = hostile_page.read_text()
-    for part in ("<script>window.ran", "<img src=x", "onerror=window.ran=1>", "<b>bold", '" onmouseover="'):
+    for part in ("<script>window.ran", "<img src=x", "onerror=window.ran=1>", "<b>bold"):
         assert part not in page
     assert page.count("&lt;script&gt;window.ran") >= 6
 
@@ -81,7 +81,7 @@ def test_a_report_opens_from_disk_without_an_error_or_a_request(browser, hostile
 
 def test_hostile_tokens_are_shown_literally_and_never_run_in_a_browser(browser, hostile_page):
     browser.open(hostile_page)
-    ticks = browser.run("[...document.querySelectorAll('#figure-0 .xtick text')].map(t => t.textContent)")
+    ticks = browser.run("[...document.querySelectorAll('#figure-0 .x2tick text')].map(t => t.textContent)")
     expected = [f"{i} {visible(t)}" for i, t in enumerate(HOSTILE)]
     assert len(ticks) == N
     for tick, token in zip(ticks, expected, strict=True):
@@ -94,7 +94,9 @@ def test_hostile_tokens_are_shown_literally_and_never_run_in_a_browser(browser, 
     assert cells[:5] == HOSTILE[:5]
     assert browser.run("document.title") == HOSTILE[0]
     assert browser.run("window.ran === undefined")
-    assert browser.run("document.querySelectorAll('img, a[href*=example], mjx-container, b').length") == 0
+    assert (
+        browser.run("document.querySelectorAll('img, a[href*=example], mjx-container, b, [onmouseover]').length") == 0
+    )
 
 
 def test_a_hostile_token_is_whole_and_harmless_on_hover(browser, hostile_page):
