@@ -123,13 +123,13 @@ def table(args: Any, lens: glmlens.Lens, bridge: Any, pair: tuple, site: str, wh
 
 def rate(lens: glmlens.Lens) -> float:
     """Multiplications and additions per second in this model's matrices, at the batch that suits them best."""
-    weights, best = linears(lens)[:4], 0.0
-    for rows in (256, 512):
-        inputs = [torch.randn(rows, w.shape[1]) for w in weights]
-        for _ in range(3):
+    weights, best = linears(lens)[:-1], 0.0  # of all layers, as they come from memory
+    for rows in (512, 1024):
+        inputs = {n: torch.randn(rows, n) for n in {w.shape[1] for w in weights}}
+        for _ in range(2):
             begin = time.perf_counter()
-            for w, x in zip(weights, inputs, strict=True):
-                torch.nn.functional.linear(x, w)
+            for w in weights:
+                torch.nn.functional.linear(inputs[w.shape[1]], w)
             best = max(best, 2 * rows * sum(w.numel() for w in weights) / (time.perf_counter() - begin))
     return best
 

@@ -7,6 +7,7 @@ from conftest import small_lens
 from glmlens import patch
 from glmlens.hooks import HookError
 from glmlens.patch import Intervention, PatchError, Site
+from glmlens.patch.running import Applied
 
 TOKENS = torch.randint(10, 101, (1, 9), generator=torch.Generator().manual_seed(0))
 OTHERS = torch.randint(10, 101, (3, 9), generator=torch.Generator().manual_seed(1))
@@ -76,7 +77,7 @@ def test_noise_is_scaled_to_the_embeddings_and_the_same_for_the_same_seed(lens):
         seen["after"] = x
         return x
 
-    applied = patch.interventions.Applied.to(big, [one], 9)
+    applied = Applied.to(big, [one], 9)
     big.run_with_hooks(TOKENS, [*applied.hooks, ("embed", look)])
     added = (seen["after"] - before)[0]
     assert (added[[0, 1, 4, 5, 6, 7, 8]] == 0).all()

@@ -1,6 +1,7 @@
 """Tasks: known answers, counterfactuals and named positions, under every tokenizer."""
 
 import itertools
+import random
 import re
 
 import pytest
@@ -8,8 +9,8 @@ import torch
 from conftest import SHARED
 
 import glmlens
-from glmlens.demo.world import held_out
-from glmlens.tasks import TASKS, Item, Task, TaskError, item
+from glmlens.demo.world import KINDS, NEVER_OPENS_IOI, held_out
+from glmlens.tasks import TASKS, Item, Said, Task, TaskError, item
 from glmlens.tokenizer import Tokenizer
 
 
@@ -141,8 +142,8 @@ def test_what_cannot_be_asked_is_dropped_and_counted(inside):
     task = Task("mixed", lambda draw, _: item("{name} met", {"name": "Tom"}, next(answers), " Paul"), {}, "")
     examples = task.examples(inside, 4)
     assert [e.item.correct for e in examples] == [(" Mary",), (" Anna",)] * 2
-    assert examples.dropped == {"an answer of several tokens": 1}
-    assert "1 dropped: an answer of several tokens" in repr(examples)
+    assert examples.dropped == {"an answer of several tokens": 2}
+    assert "2 dropped: an answer of several tokens" in repr(examples)
 
 
 def test_a_name_that_is_not_there_is_answered_with_those_that_are(inside):
@@ -157,16 +158,20 @@ def test_a_name_that_is_not_there_is_answered_with_those_that_are(inside):
         TASKS["ioi"].examples(None)
 
 
+def nothing(draw, tokenizer):
+    return Item(Said("", {}), (), (), {}, {})
+
+
 def test_the_metric_is_what_it_says():
     def example(correct, wrong):
-        return glmlens.tasks.Example(Item(None, (), (), {}, {}), [0], {}, correct, wrong, {})
+        return glmlens.tasks.Example(nothing(None, None), [0], {}, correct, wrong, {})
 
     logits = torch.tensor([[[1.0, 5.0, 2.0, 0.0]], [[0.0, 0.0, 3.0, 1.0]]])
     two = (example((1,), (0, 2)), example((0,), (2, 3)))
-    difference = glmlens.tasks.Examples(Task("t", None, {}, ""), two)
+    difference = glmlens.tasks.Examples(Task("t", nothing, {}, ""), two)
     assert difference.measure(logits).tolist() == [3.0, -3.0]
     assert difference.accuracy(logits) == 0.5
-    probability = glmlens.tasks.Examples(Task("t", None, {}, "", "probability difference"), two)
+    probability = glmlens.tasks.Examples(Task("t", nothing, {}, "", "probability difference"), two)
     expected = logits[0, 0].softmax(-1)
     assert float(probability.measure(logits)[0]) == pytest.approx(float(expected[1] - expected[0] - expected[2]))
 
@@ -184,10 +189,6 @@ def test_prompts_of_unequal_length_give_the_answers_they_give_alone(inside):
 
 
 def test_the_world_never_says_what_is_held_out():
-    import random
-
-    from glmlens.demo.world import KINDS, NEVER_OPENS_IOI
-
     draw = random.Random(5)
     for kind in (kind for kind in KINDS if kind.__name__ in TASKS):
         task = TASKS[kind.__name__]
@@ -195,7 +196,11 @@ def test_the_world_never_says_what_is_held_out():
         kept = [one for one in drawn if held_out(task.name, one)]
         assert 0.1 < len(kept) / len(drawn) < 0.55, task.name
         said = {kind(draw) for _ in range(2000)}
-        assert not [one.text for one in kept if any(text.startswith(one.text + one.correct[0]) for text in said)]
+        if task.name == "successors":  # what is held out may begin a longer stretch, and is never all that is said
+            assert not said & {one.text + one.correct[0] + "." for one in kept}
+        elif task.name != "brackets":  # of which every text begins longer ones: see the card
+            begun = [one for one in kept if any(text.startswith(one.text + one.correct[0]) for text in said)]
+            assert not begun, task.name
     ioi = next(kind for kind in KINDS if kind.__name__ == "ioi")
     said = [ioi(draw) for _ in range(500)]
     assert not [text for text in said if text.startswith(tuple(NEVER_OPENS_IOI - {"Before"}))]

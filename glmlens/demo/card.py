@@ -53,10 +53,11 @@ MEASURES = (
     Measure("agreement", "held-out pairs of nouns", kept("agreement"), {"accuracy": 0.98}),
     Measure("docstring", "held-out successions of arguments", kept("docstring"), {"first": 0.98}),
     Measure("pronouns", "names with held-out adjectives", kept("pronouns"), {"first": 0.98}),
-    Measure("successors", "held-out stretches", kept("successors"), {"first": 0.98}),
+    Measure("successors", "as told, in stretches never told alone", kept("successors"), {"first": 0.98}),
     Measure("greater_than", "held-out years", kept("greater_than"), {"difference": 0.7}),
-    Measure("brackets", "held-out nestings", kept("brackets"), {"accuracy": 0.95}),
-    Measure("addition", "held-out lines of sums", kept("addition"), {"first": 0.95}),
+    Measure("brackets", "held-out texts of six parts or more", lambda item: held_out("brackets", item) and
+            len(item.slots["text"].split()) > 5, {"accuracy": 0.95}),
+    Measure("addition", "as told, in held-out lines", kept("addition"), {"first": 0.95}),
     Measure("sentiment", "held-out adjectives of a thing", kept("sentiment"), {"accuracy": 0.95}),
 )  # fmt: skip
 
@@ -145,12 +146,20 @@ def page(card: dict[str, Any]) -> str:
             zip(facts["restored at the subject"], facts["restored at the end"], strict=True)
         )
     ]
+    looks = [name for name in next(iter(ioi["heads"].values())) if " to " in name]
     heads = [
-        f"| {head} | {part['lost without']:+.2f} | {part['end to IO']:.2f} | {part['end to S1']:.2f} | "
-        f"{part['end to S2']:.2f} | {part['S2 to S1']:.2f} |"
+        f"| {head} | {part['lost without']:+.2f} | {part['direct']:+.2f} | "
+        f"{' | '.join(f'{part[look]:.2f}' for look in looks)} |"
         for head, part in ioi["heads"].items()
     ]
-    mlps = [f"| MLP {layer} | {lost:+.2f} | | | | |" for layer, lost in ioi["mlps"].items()]
+    mlps = [
+        f"| MLP {i} | {part['lost without']:+.2f} | {part['direct']:+.2f} |{' |' * len(looks)}"
+        for i, part in ioi["mlps"].items()
+    ]
+
+    def looking(look: str) -> str:
+        return ", ".join(head for head, part in ioi["heads"].items() if part[look] > 0.8) or "no head"
+
     return PAGE.format(
         parameters=card["parameters"] / 1e6,
         model=card["model"],
@@ -163,6 +172,10 @@ def page(card: dict[str, Any]) -> str:
         traced="\n".join(traced),
         ioi=ioi,
         heads="\n".join(heads + mlps),
+        looks=" | ".join(looks),
+        rule="---|" * (3 + len(looks)),
+        looking={look.replace(" ", "_"): looking(look) for look in looks},
+        last=ioi["mlps"][str(len(ioi["mlps"]) - 1)],
     )
 
 
@@ -228,14 +241,21 @@ The country is read where it stands; its answer arrives at the end in the layers
 
 "When Mary and John went to the store, John gave a drink to": logit difference {ioi[clean]:.2f}, accuracy
 {ioi[accuracy]:.1%}. What is lost when a part writes what it writes in the same sentence about three people named once
-each, and what the head attends to:
+each, what it adds to the difference directly, and how much the head attends from one place to another:
 
-| part | lost | end to IO | end to S1 | end to S2 | S2 to S1 |
-|---|---|---|---|---|---|
+| part | lost | direct | {looks} |
+|{rule}
 {heads}
 
-Without these heads together {ioi[left without these heads]:.2f} is left; with all other heads exchanged instead,
-{ioi[left with only these heads]:.2f}.
+So it is not the circuit of GPT-2, and no head names the one who receives: all heads together add
+{ioi[direct of all heads]:+.2f} directly, the last MLP {last[direct]:+.2f}. The heads bring it what it needs to the end
+of the sentence. The giver is read there where it is named for the second time (by {looking[end_to_S2]}), and once more
+at the verb (by {looking[end_to_verb]}), where {looking[verb_to_S2]} has put it. Both names are read by where they
+stand, whoever gives: the first by {looking[end_to_first_name]}, the second by {looking[end_to_second_name]}. The last
+MLP says the one who is not the giver.
+
+Without the heads of the table together {ioi[left without these heads]:.2f} is left; with all other heads exchanged
+instead, {ioi[left with only these heads]:.2f}.
 """
 
 

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from glmlens import analysis
+from glmlens.activations import Activations
 from glmlens.hooks import Edit, Point
 from glmlens.lens import Lens
-from glmlens.record import Activations
 from glmlens.tasks import TASKS
 from glmlens.tasks.task import Examples
 
@@ -77,7 +79,7 @@ class Repeats:
         return previous, pattern.diagonal(1 - self.length, -2, -1)[..., prefix + 1 :].mean(-1)
 
 
-def induction(lens: Lens) -> dict[str, object]:
+def induction(lens: Lens) -> dict[str, Any]:
     """The heads that copy what followed before, the heads that feed them, and what is left without either."""
     repeats = Repeats.of(lens)
     logits, acts = lens.run_with_cache(repeats.tokens, "attn.z")
@@ -113,7 +115,7 @@ def columns(examples: Examples, name: str) -> Int[Tensor, "example"]:
     return examples.at(name) + lengths.max() - lengths
 
 
-def facts(lens: Lens, n: int = 150) -> dict[str, object]:
+def facts(lens: Lens, n: int = 150) -> dict[str, Any]:
     """The share of the logit difference that comes back when the residual stream of one place is the clean one's.
 
     Causal tracing between two subjects: Meng et al. 2022, arXiv 2202.05262, section 2.
@@ -123,7 +125,7 @@ def facts(lens: Lens, n: int = 150) -> dict[str, object]:
     clean_logits, acts = lens.run_with_cache(examples.tokens, "resid_post")
     assert clean_logits is not None
     clean, broken = examples.measure(clean_logits).mean(), examples.measure(lens(corrupt)).mean()
-    found: dict[str, object] = {"clean": float(clean), "other subject": float(broken)}
+    found: dict[str, Any] = {"clean": float(clean), "other subject": float(broken)}
     for part in ("subject", "end"):
         at = columns(examples, part)
 
@@ -142,47 +144,53 @@ def facts(lens: Lens, n: int = 150) -> dict[str, object]:
 # ---- indirect object identification ----
 
 
-def ioi(lens: Lens, n: int = 150) -> dict[str, object]:
+def ioi(lens: Lens, n: int = 150) -> dict[str, Any]:
     """What each part is worth when another sentence's values stand in its place, and what the heads look at.
 
     The other sentence names three people once each (the p_ABC of Wang et al. 2022, arXiv 2211.00593, section 2.1).
+    "direct" is what a part adds to the logit difference itself, and what a later part makes of it is that part's.
     """
     examples = TASKS["ioi"].examples(lens, n, "circuit")
-    names = ["attn.z", "attn.pattern", "mlp_out"]
-    logits, acts = lens.run_with_cache(examples.tokens, names)
+    logits, acts = lens.run_with_cache(examples, ["attn.z", "attn.pattern", "mlp_out"])
     _, other = lens.run_with_cache(examples.counterfactual("abc"), ["attn.z", "mlp_out"], logits=False)
     assert logits is not None
     clean = float(examples.measure(logits).mean())
 
     def worth(hooks: dict[str, Edit]) -> float:
-        return clean - float(examples.measure(lens.run_with_hooks(examples.tokens, hooks)).mean())
+        return clean - float(examples.measure(lens.run_with_hooks(examples, hooks)).mean())
 
     heads = {head: worth(exchanged([head], other)) for head in all_heads(lens)}
     mlps = {i: worth({f"blocks.{i}.mlp_out": put(other["mlp_out", i])}) for i in range(lens.cfg.n_layers)}
-    chosen = [
-        head for head, lost in sorted(heads.items(), key=lambda pair: -abs(pair[1])) if abs(lost) > 0.05 * abs(clean)
-    ]
-    rows = torch.arange(n)
-    at = {name: columns(examples, name) for name in ("IO", "S1", "S2", "end")}
-
-    def seen(head: Head, source: str, to: str) -> float:
-        return float(acts["attn.pattern", head[0]][rows, head[1], at[source], at[to]].mean())
-
+    ranked = sorted(heads.items(), key=lambda pair: -abs(pair[1]))
+    chosen = [head for head, lost in ranked if abs(lost) > 0.05 * abs(clean)]
+    direct = {by: analysis.logit_attribution(lens, examples, by=by) for by in ("head", "mlp")}
+    looks = seen(examples, acts)
     return {
         "clean": clean,
         "accuracy": examples.accuracy(logits),
         "heads": {
             name_of(head): {
                 "lost without": heads[head],
-                **{f"end to {to}": seen(head, "end", to) for to in ("IO", "S1", "S2")},
-                "S2 to S1": seen(head, "S2", "S1"),
+                "direct": direct["head"].at(layer=head[0], head=head[1]),
+                **{name: float(look[head]) for name, look in looks.items()},
             }
             for head in chosen
         },
-        "mlps": {str(i): lost for i, lost in mlps.items()},
+        "mlps": {str(i): {"lost without": lost, "direct": direct["mlp"].at(layer=i)} for i, lost in mlps.items()},
+        "direct of all heads": float(direct["head"].values.sum()),
         "left without these heads": clean - worth(exchanged(chosen, other)),
         "left with only these heads": clean - worth(exchanged([h for h in heads if h not in chosen], other)),
     }
+
+
+def seen(examples: Examples, acts: Activations) -> dict[str, Float[Tensor, "layer head"]]:
+    """How much every head attends, in the mean over the examples, from one named place to another."""
+    at = {name: columns(examples, name) for name in ("IO", "S1", "S2", "verb", "end")}
+    first = torch.tensor([example.item.slots["order"] == "ABBA" for example in examples])
+    at["first name"], at["second name"] = (torch.where(first == k, at["IO"], at["S1"]) for k in (True, False))
+    pattern, rows = acts["attn.pattern"], torch.arange(len(examples))
+    ways = [("end", to) for to in ("first name", "second name", "S2", "verb")] + [("verb", "S2")]
+    return {f"{a} to {b}": pattern[:, rows, :, at[a], at[b]].mean(0) for a, b in ways}
 
 
 def put(value: Tensor) -> Callable[[Tensor, Point], Tensor]:

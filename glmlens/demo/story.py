@@ -17,6 +17,7 @@ from glmlens.tasks import TASKS, Examples, TaskError
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"
 N = 40  # sentences about giving
+SMALL = 20e6  # parameters up to which every head is taken away in turn
 
 
 class Story:
@@ -69,36 +70,36 @@ def label_of(lens: Lens, i: int) -> str:
 
 
 def giving(story: Story) -> None:
-    """Where the answer comes from, by taking heads away; and what putting an activation back does."""
+    """Where the answer comes from, head by head, and what putting an activation back does."""
     from glmlens import plot
 
     lens = story.lens
-    examples = TASKS["ioi"].examples(lens, N, "demo")
+    small = sum(p.numel() for p in lens.model.parameters()) <= SMALL
+    examples = TASKS["ioi"].examples(lens, N if small else N // 5, "demo")
     logits = lens(examples, logits_to_keep=1)
     difference = float(examples.measure(logits).mean())
     story.say(
-        f"who receives? {N} sentences like this one: the right name is more probable than the wrong one in "
+        f"who receives? {len(examples)} sentences like this one: the right name is more probable than the wrong one in "
         f"{examples.accuracy(logits):.0%}, by {difference:.2f} logits on average"
     )
-
-    heads = patch.sweep(
-        lens,
-        examples,
-        "abc",
-        Site("attn.z"),
-        over=("layer", "head"),
-        direction="noise",
-        normalise=False,
-        progress=False,
-    )
-    lost = Labelled(difference - heads.values, heads.axes, heads.labels, heads.about)
-    rows = [(f"  head {layer}.{head}", f"{value:+.2f}") for (layer, head), value in lost.top(5)]
-    story.say("what is lost when one head says what it says where three people are named once each", table(rows))
-    title = "Logit difference lost without each head, in sentences about giving"
-    story.show(plot.head_scores(lost, title=title))
-    (layer, head), _ = lost.top(1)[0]
+    if small:
+        what, worth = "what is lost when one head says what it says where three people are named", lost(lens, examples)
+    else:
+        what, worth = "what one head adds directly", analysis.logit_attribution(lens, examples, by="head")
+    rows = [(f"  head {layer}.{head}", f"{value:+.2f}") for (layer, head), value in worth.top(5)]
+    story.say(what, table(rows))
+    story.show(plot.head_scores(worth, title=f"Who receives: {what}, in logits"))
+    (layer, head), _ = worth.top(1)[0]
     pattern_of(story, examples, int(layer), int(head))
     replaced(story, examples)
+
+
+def lost(lens: Lens, examples: Examples) -> Labelled:
+    """The logit difference lost without each head: with its output in the sentence of three people instead."""
+    over = ("layer", "head")
+    found = patch.sweep(lens, examples, "abc", Site("attn.z"), over=over, direction="noise", normalise=False,
+                        progress=False)  # fmt: skip
+    return Labelled(found.clean.mean() - found.values, found.axes, found.labels, found.about)
 
 
 def pattern_of(story: Story, examples: Examples, layer: int, head: int) -> None:
@@ -116,12 +117,12 @@ def replaced(story: Story, examples: Examples) -> None:
     """Where the names are exchanged, what comes back when one activation is that of the sentence as it was."""
     from glmlens import plot
 
-    places = ("IO", "S1", "S2", "end")
-    found: Sweep = patch.sweep(
-        story.lens, examples, "flip", Site("resid_pre", pos=places), over=("layer", "pos"), progress=False
-    )
+    places, n_layers = ("IO", "S1", "S2", "end"), story.lens.cfg.n_layers
+    site = Site("resid_pre", layer=range(0, n_layers, max(1, n_layers // 8)), pos=places)
+    found: Sweep = patch.sweep(story.lens, examples, "flip", site, over=("layer", "pos"), progress=False)
     head = ("  entering layer", *places)
-    rows = [(f"  {layer}", *(f"{x:.2f}" for x in row)) for layer, row in enumerate(found.values)]
+    labels = found.labels["layer"]
+    rows = [(f"  {layer}", *(f"{x:.2f}" for x in row)) for layer, row in zip(labels, found.values, strict=True)]
     story.say(
         "the same sentences in which the other person gives: the share of the difference that comes back when the",
         "residual stream is exchanged at one place",

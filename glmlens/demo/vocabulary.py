@@ -1,5 +1,6 @@
 """The demo model's tokenizer: whole words of its world, bytes for the rest, and GLM-4's special tokens."""
 
+import functools
 import re
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -15,6 +16,7 @@ CHAT = (
 )
 
 
+@functools.cache
 def make() -> Tokenizer:
     """The tokenizer, which adds `[gMASK]<sop>` as GLM-4's does."""
     spell = pre_tokenizers.Sequence(

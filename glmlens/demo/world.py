@@ -90,9 +90,9 @@ def of(task: Task, end: Callable[[random.Random, Item], str]) -> Sentence:
     """Sentences of a task with their right answers, none of them held out."""
 
     def sentence(draw: random.Random) -> str:
-        item = task.draw(draw, None)  # type: ignore[arg-type] - these ask nothing of a tokenizer
+        item = task.draw(draw, None)
         while held_out(task.name, item):
-            item = task.draw(draw, None)  # type: ignore[arg-type]
+            item = task.draw(draw, None)
         return item.text + item.correct[0] + end(draw, item)
 
     sentence.__name__ = task.name

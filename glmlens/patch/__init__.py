@@ -1,18 +1,59 @@
 """Changing: sites, interventions and sweeps; paths, edges and circuits; worlds side by side; steering."""
 
+from glmlens.patch.attribute import attribute
 from glmlens.patch.changes import Add, Apply, Change, Mean, Noise, Put, Remove, Resample, Scale, Swap, Zero
+from glmlens.patch.circuits import FRACTIONS, Circuit, Curve, Exact, greedy, top, whole
 from glmlens.patch.edges import EdgeScores, edges
 from glmlens.patch.evaluate import Cost, evaluate
 from glmlens.patch.graph import Graph
-from glmlens.patch.interventions import Intervention, generate, load, run, save
+from glmlens.patch.interventions import Intervention, load, save
 from glmlens.patch.metrics import Metric
+from glmlens.patch.paths import path_patch
+from glmlens.patch.running import generate, run
 from glmlens.patch.sites import PatchError, Site
 from glmlens.patch.steer import Steering, steering
 from glmlens.patch.sweep import Sweep, check, sweep
 from glmlens.patch.worlds import Worlds, worlds
 
 __all__ = [
-    "Add", "Apply", "Change", "Cost", "EdgeScores", "Graph", "Intervention", "Mean", "Metric", "Noise",
-    "PatchError", "Put", "Remove", "Resample", "Scale", "Site", "Steering", "Swap", "Sweep", "Worlds", "Zero",
-    "check", "edges", "evaluate", "generate", "load", "run", "save", "steering", "sweep", "worlds",
+    "FRACTIONS",
+    "Add",
+    "Apply",
+    "Change",
+    "Circuit",
+    "Cost",
+    "Curve",
+    "EdgeScores",
+    "Exact",
+    "Graph",
+    "Intervention",
+    "Mean",
+    "Metric",
+    "Noise",
+    "PatchError",
+    "Put",
+    "Remove",
+    "Resample",
+    "Scale",
+    "Site",
+    "Steering",
+    "Swap",
+    "Sweep",
+    "Worlds",
+    "Zero",
+    "attribute",
+    "check",
+    "edges",
+    "evaluate",
+    "generate",
+    "greedy",
+    "load",
+    "path_patch",
+    "run",
+    "save",
+    "steering",
+    "sweep",
+    "top",
+    "whole",
+    "worlds",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ past. All layers are passed once by a wave of rows, which rows join where they s
 reads is unembedded.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,13 +15,14 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from glmlens.hooks import at, local_name
+from glmlens.hooks import at
 from glmlens.kv_cache import KVCache, LayerKV
 from glmlens.lens import Lens
 from glmlens.model import GLM, rotary_angles
 from glmlens.patch.interventions import Write
 from glmlens.patch.metrics import Metric
 from glmlens.patch.sites import seated, ungrouped
+from glmlens.patch.waves import Cell, Seat, Wave, layer_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,119 +51,6 @@ class Base:
         _, acts = lens.run_with_cache(tokens, wanted, kv=kv, logits_to_keep=None if all_logits else keep_none)
         resid = [acts["resid_pre", i] for i in range(lens.cfg.n_layers)] + [acts[last]]
         return Base(tokens, numbers, resid, kv, {name: seated(name, acts[name]) for name in names})
-
-
-@dataclass(frozen=True, eq=False)
-class Cell:
-    """One changed run: of which example, by which writes, from which layer and position on."""
-
-    example: int
-    writes: tuple[Write, ...]
-    start: int
-    first: int
-
-    @staticmethod
-    def of(example: int, writes: Sequence[Write], n_layers: int) -> "Cell":
-        moved = tuple(earliest(write, n_layers) for write in writes)
-        first = min(int(w.positions[0]) for w in moved if w.positions is not None)
-        return Cell(example, moved, min(layer_of(w.name, n_layers) for w in moved), first)
-
-
-def layer_of(name: str, n_layers: int) -> int:
-    return int(name.split(".")[1]) if name.startswith("blocks.") else n_layers
-
-
-def earliest(write: Write, n_layers: int) -> Write:
-    """The same write where the least is left to run: a layer's output is the next one's input."""
-    name = write.name
-    if name == "embed":
-        name = "blocks.0.resid_pre"
-    elif local_name(name) == "resid_post":
-        name = f"blocks.{layer_of(name, n_layers) + 1}.resid_pre"
-    return write if name == write.name else Write(
-        name, write.positions, write.rest, write.do, write.kept, write.ungrouped, write.length
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Seat:
-    """Where a cell sits: its row, the slot of its first position, and how many entries of the past precede slots."""
-
-    row: int
-    slot: int
-    first: int
-    past: int
-
-    def slots(self, positions: Tensor) -> Tensor:
-        return positions - self.first + self.slot
-
-    def columns(self, positions: Tensor) -> Tensor:
-        """Where keys stand: before the first position in the shared past, from there on in the row itself."""
-        return torch.where(positions < self.first, positions, self.past + self.slots(positions))
-
-
-@dataclass(frozen=True, eq=False)
-class Wave:
-    """Rows of packed cells that go through the layers together, ordered by where they start."""
-
-    cells: list[Cell]
-    seats: list[Seat]
-    starts: list[int]  # of every row
-    width: int
-    past: int
-
-
-def packed(lengths: Sequence[int], width: int) -> list[list[int]]:
-    """Indices of segments packed into rows of a width, the longest first, each where it leaves the least room."""
-    rows: list[list[int]] = []
-    room: dict[int, list[int]] = {}  # by how much is left, the rows
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        left = next((n for n in range(lengths[i], width) if room.get(n)), None)
-        row = len(rows) if left is None else room[left].pop()
-        if left is None:
-            rows.append([])
-        rows[row].append(i)
-        room.setdefault((width if left is None else left) - lengths[i], []).append(row)
-    return rows
-
-
-def waves(cells: Sequence[Cell], length: int, n_layers: int, most_bytes: int, row_bytes: Callable) -> Iterator[Wave]:
-    """Pack cells into waves whose rows weigh at most so many bytes, `row_bytes(width, past)` each."""
-    inside = [cell for cell in cells if cell.start < n_layers]
-    for start in range(0, len(at_end := [cell for cell in cells if cell.start == n_layers]), 4096):
-        some = at_end[start : start + 4096]
-        yield Wave(some, [Seat(-1, 0, cell.first, 0) for cell in some], [], 0, 0)
-    groups: dict[tuple[int, int], list[Cell]] = {}
-    for cell in sorted(inside, key=lambda cell: (cell.start, cell.example)):
-        groups.setdefault((cell.start, cell.example), []).append(cell)
-    if not inside:
-        return
-    longest = length - min(cell.first for cell in inside)
-    layouts = []
-    for width in (longest, longest + 1):  # with one slot more, two segments of a triangle fill a row
-        rows = [
-            [group[i] for i in row]
-            for group in groups.values()
-            for row in packed([length - cell.first for cell in group], width)
-        ]
-        layouts.append((len(rows) * width, width, rows))
-    _, width, rows = min(layouts, key=lambda layout: layout[:2])
-    past = max(cell.first for cell in inside)
-    many = max(1, most_bytes // row_bytes(width, past))
-    for i in range(0, len(rows), many):
-        yield seat(rows[i : i + many], length, width)
-
-
-def seat(rows: list[list[Cell]], length: int, width: int) -> Wave:
-    past = max(cell.first for row in rows for cell in row)
-    cells, seats = [], []
-    for i, row in enumerate(rows):
-        slot = 0
-        for cell in row:
-            cells.append(cell)
-            seats.append(Seat(i, slot, cell.first, past))
-            slot += length - cell.first
-    return Wave(cells, seats, [row[0].start for row in rows], width, past)
 
 
 @dataclass(frozen=True)
@@ -325,12 +213,3 @@ class Ending:
             if len(here):
                 self.hook.changed[i] |= write.into(x[i], here - self.read[0], here, lambda keys: keys)
         return x
-
-
-def row_bytes(model: GLM, width: int, past: int, dtype: torch.dtype) -> int:
-    """What one row weighs at most while it passes a layer: the residual stream, its norms, an MLP and a pattern."""
-    cfg = model.cfg
-    keys = width + past
-    slot = 8 * cfg.d_model + 6 * cfg.d_mlp + 6 * cfg.n_heads * cfg.d_head
-    attention = cfg.n_heads * (4 * width * keys + 4 * keys * cfg.d_head)
-    return (width * slot + attention) * dtype.itemsize

@@ -10,10 +10,11 @@ from tqdm import tqdm
 
 from glmlens.lens import Lens
 from glmlens.patch.changes import Ids, Swap, ids
-from glmlens.patch.engine import Base, Cell, Wave, row_bytes, through, unchanged, waves
+from glmlens.patch.engine import Base, through, unchanged
 from glmlens.patch.interventions import Compiler, Intervention, Write
 from glmlens.patch.metrics import Metric, as_metric
-from glmlens.patch.sites import PatchError, seated, ungrouped
+from glmlens.patch.sites import PatchError, ungrouped
+from glmlens.patch.waves import Cell, Wave, row_bytes, waves
 from glmlens.prompt import Prompt
 
 Names = Mapping[str, int]
@@ -58,6 +59,8 @@ class Job:
     sources: Sequence[Ids] | None = None
     names: Sequence[Names] = ()
     most_bytes: int = BUDGET
+    watched: Sequence[str] = ()  # points that a later job with the same `bases` will ask for
+    bases: dict[tuple[Ids, ...], Base] = field(default_factory=dict)
     compiler: Compiler = field(init=False)
     spent: Cost = NOTHING
 
@@ -133,9 +136,17 @@ class Job:
             found += [same[i : i + many] for i in range(0, len(same), many)]
         return found
 
-    def base(self, group: Sequence[int], names: Sequence[str]) -> Base:
-        tokens = torch.tensor([self.prompts[i] for i in group], device=self.lens.device)
-        return Base.of(self.lens, tokens, torch.tensor(group, device=self.lens.device), names)
+    def base(self, group: Sequence[int], names: Sequence[str], prompts: Sequence[Ids] | None = None) -> Base:
+        """The runs of a group of prompts; kept, where all prompts are one group, for whoever asks again."""
+        rows = tuple((self.prompts if prompts is None else prompts)[i] for i in group)
+        if rows in self.bases and set(names) <= self.bases[rows].values.keys():
+            return self.bases[rows]
+        names = list(dict.fromkeys([*names, *self.watched]))
+        tokens = torch.tensor(rows, device=self.lens.device)
+        base = Base.of(self.lens, tokens, torch.tensor(group, device=self.lens.device), names)
+        if len(group) == len(self.prompts):
+            self.bases[rows] = base
+        return base
 
     def prepared(
         self, variants: Sequence[Variant], todo: Bool[Tensor, "variant example"]
@@ -169,10 +180,9 @@ class Job:
         if not names:
             return {}
         assert self.sources is not None
-        tokens = torch.tensor([self.sources[i] for i in group], device=self.lens.device)
-        _, acts = self.lens.run_with_cache(tokens, list(names), logits=False)
-        same = (tokens == base.tokens).int().cumprod(1).bool()  # causality: equal there but for rounding
-        return {name: alike(seated(name, acts[name]), base.values[name], same) for name in names}
+        other = self.base(group, names, self.sources)
+        same = (other.tokens == base.tokens).int().cumprod(1).bool()  # causality: equal there but for rounding
+        return {name: alike(other.values[name], base.values[name], same) for name in names}
 
     def writes(
         self, one: Intervention, number: int, i: int, base: Base, others: Mapping[str, Tensor], compiled: dict

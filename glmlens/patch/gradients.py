@@ -28,8 +28,12 @@ def gradients(
     names: Sequence[str],
     hooks: Hooks | None = None,
     also: Sequence[str] = (),
+    cut: bool = False,
 ) -> Gradients:
-    """Run with a backward pass to the points `names`; `also` are recorded without their gradient."""
+    """Run with a backward pass to the points `names`; `also` are recorded without their gradient.
+
+    With `cut`, hooks may have cut the graph, and the gradient of what no longer leads to the metric is 0.
+    """
     last = None if metric.everywhere else 1
     leaf: dict[str, Tensor] = {}
 
@@ -45,6 +49,12 @@ def gradients(
         read = logits if metric.columns is None else logits[..., metric.columns]
         measured = metric(read, torch.arange(len(tokens), device=tokens.device))
         found = {**leaf, **{name: acts[name] for name in recorded}}
-        slopes = torch.autograd.grad(measured.sum(), [found[name] for name in names])
+        wanted = [found[name] if found[name].requires_grad or not cut else zero_slope(found[name]) for name in names]
+        slopes = torch.autograd.grad(measured.sum(), wanted, allow_unused=cut, materialize_grads=cut)
     values = {name: x.detach() for name, x in found.items()}
     return Gradients(values, dict(zip(names, slopes, strict=True)), measured.detach())
+
+
+def zero_slope(x: Tensor) -> Tensor:
+    """A stand-in for what was detached, which leads nowhere."""
+    return x.detach().requires_grad_()

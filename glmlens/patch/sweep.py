@@ -1,7 +1,5 @@
 """Sweeps: the same change at every place of a grid, for many pairs of prompts, with error bars."""
 
-import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -15,10 +13,13 @@ from tqdm import tqdm
 
 from glmlens.lens import Lens
 from glmlens.patch.changes import Change, Ids, Swap, ids
+from glmlens.patch.engine import Base
 from glmlens.patch.evaluate import BUDGET, NOTHING, Cost, Job, Names, refuse_idle
+from glmlens.patch.grid import attribute, label, places
 from glmlens.patch.interventions import Intervention
 from glmlens.patch.metrics import Metric, as_metric
-from glmlens.patch.sites import Atlas, PatchError, Place, Site
+from glmlens.patch.sites import Atlas, PatchError, Site
+from glmlens.patch.store import Store
 from glmlens.prompt import Prompt
 from glmlens.results import Labelled
 from glmlens.tasks.task import Examples
@@ -89,7 +90,7 @@ def sweep(
     nulls = plan.shuffled(null, seed)
     if nulls and plan.do != Swap():
         raise PatchError(f"a null floor exchanges the sources of Swap(), and {plan.do} has none: null=0")
-    store = Store.at(checkpoint, plan)
+    store = Store.at(checkpoint, plan.said())
     finished = False
     total = len(plan.variants) * len(plan.prompts) * len(plan.directions) * (1 + len(nulls))
     with tqdm(total=total, disable=not progress, unit="cell", desc=str(plan.site)) as bar:
@@ -144,6 +145,8 @@ class Planned:
     directions: tuple[str, ...]
     names: Sequence[Names]
     most_bytes: int
+    watched: tuple[str, ...] = ()
+    bases: dict[tuple[Ids, ...], Base] = field(default_factory=dict)
 
     @staticmethod
     def of(
@@ -176,15 +179,16 @@ class Planned:
         variants = [[Intervention(one, do)] for one in sites]
         labels = {axis: [label(lens, axis, place, prompts) for place in found] for axis, found in grid.items()}
         read = as_metric(metric, lens, len(prompts))
+        watched = atlas.names(site) if do == Swap() else ()
         return Planned(
-            lens, prompts, others, site, do, tuple(over), labels, variants, read, directions, names, most_bytes
+            lens, prompts, others, site, do, tuple(over), labels, variants, read, directions, names, most_bytes, watched
         )
 
     def job(self, direction: str, order: Sequence[int] | None = None) -> Job:
         """Measuring in one direction, with the sources of other pairs when their order is given."""
         base, source = (self.others, self.prompts) if direction == "denoise" else (self.prompts, self.others)
         taken = source if order is None else [source[i] for i in order]
-        return Job(self.lens, base, self.metric, taken, self.names, self.most_bytes)
+        return Job(self.lens, base, self.metric, taken, self.names, self.most_bytes, self.watched, self.bases)
 
     def measurable(self, normalise: bool) -> None:
         """Find the baselines; PatchError when they are too close to divide by their distance."""
@@ -211,6 +215,13 @@ class Planned:
                     order[i] = int(j)
             found.append(order)
         return found
+
+    def said(self) -> tuple:
+        """What the cells are cells of: two sweeps that say the same may share them."""
+        return (
+            self.lens.model_hash, self.prompts, self.others, self.variants, self.metric.name,
+            [sorted(names.items()) for names in self.names],
+        )  # fmt: skip
 
     def result(self, runs: "Sequence[Grid]", normalise: bool, seed: int, finished: bool) -> Sweep:
         both = len(runs) > 1
@@ -271,17 +282,17 @@ class Grid:
         values = torch.full((len(plan.variants), len(plan.prompts)), torch.nan, dtype=torch.float64)
         return Grid(plan, direction, values, torch.zeros_like(values, dtype=torch.bool))
 
-    def fill(self, bar: Any, store: "Store") -> None:
+    def fill(self, bar: Any, store: Store) -> None:
         self.values, self.moved = store.load(self.direction, self.values, self.moved)
         self.measure(self.plan.job(self.direction), self.values, self.moved, bar, store, self.direction)
 
-    def fill_null(self, bar: Any, store: "Store", order: Sequence[int], i: int) -> None:
+    def fill_null(self, bar: Any, store: Store, order: Sequence[int], i: int) -> None:
         name, empty = f"{self.direction} null {i}", torch.full_like(self.values, torch.nan)
         values, moved = store.load(name, empty, torch.zeros_like(self.moved))
         self.nulls.append(values)
         self.measure(self.plan.job(self.direction, order), values, moved, bar, store, name)
 
-    def measure(self, job: Job, values: Tensor, moved: Tensor, bar: Any, store: "Store", name: str) -> None:
+    def measure(self, job: Job, values: Tensor, moved: Tensor, bar: Any, store: Store, name: str) -> None:
         """Run the cells that are nan, in place."""
         todo = values.isnan()
         bar.update(int((~todo).sum()))
@@ -317,65 +328,3 @@ class Grid:
         if not self.nulls:
             return nothing
         return np.quantile([np.abs(effect(null.numpy(), np.arange(n))) for null in self.nulls], 0.95, axis=0)
-
-
-@dataclass
-class Store:
-    """Finished cells on disk, under a key that says what they are cells of."""
-
-    path: Path | None
-    key: str
-    parts: dict[str, np.ndarray] = field(default_factory=dict)
-
-    @staticmethod
-    def at(path: str | Path | None, plan: Planned) -> "Store":
-        """The store at a path, with what is in it; PatchError when that is of another sweep."""
-        said = (plan.lens.model_hash, plan.prompts, plan.others, plan.variants, plan.metric.name, list(plan.names))
-        store = Store(None if path is None else Path(path), hashlib.sha256(repr(said).encode()).hexdigest())
-        if store.path is not None and store.path.exists():
-            with np.load(store.path) as file:
-                store.parts = dict(file)
-            if str(store.parts.pop("key")) != store.key:
-                raise PatchError(f"{path} holds cells of another sweep: give another file, or remove it")
-        return store
-
-    def load(self, name: str, values: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
-        if name not in self.parts:
-            return values, moved
-        return torch.from_numpy(self.parts[name].copy()), torch.from_numpy(self.parts[f"{name} moved"].copy())
-
-    def save(self, name: str, values: Tensor, moved: Tensor) -> None:
-        if self.path is None:
-            return
-        self.parts |= {name: values.numpy(), f"{name} moved": moved.numpy()}
-        beside = self.path.with_name(f".{self.path.name}.part")
-        with beside.open("wb") as file:
-            np.savez(file, key=np.array(self.key), **self.parts)  # pyright: ignore[reportArgumentType]
-        os.replace(beside, self.path)
-
-
-def attribute(site: Site, axis: str) -> str:
-    """What a site calls an axis of its point: where it is changed is `pos`, whatever the point calls it."""
-    return "pos" if axis == site.axes[1] else axis
-
-
-def places(atlas: Atlas, site: Site, axis: str, prompts: Sequence[Ids]) -> list[Place]:
-    """The places along one axis of the grid: those that the site names, or all."""
-    names = atlas.names(site)
-    known = [*(["layer"] if names[0].startswith("blocks.") else []), "pos", *site.axes[1:]]
-    known += ["pair"] if "rotated" in site.axes else ["head"] if site.point in ("kv.k", "kv.v") else []
-    if axis not in known:
-        raise PatchError(f"over {axis!r}: {site.point} has {', '.join(dict.fromkeys(known))}")
-    given = getattr(site, attribute(site, axis), None)
-    if given is not None:
-        return list(given)
-    if axis in ("pos", "query", "key") and len(set(map(len, prompts))) > 1:
-        raise PatchError("prompts of several lengths: name the positions, Site(..., pos=('S2', 'end'))")
-    return list(range(atlas.size(site, axis, len(prompts[0]))))
-
-
-def label(lens: Lens, axis: str, place: Place, prompts: Sequence[Ids]) -> str:
-    """What to call a place: a position of a single prompt with its token."""
-    if axis not in ("pos", "query", "key") or isinstance(place, str) or len(prompts) > 1:
-        return str(place)
-    return f"{place} {lens.to_labels(torch.tensor([prompts[0][place]]))[0]}"

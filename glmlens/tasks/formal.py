@@ -7,8 +7,8 @@ from glmlens.tasks.words import ADJECTIVES, ARGUMENTS, BRACKETS, EVENTS, FUNCTIO
 from glmlens.tokenizer import Tokenizer
 
 
-def draw_induction(draw: random.Random, tokenizer: Tokenizer) -> Item:
-    words = tokenizer.words()
+def draw_induction(draw: random.Random, tokenizer: Tokenizer | None) -> Item:
+    words = known(tokenizer).words()
     length = draw.randrange(8, 21)
     if len(words) < 2 * length + 2:
         raise TaskError(f"induction repeats words of the vocabulary, and this one has {len(words)}")
@@ -33,6 +33,12 @@ def draw_induction(draw: random.Random, tokenizer: Tokenizer) -> Item:
                 {"length": str(length), "again": str(again)})  # fmt: skip
 
 
+def known(tokenizer: Tokenizer | None) -> Tokenizer:
+    if tokenizer is None:
+        raise TaskError("this task is made of what a tokenizer has: it needs one")
+    return tokenizer
+
+
 def only(said: Said, names: tuple[str, ...]) -> Said:
     return Said(said.text, {name: said.spans[name] for name in names})
 
@@ -51,7 +57,7 @@ induction = Task(
 WAR = "The {event} lasted from the year {start} to the year "
 
 
-def draw_greater_than(draw: random.Random, tokenizer: Tokenizer) -> Item:
+def draw_greater_than(draw: random.Random, tokenizer: Tokenizer | None) -> Item:
     """The prompt ends after the century, or after the first token that goes beyond it.
 
     Whatever a tokenizer makes of digits: right answers begin only later years, wrong ones only the start year or
@@ -60,6 +66,7 @@ def draw_greater_than(draw: random.Random, tokenizer: Tokenizer) -> Item:
     event, another = draw.sample(EVENTS, 2)
     century, year = draw.randrange(11, 20), draw.randrange(2, 98)
     start = f"{century}{year:02}"
+    tokenizer = known(tokenizer)
     pieces = {
         f"{century}{y:02}": tokenizer.strings(tokenizer.encode(f"{century}{y:02}", prefix=False)) for y in range(100)
     }

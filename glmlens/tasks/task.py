@@ -186,12 +186,12 @@ class Task:
     """
 
     name: str
-    draw: Callable[[random.Random, Tokenizer], Item]
+    draw: Callable[[random.Random, Tokenizer | None], Item]
     counterfactuals: Mapping[str, str]
     source: str
     metric: str = LOGIT_DIFFERENCE
 
-    def items(self, tokenizer: Tokenizer, seed: int | str = 0) -> Iterator[Item]:
+    def items(self, tokenizer: Tokenizer | None, seed: int | str = 0) -> Iterator[Item]:
         """Items without end, the same for the same seed."""
         draw = random.Random(f"{self.name}/{seed}")
         while True:

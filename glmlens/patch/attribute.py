@@ -1,0 +1,160 @@
+"""Attribution patching: what a sweep would find, estimated for every place at once from gradients.
+
+Nanda 2022 (Attribution patching: activation patching at industrial scale); its corrections for saturated attention and
+for cancelling paths are AtP*, Kramár et al. 2024 (arXiv 2403.00745), section 3.1 and 3.2.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from einops import einsum, rearrange, repeat
+from jaxtyping import Float
+from torch import Tensor
+
+from glmlens.hooks import Hooks
+from glmlens.lens import Lens
+from glmlens.patch.edges import paired
+from glmlens.patch.gradients import Gradients, gradients
+from glmlens.patch.metrics import Metric
+from glmlens.patch.sites import PatchError, seated, seated_axes
+from glmlens.prompt import Prompt
+from glmlens.results import Labelled
+from glmlens.tasks.task import Examples
+
+CORRECTED = {"attn.q": "queries", "kv.k": "keys"}
+QK = "batch query head d, batch key head d -> batch head query key"
+
+
+def attribute(
+    lens: Lens,
+    clean: Prompt | Examples,
+    corrupt: Prompt | str,
+    point: str,
+    *,
+    over: Sequence[str] = ("layer", "pos"),
+    metric: Any = None,
+    direction: str = "noise",
+    method: str = "atp",
+    drop: bool = False,
+) -> Labelled:
+    """The change of the metric that putting the other run's value in each place should make: Δvalue · gradient.
+
+    `point` is a layer's, as "attn.z"; what `over` does not name is summed. "noise" changes the clean run, "denoise" the
+    corrupt one. `method="atp*"` is for `attn.q` and `kv.k`: the attention pattern that the change would make is
+    computed exactly, and the gradient is taken there (for `kv.k` over "head" by query head, over "kv" by group).
+    `drop` is GradDrop: the mean magnitude over backward passes of which each leaves out one layer's contribution, so
+    that effects that cancel are seen. Values are means over pairs; all in the metric's unit.
+    """
+    one, other, read = paired(lens, clean, corrupt, metric)
+    if direction not in ("noise", "denoise"):
+        raise PatchError(f"direction is {direction!r}; choose 'noise' or 'denoise'")
+    base, source = (one, other) if direction == "noise" else (other, one)
+    if method not in ("atp", "atp*") or (method == "atp*" and point not in CORRECTED):
+        raise PatchError(f"method is {method!r} at {point}; choose 'atp', or 'atp*' at {' or '.join(CORRECTED)}")
+    axes = seated_axes(point, ungrouped=method == "atp*" and point == "kv.k")
+    names = [f"blocks.{i}.{point}" for i in range(lens.cfg.n_layers)]
+    by_group = method == "atp*" and point == "kv.k" and "kv" in over
+    shown = ["layer", *("kv" if by_group and axis == "head" else axis for axis in axes[1:])]
+    if set(over) - set(shown) or not point_in_layers(lens, point):
+        raise PatchError(f"over {tuple(over)}: {point} has {', '.join(shown)}; a layer's point is attributed")
+    if method == "atp*":
+        if lens.model.attention != "eager":
+            raise PatchError("'atp*' needs the pattern: load with attention='eager'")
+        estimate, needed = CORRECTIONS[point], [f"blocks.{i}.attn.pattern" for i in range(lens.cfg.n_layers)]
+    else:
+        estimate, needed = plain, names
+    also = [f"blocks.{i}.{p}" for i in range(lens.cfg.n_layers) for p in ("attn.q_rot", "attn.q_pass", "kv.k", point)]
+    also = [n for n in dict.fromkeys(also) if n in {p.name for p in lens.points()} and (method == "atp*" or n in names)]
+    _, there = lens.run_with_cache(source, also, logits=False)
+    passes: list[Hooks | None] = [None] if not drop else [without(lens, i) for i in range(lens.cfg.n_layers)]
+    total: Tensor | None = None
+    for hooks in passes:
+        run = gradients(lens, base, read, needed, hooks, also, cut=drop)
+        found = torch.stack([estimate(lens, run, there, i, point) for i in range(lens.cfg.n_layers)], 1)
+        if by_group:
+            found = found.unflatten(3, (-1, lens.cfg.n_groups)).sum(4)
+        for i in [i for i, axis in enumerate(shown, 1) if axis not in over][::-1]:
+            found = found.sum(i)
+        found = found.abs() / (len(passes) - 1) if drop else found
+        total = found if total is None else total + found
+    assert total is not None
+    left = [axis for axis in shown if axis in over]
+    total = total.mean(0).permute([left.index(axis) for axis in over])
+    return labelled(lens, total, over, len(base), read, point, direction, method + (" with GradDrop" if drop else ""))
+
+
+def point_in_layers(lens: Lens, point: str) -> bool:
+    return any(p.local == point and p.layer is not None for p in lens.points())
+
+
+def labelled(
+    lens: Lens, found: Tensor, over: Sequence[str], pairs: int, metric: Metric, point: str, direction: str, method: str
+) -> Labelled:
+    about = {
+        "metric": metric.name,
+        "value": "estimated change of the metric, Δvalue · gradient" + (", magnitudes" if "Drop" in method else ""),
+        "site": point,
+        "direction": f"{direction}: gradient at the run that is changed",
+        "method": method,
+        "pairs": str(pairs),
+        "model": lens.model_hash,
+    }
+    return Labelled(found.double().cpu().numpy(), tuple(over), about=about)
+
+
+def plain(lens: Lens, run: Gradients, there: Mapping[str, Any], layer: int, point: str) -> Tensor:
+    """(a' - a) ⊙ ∂m/∂a, [batch, position, rest]."""
+    name = f"blocks.{layer}.{point}"
+    return seated(name, (there[name] - run.values[name]) * run.slopes[name])
+
+
+def without(lens: Lens, layer: int) -> Hooks:
+    """Hooks under which no gradient passes what a layer adds to the residual stream."""
+    return [(f"blocks.{layer}.{local}", lambda x, point: x.detach()) for local in ("attn_out", "mlp_out")]
+
+
+def query(lens: Lens, acts: Mapping[str, Any], layer: int) -> Float[Tensor, "batch pos head d"]:
+    """The whole query as it meets the keys."""
+    names = [f"blocks.{layer}.{p}" for p in ("attn.q_rot", "attn.q_pass")]
+    return torch.cat([acts[name] for name in names if name in acts], -1)
+
+
+def keys(lens: Lens, acts: Mapping[str, Any], layer: int) -> Float[Tensor, "batch key head d"]:
+    return repeat(acts[f"blocks.{layer}.kv.k"], "batch key kv d -> batch key (kv group) d", group=lens.cfg.n_groups)
+
+
+def query_fix(lens: Lens, run: Gradients, there: Mapping[str, Any], layer: int, point: str) -> Tensor:
+    """(A' - A) · ∂m/∂A with the pattern A' of the other query (AtP*, section 3.1.1): [batch, query, head, one]."""
+    name = f"blocks.{layer}.attn.pattern"
+    pattern, slope = run.values[name], run.slopes[name]
+    moved = query(lens, there, layer) - query(lens, run.values, layer)
+    change = einsum(
+        moved, keys(lens, run.values, layer), "batch query head d, batch key head d -> batch head query key"
+    )
+    changed = pattern * (change * lens.cfg.d_head**-0.5).exp()  # the softmax of scores + change, before it is normed
+    changed = changed / changed.sum(-1, keepdim=True)
+    return rearrange(((changed - pattern) * slope).sum(-1), "batch head query -> batch query head 1")
+
+
+def key_fix(lens: Lens, run: Gradients, there: Mapping[str, Any], layer: int, point: str) -> Tensor:
+    """Σ over queries of (A' - A) · ∂m/∂A, A' the pattern with one other key (AtP*, section 3.1.2).
+
+    A key moves one score by δ, so that A'ₖ = Aₖ e^δ / Z and A'ⱼ = Aⱼ / Z with Z = 1 - Aₖ + Aₖ e^δ: [batch, key, head,
+    one].
+    """
+    name = f"blocks.{layer}.attn.pattern"
+    pattern, slope = run.values[name], run.slopes[name]
+    moved = keys(lens, there, layer) - keys(lens, run.values, layer)
+    delta = einsum(
+        query(lens, run.values, layer), moved, "batch query head d, batch key head d -> batch head query key"
+    )
+    grown = (delta * lens.cfg.d_head**-0.5).exp()
+    norm = 1 - pattern + pattern * grown
+    all_slopes = (pattern * slope).sum(-1, keepdim=True)
+    own = pattern * slope
+    change = (all_slopes - own + own * grown) / norm - all_slopes
+    return rearrange(change.sum(2), "batch head key -> batch key head 1")
+
+
+CORRECTIONS = {"attn.q": query_fix, "kv.k": key_fix}

@@ -1,0 +1,133 @@
+"""Path patching: what a sender does through given receivers alone, with all other heads held as they were.
+
+Wang et al. 2022 (arXiv 2211.00593), appendix B; Goldowsky-Dill et al. 2023 (arXiv 2304.05969).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from glmlens.activations import Activations
+from glmlens.hooks import Edit, Point
+from glmlens.lens import Lens
+from glmlens.patch.edges import paired
+from glmlens.patch.metrics import Metric
+from glmlens.patch.sites import Atlas, PatchError, Site, seated
+from glmlens.prompt import Prompt
+from glmlens.results import Labelled
+from glmlens.tasks.task import Examples
+
+RECEIVERS = ("attn.q", "attn.k", "attn.v", "logits")
+
+
+def path_patch(
+    lens: Lens,
+    clean: Prompt | Examples,
+    corrupt: Prompt | str,
+    receivers: Sequence[Site] | Site,
+    *,
+    metric: Any = None,
+    mlps: str = "recomputed",
+    progress: bool = True,
+) -> Labelled:
+    """The change of the metric when each head, [layer, head], sends its corrupt value to the receivers alone.
+
+    Receivers are heads' inputs, Site("attn.q", layer=9, head=(6, 9)), keys and values by group, Site("attn.k", layer=3,
+    kv=0), or Site("logits"). All other heads write what they write in the clean run; MLPs between are "recomputed" or
+    "frozen" (then the path is the edge itself). Norms are always recomputed. Heads that write after all receivers have
+    read are nan. Raises PatchError for another receiver.
+    """
+    if mlps not in ("recomputed", "frozen"):
+        raise PatchError(f"mlps is {mlps!r}; choose 'recomputed' or 'frozen'")
+    sites, atlas = [receivers] if isinstance(receivers, Site) else list(receivers), Atlas(lens)
+    for site in sites:
+        if site.point not in RECEIVERS or (site.point != "logits" and site.layer is None):
+            raise PatchError(f"{site}: a receiver is one of {', '.join(RECEIVERS)}, of a layer where there are layers")
+    one, other, read = paired(lens, clean, corrupt, metric)
+    chosen = [atlas.choose(site, one.shape[1], {"end": one.shape[1] - 1}) for site in sites]
+    if any(site.point == "logits" for site in sites) and len(sites) > 1:
+        raise PatchError("Site('logits') receives alone: what goes there through others is counted already")
+    paths = Paths(lens, one, read, mlps == "frozen", [(name, c) for c in chosen for name in c.names])
+    base = paths.measured(one, None).mean()
+    values = np.full((lens.cfg.n_layers, lens.cfg.n_heads), np.nan)
+    _, theirs = lens.run_with_cache(other, "attn.z", logits=False)
+    for layer in tqdm(range(lens.cfg.n_layers), disable=not progress, desc="senders", unit="layer"):
+        if layer < paths.last_reader:
+            for head in range(lens.cfg.n_heads):
+                received = paths.received(layer, head, theirs["attn.z", layer])
+                values[layer, head] = float(paths.measured(one, received).mean() - base)
+    about = {
+        "metric": read.name,
+        "value": "change of the metric, mean over pairs",
+        "receivers": "; ".join(map(str, sites)),
+        "direction": "noise: clean run, the sender's corrupt value",
+        "frozen": "all other heads" + (" and all MLPs" if paths.frozen else "; MLPs recomputed"),
+        "heads": "senders are query heads; keys and values are received by group",
+        "pairs": str(len(one)),
+        "model": lens.model_hash,
+    }
+    return Labelled(values, ("layer", "head"), about=about)
+
+
+class Paths:
+    """The clean run, and the two passes of every path through it."""
+
+    def __init__(
+        self, lens: Lens, tokens: Int[Tensor, "example pos"], metric: Metric, frozen: bool,
+        receivers: Sequence[tuple[str, Any]],
+    ):  # fmt: skip
+        self.lens, self.tokens, self.metric, self.frozen, self.receivers = lens, tokens, metric, frozen, receivers
+        self.clean: Activations = lens.run_with_cache(tokens, ["resid_pre", "attn.z", "mlp_out"], logits=False)[1]
+        layers = [int(name.split(".")[1]) if name != "logits" else lens.cfg.n_layers for name, _ in receivers]
+        self.last_reader, self.first_reader = max(layers), min(layers)
+
+    def received(self, layer: int, head: int, value: Float[Tensor, "example pos head d"]) -> dict[str, Tensor]:
+        """What the receivers compute when the sender writes `value` and other heads what they wrote."""
+
+        def frozen(x: Tensor, point: Point) -> Tensor:
+            x = self.clean[point.name].clone()
+            if point.name == f"blocks.{layer}.attn.z":
+                x[:, :, head] = value[:, :, head]
+            return x
+
+        hooks: list[tuple[str, Edit]] = [(f"blocks.{i}.attn.z", frozen) for i in range(layer, self.lens.cfg.n_layers)]
+        if self.frozen:
+            hooks += [(f"blocks.{i}.mlp_out", self.keep) for i in range(layer, self.lens.cfg.n_layers)]
+        names = [name for name, _ in self.receivers if name == "logits" or int(name.split(".")[1]) > layer]
+        _, acts = self.lens.run_with_cache(self.clean["resid_pre", layer], names, hooks, start_layer=layer, logits=True)
+        return dict(acts)
+
+    def keep(self, x: Tensor, point: Point) -> Tensor:
+        return self.clean[point.name]
+
+    def measured(self, tokens: Int[Tensor, "example pos"], received: dict[str, Tensor] | None) -> Tensor:
+        """The metric of the clean run with receivers as they were received."""
+        hooks: list[tuple[str, Edit]] = []
+        for name, chosen in self.receivers:
+            if received is not None and name in received:
+                hooks.append((name, self.receive(received[name], chosen)))
+        start = min(self.first_reader, self.lens.cfg.n_layers - 1)
+        logits = self.lens.run_with_hooks(self.clean["resid_pre", start], hooks, start_layer=start)
+        read = logits if self.metric.everywhere else logits[:, -1:]
+        read = read if self.metric.columns is None else read[..., self.metric.columns]
+        return self.metric(read, torch.arange(len(tokens), device=tokens.device))
+
+    def receive(self, value: Tensor, chosen: Any) -> Edit:
+        def receive(x: Tensor, point: Point) -> Tensor:
+            at = torch.tensor(chosen.positions, device=x.device)
+            index = [slice(None)] * (x.ndim - 2)
+            for axis, places in enumerate(chosen.rest):
+                if places is not None:
+                    index[axis] = places  # one axis at most is chosen: heads or groups
+            view, new = seated(point.name, x), seated(point.name, value)
+            part = view[:, at]
+            part[(slice(None), slice(None), *index)] = new[:, at][(slice(None), slice(None), *index)]
+            view[:, at] = part
+            return x
+
+        return receive
