@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import glmlens
 from glmlens import analysis, patch, plot
@@ -89,10 +88,7 @@ def sweeps(lens):
     for point in ("attn_out", "mlp_out"):
         one[point] = patch.sweep(lens, examples, "flip", Site(point, pos="end"), over=("layer",), progress=False)
     yield "compare_lines", plot.compare(one)
-    graph = patch.Graph.of(lens.cfg)
-    draw = np.random.default_rng(0).standard_normal(graph.mask.shape) ** 5
-    scores = torch.tensor(draw) * graph.mask * 0.01
-    yield "circuit", plot.circuit(patch.EdgeScores(graph, scores, 0.0, {"metric": "random numbers"}), top=25)
+    yield "circuit", plot.circuit(patch.edges(lens, examples, "flip"), top=25)
 
 
 def others(lens, acts, labels):
