@@ -88,7 +88,8 @@ def sweeps(lens):
     for point in ("attn_out", "mlp_out"):
         one[point] = patch.sweep(lens, examples, "flip", Site(point, pos="end"), over=("layer",), progress=False)
     yield "compare_lines", plot.compare(one)
-    yield "circuit", plot.circuit(patch.edges(lens, examples, "flip"), top=25)
+    other = "When John and Mary went to the store, Mary gave a drink to"
+    yield "circuit", plot.circuit(patch.edges(lens, [PROMPT], [other], metric=(" Mary", " John")), top=25)
 
 
 def others(lens, acts, labels):
