@@ -2,7 +2,7 @@
 
 import os
 from importlib import import_module
-from types import ModuleType
+from typing import Any
 
 from glmlens.activations import Activations, load_activations
 from glmlens.config import CheckpointError, GLMConfig
@@ -39,8 +39,10 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 LATER = ("analysis", "patch", "plot", "tasks")
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
     """Load a part that not everybody needs when it is first used: `glmlens.plot` brings Plotly."""
     if name in LATER:
         return import_module(f"glmlens.{name}")
+    if name == "save_html":
+        return import_module("glmlens.report").save_html
     raise AttributeError(f"module 'glmlens' has no attribute {name!r}")

@@ -13,8 +13,10 @@ PAGE = """<!doctype html>
 <title>{title}</title>
 <style>
 :root {{ color-scheme: light dark; }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
-pre {{ white-space: pre-wrap; background: #8080801a; padding: .8rem 1rem; border-radius: 6px; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }}
+pre.text {{ white-space: pre-wrap; background: #8080801a; padding: .8rem 1rem; border-radius: 6px; font-size: 14px; }}
+table {{ border-collapse: collapse; }}
+th, td {{ border: 1px solid #80808055; padding: .15rem .6rem; text-align: left; }}
 </style>
 </head>
 <body>
@@ -23,19 +25,48 @@ pre {{ white-space: pre-wrap; background: #8080801a; padding: .8rem 1rem; border
 </body>
 </html>
 """
+CONFIG = {"showSendToCloud": False, "displaylogo": False, "responsive": True}
 
 
-def save_html(path: str | Path, title: str, parts: Sequence[Any]) -> Path:
-    """Write Plotly figures and text, in order, to one self-contained file; text is shown as it is, never as markup."""
-    body, script = [], True
+def save_html(path: str | Path, title: str, parts: Sequence[Any], *, offline: bool = True) -> Path:
+    """Write figures, text and results, in order, to one self-contained file; returns the file.
+
+    A part is a Plotly figure, text (a line that begins with "# " is a heading), something that a notebook would show as
+    HTML, or anything else with a repr. Text is shown as it is, never as markup. The file holds plotly.js (5 MB) once;
+    with `offline=False` it is fetched from the network when the file is opened.
+    """
+    body: list[str] = []
+    drawn = 0
     for part in parts:
-        if isinstance(part, str):
-            body.append(f"<pre>{escape(part)}</pre>")
+        if hasattr(part, "to_plotly_json"):
+            body.append(figure(part, drawn, offline))
+            drawn += 1
         else:
-            config = {"showSendToCloud": False, "displaylogo": False, "responsive": True}
-            body.append(part.to_html(full_html=False, include_plotlyjs=script, config=config))
-            script = False
+            body.append(block(part))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(PAGE.format(title=escape(title), body="\n".join(body)), encoding="utf-8")
+    path.write_text(whole(PAGE.format(title=escape(title), body="\n".join(body))), encoding="utf-8")
     return path
+
+
+def figure(part: Any, number: int, offline: bool) -> str:
+    """A figure as HTML; the first one brings plotly.js."""
+    script = (True if offline else "cdn") if number == 0 else False
+    name = f"figure-{number}"
+    html = part.to_html(full_html=False, include_plotlyjs=script, config=CONFIG, auto_play=False, div_id=name)
+    return f"<section>{html}</section>"
+
+
+def block(part: Any) -> str:
+    """Text or a result as HTML."""
+    if not isinstance(part, str) and (as_html := getattr(part, "_repr_html_", lambda: None)()) is not None:
+        return f"<section>{as_html}</section>"
+    text = part if isinstance(part, str) else repr(part)
+    if text.startswith("# ") and "\n" not in text:
+        return f"<h2>{escape(text[2:])}</h2>"
+    return f'<pre class="text">{escape(text)}</pre>'
+
+
+def whole(text: str) -> str:
+    """Text that can be written: half a character is the replacement character."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -20,9 +20,10 @@ patch.sites patch.changes patch.interventions patch.running patch.metrics patch.
 patch.evaluate patch.store patch.grid patch.sweep
 patch.worlds patch.steer patch.gradients patch.graph patch.edges patch.attribute
 patch.paths patch.circuits patch
-demo.world demo.vocabulary demo.train demo.circuits demo.card demo.story plot report cli
+plot.style plot.data plot.heatmaps plot.heads plot.bars plot.lines plot.timeline plot.graph plot.tokens plot report
+demo.world demo.vocabulary demo.train demo.circuits demo.card demo.story cli
 """.split()
-ALONE = ["hooks", "config", "results", "tokenizer", "chat", "plot", "report", "tasks.words"]  # import nothing of ours
+ALONE = ["hooks", "config", "results", "tokenizer", "chat", "report", "tasks.words"]  # import nothing of ours
 
 
 def modules():
@@ -65,6 +66,12 @@ def test_imports_point_only_downwards():
 def test_the_bottom_rests_on_nothing_of_ours():
     for module in ALONE:
         assert imports(modules()[module])[0] == set()
+
+
+def test_plots_know_of_results_and_of_nothing_else_of_ours():
+    for module, path in modules().items():
+        if module.split(".")[0] == "plot":
+            assert {name for name in imports(path)[0] if name.split(".")[0] != "plot"} <= {"results"}, module
 
 
 def test_the_model_can_be_read_in_one_sitting():

@@ -88,7 +88,7 @@ def giving(story: Story) -> None:
         what, worth = "what one head adds directly", analysis.logit_attribution(lens, examples, by="head")
     rows = [(f"  head {layer}.{head}", f"{value:+.2f}") for (layer, head), value in worth.top(5)]
     story.say(what, table(rows))
-    story.show(plot.head_scores(worth.values, f"Who receives: {what}, in logits", "logits"))
+    story.show(plot.head_scores(worth, title=f"Who receives: {what}, in logits"))
     (layer, head), _ = worth.top(1)[0]
     pattern_of(story, examples, int(layer), int(head))
     replaced(story, examples)
@@ -110,7 +110,7 @@ def pattern_of(story: Story, examples: Examples, layer: int, head: int) -> None:
     _, acts = story.lens.run_with_cache(row, f"blocks.{layer}.attn.pattern", logits=False)
     pattern = acts["attn.pattern", layer][0, head].float().cpu().numpy()
     title = f"Head {layer}.{head}: where each token looks"
-    story.show(plot.attention_pattern(pattern, story.lens.to_labels(row, 12), title))
+    story.show(plot.attention_pattern(pattern, story.lens.to_labels(row), title=title))
 
 
 def replaced(story: Story, examples: Examples) -> None:
@@ -129,7 +129,7 @@ def replaced(story: Story, examples: Examples) -> None:
         table([head, *rows]),
     )
     title = "Recovered by one residual stream, by layer and place"
-    story.show(plot.grid(found.values, labels, places, title, ("layer", "position"), "recovered"))
+    story.show(plot.patch_grid(found, title=title))
 
 
 def steered(story: Story) -> None:
@@ -172,12 +172,13 @@ def induction(story: Story) -> None:
         f"{after:.2f} nats per token",
     )
     layer, head = copiers[0]
-    story.show(plot.head_scores(scores.induction.values, "Induction score of every head: random words said twice"))
+    title = "Induction score of every head: random words said twice"
+    story.show(plot.head_scores(scores, n_kv_heads=lens.cfg.n_kv_heads, title=title))
     row = tokens[:1]
     _, acts = lens.run_with_cache(row, f"blocks.{layer}.attn.pattern", logits=False)
     pattern = acts["attn.pattern", layer][0, head].float().cpu().numpy()
     title = f"Head {layer}.{head} on random words said twice"
-    story.show(plot.attention_pattern(pattern, lens.to_labels(row, 12), title))
+    story.show(plot.attention_pattern(pattern, lens.to_labels(row), title=title))
 
 
 def without(heads: list[tuple[int, int]]) -> Hooks:

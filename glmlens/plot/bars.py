@@ -1,0 +1,112 @@
+"""Bars: what the parts of a model add to a logit, and any signed numbers along one axis."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from typing_extensions import Unpack
+
+from glmlens.plot.data import Labels, Numbers, array, labelled, title_of
+from glmlens.plot.style import FAINT, NEGATIVE, POSITIVE, Look, dressed, shown, ticks
+from glmlens.results import Labelled
+
+
+def bars(
+    data: Numbers, labels: Labels = None, *, what: str = "value", top: int = 30, **look: Unpack[Look]
+) -> go.Figure:
+    """Signed numbers along one axis, the first on top; of more than `top`, the largest, and the others as one bar."""
+    found = labelled(data, ("part",), labels)
+    names, values, note = fewest(found.labels[found.axes[0]], found.values, top)
+    return drawn(names, values, what, title_of(found), found.about, [note], look)
+
+
+def logit_attribution(
+    result: Any,
+    *,
+    over: str | Sequence[str] | None = None,
+    prompt: int | None = None,
+    top: int = 30,
+    **look: Unpack[Look],
+) -> go.Figure:
+    """What each part adds to a logit, in logits: all parts in the model's order, or the `top` largest and the rest.
+
+    `over` sums along the other axes: "key" gives the sources of a result by source position, "layer" the layers. Of
+    several prompts the mean is drawn, or one by its number. The bars sum to the model's own number, less what the
+    result leaves unexplained.
+    """
+    if "prompt" in result.axes:
+        result, prompt_of = (result.mean(), None) if prompt is None else (result, prompt)
+    else:
+        prompt_of = None
+    values, rest = (x if prompt_of is None else x.at(prompt=prompt_of) for x in (plain(result), result.rest))
+    parts = summed(values, [over] if isinstance(over, str) else over)
+    names, numbers = flat(parts)
+    names = [*rest.labels["part"][:1], *names, *rest.labels["part"][1:]]  # the embedding comes first
+    numbers = np.concatenate([rest.values[:1], numbers, rest.values[1:]])
+    names, numbers, note = fewest(names, numbers, top)
+    total = float(np.ravel(result.total)[prompt_of or 0])
+    name = f"What each part adds to the logit of {result.about.get('direction', 'the answer')}"
+    about = {key: said for key, said in result.about.items() if key in ("prompt", "metric", "model")}
+    return drawn(names, array(numbers), "logits", name, about, [note, f"in all {total:.3f} logits"], look)
+
+
+def plain(result: Labelled) -> Labelled:
+    return Labelled(result.values, result.axes, result.labels, result.about)
+
+
+def summed(data: Labelled, over: Sequence[str] | None) -> Labelled:
+    """Sums along all axes but some."""
+    if over is None:
+        return data
+    unknown = [axis for axis in over if axis not in data.axes]
+    if unknown:
+        raise ValueError(f"over {unknown}; this result has {', '.join(data.axes)}")
+    gone = tuple(i for i, axis in enumerate(data.axes) if axis not in over)
+    kept = tuple(axis for axis in data.axes if axis in over)
+    return Labelled(np.nansum(data.values, gone), kept, {axis: data.labels[axis] for axis in kept}, data.about)
+
+
+def flat(data: Labelled) -> tuple[list[str], np.ndarray]:
+    """Names and numbers of all places, in order: "0 attn", "head 3.1", "neuron 2.17", "key 5 ·the"."""
+    words = {"sublayer": "", "layer": "layer ", "head": "head ", "mlp": "neuron ", "key": "key "}
+    last = data.axes[-1]
+    names = [""]
+    for axis in data.axes:
+        labels = data.labels[axis]
+        joint = {"sublayer": " ", "key": " ← "}.get(axis, ".")
+        names = [f"{name}{joint}{label}" if name else str(label) for name in names for label in labels]
+    word = {"key": "head " if len(data.axes) > 1 else "", "sublayer": ""}.get(last, words.get(last, ""))
+    return [f"{word}{name}" for name in names], data.values.ravel()
+
+
+def fewest(names: Sequence[str], values: np.ndarray, top: int) -> tuple[list[str], np.ndarray, str]:
+    """At most `top` bars and one for the sum of the others, and the sentence that says so."""
+    if len(names) <= top:
+        return list(names), values, ""
+    order = np.argsort(-np.abs(np.nan_to_num(values)), kind="stable")
+    first, others = order[:top], order[top:]
+    kept = np.append(values[first], np.nansum(values[others]))
+    named = [str(names[int(i)]) for i in first]
+    return [*named, f"{len(others):,} others"], kept, f"the {top} largest of {len(names):,}"
+
+
+def drawn(
+    names: Sequence[str], values: np.ndarray, what: str, title: str, about: Any, notes: Sequence[str], look: Look
+) -> go.Figure:
+    colors = [POSITIVE if value > 0 else NEGATIVE for value in values]
+    bar = go.Bar(
+        x=values,
+        y=np.arange(len(names)),
+        orientation="h",
+        marker={"color": colors},
+        text=[f"{value:+.2f}" for value in values],
+        textposition="outside",
+        cliponaxis=False,
+        hovertemplate=f"%{{y}}<br>%{{x:+.4g}} {shown(what)}<extra></extra>",
+    )
+    figure = go.Figure(bar)
+    ticks(figure, "y", names, "", room=60, most=30, down=True)
+    figure.update_xaxes(title=shown(what), zeroline=True, zerolinecolor=FAINT, gridcolor=FAINT, showgrid=True)
+    tall: Look = {"height": 90 + 19 * len(names)}
+    return dressed(figure, title, about, notes, **(tall | look))  # type: ignore[arg-type]

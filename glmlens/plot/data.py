@@ -1,0 +1,88 @@
+"""Numbers of any kind as labelled ones, and the one rule for size: blocks of cells, each with its largest number."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from glmlens.results import Labelled
+
+Numbers = Any
+"""A Labelled result, a numpy array, or what becomes one: nested lists, a tensor of any floating type and device."""
+Labels = Mapping[str, Sequence[str]] | Sequence[str] | None
+Limits = tuple[int | float, int | float]
+PLACES = ("pos", "query", "key", "step")
+
+
+def array(x: Numbers) -> np.ndarray:
+    """x as a float32 array."""
+    if hasattr(x, "detach"):
+        x = x.detach().cpu()
+        x = x.float() if x.dtype.is_floating_point else x
+    return np.asarray(x, np.float32)
+
+
+def labelled(data: Numbers, axes: Sequence[str], labels: Labels = None) -> Labelled:
+    """Numbers with these axes, from a result that has as many or from a plain array.
+
+    `labels` is a mapping by axis, or the labels of tokens, for all axes of positions. Raises ValueError for another
+    number of axes.
+    """
+    if isinstance(data, Labelled):
+        found = Labelled(array(data.values), data.axes, data.labels, data.about)
+    else:
+        values = array(data)
+        check(values.ndim, values.shape, axes)
+        found = Labelled(values, tuple(axes))
+    check(found.values.ndim, dict(zip(found.axes, found.shape, strict=True)), axes)
+    given = labels if isinstance(labels, Mapping) else spread(found, labels)
+    return Labelled(found.values, found.axes, {**found.labels, **given}, found.about)
+
+
+def check(n: int, shape: object, axes: Sequence[str]) -> None:
+    if n != len(axes):
+        raise ValueError(
+            f"expected {' '.join(axes)}, got {n} axes: {shape}; take one place of the others: data.at(...)"
+        )
+
+
+def spread(data: Labelled, labels: Sequence[str] | None) -> dict[str, Sequence[str]]:
+    """One sequence of token labels for all axes of positions, each with its number in front."""
+    if labels is None:
+        return {}
+    return {axis: [f"{i} {label}" for i, label in enumerate(labels)] for axis in data.axes if axis in PLACES}
+
+
+def pooled(data: Labelled, most: int) -> tuple[Labelled, str]:
+    """At most so many places along each of two axes, and the sentence that says so ("" if nothing was done).
+
+    Blocks of neighbours are drawn as one cell with the number that is largest in magnitude, so that a lone peak stays.
+    """
+    rows, columns = (-(-n // most) for n in data.shape)
+    if rows == columns == 1:
+        return data, ""
+    labels = {a: blocks(data.labels[a], k) for a, k in zip(data.axes, (rows, columns), strict=True)}
+    size = " x ".join(f"{n:,}" for n in data.shape)
+    note = f"each cell shows the largest number of {rows} x {columns}: there are {size} ({' x '.join(data.axes)})"
+    return Labelled(largest(data.values, rows, columns), data.axes, labels, data.about), note
+
+
+def blocks(labels: Sequence[str], k: int) -> list[str]:
+    """A label for every k neighbours: the first and the last of them."""
+    ends = ((labels[i], labels[min(i + k, len(labels)) - 1]) for i in range(0, len(labels), k))
+    return [first if first == last else f"{first} … {last}" for first, last in ends]
+
+
+def largest(values: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """The number largest in magnitude of every block; nan where a block has none."""
+    high, wide = (-(-n // k) * k for n, k in zip(values.shape, (rows, columns), strict=True))
+    padded = np.full((high, wide), np.nan, np.float32)
+    padded[: values.shape[0], : values.shape[1]] = values
+    parts = padded.reshape(high // rows, rows, wide // columns, columns)
+    top, bottom = (extreme.reduce(extreme.reduce(parts, 3), 1) for extreme in (np.fmax, np.fmin))
+    return np.where(np.abs(bottom) > np.abs(top), bottom, top)
+
+
+def title_of(data: Labelled) -> str:
+    """What numbers say that they are, or the names of their axes."""
+    return data.about.get("metric") or " x ".join(data.axes)

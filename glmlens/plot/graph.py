@@ -1,0 +1,131 @@
+"""Circuits: the strongest edges between the parts of a model, its layers upwards."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from typing_extensions import Unpack
+
+from glmlens.plot.style import FAINT, GREY, NEGATIVE, POSITIVE, Look, dressed, shown
+
+Edge = tuple[str, str]
+STEPS = np.linspace(0, 1, 12)
+
+
+def circuit(scores: Any, *, top: int = 20, **look: Unpack[Look]) -> go.Figure:
+    """The `top` edges that are strongest in magnitude as lines from writers to readers: wide is strong, colour is sign.
+
+    `scores` is an EdgeScores, or pairs of (writer, reader) and score, as its `top` returns. Layers go upwards: readers
+    (queries, keys and values) below the heads that they feed, MLPs above them. The score is in the hover of the dot
+    on an edge.
+    """
+    edges = scores.top(top) if hasattr(scores, "top") else strongest(scores, top)
+    if not edges:
+        raise ValueError("there are no edges to draw")
+    about = {key: said for key, said in getattr(scores, "about", {}).items() if key in ("metric", "model", "pairs")}
+    seats = seated({name for edge, _ in edges for name in edge})
+    most = max(abs(score) for _, score in edges) or 1.0
+    figure = go.Figure()
+    for (writer, reader), score in sorted(edges, key=lambda edge: abs(edge[1])):
+        figure.add_scatter(**curve(seats[writer], seats[reader], score, most))
+    figure.add_scatter(**links(seats))
+    figure.add_scatter(**dots(seats, edges))
+    figure.add_scatter(**nodes(seats))
+    layers = sorted({y for _, y in seats.values()})
+    figure.update_xaxes(visible=False, range=[-0.08, 1.08])
+    figure.update_yaxes(visible=False)
+    figure.update_layout(showlegend=False)
+    sign = str(getattr(scores, "about", {}).get("sign", ""))
+    tall: Look = {"height": 90 + 46 * len(layers)}
+    return dressed(figure, f"The {len(edges)} strongest edges", about, (sign,), **(tall | look))  # type: ignore[arg-type]
+
+
+def strongest(scores: Mapping[Edge, float] | Sequence[tuple[Edge, float]], top: int) -> list[tuple[Edge, float]]:
+    pairs = scores.items() if isinstance(scores, Mapping) else scores
+    return sorted(((edge, float(score)) for edge, score in pairs), key=lambda pair: -abs(pair[1]))[:top]
+
+
+def height_of(name: str) -> int:
+    """How high a part is: the embedding lowest, three rows for a layer, the logits on top."""
+    layer, _, part = name.partition(".")
+    if not part:
+        return -1 if name == "embed" else 10**9
+    return 3 * int(layer) + (2 if part == "mlp" else 1 if part.startswith("head") else 0)
+
+
+def order_of(name: str) -> tuple[str, int]:
+    """Where a part is along its row: queries, keys, values, each by number."""
+    part = name.partition(".")[2]
+    kind = part.rstrip("0123456789")
+    return {"q": "0", "k": "1", "v": "2"}.get(kind, kind), int(part[len(kind) :] or 0)
+
+
+def seated(names: set[str]) -> dict[str, tuple[float, int]]:
+    """A place for every part: rows from below without empty ones, evenly spread along each."""
+    rows: dict[int, list[str]] = {}
+    for name in sorted(names, key=order_of):
+        rows.setdefault(height_of(name), []).append(name)
+    found = {}
+    for y, high in enumerate(sorted(rows)):
+        for i, name in enumerate(rows[high]):
+            found[name] = ((i + 0.5 + 0.18 * (y % 2)) / (len(rows[high]) + 0.18), y)
+    return found
+
+
+def curve(start: tuple[float, int], end: tuple[float, int], score: float, most: float) -> dict[str, Any]:
+    """An edge: upright where it leaves and where it arrives."""
+    (x0, y0), (x1, y1) = start, end
+    smooth = 3 * STEPS**2 - 2 * STEPS**3
+    width = 1 + 6 * abs(score) / most
+    color = POSITIVE if score > 0 else NEGATIVE
+    return {
+        "x": x0 + (x1 - x0) * smooth,
+        "y": y0 + (y1 - y0) * STEPS,
+        "mode": "lines",
+        "line": {"width": width, "color": color, "dash": "solid" if score > 0 else "dash"},
+        "opacity": 0.65,
+        "hoverinfo": "skip",
+    }
+
+
+def dots(seats: Mapping[str, tuple[float, int]], edges: Sequence[tuple[Edge, float]]) -> dict[str, Any]:
+    """A dot on every edge to point at."""
+    ends = [(seats[writer], seats[reader]) for (writer, reader), _ in edges]
+    share = [0.35 + 0.3 * (i % 5) / 4 for i in range(len(edges))]  # not all on one height
+    said = [f"{shown(writer)} → {shown(reader)}<br>score {score:+.4g}" for (writer, reader), score in edges]
+    return {
+        "x": [a[0] + (b[0] - a[0]) * (3 * t**2 - 2 * t**3) for (a, b), t in zip(ends, share, strict=True)],
+        "y": [a[1] + (b[1] - a[1]) * t for (a, b), t in zip(ends, share, strict=True)],
+        "mode": "markers",
+        "marker": {"size": 7, "color": [POSITIVE if score > 0 else NEGATIVE for _, score in edges]},
+        "customdata": said,
+        "hovertemplate": "%{customdata}<extra></extra>",
+    }
+
+
+def links(seats: Mapping[str, tuple[float, int]]) -> dict[str, Any]:
+    """Thin lines from a query to the head that it is of."""
+    x: list[float | None] = []
+    y: list[float | None] = []
+    for name, (x0, y0) in seats.items():
+        layer, _, part = name.partition(".")
+        head = f"{layer}.head{part[1:]}"
+        if part.startswith("q") and head in seats:
+            x += [x0, seats[head][0], None]
+            y += [y0, seats[head][1], None]
+    return {"x": x, "y": y, "mode": "lines", "line": {"width": 1, "color": FAINT}, "hoverinfo": "skip"}
+
+
+def nodes(seats: Mapping[str, tuple[float, int]]) -> dict[str, Any]:
+    """The parts, each with its name."""
+    return {
+        "x": [x for x, _ in seats.values()],
+        "y": [y for _, y in seats.values()],
+        "text": [shown(name) for name in seats],
+        "mode": "markers+text",
+        "textposition": "middle right",
+        "textfont": {"size": 11},
+        "marker": {"size": 10, "color": GREY},
+        "hovertemplate": "%{text}<extra></extra>",
+    }

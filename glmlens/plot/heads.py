@@ -1,0 +1,90 @@
+"""All heads of a layer as one picture of small ones."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import plotly.graph_objects as go
+from typing_extensions import Unpack
+
+from glmlens.plot.data import Labels, Numbers, blocks, labelled, largest
+from glmlens.plot.style import GREY, MAGNITUDE, SERIES, Look, bar_of, dressed, ticks
+
+ACROSS = 400  # cells of all the small pictures beside each other
+
+
+def attention_heads(
+    patterns: Numbers, labels: Labels = None, *, n_kv_heads: int | None = None, **look: Unpack[Look]
+) -> go.Figure:
+    """The attention [head, query, key] of all heads of a layer side by side, the first query on top.
+
+    Heads that share a key-value head stand together, marked "kv 0", "kv 1", ...; long prompts are drawn in blocks, each
+    with its largest number.
+    """
+    data = labelled(patterns, ("head", "query", "key"), labels)
+    n, length = data.shape[:2]
+    groups = n_kv_heads or 1
+    if n % groups:
+        raise ValueError(f"{n} heads do not fall into {groups} groups")
+    wide = 8 if n > 16 else 4
+    columns = min(n // groups, wide) if groups > 1 else min(n, wide)
+    per_group = -(-(n // groups) // columns)
+    if groups > 1 and per_group == 1:
+        columns *= max(1, min(groups, wide // columns))  # small groups stand beside each other
+    k = -(-max(data.shape[1:]) // max(16, min(128, ACROSS // columns)))
+    tiles = np.stack([largest(head, k, k) for head in data.values])
+    seats = [seat(head, n // groups, per_group, columns) for head in range(n)]
+    rows, gaps = 1 + max(row for row, _ in seats), (-(-tiles.shape[1] // 6), -(-tiles.shape[2] // 16))
+    board = Board(tiles.shape[1:], gaps, (rows, columns))
+    figure = go.Figure(board.heat(tiles, seats))
+    query, key = (blocks(data.labels[axis], k) for axis in data.axes[1:])
+    ticks(figure, "x", [label for _ in range(columns) for label in (*key, *[""] * gaps[1])], "")
+    ticks(figure, "y", [label for _ in range(rows) for label in (*[""] * gaps[0], *query)], "", down=True)
+    figure.update_xaxes(showticklabels=False).update_yaxes(showticklabels=False)
+    figure.update_layout(xaxis_title="key, to the right", yaxis_title="query, downwards")
+    for head, place in enumerate(seats):
+        group = f" · kv {head // (n // groups)}" if groups > 1 else ""
+        y, x = board.corner(*place)
+        at = {"x": x - 0.5, "y": y - 0.5, "xanchor": "left", "yanchor": "bottom", "yshift": -2}
+        figure.add_annotation(
+            text=f"head {head}{group}",
+            showarrow=False,
+            font={"size": 11, "color": SERIES[head // (n // groups) % len(SERIES)] if groups > 1 else GREY},
+            **at,
+        )
+    note = f"each cell shows the largest number of {k} x {k}: there are {length:,} queries" if k > 1 else ""
+    tall = {"height": int(40 + rows * 1.17 * (860 / columns - 10))}
+    return dressed(figure, "Attention of all heads", data.about, (note,), **(tall | look))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Board:
+    """Pictures of one size in rows, with a gap above and to the right of each."""
+
+    tile: tuple[int, ...]
+    gaps: tuple[int, int]
+    shape: tuple[int, int]
+
+    def corner(self, row: int, column: int) -> tuple[int, int]:
+        """Where the first cell of a picture is."""
+        return row * (self.tile[0] + self.gaps[0]) + self.gaps[0], column * (self.tile[1] + self.gaps[1])
+
+    def heat(self, tiles: np.ndarray, seats: list[tuple[int, int]]) -> go.Heatmap:
+        """All pictures as one heatmap, nothing in the gaps."""
+        size = [n * (t + gap) for n, t, gap in zip(self.shape, self.tile, self.gaps, strict=True)]
+        z, of = np.full(size, np.nan, np.float32), np.zeros(size, np.uint8 if len(tiles) < 256 else np.uint16)
+        for head, (picture, place) in enumerate(zip(tiles, seats, strict=True)):
+            y, x = self.corner(*place)
+            here = np.s_[y : y + self.tile[0], x : x + self.tile[1]]
+            z[here], of[here] = picture, head
+        hover = "head %{customdata}<br>query %{y}, key %{x}<br>attention %{z:.4g}<extra></extra>"
+        heat = go.Heatmap(z=z, x=np.arange(size[1]), y=np.arange(size[0]), customdata=of, colorscale=MAGNITUDE)
+        return heat.update(zmin=0, zmax=1, hoverongaps=False, hovertemplate=hover, colorbar=bar_of("attention"))
+
+
+def seat(head: int, size: int, per_group: int, columns: int) -> tuple[int, int]:
+    """The row and column of a head's picture."""
+    if per_group == 1:
+        return divmod(head, columns)
+    group, inside = divmod(head, size)
+    row, column = divmod(inside, columns)
+    return group * per_group + row, column

@@ -1,0 +1,235 @@
+"""Heatmaps: numbers by two axes, patching grids, the logit lens, attention, head scores, the residual stream."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from typing_extensions import Unpack
+
+from glmlens.plot.data import Labels, Limits, Numbers, array, labelled, pooled, title_of
+from glmlens.plot.style import MOST_CELLS, Look, bar_of, colors, dressed, shown, ticks
+from glmlens.results import Labelled
+
+WRITTEN = 400  # so many cells have their number written in them
+
+
+def heatmap(
+    data: Numbers,
+    labels: Labels = None,
+    *,
+    axes: tuple[str, str] = ("row", "column"),
+    what: str = "value",
+    signed: bool | None = None,
+    down: bool = False,
+    limits: Limits | None = None,
+    max_cells: int = MOST_CELLS,
+    **look: Unpack[Look],
+) -> go.Figure:
+    """Numbers with two axes as colours, the first axis upwards (with `down`, downwards) and the second to the right.
+
+    Signed numbers have zero in the middle of the colours; without `signed`, those are signed of which any is negative.
+    `limits` are the ends of the colours.
+    """
+    return drawn(labelled(data, axes, labels), what, signed, down, limits, max_cells, look)
+
+
+def drawn(
+    data: Labelled,
+    what: str,
+    signed: bool | None = None,
+    down: bool = False,
+    limits: Limits | None = None,
+    most: int = MOST_CELLS,
+    look: Look | None = None,
+    text: np.ndarray | bool = True,
+    more: tuple[str, np.ndarray] | None = None,
+    name: str | None = None,
+    notes: tuple[str, ...] = (),
+) -> go.Figure:
+    """The heatmap of labelled numbers.
+
+    `text` is written in the cells, or the numbers, or with False nothing; `more` is a line of hover and its data.
+    """
+    whole = data.values
+    signed = bool(np.nanmin(whole, initial=0) < 0) if signed is None else signed
+    data, note = pooled(data, most)
+    rows, columns = data.axes
+    scale = colors(data.values, signed)
+    if limits is not None:
+        scale |= {"zmin": limits[0], "zmax": limits[1]}
+    lines = [
+        f"{shown(rows)} %{{y}}, {shown(columns)} %{{x}}",
+        f"{shown(what)} %{{z:.4g}}",
+        *([more[0]] if more else []),
+    ]
+    heat = go.Heatmap(
+        z=data.values,
+        x=np.arange(data.shape[1]),
+        y=np.arange(data.shape[0]),
+        text=None if isinstance(text, bool) else text,
+        texttemplate=(number(data.values) if text else None) if isinstance(text, bool) else "%{text}",
+        textfont={"size": 10},
+        customdata=more[1] if more else None,
+        hovertemplate="<br>".join(lines) + "<extra></extra>",
+        hoverongaps=False,
+        colorbar=bar_of(what),
+        **scale,
+    )
+    figure = go.Figure(heat)
+    ticks(figure, "x", data.labels[columns], columns)
+    ticks(figure, "y", data.labels[rows], rows, down=down, room=30)
+    tall = {"height": max(150, min(24 * data.shape[0], 560)) + (110 if columns in ("pos", "key") else 50)}
+    return dressed(figure, name or title_of(data), data.about, (*notes, note), **(tall | (look or {})))  # type: ignore[arg-type]
+
+
+def number(values: np.ndarray) -> str | None:
+    """How numbers are written in the cells, where they have room."""
+    if values.shape[1] > 16 or values.size > WRITTEN:
+        return None
+    most = np.nanmax(np.abs(values), initial=0)
+    return "%{z:.2f}" if most < 10 else "%{z:.1f}" if most < 100 else "%{z:.0f}"
+
+
+def patch_grid(
+    sweep: Numbers, labels: Labels = None, *, max_cells: int = MOST_CELLS, **look: Unpack[Look]
+) -> go.Figure:
+    """Effects of a sweep over two axes, zero in the middle; on hover the interval over pairs and the null's floor.
+
+    A Sweep brings its interval (`low`, `high`) and `floor`; plain numbers [row, column] have none.
+    """
+    data = labelled(sweep, ("layer", "pos"), labels)
+    name = f"Effect of patching {data.about['site']}" if "site" in data.about else "Effect of patching"
+    known = [(word, getattr(sweep, name, None)) for word, name in (("from", "low"), ("to", "high"), ("null", "floor"))]
+    sheets = [(word, array(sheet.values)) for word, sheet in known if sheet is not None]
+    sheets = [(word, values) for word, values in sheets if np.isfinite(values).any()]
+    if not sheets or max(data.shape) > max_cells:
+        return drawn(data, "effect", True, most=max_cells, look=look, name=name)
+    lines = {"from": "95 %% interval %s", "to": "to %s", "null": "null floor %s"}
+    said = " ".join(lines[word] % f"%{{customdata[{i}]:.3g}}" for i, (word, _) in enumerate(sheets))
+    more = (said, np.stack([values for _, values in sheets], -1))
+    return drawn(data, "effect", True, most=max_cells, look=look, more=more, name=name)
+
+
+def logit_lens(
+    result: Any, show: str = "probability", *, prompt: int = 0, max_cells: int = MOST_CELLS, **look: Unpack[Look]
+) -> go.Figure:
+    """What every layer would say next: layer upwards, position to the right, the most probable tokens on hover.
+
+    `show` colours by "probability" (of the most probable token), "kl" (nats to the model's output), "target_rank" or
+    "target_probability". Where there is room the most probable token is written in its cell. Of more positions than
+    `max_cells`, every so many are drawn.
+    """
+    sheets = {name: one(sheet, prompt) for name, sheet in result.sheets().items()}
+    if show not in ("probability", "kl", "target_rank", "target_probability") or show not in sheets:
+        raise ValueError(
+            f"show is {show!r}; this result has {', '.join(n for n in sheets if n not in ('token', 'word'))}"
+        )
+    step = -(-sheets["kl"].shape[1] // max_cells)
+    word, probability = (sheets[name].stride("pos", step) for name in ("word", "probability"))
+    data = sheets[show] if show != "probability" else sheets["probability"].at(rank=0)
+    about = {key: said for key, said in data.about.items() if key != "direction"}
+    data = Labelled(array(data.values), data.axes, data.labels, about).stride("pos", step)
+    written: np.ndarray | bool = False
+    if data.shape[1] <= 18:
+        written = np.array([[shown(t, 8) for t in row] for row in word.values[..., 0]])
+    note = f"every {step}th position is drawn, of {sheets['kl'].shape[1]:,}" if step > 1 else ""
+    name = {"probability": "Logit lens: the most probable next token after each layer"}.get(
+        show, f"Logit lens: {data.about.get('metric', show)}"
+    )
+    more = ("%{customdata}", best(word.values, probability.values))
+    return drawn(
+        data,
+        show.replace("_", " "),
+        False,
+        most=max_cells,
+        look=look,
+        text=written,
+        more=more,
+        name=name,
+        notes=(note,),
+    )
+
+
+def one(sheet: Labelled, prompt: int) -> Labelled:
+    """One prompt of a result of several."""
+    return sheet.at(prompt=prompt) if "prompt" in sheet.axes else sheet
+
+
+def best(words: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """The most probable tokens of every cell as lines of hover."""
+    flat = zip(words.reshape(-1, words.shape[-1]), probabilities.reshape(-1, words.shape[-1]), strict=True)
+    cells = ["<br>".join(f"{p:.1%} {shown(w, 24)}" for w, p in zip(*cell, strict=True) if w) for cell in flat]
+    return np.array(cells, dtype=object).reshape(words.shape[:-1])
+
+
+def attention_pattern(
+    pattern: Numbers,
+    labels: Labels = None,
+    *,
+    value_norms: Numbers = None,
+    max_cells: int = MOST_CELLS,
+    **look: Unpack[Look],
+) -> go.Figure:
+    """One head's attention [query, key], the first query on top.
+
+    With `value_norms` [key] every weight is multiplied by the length of the value it brings (Kobayashi et al. 2020,
+    arXiv 2004.10102): little of what is attended to may be taken.
+    """
+    data = labelled(pattern, ("query", "key"), labels)
+    if value_norms is None:
+        return drawn(data, "attention", False, True, (0, 1), max_cells, look, False, name="Attention")
+    weighted = Labelled(data.values * array(value_norms)[None, :], data.axes, data.labels, data.about)
+    return drawn(
+        weighted, "attention x length of value", False, True, None, max_cells, look, False, name="Attention by value"
+    )
+
+
+def head_scores(
+    scores: Any,
+    score: str = "induction",
+    *,
+    n_kv_heads: int | None = None,
+    **look: Unpack[Look],
+) -> go.Figure:
+    """A number for every head [layer, head], layer 0 at the bottom; lines part the groups that share a key-value head.
+
+    Of a result with several scores, `score` is the one that is drawn.
+    """
+    sheets = scores.sheets() if hasattr(scores, "sheets") else {}
+    if sheets and score not in sheets:
+        raise ValueError(f"score is {score!r}; this result has {', '.join(sheets)}")
+    data = labelled(sheets.get(score, scores), ("layer", "head"))
+    chance = getattr(scores, "chance", {}).get(score)
+    note = f"by chance {chance:.3f}" if chance is not None else ""
+    named = score.replace("_", " ") if sheets else "score"
+    name = f"{named.capitalize()} score of every head" if sheets else title_of(data)
+    figure = drawn(data, named, look=look, name=name, notes=(note,))
+    if n_kv_heads:
+        for head in range(0, data.shape[1], data.shape[1] // n_kv_heads)[1:]:
+            figure.add_vline(head - 0.5, line={"color": "#ffffff", "width": 2})
+    return figure
+
+
+def residual_norms(residual: Numbers, labels: Labels = None, **look: Unpack[Look]) -> go.Figure:
+    """The length of the residual stream [layer, pos, model] after every layer and at every position."""
+    data = labelled(residual, ("layer", "pos", "model"), labels)
+    norms = np.linalg.norm(data.values, axis=-1)
+    return drawn(without(data, norms, "model"), "length", False, look=look, name="Length of the residual stream")
+
+
+def residual_angles(residual: Numbers, labels: Labels = None, **look: Unpack[Look]) -> go.Figure:
+    """Degrees by which each layer turns the residual stream [layer, pos, model] from what it was a layer before."""
+    data = labelled(residual, ("layer", "pos", "model"), labels)
+    unit = data.values / np.maximum(np.linalg.norm(data.values, axis=-1, keepdims=True), 1e-30)
+    turned = np.degrees(np.arccos(np.clip((unit[1:] * unit[:-1]).sum(-1), -1, 1)))
+    later = Labelled(data.values[1:], data.axes, {**data.labels, "layer": data.labels["layer"][1:]}, data.about)
+    name = "Angle between the residual stream after each layer and before it"
+    return drawn(without(later, turned, "model"), "degrees", False, look=look, name=name)
+
+
+def without(data: Labelled, values: np.ndarray, axis: str) -> Labelled:
+    """Numbers with the labels of `data` but for one axis."""
+    axes = tuple(a for a in data.axes if a != axis)
+    about: Mapping[str, str] = {key: said for key, said in data.about.items() if key not in ("metric", "direction")}
+    return Labelled(values, axes, {a: data.labels[a] for a in axes}, about)

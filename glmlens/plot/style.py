@@ -1,0 +1,176 @@
+"""One look for every figure: it reads in light and in dark, shows text as it is, and offers nothing for upload."""
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from html import escape
+from textwrap import wrap
+from typing import Any, TypedDict
+
+import plotly.graph_objects as go
+import plotly.io
+
+GREY = "#808080"  # reads on white and on black
+FAINT = "rgba(128,128,128,0.25)"
+SIGNED, MAGNITUDE = "RdBu_r", "Viridis"
+POSITIVE, NEGATIVE = "#D6604D", "#4393C3"
+SERIES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")  # Okabe and Ito 2008
+MOST_CELLS = 256  # along an axis
+LONG = 110  # characters of a line under the title
+DRAWN = {"\n": "↵", "\r": "␍", "\t": "→"}
+TURNING = {*map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A)), "\u200e", "\u200f", "\u2028", "\u2029"}
+
+AXIS = {
+    "showgrid": False,
+    "zeroline": False,
+    "automargin": True,
+    "ticks": "",
+    "ticklabelstandoff": 4,
+    "title": {"standoff": 8},
+    "linecolor": FAINT,
+}
+TEMPLATE = go.layout.Template(
+    layout={
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"color": GREY, "family": "system-ui, sans-serif", "size": 12},
+        "colorway": SERIES,
+        "xaxis": AXIS,
+        "yaxis": AXIS,
+        "hoverlabel": {"bgcolor": "#222222", "bordercolor": GREY, "font": {"color": "#ffffff"}, "align": "left"},
+        "modebar": {
+            "remove": ["sendChartToCloud", "select2d", "lasso2d"],
+            "bgcolor": "rgba(0,0,0,0)",
+            "color": GREY,
+            "activecolor": GREY,
+        },
+        "legend": {"bgcolor": "rgba(0,0,0,0)"},
+        "showlegend": False,
+        "title": {
+            "x": 0,
+            "xref": "container",
+            "xanchor": "left",
+            "y": 1,
+            "yanchor": "top",
+            "pad": {"t": 12, "l": 12},
+            "font": {"size": 15},
+        },
+    }
+)
+plotly.io.templates["glmlens"] = TEMPLATE
+
+
+class Look(TypedDict, total=False):
+    """What every figure takes: its title and the line under it (HTML-free text), and its size in pixels."""
+
+    title: str
+    subtitle: str
+    height: int
+    width: int
+
+
+def shown(text: object, most: int | None = None) -> str:
+    """Text that Plotly and HTML show as it is: markup escaped, no mathematics begun, nothing invisible."""
+    return markup(shortened(visible(str(text)), most))
+
+
+def shortened(text: str, most: int | None) -> str:
+    return text if most is None or len(text) <= most else text[: most - 1] + "…"
+
+
+def markup(text: str) -> str:
+    return escape(text, quote=False).replace("$", "&#36;")
+
+
+def visible(text: str) -> str:
+    """Newlines and tabs drawn; half characters, control characters and those that turn the line round by number."""
+    return "".join(DRAWN.get(c) or (f"⟨{ord(c):04X}⟩" if hidden(c) else c) for c in text)
+
+
+def hidden(c: str) -> bool:
+    return unicodedata.category(c) in ("Cc", "Cs") or c in TURNING
+
+
+def dressed(
+    figure: go.Figure,
+    name: str,
+    about: Mapping[str, str],
+    notes: Sequence[str] = (),
+    *,
+    room: int = 0,
+    title: str | None = None,
+    subtitle: str | None = None,
+    height: int = 400,
+    width: int | None = None,
+) -> go.Figure:
+    """The figure under its title: what it is, and below that the prompt, the metric, the model and the notes.
+
+    `room` is of pixels between these and the figure.
+    """
+    said = subtitle_of(about) if subtitle is None else [subtitle]
+    lines = [line for line in (*said, " · ".join(filter(None, notes))) if line]
+    small = "<br>".join(shown(line, LONG) for line in lines)
+    above = 46 + 17 * len(lines) + room
+    text = shown(name if title is None else title, 90)
+    figure.update_layout(
+        template=TEMPLATE,
+        title={"text": text, "subtitle": {"text": small, "font": {"size": 12}}},
+        height=height + above,
+        width=width,
+        margin={"l": 70, "r": 20, "t": above, "b": 50},
+    )
+    return figure
+
+
+def subtitle_of(about: Mapping[str, str]) -> list[str]:
+    """What a result says of itself, in a line for the prompt and a line for the rest."""
+    first = [about["prompt"]] if "prompt" in about else []
+    words = {"metric": "{}", "direction": "{}", "pairs": "{} pairs", "model": "model {}"}
+    said = [word.format(about[what]) for what, word in words.items() if what in about]
+    return first + ([" · ".join(said)] if said else [])
+
+
+def ticks(
+    figure: go.Figure,
+    axis: str,
+    labels: Sequence[str],
+    title: str,
+    *,
+    room: int = 36,
+    most: int = 16,
+    down: bool = False,
+) -> None:
+    """Integer places with these labels: whole on hover, and along the axis, of `most` characters, as many as have room.
+
+    A label is never a coordinate. `axis` is "x" or "y"; with `down` the first place is on top.
+    """
+    n, step = len(labels), max(1, -(-len(labels) // room))
+    places = list(range(n))
+    ends = [n - 0.5, -0.5] if down else [-0.5, n - 0.5]
+    full = {"tickvals": places, "ticktext": [shown(label, 60) for label in labels], "range": ends}
+    brief = {"tickvals": places[::step], "ticktext": [shown(label, most) for label in labels[::step]]}
+    steep = axis == "x" and 8 * sum(min(len(label), most) + 1 for label in labels[::step]) > 700
+    said = {"title": {"text": shown(title)}, **({"tickangle": -55} if steep else {})}
+    if step == 1 and brief["ticktext"] == full["ticktext"]:
+        figure.update_layout({f"{axis}axis": full | said})
+        return
+    over = {"overlaying": axis, "matches": axis, "side": "bottom" if axis == "x" else "left", "range": ends}
+    figure.update_layout({f"{axis}axis": full | {"showticklabels": False}, f"{axis}axis2": brief | over | said})
+    nowhere = {"x": [None], "y": [None], f"{axis}axis": f"{axis}2"}  # an axis is drawn only if a trace is on it
+    figure.add_scatter(**nowhere, hoverinfo="skip")
+
+
+def bar_of(what: str) -> dict[str, Any]:
+    """The bar that tells what the colours stand for."""
+    return {"title": {"text": "<br>".join(map(shown, wrap(what, 12)))}, "thickness": 12, "outlinewidth": 0}
+
+
+def colors(values: Any, signed: bool) -> dict[str, Any]:
+    """A colour scale for these numbers: zero in the middle if they are signed, else from zero or their smallest."""
+    import numpy as np
+
+    known = values[np.isfinite(values)]
+    if signed:
+        most = float(np.abs(known).max(initial=0)) or 1.0
+        return {"colorscale": SIGNED, "zmin": -most, "zmax": most}
+    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
+    return {"colorscale": MAGNITUDE, "zmin": min(low, 0.0), "zmax": high if high > min(low, 0.0) else 1.0}

@@ -1,0 +1,112 @@
+"""A generation, step by step: what was chosen, how sure the model was, and what else it might have said."""
+
+from collections.abc import Callable, Iterable
+from math import ceil
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+from typing_extensions import Unpack
+
+from glmlens.plot.data import array
+from glmlens.plot.style import FAINT, GREY, SERIES, Look, dressed, shown
+
+
+def generation(
+    steps: Iterable[Any], label: Callable[[int], str] = str, *, row: int = 0, top: int = 8, **look: Unpack[Look]
+) -> go.Figure:
+    """Above, each chosen token's probability and the entropy of its step (nats); below, the `top` tokens of one step.
+
+    `steps` are those of `lens.stream`, or any objects with `tokens` [batch] and `logits` [batch, vocab]; `label` names
+    a token id, as `lens.tokenizer.label` does. The slider goes through the steps, in a saved file too. Probabilities
+    are of the model's logits, before any temperature.
+    """
+    read = [reading(step, row, top) for step in steps]
+    if not read:
+        raise ValueError("a generation of no steps has nothing to show")
+    chosen = [label(ids) for ids, *_ in read]
+    figure = make_subplots(2, 1, specs=[[{"secondary_y": True}], [{}]], row_heights=[0.5, 0.5], vertical_spacing=0.2)
+    figure.add_trace(by_step([p for _, p, *_ in read], "probability", 0), 1, 1)
+    figure.add_trace(by_step([h for _, _, h, *_ in read], "entropy, nats", 1), 1, 1, secondary_y=True)
+    figure.add_trace(marker(0, read[0][1]), 1, 1)
+    figure.add_trace(candidates(read[0], label), 2, 1)
+    ticktext = [f"{i} {shown(t, 12)}" for i, t in enumerate(chosen)]
+    figure.update_xaxes(tickvals=list(range(len(read))), ticktext=ticktext, tickangle=-55, row=1, col=1)
+    figure.update_xaxes(range=[0, 1.12], tickformat=".0%", gridcolor=FAINT, showgrid=True, row=2, col=1)
+    figure.update_yaxes(title="probability", range=[0, 1.05], gridcolor=FAINT, showgrid=True, row=1, col=1)
+    most = max(h for _, _, h, *_ in read)
+    figure.update_yaxes(
+        title="entropy, nats", range=[0, 1.05 * ceil(max(most, 0.1))], tickformat=".1f", row=1, col=1, secondary_y=True
+    )
+    figure.update_yaxes(**names(read[0], label), row=2, col=1)
+    figure.frames = [frame(i, step, label) for i, step in enumerate(read)]
+    figure.update_layout(
+        sliders=[slider(ticktext)], showlegend=True, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
+    )
+    tall: Look = {"height": 620}
+    dressed(figure, "A generation, step by step", {}, room=24, **(tall | look))  # type: ignore[arg-type]
+    return figure.update_layout(margin={"b": 90})
+
+
+Reading = tuple[int, float, float, np.ndarray, np.ndarray]
+"""The chosen id, its probability, the entropy, and the ids and probabilities of the most probable tokens."""
+
+
+def reading(step: Any, row: int, top: int) -> Reading:
+    logits = array(step.logits)[row].astype(float)
+    p = np.exp(logits - logits.max())
+    p /= p.sum()
+    best = np.argsort(-p, kind="stable")[:top]
+    entropy = -float((p[p > 0] * np.log(p[p > 0])).sum())
+    chosen = int(array(step.tokens)[row]) if not hasattr(step.tokens, "tolist") else int(step.tokens.tolist()[row])
+    return chosen, float(p[chosen]), entropy, best, p[best]
+
+
+def by_step(values: list[float], name: str, i: int) -> go.Scatter:
+    hover = f"step %{{x}}<br>{name} %{{y:.4g}}<extra></extra>"
+    line = {"color": SERIES[i], "dash": ("solid", "dash")[i]}
+    y = np.asarray(values, np.float32)
+    return go.Scatter(x=np.arange(len(y)), y=y, name=name, mode="lines+markers", line=line, hovertemplate=hover)
+
+
+def marker(i: int, p: float) -> go.Scatter:
+    """The ring around the step that is shown below."""
+    ring = {"size": 15, "symbol": "circle-open", "color": GREY, "line": {"width": 2}}
+    return go.Scatter(x=[i], y=[p], mode="markers", marker=ring, name="the step below", hoverinfo="skip")
+
+
+def candidates(step: Reading, label: Callable[[int], str]) -> go.Bar:
+    """The most probable tokens of a step; the chosen one is marked by an arrow in its label and by its colour."""
+    chosen, _, _, ids, p = step
+    colors = [SERIES[5] if i == chosen else SERIES[0] for i in ids]
+    text = [f"{x:.1%}" for x in p]
+    said = [shown(label(int(i)), 40) for i in ids]
+    hover = "%{customdata}<br>%{x:.2%}<extra></extra>"
+    style = {"orientation": "h", "showlegend": False, "textposition": "outside", "cliponaxis": False}
+    y = np.arange(len(ids))
+    return go.Bar(x=p, y=y, text=text, customdata=said, marker={"color": colors}, hovertemplate=hover, **style)
+
+
+def names(step: Reading, label: Callable[[int], str]) -> dict[str, Any]:
+    """The axis of the candidates, the most probable on top."""
+    chosen, _, _, ids, _ = step
+    text = [f"{'▸ ' if i == chosen else ''}{shown(label(int(i)), 16)}" for i in ids]
+    return {"tickvals": list(range(len(ids))), "ticktext": text, "range": [len(ids) - 0.5, -0.5]}
+
+
+def frame(i: int, step: Reading, label: Callable[[int], str]) -> go.Frame:
+    return go.Frame(
+        name=str(i),
+        data=[marker(i, step[1]), candidates(step, label)],
+        traces=[2, 3],
+        layout={"yaxis3": names(step, label)},
+    )
+
+
+def slider(labels: list[str]) -> dict[str, Any]:
+    now = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
+    steps = [{"method": "animate", "label": label, "args": [[str(i)], now]} for i, label in enumerate(labels)]
+    said = {"prefix": "step ", "font": {"size": 12, "color": GREY}, "xanchor": "left"}
+    style = {"bgcolor": GREY, "bordercolor": GREY, "tickcolor": GREY, "font": {"size": 1, "color": "rgba(0,0,0,0)"}}
+    return {"active": 0, "steps": steps, "currentvalue": said, "pad": {"t": 30}, **style}

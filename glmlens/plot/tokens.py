@@ -1,0 +1,67 @@
+"""Text as coloured tokens: a piece of HTML in which a token's text is never markup."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from glmlens.plot.data import Numbers, array
+from glmlens.plot.style import visible
+from glmlens.results import Labelled
+
+RED, BLUE, DEEPEST = (214, 96, 77), (67, 147, 195), 0.6  # the strongest colour still lets black and white text be read
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Tokens with a number each: [pos]; in a notebook coloured text, red above zero, blue below, number on hover."""
+
+    labels: tuple[str, ...]
+    values: np.ndarray
+    what: str
+    title: str
+
+    def to_html(self) -> str:
+        """One element, with nothing to run in it and nothing to fetch."""
+        most = float(np.abs(self.values[np.isfinite(self.values)]).max(initial=0)) or 1.0
+        spans = "".join(
+            self.span(i, label, float(v), most)
+            for i, (label, v) in enumerate(zip(self.labels, self.values, strict=True))
+        )
+        title = f'<div style="font-weight:600;margin-bottom:.3em">{text(self.title)}</div>' if self.title else ""
+        ends = f'<div style="opacity:.7;font-size:85%">{text(self.what)}: colours from {-most:.3g} to {most:.3g}</div>'
+        style = "font-family:inherit;white-space:normal;background:none;padding:0;margin:.5em 0;line-height:1.9"
+        return f'<pre class="tex2jax_ignore mathjax_ignore" style="{style}">{title}{spans}{ends}</pre>'
+
+    def span(self, i: int, label: str, value: float, most: float) -> str:
+        """One token; half a colour can be read by its number on hover too."""
+        known = np.isfinite(value)
+        depth = DEEPEST * abs(value) / most if known else 0.0
+        color = ",".join(map(str, (*(RED if value > 0 else BLUE), f"{depth:.3f}")))
+        said = escape(f"{i} {visible(label)}: {self.what} {value:.4g}", quote=True)
+        style = f"background:rgba({color});padding:.15em .2em;border-radius:3px;margin-right:1px"
+        end = "<br>" if label.endswith(("\n", "↵")) else "<wbr>"
+        return f'<span style="{style}" title="{said}">{text(label)}</span>{end}'
+
+    def _repr_html_(self) -> str:
+        return self.to_html()
+
+
+def text(label: str) -> str:
+    """Text as HTML that says just that."""
+    return escape(visible(label), quote=True)
+
+
+def tokens(data: Numbers, labels: Sequence[str] | None = None, *, what: str = "value", title: str = "") -> Tokens:
+    """Coloured tokens from numbers [pos]; the labels are those of the result, or given."""
+    if isinstance(data, Labelled):
+        if len(data.axes) != 1:
+            raise ValueError(f"expected one axis, got {data.axes}; take one place of the others: data.at(...)")
+        labels = labels or data.labels[data.axes[0]]
+        what = data.about.get("metric", what) if what == "value" else what
+    values: Any = array(data.values if isinstance(data, Labelled) else data)
+    if labels is None or len(labels) != len(values):
+        raise ValueError(f"{len(values)} numbers need as many labels, got {None if labels is None else len(labels)}")
+    return Tokens(tuple(map(str, labels)), values, what, title)
