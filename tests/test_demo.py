@@ -17,6 +17,7 @@ import glmlens
 from glmlens.analysis import head_scores
 from glmlens.cli import main
 from glmlens.demo import train
+from glmlens.demo.history import history
 from glmlens.demo.world import KINDS, documents
 from glmlens.lens import EMBEDDED
 from glmlens.tasks.words import PLACES
@@ -118,6 +119,11 @@ def test_two_minutes_of_training_learn_the_language(tmp_path):
     texts = list(itertools.islice(documents("unseen"), 60))
     assert float(lens.log_probs(texts).nanmean()) > -3.2  # nats; log(1110) is 7.0
     assert lens.generate("When Mary and John went to the", 1).text in {f" {place}" for place in PLACES}
+    found = history(tmp_path)
+    assert found.labels["step"] == ["100"]
+    assert 0 <= found.at(step="100", measure="induction head") <= 1
+    with pytest.raises(glmlens.CheckpointError, match="holds no training"):
+        history(tmp_path / "step-0100")
 
 
 def test_training_learns_and_ends_in_a_checkpoint_that_opens(tmp_path):

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from glmlens.demo import circuits
+from glmlens.demo.history import MEASURED, history
 from glmlens.demo.world import held_out, new_opener
 from glmlens.hooks import Point
 from glmlens.lens import EMBEDDED, Lens, load
@@ -172,11 +173,21 @@ def page(card: dict[str, Any]) -> str:
         traced="\n".join(traced),
         ioi=ioi,
         heads="\n".join(heads + mlps),
+        history=formed(card.get("history", {})),
         looks=" | ".join(looks),
         rule="---|" * (3 + len(looks)),
         looking={look.replace(" ", "_"): looking(look) for look in looks},
         last=ioi["mlps"][str(len(ioi["mlps"]) - 1)],
     )
+
+
+def formed(history: dict[str, list[float]]) -> str:
+    """How it formed, step by step of its training; nothing where the training was not at hand."""
+    if not history:
+        return ""
+    head = f"| step | {' | '.join(MEASURED)} |\n|{'---|' * (1 + len(MEASURED))}"
+    rows = [f"| {step} | {' | '.join(f'{x:.2f}' for x in row)} |" for step, row in history.items()]
+    return "\n".join([FORMED, head, *rows, ""])
 
 
 def scored(heads: dict[str, float]) -> str:
@@ -256,14 +267,26 @@ MLP says the one who is not the giver.
 
 Without the heads of the table together {ioi[left without these heads]:.2f} is left; with all other heads exchanged
 instead, {ioi[left with only these heads]:.2f}.
+{history}"""
+FORMED = """
+## How it formed
+
+The trainer keeps the model of every hundredth step, and `python -m glmlens.demo.history OUT` measures them: first heads
+look at the word before, then heads copy what followed it, and with them words are said again; who receives comes last.
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=EMBEDDED)
-    folder = parser.parse_args().folder
-    card = rounded({**measured(load(folder, dtype="float32")), "model": load(folder).model_hash})
+    parser.add_argument("--training", type=Path, metavar="OUT", help="the training that it is from, for its history")
+    args = parser.parse_args()
+    folder: Path = args.folder
+    card = {**measured(load(folder, dtype="float32")), "model": load(folder).model_hash}
+    if args.training:
+        found = history(args.training)
+        card["history"] = dict(zip(found.labels["step"], found.values.tolist(), strict=True))
+    card = rounded(card)
     assert isinstance(card, dict)
     (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(page(card), encoding="utf-8")

@@ -1,7 +1,8 @@
 """Train the small GLM that ships inside the package: `python -m glmlens.demo.train OUT`.
 
 One command, from nothing to a checkpoint folder that transformers opens. It says how it goes, keeps a state every 100
-steps, and started again after being killed it goes on from there. The same seed gives the same data; the weights
+steps (and the model as it was then, in OUT/step-0100 and so on: see `demo.history`), and started again after being
+killed it goes on from there. The same seed gives the same data; the weights
 differ in their last bits between machines.
 """
 
@@ -147,7 +148,7 @@ def train(out: Path, recipe: Recipe) -> GLM:
             bar.set_postfix(loss=f"{mean.item():.3f}")
             if (step + 1) % EVERY == 0:
                 keep_state(out, step + 1, model, [*steppers, *schedulers])
-                save_weights(out / f"step-{step + 1:04}.safetensors", model)
+                save(out / f"step-{step + 1:04}", model, engine)
     save(out, model, engine)
     return model
 
@@ -172,7 +173,11 @@ def resume(out: Path, model: GLM, others: list) -> int:
 
 def save(out: Path, model: GLM, engine: Tokenizer) -> None:
     """Write an ordinary checkpoint folder, in bfloat16."""
-    save_weights(out / "model.safetensors", model)
+    out.mkdir(parents=True, exist_ok=True)
+    theirs = {name.format(i=i): said.format(i=i) for said, name in NAMES.items() for i in range(model.cfg.n_layers)}
+    tensors = {theirs[name]: p.detach().bfloat16().contiguous() for name, p in model.named_parameters()}
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    (out / "model.safetensors").chmod(0o644)
     engine.save(str(out / "tokenizer.json"))
     end, user, observation = (engine.token_to_id(t) for t in ("<|endoftext|>", "<|user|>", "<|observation|>"))
     stops = {"eos_token_id": [end, user, observation], "pad_token_id": end}
@@ -183,14 +188,6 @@ def save(out: Path, model: GLM, engine: Tokenizer) -> None:
         out / "tokenizer_config.json",
         {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": vocabulary.CHAT, **special},
     )
-
-
-def save_weights(path: Path, model: GLM) -> None:
-    """Write the weights in bfloat16, by the names that transformers gives them."""
-    theirs = {name.format(i=i): said.format(i=i) for said, name in NAMES.items() for i in range(model.cfg.n_layers)}
-    tensors = {theirs[name]: p.detach().bfloat16().contiguous() for name, p in model.named_parameters()}
-    save_file(tensors, path, {"format": "pt"})
-    path.chmod(0o644)
 
 
 def write(path: Path, content: dict[str, object]) -> None:
