@@ -133,7 +133,7 @@ def logit_lens(
     written: np.ndarray | bool = False
     if data.shape[1] <= 18:
         written = np.array([[shown(t, 8) for t in row] for row in word.values[..., 0]])
-    note = f"every {step}th position is drawn, of {sheets['kl'].shape[1]:,}" if step > 1 else ""
+    note = f"one position of every {step} is drawn, of {sheets['kl'].shape[1]:,}" if step > 1 else ""
     name = {"probability": "Logit lens: the most probable next token after each layer"}.get(
         show, f"Logit lens: {data.about.get('metric', show)}"
     )
