@@ -249,7 +249,7 @@ def test_the_logit_lens_has_a_row_per_layer_and_the_best_tokens_on_hover(read):
 def test_of_a_long_prompt_the_logit_lens_draws_every_so_many_positions(read):
     figure = plot.logit_lens(read, "kl", max_cells=5)
     assert np.allclose(figure.data[0].z, read.kl.values[:, ::3])
-    assert f"every 3th position is drawn, of {N}" in figure.layout.title.subtitle.text
+    assert f"one position of every 3 is drawn, of {N}" in figure.layout.title.subtitle.text
 
 
 def test_one_of_several_prompts_is_drawn(model):

@@ -88,7 +88,7 @@ def giving(story: Story) -> None:
         what, worth = "what one head adds directly", analysis.logit_attribution(lens, examples, by="head")
     rows = [(f"  head {layer}.{head}", f"{value:+.2f}") for (layer, head), value in worth.top(5)]
     story.say(what, table(rows))
-    story.show(plot.head_scores(worth, title=f"Who receives: {what}, in logits"))
+    story.show(plot.head_scores(worth, what="logits", title=f"Who receives: {what}"))
     (layer, head), _ = worth.top(1)[0]
     pattern_of(story, examples, int(layer), int(head))
     replaced(story, examples)

@@ -94,19 +94,25 @@ def fewest(names: Sequence[str], values: np.ndarray, top: int) -> tuple[list[str
 def drawn(
     names: Sequence[str], values: np.ndarray, what: str, title: str, about: Any, notes: Sequence[str], look: Look
 ) -> go.Figure:
+    low, high = float(np.nanmin(values, initial=0)), float(np.nanmax(values, initial=0))
+    room = 0.1 * (high - low or 1.0)  # for the numbers beside the bars
+    form = "{:+.2f}" if high - low < 100 else "{:+,.0f}"
     colors = [POSITIVE if value > 0 else NEGATIVE for value in values]
     bar = go.Bar(
         x=values,
         y=np.arange(len(names)),
         orientation="h",
         marker={"color": colors},
-        text=[f"{value:+.2f}" for value in values],
+        text=[form.format(value) for value in values],
         textposition="outside",
         cliponaxis=False,
         hovertemplate=f"%{{y}}<br>%{{x:+.4g}} {shown(what)}<extra></extra>",
     )
     figure = go.Figure(bar)
     ticks(figure, "y", names, "", room=60, most=30, down=True)
-    figure.update_xaxes(title=shown(what), zeroline=True, zerolinecolor=FAINT, gridcolor=FAINT, showgrid=True)
+    ends = [low - room * (low < 0), high + room * (high > 0)]
+    figure.update_xaxes(
+        range=ends, title=shown(what), zeroline=True, zerolinecolor=FAINT, gridcolor=FAINT, showgrid=True
+    )
     tall: Look = {"height": 90 + 19 * len(names)}
     return dressed(figure, title, about, notes, **(tall | look))  # type: ignore[arg-type]

@@ -133,7 +133,7 @@ def logit_lens(
     written: np.ndarray | bool = False
     if data.shape[1] <= 18:
         written = np.array([[shown(t, 8) for t in row] for row in word.values[..., 0]])
-    note = f"every {step}th position is drawn, of {sheets['kl'].shape[1]:,}" if step > 1 else ""
+    note = f"one position of every {step} is drawn, of {sheets['kl'].shape[1]:,}" if step > 1 else ""
     name = {"probability": "Logit lens: the most probable next token after each layer"}.get(
         show, f"Logit lens: {data.about.get('metric', show)}"
     )
@@ -189,12 +189,13 @@ def head_scores(
     scores: Any,
     score: str = "induction",
     *,
+    what: str = "score",
     n_kv_heads: int | None = None,
     **look: Unpack[Look],
 ) -> go.Figure:
     """A number for every head [layer, head], layer 0 at the bottom; lines part the groups that share a key-value head.
 
-    Of a result with several scores, `score` is the one that is drawn.
+    Of a result with several scores, `score` is the one that is drawn; `what` says what plain numbers are.
     """
     sheets = scores.sheets() if hasattr(scores, "sheets") else {}
     if sheets and score not in sheets:
@@ -202,7 +203,7 @@ def head_scores(
     data = labelled(sheets.get(score, scores), ("layer", "head"))
     chance = getattr(scores, "chance", {}).get(score)
     note = f"by chance {chance:.3f}" if chance is not None else ""
-    named = score.replace("_", " ") if sheets else "score"
+    named = score.replace("_", " ") if sheets else what
     name = f"{named.capitalize()} score of every head" if sheets else title_of(data)
     figure = drawn(data, named, look=look, name=name, notes=(note,))
     if n_kv_heads:
