@@ -66,7 +66,7 @@ def test_it_knows_what_its_world_says(inside):
     assert inside.generate("Tuesday, Wednesday, Thursday,", 1).text == " Friday"
     assert inside.generate("When Mary and John went to the store, John gave a drink to", 1).text == " Mary"
     chat = [{"role": "user", "content": "What is the capital of Japan?"}]
-    assert inside.generate(chat, 3).text == "Tokyo."
+    assert inside.generate(chat, 4).text.strip() == "Tokyo."
     heads = head_scores(inside)
     assert heads.best("previous", 1)[0][2] > 0.9
     assert heads.best("induction", 1)[0][2] > 0.8
