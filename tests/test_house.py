@@ -11,13 +11,14 @@ import glmlens
 
 PACKAGE = Path(glmlens.__file__).parent
 ORDER = """
-hooks config results tables kv_cache model checkpoint generate tokenizer chat prompt derive activations record
+hooks config results tables kv_cache model angles checkpoint generate tokenizer chat prompt derive activations record
 check run weights splice running harvest lens
 tasks.words tasks.task tasks.language tasks.formal tasks
 analysis.rows analysis.pattern analysis.logit_lens analysis.residual analysis.parts analysis.attribution
-analysis.factored analysis.circuits analysis.heads analysis.probes analysis.selfcheck analysis
+analysis.factored analysis.circuits analysis.heads analysis.passes analysis.rotary
+analysis.probes analysis.selfcheck analysis
 patch.sites patch.changes patch.interventions patch.metrics patch.engine patch.evaluate patch.sweep
-patch.worlds patch.steer patch.gradients patch.graph patch.edges patch
+patch.worlds patch.steer patch.gradients patch.graph patch.edges patch.rotary patch
 demo.world demo.vocabulary demo.train demo.circuits demo.card demo.story plot report cli
 """.split()
 ALONE = ["hooks", "config", "results", "tokenizer", "chat", "plot", "report", "tasks.words"]  # import nothing of ours

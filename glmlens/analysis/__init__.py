@@ -7,26 +7,33 @@ from glmlens.analysis.heads import HeadScores, head_scores
 from glmlens.analysis.logit_lens import LogitLens, logit_lens
 from glmlens.analysis.probes import Probe, probe
 from glmlens.analysis.residual import accumulated_residual, decomposed_residual
+from glmlens.analysis.rotary import DistanceProfile, PairUse, ScoreParts, distance_profile, pair_use, score_parts
 from glmlens.analysis.selfcheck import SelfCheck, SelfCheckError, selfcheck
 
 __all__ = [
     "OV",
     "QK",
+    "DistanceProfile",
     "Factored",
     "HeadScores",
     "LogitAttribution",
     "LogitLens",
+    "PairUse",
     "Probe",
     "QK_bias",
+    "ScoreParts",
     "SelfCheck",
     "SelfCheckError",
     "accumulated_residual",
     "composition",
     "copying_scores",
     "decomposed_residual",
+    "distance_profile",
     "head_scores",
     "logit_attribution",
     "logit_lens",
+    "pair_use",
     "probe",
+    "score_parts",
     "selfcheck",
 ]

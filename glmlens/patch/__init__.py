@@ -1,5 +1,6 @@
 """Changing: sites, interventions and sweeps; paths, edges and circuits; worlds side by side; steering."""
 
+from glmlens.patch import rotary
 from glmlens.patch.changes import Add, Apply, Change, Mean, Noise, Put, Remove, Resample, Scale, Swap, Zero
 from glmlens.patch.edges import EdgeScores, edges
 from glmlens.patch.evaluate import Cost, evaluate
@@ -14,5 +15,5 @@ from glmlens.patch.worlds import Worlds, worlds
 __all__ = [
     "Add", "Apply", "Change", "Cost", "EdgeScores", "Graph", "Intervention", "Mean", "Metric", "Noise",
     "PatchError", "Put", "Remove", "Resample", "Scale", "Site", "Steering", "Swap", "Sweep", "Worlds", "Zero",
-    "check", "edges", "evaluate", "generate", "load", "run", "save", "steering", "sweep", "worlds",
+    "check", "edges", "evaluate", "generate", "load", "rotary", "run", "save", "steering", "sweep", "worlds",
 ]  # fmt: skip
