@@ -12,10 +12,10 @@ import glmlens
 PACKAGE = Path(glmlens.__file__).parent
 ORDER = """
 hooks config results tables kv_cache model angles checkpoint generate tokenizer chat prompt derive activations record
-check run weights splice running harvest lens
+check run weights splice running harvest lens cache
 tasks.words tasks.task tasks.language tasks.formal tasks
 analysis.rows analysis.pattern analysis.logit_lens analysis.residual analysis.parts analysis.attribution
-analysis.factored analysis.circuits analysis.heads analysis.passes analysis.rotary
+analysis.factored analysis.circuits analysis.heads analysis.passes analysis.rotary analysis.entries
 analysis.probes analysis.selfcheck analysis
 patch.sites patch.changes patch.interventions patch.metrics patch.engine patch.evaluate patch.sweep
 patch.worlds patch.steer patch.gradients patch.graph patch.edges patch.rotary patch

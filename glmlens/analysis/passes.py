@@ -77,14 +77,20 @@ def recorded(rows: Rows, names: Sequence[str], hooks: Hooks | None = None, *, si
     return {name: xs[-1] if name.endswith(whole) else torch.cat(xs, 1) for name, xs in found.items()}
 
 
-def remembered(
-    rows: Rows, hooks: Hooks | None = None, *, size: int = PIECE, room: int = 0
-) -> tuple[KVCache, Int[Tensor, "batch"]]:
-    """The cache of the rows without their last token, and that token: what the next step of a generation runs."""
-    before = Rows(rows.lens, rows.tokens[:, :-1], None if rows.mask is None else rows.mask[:, :-1])
-    if not before.tokens.shape[1]:
-        raise ValueError("a prompt of one token has nothing to remember: give at least two")
-    kv = rows.lens.new_kv(rows.batch, rows.tokens.shape[1] + room)
-    for _ in pieces(before, hooks=hooks, kv=kv, size=size):
-        pass
-    return kv, rows.tokens[:, -1]
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """A generation about to say something: what it remembers, and the last token, which the next step runs."""
+
+    kv: KVCache
+    token: Int[Tensor, "batch"]
+
+    @staticmethod
+    def of(rows: Rows, hooks: Hooks | None = None, *, size: int = PIECE, room: int = 1) -> "Memory":
+        """The memory of prompts, run in pieces; ValueError for a prompt of one token."""
+        before = Rows(rows.lens, rows.tokens[:, :-1], None if rows.mask is None else rows.mask[:, :-1])
+        if not before.tokens.shape[1]:
+            raise ValueError("a prompt of one token has nothing to remember: give at least two")
+        kv = rows.lens.new_kv(rows.batch, rows.tokens.shape[1] + room)
+        for _ in pieces(before, hooks=hooks, kv=kv, size=size):
+            pass
+        return Memory(kv, rows.tokens[:, -1])
