@@ -6,7 +6,7 @@ recalls, at all steps or some. `Places` says to which entries: of which layers, 
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,6 +28,7 @@ class CacheError(ValueError):
     """An operation on a cache that cannot mean what was asked; the message says what to type instead."""
 
 
+@runtime_checkable
 class Operation(Protocol):
     """What can be done to a cache, or to what a run recalls."""
 

@@ -18,7 +18,7 @@ analysis.rows analysis.pattern analysis.logit_lens analysis.residual analysis.pa
 analysis.factored analysis.circuits analysis.heads analysis.passes analysis.rotary analysis.entries
 analysis.probes analysis.selfcheck analysis
 patch.sites patch.changes patch.interventions patch.metrics patch.engine patch.evaluate patch.sweep
-patch.worlds patch.steer patch.gradients patch.graph patch.edges patch.rotary patch
+patch.worlds patch.steer patch.gradients patch.graph patch.edges patch.rotary patch.timeline patch
 demo.world demo.vocabulary demo.train demo.circuits demo.card demo.story plot report cli
 """.split()
 ALONE = ["hooks", "config", "results", "tokenizer", "chat", "plot", "report", "tasks.words"]  # import nothing of ours

@@ -125,7 +125,9 @@ def id_of(lens: Lens, token: Token) -> int:
     return lens.to_single_token(token) if isinstance(token, str) else token
 
 
-def read(lens: Lens, acts: Mapping[str, Tensor], layer: int, key_at: Tensor, pull: Float[Tensor, "model"]) -> tuple[Tensor, ...]:
+def read(
+    lens: Lens, acts: Mapping[str, Tensor], layer: int, key_at: Tensor, pull: Float[Tensor, "model"]
+) -> tuple[Tensor, ...]:
     """Attention, what it writes and what that adds to the logit, of one layer [head, key]."""
     weight = exact(pattern(acts, layer, key_at[:, -1:], key_at)[0, :, -1])
     v = repeat(exact(acts[f"blocks.{layer}.kv.v"][0]), "key kv d -> (kv group) key d", group=lens.cfg.n_groups)

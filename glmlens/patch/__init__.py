@@ -10,10 +10,12 @@ from glmlens.patch.metrics import Metric
 from glmlens.patch.sites import PatchError, Site
 from glmlens.patch.steer import Steering, steering
 from glmlens.patch.sweep import Sweep, check, sweep
+from glmlens.patch.timeline import Parting, Timeline, parting, scheduled, timeline
 from glmlens.patch.worlds import Worlds, worlds
 
 __all__ = [
-    "Add", "Apply", "Change", "Cost", "EdgeScores", "Graph", "Intervention", "Mean", "Metric", "Noise",
-    "PatchError", "Put", "Remove", "Resample", "Scale", "Site", "Steering", "Swap", "Sweep", "Worlds", "Zero",
-    "check", "edges", "evaluate", "generate", "load", "rotary", "run", "save", "steering", "sweep", "worlds",
+    "Add", "Apply", "Change", "Cost", "EdgeScores", "Graph", "Intervention", "Mean", "Metric", "Noise", "Parting",
+    "PatchError", "Put", "Remove", "Resample", "Scale", "Site", "Steering", "Swap", "Sweep", "Timeline", "Worlds", "Zero",
+    "check", "edges", "evaluate", "generate", "load", "parting", "rotary", "run", "save", "scheduled", "steering",
+    "sweep", "timeline", "worlds",
 ]  # fmt: skip
