@@ -15,7 +15,8 @@ from glmlens.patch.worlds import Worlds, worlds
 
 __all__ = [
     "Add", "Apply", "Change", "Cost", "EdgeScores", "Graph", "Intervention", "Mean", "Metric", "Noise", "Parting",
-    "PatchError", "Put", "Remove", "Resample", "Scale", "Site", "Steering", "Swap", "Sweep", "Timeline", "Worlds", "Zero",
+    "PatchError", "Put", "Remove", "Resample", "Scale", "Site", "Steering", "Swap", "Sweep", "Timeline", "Worlds",
+    "Zero",
     "check", "edges", "evaluate", "generate", "load", "parting", "rotary", "run", "save", "scheduled", "steering",
     "sweep", "timeline", "worlds",
 ]  # fmt: skip

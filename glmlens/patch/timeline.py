@@ -5,7 +5,7 @@ the cache. So a timeline weighs little, attention is derived head by head when i
 from step k starts from the cache as it was.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from glmlens.analysis.passes import PIECE, Memory, pieces
 from glmlens.analysis.rows import Rows, Token, exact, label, layers_of, numbers
-from glmlens.cache import Operation
 from glmlens.hooks import Edit, HookError, Hooks, Only, Point, called, only, pairs
 from glmlens.kv_cache import KVCache
 from glmlens.lens import Lens
@@ -26,6 +25,8 @@ from glmlens.prompt import Prompt
 from glmlens.results import Labelled
 from glmlens.run import Run
 
+OnCache = Callable[[KVCache], KVCache]
+"""An operation such as `cache.evict(...)`, or any function from a cache to a new one."""
 Which = int | Sequence[int] | range | None
 UNSEEN = ("kv.k", "attn.scores", "attn.pattern")  # edits there change attention, and neither queries nor the cache
 
@@ -106,7 +107,7 @@ class Timeline:
     events: tuple[Event, ...]
     runs: tuple[Run, ...]
     hooks: Hooks
-    at: Mapping[int, Operation]
+    at: Mapping[int, OnCache]
     last: int
     options: Mapping[str, Any]
 
@@ -148,7 +149,7 @@ class Timeline:
         return self.labelled(-torch.xlogy(logs.exp(), logs.exp()).sum(-1), "step", "entropy, nats")
 
     def logit_lens(self) -> Labelled:
-        """The probability [layer, step] that every layer's stream, read as if it were the last, gives the chosen token."""
+        """The probability [layer, step] of the chosen tokens by every layer's stream, read as if it were the last."""
         logs = exact(self.readings()).log_softmax(-1)
         ids = torch.tensor(self.tokens, device=logs.device).expand(len(logs), -1)
         found = logs.gather(2, ids.unsqueeze(-1)).squeeze(-1).exp()
@@ -203,7 +204,7 @@ class Timeline:
         token: Token | None = None,
         hooks: Hooks | None = None,
         interventions: Sequence[Intervention] | Intervention = (),
-        at: Mapping[int, Operation] | None = None,
+        at: Mapping[int, OnCache] | None = None,
         max_new_tokens: int | None = None,
     ) -> "Timeline":
         """The same run up to a step, from there with a change; what came before is not computed again.
@@ -249,7 +250,7 @@ class Recording:
 
     lens: Lens
     hooks: Hooks
-    at: Mapping[int, Operation]
+    at: Mapping[int, OnCache]
     last: int
     options: Mapping[str, Any] = field(default_factory=dict)
     moments: list[Moment] = field(default_factory=list)
@@ -278,7 +279,7 @@ class Recording:
             return
         if kv is not None and start in self.at:
             kv = self.at[start](kv)
-            self.events.append(Event(start, "the cache", called(cast(Any, self.at[start])), True))
+            self.events.append(Event(start, "the cache", named(self.at[start]), True))
         stops = [step for step in self.at if step > start]
         until = min([*stops, self.last])
         watch, noted = Last(), self.noted(start)
@@ -353,7 +354,7 @@ def timeline(
     *,
     hooks: Hooks | None = None,
     interventions: Sequence[Intervention] | Intervention = (),
-    at: Mapping[int, Operation] | None = None,
+    at: Mapping[int, OnCache] | None = None,
     **options: Any,
 ) -> Timeline:
     """Generate from one prompt and keep what every step said and read.
@@ -378,6 +379,11 @@ def timeline(
     return going.timeline(tokens)
 
 
+def named(op: OnCache) -> str:
+    """What to call an operation on the cache."""
+    return getattr(op, "__name__", type(op).__name__.lower())
+
+
 def compiled(lens: Lens, hooks: Hooks | None, interventions: Sequence[Intervention] | Intervention) -> Hooks:
     """Hooks and interventions as hooks."""
     return [*pairs(hooks), *scheduled(lens, interventions)]
@@ -389,14 +395,14 @@ def scheduled(
     *,
     steps: Which = None,
     positions: Which = None,
-) -> Hooks:
+) -> list[tuple[str, Edit]]:
     """Hooks, an intervention or several, as hooks at some steps of a generation and some absolute positions alone."""
     if isinstance(what, Intervention):
         what = [what]
     ours = [one for one in what if isinstance(one, Intervention)] if not isinstance(what, Mapping) else []
     if any(one.site.ungrouped for one in ours):
         raise PatchError("keys or values by query head need a cache that is not grouped: use patch.generate")
-    edits = Applied.to(lens, ours).hooks if ours else pairs(cast(Hooks, what) or None)
+    edits: list[tuple[str, Edit]] = Applied.to(lens, ours).hooks if ours else pairs(cast(Hooks, what) or None)
     if steps is None and positions is None:
         return edits
     return [(name, only(fn, steps=steps, positions=positions)) for name, fn in edits]
