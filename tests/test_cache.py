@@ -200,6 +200,25 @@ def test_one_entry_repositioned_turns_by_hand_and_no_other_moves(lens, tokens):
     assert moved.positions[0, :9].tolist() == [0, 1, 2, 8, 4, 5, 6, 7, 8]
 
 
+def test_repositioning_as_a_hook_is_repositioning_the_cache(lens, tokens):
+    kv, op = filled(lens, tokens), cache.reposition(lens, -2, position=[4, 5])
+    expected = lens(tokens[:, :1], kv=op(kv))
+    close(lens.run_with_hooks(tokens[:, :1], op.hooks(lens), kv=kv.fork()), expected)
+    run = lens.generate(tokens, 4, hooks=op.hooks(lens, steps=[2, 3]), names="logits", stop_ids=())
+    first = lens.generate(tokens, 2, stop_ids=())
+    then = lens.generate(first.tokens[:, -1:], 2, kv=op(first.kv), names="logits", stop_ids=())
+    close(run.acts["logits"][:, -2:], then.acts["logits"][:, -2:])
+
+
+def test_eviction_as_a_hook_at_later_steps_is_eviction_between_steps(eager, tokens):
+    op = cache.evict(position=[2, 3, 7])
+    first = eager.generate(tokens, 3, stop_ids=())
+    then = eager.generate(first.tokens[:, -1:], 4, kv=op(first.kv), names="logits", stop_ids=())
+    run = eager.generate(tokens, 7, hooks=op.hooks(eager, steps=range(3, 7)), names="logits", stop_ids=())
+    assert torch.equal(run.tokens[:, 12:], then.tokens[:, 1:])
+    close(run.acts["logits"][:, -4:], then.acts["logits"][:, -4:])
+
+
 def test_closing_up_counts_positions_inside_the_cache(lens, tokens):
     small = cache.evict(cache.window(3, sinks=2))(filled(lens, tokens))
     closed = cache.close_up(lens)(small)
