@@ -311,12 +311,18 @@ def test_breakage_is_what_two_plain_runs_say(lens, tokens):
     assert found.kl.at(surgery="all later") == pytest.approx(0, abs=1e-6)
 
 
-def test_the_induction_of_the_demo_needs_positions():
+def test_the_previous_token_head_of_the_demo_looks_by_position_and_not_by_content():
     lens = glmlens.load(dtype="float32")
-    use = analysis.pair_use(lens)
-    best = analysis.head_scores(lens).best("previous", 1)[0]
-    use_of_best = use.previous.values[best[0], best[1]]
-    assert use_of_best.sum() > np.median(use.previous.values.sum(-1))
+    layer, head, _ = analysis.head_scores(lens).best("previous", 1)[0]
+    use = analysis.pair_use(lens).previous.values[layer, head]
+    assert use[:-1].sum() > 10 * abs(use[-1])
+    words = torch.tensor(lens.tokenizer.word_ids()[:20])[None]
+    hooks = {
+        "by position": surgery.freeze(lens, layer=layer, head=head),
+        "nothing": surgery.shift(lens, 0, layer=layer),
+    }
+    found = surgery.breakage(lens, words, hooks).kl
+    assert found.at(surgery="by position") > found.at(surgery="nothing") == 0
 
 
 def test_places_that_are_not_there_are_errors_that_say_what_is(lens, tokens):

@@ -84,6 +84,17 @@ def test_a_rerun_from_a_step_is_the_whole_run_with_the_change_from_that_step_on(
     assert line.rerun(step).tokens == line.tokens
 
 
+def test_a_rerun_keeps_the_edits_that_had_their_say_before_it(lens, tokens):
+    hooks = {"blocks.1.attn_out": only(double, steps=0), "blocks.0.mlp_out": only(double, steps=[1, 4])}
+    line = timeline(lens, tokens[:1], 6, hooks=hooks, at={3: cache.reposition(lens, 2)}, stop_ids=())
+    for step in (2, 3, 4):
+        again = line.rerun(step)
+        close(again.logits, line.logits)
+        assert again.events == line.events
+    again = line.rerun(3, at={4: cache.evict(position=2)})
+    assert [e.step for e in again.events if e.point == "the cache"] == [3, 4]
+
+
 def test_a_rerun_computes_nothing_of_what_came_before(lens, tokens, monkeypatch):
     line = timeline(lens, tokens[:1], 5, stop_ids=())
     ran = []
@@ -194,6 +205,8 @@ def test_what_cannot_be_is_an_error_that_says_so(lens, tokens):
         timeline(lens, tokens, 3)
     with pytest.raises(ValueError, match="this run has 0 to 2"):
         timeline(lens, tokens[:1], 3, at={3: cache.evict(position=1)})
+    with pytest.raises(TypeError, match="repetition_penalty"):
+        timeline(lens, tokens[:1], 3, repetition_penalty=1.2)
     with pytest.raises(TypeError, match="use rerun"):
         timeline(lens, tokens[:1], 3, kv=lens.new_kv())
     hooked = timeline(lens, tokens[:1], 3, hooks={"blocks.1.kv.k": double}, stop_ids=())

@@ -28,6 +28,8 @@ from glmlens.run import Run
 OnCache = Callable[[KVCache], KVCache]
 """An operation such as `cache.evict(...)`, or any function from a cache to a new one."""
 Which = int | Sequence[int] | range | None
+CACHE = "the cache"  # where operations between steps happen
+WHOLE = ("repetition_penalty", "stop_strings")  # look at all that was said, of which a run that goes on has a part
 UNSEEN = ("kv.k", "attn.scores", "attn.pattern")  # edits there change attention, and neither queries nor the cache
 
 
@@ -210,25 +212,29 @@ class Timeline:
         """The same run up to a step, from there with a change; what came before is not computed again.
 
         With `token`, that step says another token and the next ones go on from it. `hooks`, `interventions` and `at`
-        are in place of this run's own, from that step on; their steps and positions count as in this run. At step 0 the
-        prompt is run anew. A seed draws anew from the step on.
+        are in place of this run's own, from that step on; their steps and positions count as in this run. What was done
+        to the cache up to that step stays done. At step 0 the prompt is run anew.
         """
         moment, last = self.moment(step), self.last if max_new_tokens is None else max_new_tokens
         if last <= step:
             raise ValueError(f"max_new_tokens is {last}, counted from the start: nothing is left to say at step {step}")
-        given = self.hooks if hooks is None else hooks
-        going = Recording(self.lens, compiled(self.lens, given, interventions), self.at if at is None else at, last)
-        going.options = self.options
+        given, anew = self.hooks if hooks is None else hooks, step == 0 and token is None
+        later = {i: op for i, op in self.at.items() if anew or i > step}
+        going = Recording(self.lens, compiled(self.lens, given, interventions), later if at is None else at, last)
+        going.options, going.held = self.options, set(range(len(pairs(self.hooks)))) if hooks is None else set()
         going.moments = list(self.moments[:step])
         if token is not None:
             said = token if isinstance(token, int) else self.lens.to_single_token(token)
             going.moments.append(replace(moment, token=said))
             going.go(self.after(moment), said)
-        elif step == 0:
+        elif anew:
             going.begin(self.prompt)
         else:
             going.go(moment.memory().kv, moment.entry)
-        return going.timeline(self.prompt, [e for e in self.events if e.step < step + (token is not None)])
+        stays = [
+            e for e in self.events if e.step < step + (token is not None) or (e.point == CACHE and 0 < e.step <= step)
+        ]
+        return going.timeline(self.prompt, stays)
 
     def after(self, moment: Moment) -> KVCache:
         """The cache once this step's token has been run."""
@@ -279,7 +285,7 @@ class Recording:
             return
         if kv is not None and start in self.at:
             kv = self.at[start](kv)
-            self.events.append(Event(start, "the cache", named(self.at[start]), True))
+            self.events.append(Event(start, CACHE, named(self.at[start]), True))
         stops = [step for step in self.at if step > start]
         until = min([*stops, self.last])
         watch, noted = Last(), self.noted(start)
@@ -289,7 +295,9 @@ class Recording:
             *(["attn.q_pass"] if self.lens.cfg.d_rotary < self.lens.cfg.d_head else []),
         ]
         edits = [*noted, *((name, watch) for name in [*points, "logits"])]
-        run = self.lens.generate(tokens, until - start, hooks=edits, kv=kv, **self.options)
+        seed = self.options.get("seed")
+        options = {**self.options, **({} if seed is None else {"seed": seed + start})}
+        run = self.lens.generate(tokens, until - start, hooks=edits, kv=kv, **options)
         self.note(noted)
         self.runs.append(run)
         self.moments += moments(self.lens, run, watch, start, tokens.shape[1], 0 if kv is None else kv.length)
@@ -362,7 +370,8 @@ def timeline(
     `hooks` and `interventions` are those of a plain forward, and hold at every step, or as `scheduled` says. `at` are
     operations on the cache, {step: op}: before that step (at step 0, before the prompt's last token is run).
     `options` are those of `lens.generate`; `names=` records more, in `runs`. A prompt of more than 512 tokens is run in
-    pieces, of which `names=` records the last token alone. Raises HookError for an edit that never came to hold, and
+    pieces, of which `names=` records the last token alone. A run that goes on at step k, after an operation or in
+    `rerun`, draws from seed + k. Raises HookError for an edit that never came to hold, and
     ValueError for several prompts or an operation at a step that this run cannot have.
     """
     tokens, mask = lens.to_batch(prompt)
@@ -371,6 +380,9 @@ def timeline(
     unknown = sorted({"kv", "attention_mask"} & set(options))
     if unknown:
         raise TypeError(f"{' and '.join(unknown)}: a timeline begins with its prompt; to go on, use rerun(step)")
+    whole = sorted(set(WHOLE) & set(options))
+    if whole:
+        raise TypeError(f"{' and '.join(whole)}: not in a timeline, which may go on from any step; use lens.generate")
     wrong = [step for step in at or {} if not 0 <= step < max_new_tokens]
     if wrong:
         raise ValueError(f"operations at steps {wrong}; this run has 0 to {max_new_tokens - 1}")
