@@ -1,6 +1,6 @@
 """What a GLM remembers of the tokens it has run: two tensors and a length."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,19 +11,30 @@ from torch import Tensor
 
 from glmlens.config import GLMConfig
 
+OF_ENTRIES = ("positions", "tokens", "calls")  # what a cache knows of every entry of a row
+
 
 @dataclass(eq=False, repr=False)
 class KVCache:
     """The keys (after rotation) and values of every layer, and the absolute position of every entry.
 
     `keys` and `values` are [layer, batch, capacity, kv, d]; `positions` is [batch, capacity], -1 for padding. Only the
-    first `length` entries count. Writing past the capacity doubles it.
+    first `length` entries count. Writing past the capacity doubles it. `tokens` are the ids that entries are of, -1
+    where that is unknown, and `calls` the numbers of the calls that wrote them, from 0: in a generation, its steps.
     """
 
     keys: Float[Tensor, "layer batch capacity kv d"]
     values: Float[Tensor, "layer batch capacity kv d"]
     positions: Int[Tensor, "batch capacity"]
     length: int = 0
+    tokens: Int[Tensor, "batch capacity"] = field(default=None)  # type: ignore[assignment]
+    calls: Int[Tensor, "batch capacity"] = field(default=None)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.tokens is None:
+            self.tokens = torch.full_like(self.positions, -1)
+        if self.calls is None:
+            self.calls = torch.zeros_like(self.positions)
 
     @staticmethod
     def empty(cfg: GLMConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str) -> "KVCache":
@@ -46,8 +57,10 @@ class KVCache:
         """The positions of all entries once those of a call at these positions are among them."""
         return torch.cat([self.positions[:, : self.length], positions], 1)
 
-    def reserve(self, positions: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch key"]:
-        """Make room for entries at these positions; they count once `length` includes them.
+    def reserve(
+        self, positions: Int[Tensor, "batch pos"], tokens: Int[Tensor, "batch pos"] | None = None
+    ) -> Int[Tensor, "batch key"]:
+        """Make room for entries at these positions, of these tokens; they count once `length` includes them.
 
         Returns the positions of all entries then there.
         """
@@ -55,12 +68,16 @@ class KVCache:
         if end > self.capacity:
             self.grow(max(end, 2 * self.capacity))
         self.positions[:, self.length : end] = positions
+        self.tokens[:, self.length : end] = -1 if tokens is None else tokens
+        self.calls[:, self.length : end] = self.calls[:, : self.length].amax() + 1 if self.length else 0
         return self.positions[:, :end]
 
     def grow(self, capacity: int) -> None:
         more = capacity - self.capacity
         self.keys, self.values = (torch.nn.functional.pad(t, (0, 0, 0, 0, 0, more)) for t in (self.keys, self.values))
-        self.positions = torch.nn.functional.pad(self.positions, (0, more), value=-1)
+        self.positions, self.tokens, self.calls = (
+            torch.nn.functional.pad(t, (0, more), value=-1) for t in (self.positions, self.tokens, self.calls)
+        )
 
     def fork(self, room: int = 0) -> "KVCache":
         """A copy with room for more entries: what either remembers from now on, the other never sees."""
@@ -74,7 +91,8 @@ class KVCache:
         )
         for new, old in ((copy.keys, self.keys), (copy.values, self.values)):
             new[:, :, : self.length] = old[:, :, : self.length]
-        copy.positions[:, : self.length] = self.positions[:, : self.length]
+        for name in OF_ENTRIES:
+            getattr(copy, name)[:, : self.length] = getattr(self, name)[:, : self.length]
         return copy
 
     def truncate(self, length: int) -> None:
@@ -86,7 +104,7 @@ class KVCache:
     def save(self, path: str | Path) -> None:
         """Write the entries to one safetensors file."""
         kept = {"keys": self.keys[:, :, : self.length], "values": self.values[:, :, : self.length]}
-        kept["positions"] = self.positions[:, : self.length]
+        kept |= {name: getattr(self, name)[:, : self.length] for name in OF_ENTRIES}
         save_file({name: t.contiguous() for name, t in kept.items()}, path, {"format": "glmlens.KVCache"})
 
     @staticmethod
@@ -95,8 +113,8 @@ class KVCache:
         with safe_open(path, framework="pt") as file:
             if (file.metadata() or {}).get("format") != "glmlens.KVCache":
                 raise ValueError(f"{path} is not a KV cache that glmlens saved")
-            parts = [file.get_tensor(name).to(device, copy=True) for name in ("keys", "values", "positions")]
-        return KVCache(*parts, length=parts[2].shape[1])
+            parts = {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}  # noqa: SIM118
+        return KVCache(**parts, length=parts["positions"].shape[1])
 
     def fits(self, cfg: GLMConfig, x: Tensor) -> None:
         """Raise ValueError unless this cache can hold what such a model computes from x [batch, pos, model]."""

@@ -64,7 +64,7 @@ class GLM(nn.Module):
         if kv is not None:
             kv.fits(self.cfg, resid)
         positions = absolute_positions(resid.shape[:2], resid.device, kv, position_ids, attention_mask)
-        key_positions = positions if kv is None else kv.reserve(positions)
+        key_positions = positions if kv is None else kv.reserve(positions, ids_of(tokens))
         plain = self.attention == "sdpa" and kv is None and position_ids is None and attention_mask is None
         mask = None if plain else additive_mask(positions, key_positions, resid.dtype)  # the kernel knows plain causal
         angles = rotary_angles(positions, self.cfg.d_rotary, self.cfg.rope_theta, resid.dtype)
@@ -300,6 +300,11 @@ def absolute_positions(
     if attention_mask is not None:
         position_ids = torch.where(attention_mask.bool(), position_ids, -1)
     return position_ids.expand(batch, pos)
+
+
+def ids_of(tokens: Tensor | None) -> Int[Tensor, "batch pos"] | None:
+    """The token ids of a call, unless it enters with embeddings or a residual stream."""
+    return None if tokens is None or tokens.is_floating_point() else tokens
 
 
 def keep(

@@ -111,3 +111,25 @@ def test_a_cache_of_another_shape_is_an_error_that_says_how(lens, tokens):
         lens(tokens, kv=other.new_kv(batch=2))
     with pytest.raises(ValueError, match=r"dtype torch.float64, not torch.float32"):
         lens(tokens, kv=small_lens(dtype=torch.float64).new_kv(batch=2))
+
+
+def test_every_entry_knows_its_token_and_the_call_that_wrote_it(lens, tokens, tmp_path):
+    kv = lens.new_kv(batch=2, capacity=1)
+    for part in (tokens[:, :5], tokens[:, 5:6], tokens[:, 6:]):
+        lens(part, kv=kv)
+    calls = [0] * 5 + [1] + [2] * 3
+    kv.save(tmp_path / "memory.safetensors")
+    for again in (kv, kv.fork(20), glmlens.KVCache.load(tmp_path / "memory.safetensors")):
+        assert torch.equal(again.tokens[:, :9], tokens)
+        assert again.calls[:, :9].tolist() == [calls, calls]
+    kv.truncate(6)
+    lens(tokens[:, :2], kv=kv)
+    assert kv.calls[0, :8].tolist() == [0] * 5 + [1, 2, 2]
+    lens(kv=kv, inputs_embeds=lens.W_E[tokens[:, :1]])
+    assert kv.tokens[:, 8].tolist() == [-1, -1]
+
+
+def test_the_calls_of_a_generation_are_its_steps(lens, tokens):
+    run = lens.generate(tokens[:1], 4, stop_ids=())
+    assert run.kv.calls[0, : run.kv.length].tolist() == [0] * 9 + [1, 2, 3]
+    assert torch.equal(run.kv.tokens[:, : run.kv.length], run.tokens[:, :-1])

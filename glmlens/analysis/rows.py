@@ -59,6 +59,12 @@ class Rows:
             raise IndexError(f"position {int(asked[row])} asked for; prompt {row} has {int(lengths[row])} tokens")
         return torch.where(asked < 0, asked, asked - lengths) + self.tokens.shape[1]
 
+    def columns_of(self, positions: Sequence[int] | int | None) -> Int[Tensor, "some"]:
+        """The columns of some absolute positions of a single prompt, negative from its end; None means all."""
+        if positions is None:
+            return torch.arange(self.tokens.shape[1], device=self.tokens.device)[self.positions[0] >= 0]
+        return torch.cat([self.columns(p) for p in ([positions] if isinstance(positions, int) else positions)])
+
     def run(self, names: str | Sequence[str], hooks: Hooks | None = None) -> tuple[Tensor, Activations]:
         """The logits of these rows, and what was at the named points after all hooks."""
         logits, acts = self.lens.run_with_cache(self.tokens, names, hooks, attention_mask=self.mask)

@@ -1,5 +1,6 @@
 """Changing: sites, interventions and sweeps; paths, edges and circuits; worlds side by side; steering."""
 
+from glmlens.patch import rotary
 from glmlens.patch.attribute import attribute
 from glmlens.patch.changes import Add, Apply, Change, Mean, Noise, Put, Remove, Resample, Scale, Swap, Zero
 from glmlens.patch.circuits import FRACTIONS, Circuit, Curve, Exact, greedy, top, whole
@@ -13,6 +14,7 @@ from glmlens.patch.running import generate, run
 from glmlens.patch.sites import PatchError, Site
 from glmlens.patch.steer import Steering, steering
 from glmlens.patch.sweep import Sweep, check, sweep
+from glmlens.patch.timeline import Parting, Timeline, parting, scheduled, timeline
 from glmlens.patch.worlds import Worlds, worlds
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "Mean",
     "Metric",
     "Noise",
+    "Parting",
     "PatchError",
     "Put",
     "Remove",
@@ -39,6 +42,7 @@ __all__ = [
     "Steering",
     "Swap",
     "Sweep",
+    "Timeline",
     "Worlds",
     "Zero",
     "attribute",
@@ -48,11 +52,15 @@ __all__ = [
     "generate",
     "greedy",
     "load",
+    "parting",
     "path_patch",
+    "rotary",
     "run",
     "save",
+    "scheduled",
     "steering",
     "sweep",
+    "timeline",
     "top",
     "whole",
     "worlds",

@@ -1,0 +1,79 @@
+"""Entries at other positions: their keys are remembered after they have turned, so they turn on by the difference."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from glmlens.angles import frequencies, turned_on
+from glmlens.cache.places import CacheError, Edits, Places, Which, entries_of, scheduled
+from glmlens.config import GLMConfig
+from glmlens.hooks import Point
+from glmlens.kv_cache import KVCache
+from glmlens.lens import Lens
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Keys turned to other positions; see `reposition`."""
+
+    cfg: GLMConfig
+    to: Callable[[Int[Tensor, "batch key"]], Int[Tensor, "batch key"]]
+
+    def __call__(self, kv: KVCache) -> KVCache:
+        made, at = kv.fork(), kv.positions[:, : kv.length]
+        new = torch.where(at >= 0, self.to(at), -1)
+        if bool(((new < 0) & (at >= 0)).any()):
+            raise CacheError(f"entries would come to stand before position 0; they are at {entries_of(kv)}")
+        for layer in range(kv.keys.shape[0]):
+            made.keys[layer, :, : kv.length] = self.turned(kv.keys[layer, :, : kv.length], at, new)
+        made.positions[:, : kv.length] = new
+        return made
+
+    def turned(self, k: Float[Tensor, "batch key kv d"], at: Tensor, new: Tensor) -> Tensor:
+        """Keys that stand at other positions: the rotated channels turn on by the difference of the angles."""
+        exact = torch.promote_types(k.dtype, torch.float32)
+        exact = exact if k.device.type == "mps" else torch.float64  # a difference of large angles loses digits
+        angle = (new - at).to(exact)[:, :, None] * frequencies(self.cfg, exact, k.device)
+        still = torch.ones_like(angle), torch.zeros_like(angle)
+        turned = turned_on(k[..., : self.cfg.d_rotary], still, (angle.cos(), angle.sin()))
+        return torch.cat([turned, k[..., self.cfg.d_rotary :]], -1)
+
+    def hooks(self, lens: Lens, *, steps: Which = None) -> Edits:
+        """The same for the keys that a run recalls. Whom a query may see stays as it was."""
+
+        def recall(x: Tensor, point: Point) -> Tensor:
+            at = point.key_positions
+            assert at is not None
+            return self.turned(x, at, torch.where(at >= 0, self.to(at), -1))
+
+        edit = scheduled(recall, steps)
+        return [(f"blocks.{layer}.kv.k", edit) for layer in range(self.cfg.n_layers)]
+
+
+def reposition(
+    lens: Lens, by: int | None = None, *, position: Which = None, to: Callable[[Tensor], Tensor] | None = None
+) -> Moved:
+    """Move entries by so many positions: all, or those at `position`; or `to(positions)`, any function of them.
+
+    Keys are remembered after they have turned, so they turn on by the difference.
+    """
+    if (by is None) == (to is None):
+        raise CacheError("give by=, how far to move, or to=, a function from positions to positions")
+    if to is not None:
+        return Moved(lens.cfg, to)
+    places, far = Places.at(position=position), int(by or 0)
+    return Moved(lens.cfg, lambda at: torch.where(places.entries(at), at + far, at))
+
+
+def close_up(lens: Lens) -> Moved:
+    """Move entries together so that no position between them is free, as StreamingLLM counts positions inside its cache
+    (Xiao et al. 2023, arXiv 2309.17453, section 3.2)."""
+
+    def to(at: Tensor) -> Tensor:
+        real = torch.where(at >= 0, at, torch.iinfo(at.dtype).max)
+        return real.argsort(1).argsort(1)
+
+    return Moved(lens.cfg, to)

@@ -1,0 +1,83 @@
+"""Which entries of a cache an operation is about, and when it holds."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from glmlens.hooks import Edit, only
+from glmlens.kv_cache import KVCache
+from glmlens.lens import Lens
+
+Which = int | Iterable[int] | None
+Edits = list[tuple[str, Edit]]
+
+
+class CacheError(ValueError):
+    """An operation on a cache that cannot mean what was asked; the message says what to type instead."""
+
+
+@runtime_checkable
+class Operation(Protocol):
+    """What can be done to a cache, or to what a run recalls."""
+
+    def __call__(self, kv: KVCache) -> KVCache: ...
+    def hooks(self, lens: Lens, *, steps: Which = None) -> Edits: ...
+
+
+@dataclass(frozen=True)
+class Places:
+    """Entries by layer, key-value head and absolute position; None means all."""
+
+    layer: tuple[int, ...] | None = None
+    kv: tuple[int, ...] | None = None
+    position: tuple[int, ...] | None = None
+
+    @staticmethod
+    def at(layer: Which = None, kv: Which = None, position: Which = None) -> "Places":
+        return Places(listed(layer, "layer"), listed(kv, "kv"), listed(position, "position"))
+
+    def entries(self, positions: Int[Tensor, "batch key"]) -> Bool[Tensor, "batch key"]:
+        """Where along the entries; padding is never meant."""
+        if self.position is None:
+            return positions >= 0
+        return torch.isin(positions, torch.tensor(self.position, device=positions.device))
+
+    def heads(self, n_kv_heads: int, device: torch.device) -> Bool[Tensor, "kv"]:
+        chosen = torch.ones(n_kv_heads, dtype=torch.bool, device=device)
+        return chosen if self.kv is None else torch.isin(chosen.cumsum(0) - 1, torch.tensor(self.kv, device=device))
+
+    def layers(self, n_layers: int, n_kv_heads: int) -> list[int]:
+        """The layers meant; CacheError for a layer or head that is not there."""
+        for axis, asked, size in (("layer", self.layer, n_layers), ("kv", self.kv, n_kv_heads)):
+            if asked is not None and max(asked) >= size:
+                raise CacheError(f"{axis} {max(asked)} asked for; there are {size}, 0 to {size - 1}")
+        return list(range(n_layers)) if self.layer is None else list(self.layer)
+
+    def there(self, kv: KVCache) -> None:
+        """Raise CacheError for a position of which no row has an entry."""
+        for position in self.position or ():
+            if not bool((kv.positions[:, : kv.length] == position).any()):
+                raise CacheError(f"no entry at position {position}; there are {entries_of(kv)}")
+
+
+def listed(asked: Which, what: str) -> tuple[int, ...] | None:
+    if asked is None:
+        return None
+    found = (asked,) if isinstance(asked, int) else tuple(int(i) for i in asked)
+    if not found or min(found) < 0:
+        raise CacheError(f"{what} is {found}: give whole numbers from 0, or leave {what}= out to mean all")
+    return found
+
+
+def entries_of(kv: KVCache) -> str:
+    there = kv.positions[:, : kv.length]
+    return f"{int(there.min())} to {int(there.max())}" if kv.length else "none"
+
+
+def scheduled(edit: Edit, steps: Which, positions: Which = None) -> Edit:
+    """The edit at these steps and positions alone, so that a run that never comes to them says so."""
+    return edit if steps is None and positions is None else only(edit, steps=steps, positions=positions)

@@ -1,0 +1,265 @@
+"""Rotary surgery: other angles for one layer, head, pair, for queries or keys alone, as ordinary hooks.
+
+Every function returns a list of (point, edit) for `run_with_hooks` and `generate`. The places are `layer=`, `pair=`
+and one of `head=` (query heads) and `kv=` (a key-value head with all the heads that read it); None means all. `of` is
+"both", "q" or "k". What is turned otherwise by `of="k"`, or for whole groups, is remembered so. One query head of
+several on a key-value head cannot have keys of its own: for `head=` with `of="both"` its scores are made anew instead,
+which needs attention="eager".
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from einops import einsum, repeat
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from glmlens.analysis.passes import pieces
+from glmlens.analysis.rows import Rows, numbers
+from glmlens.angles import Rule, frequencies, frozen, moved, silent, stretched, turned_by, turned_on
+from glmlens.config import GLMConfig
+from glmlens.hooks import Edit, Hooks, Point
+from glmlens.lens import Lens
+from glmlens.model import Angles
+from glmlens.patch.sites import PatchError, listed
+from glmlens.prompt import Prompt
+from glmlens.results import Labelled, Sheets
+
+Which = int | Iterable[int] | None
+Edits = list[tuple[str, Edit]]
+
+
+def freeze(
+    lens: Lens,
+    *,
+    at: int = 0,
+    layer: Which = None,
+    head: Which = None,
+    kv: Which = None,
+    pair: Which = None,
+    of: str = "both",
+) -> Edits:
+    """Pairs turn as at position `at`, wherever a token stands: of both sides, they compare content without distance."""
+    return turning(lens, frozen(at), layer=layer, head=head, kv=kv, pair=pair, of=of)
+
+
+def silence(
+    lens: Lens, *, layer: Which = None, head: Which = None, kv: Which = None, pair: Which = None, of: str = "both"
+) -> Edits:
+    """The channels of pairs become zero and add nothing to any score."""
+    return turning(lens, silent, layer=layer, head=head, kv=kv, pair=pair, of=of)
+
+
+def shift(
+    lens: Lens,
+    by: int | Mapping[int, int],
+    *,
+    layer: Which = None,
+    head: Which = None,
+    kv: Which = None,
+    pair: Which = None,
+    of: str = "both",
+) -> Edits:
+    """Tokens turn as if they stood `by` positions later: all, or {absolute position: by how many}.
+
+    They stay where they are: who may see whom does not change.
+    """
+    return turning(lens, moved(by), layer=layer, head=head, kv=kv, pair=pair, of=of)
+
+
+def stretch(
+    lens: Lens,
+    kind: str,
+    factor: float | int,
+    *,
+    context: int | None = None,
+    layer: Which = None,
+    head: Which = None,
+    kv: Which = None,
+    pair: Which = None,
+    of: str = "both",
+) -> Edits:
+    """Pairs turn by a rule that extends contexts: "theta", "linear", "ntk" or "yarn"; see `stretched_frequencies`."""
+    rule = stretched(lens.cfg, kind, factor, context)
+    return turning(lens, rule, layer=layer, head=head, kv=kv, pair=pair, of=of)
+
+
+def turning(
+    lens: Lens,
+    rule: Rule,
+    *,
+    layer: Which = None,
+    head: Which = None,
+    kv: Which = None,
+    pair: Which = None,
+    of: str = "both",
+) -> Edits:
+    """Pairs turn by any rule, a function from positions [batch, pos] and frequencies [pair] to cos and sin.
+
+    Raises PatchError for a place that this model has not got, and HookError (when it is run) for one head of a group
+    under attention="sdpa", which writes no scores.
+    """
+    cfg = lens.cfg
+    if of not in ("both", "q", "k"):
+        raise PatchError(f"of is {of!r}; choose from 'both', 'q', 'k'")
+    if head is not None and (kv is not None or of == "k"):
+        raise PatchError("heads share keys: give head= for queries or scores, or kv= alone for keys and their group")
+    layers, chosen = within("layer", layer, cfg.n_layers), within("pair", pair, cfg.d_rotary // 2)
+    heads, groups = within("head", head, cfg.n_heads), within("kv", kv, cfg.n_kv_heads)
+    readers = heads if kv is None else [g * cfg.n_groups + i for g in groups for i in range(cfg.n_groups)]
+    how = Turning(cfg, rule, mask_of(chosen, cfg.d_rotary // 2, lens.device))
+    found: Edits = []
+    for i in layers:
+        if of == "both" and head is None and kv is None:
+            found += [(f"blocks.{i}.rotary.cos", how.cos), (f"blocks.{i}.rotary.sin", how.sin)]
+        elif of == "both" and kv is None and cfg.n_groups > 1:
+            scores = Rescored(how, mask_of(heads, cfg.n_heads, lens.device))
+            points = {"attn.q_rot": scores.queries, "kv.k": scores.keys, "attn.scores": scores.scores}
+            found += [(f"blocks.{i}.{point}", edit) for point, edit in points.items()]
+        else:
+            if of != "k":
+                found.append((f"blocks.{i}.attn.q_rot", how.at(readers)))
+            if of != "q":
+                found.append((f"blocks.{i}.attn.k_rot", how.at(heads if kv is None and head is not None else groups)))
+    return found
+
+
+def within(axis: str, places: Which, size: int) -> list[int]:
+    asked = listed(places, axis)
+    found = list(range(size)) if asked is None else [int(p) for p in asked]
+    if max(found) >= size:
+        raise PatchError(f"{axis} {max(found)} asked for; there are {size}, 0 to {size - 1}")
+    return found
+
+
+def mask_of(places: Iterable[int], size: int, device: torch.device) -> Bool[Tensor, "size"]:
+    mask = torch.zeros(size, dtype=torch.bool, device=device)
+    mask[list(places)] = True
+    return mask
+
+
+@dataclass(frozen=True, eq=False)
+class Turning:
+    """A rule for some pairs; the others turn as published."""
+
+    cfg: GLMConfig
+    rule: Rule
+    pairs: Bool[Tensor, "pair"]
+
+    def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Angles, Angles]:
+        """cos and sin as the model turns, and as it should, in at least float32."""
+        exact = torch.promote_types(dtype, torch.float32)
+        frequency = frequencies(self.cfg, exact, positions.device)
+        published, new = turned_by(positions, frequency), self.rule(positions, frequency)
+        mixed = [torch.where(self.pairs, b, a) for a, b in zip(published, new, strict=True)]
+        return published, (mixed[0], mixed[1])
+
+    def cos(self, x: Tensor, point: Point) -> Tensor:
+        return torch.where(self.pairs, self.edited(x, point)[0].to(x.dtype), x)
+
+    def sin(self, x: Tensor, point: Point) -> Tensor:
+        return torch.where(self.pairs, self.edited(x, point)[1].to(x.dtype), x)
+
+    def edited(self, x: Tensor, point: Point) -> Angles:
+        assert point.positions is not None
+        return self.angles(point.positions, x.dtype)[1]
+
+    def at(self, heads: Iterable[int]) -> Edit:
+        """The edit that turns these heads' channels on, where they have turned as published."""
+        chosen = list(heads)
+
+        def turn_on(x: Tensor, point: Point) -> Tensor:
+            assert point.positions is not None
+            x[:, :, chosen] = self.turned(x[:, :, chosen], point.positions)
+            return x
+
+        return turn_on
+
+    def turned(self, x: Float[Tensor, "batch pos head rotated"], positions: Tensor) -> Tensor:
+        return turned_on(x, *self.angles(positions, x.dtype))
+
+
+@dataclass
+class Rescored:
+    """New scores for some query heads alone: their queries and keys as they would have turned, compared again."""
+
+    how: Turning
+    heads: Bool[Tensor, "head"]
+    q: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    k: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def queries(self, x: Tensor, point: Point) -> Tensor:
+        assert point.positions is not None
+        self.q = [(x, self.how.turned(x, point.positions))]
+        return x
+
+    def keys(self, x: Tensor, point: Point) -> Tensor:
+        assert point.key_positions is not None
+        k = x[..., : self.how.cfg.d_rotary]
+        self.k = [(k, self.how.turned(k, point.key_positions))]
+        return x
+
+    def scores(self, x: Tensor, point: Point) -> Tensor:
+        (q, new_q), (k, new_k) = self.q.pop(), self.k.pop()
+        difference = self.compared(new_q, new_k) - self.compared(q, k)
+        return torch.where(self.heads[:, None, None], x + difference.to(x.dtype), x)
+
+    def compared(self, q: Tensor, k: Tensor) -> Float[Tensor, "batch head query key"]:
+        k = repeat(k, "batch key kv rotated -> batch key (kv group) rotated", group=self.how.cfg.n_groups)
+        found = einsum(q, k, "batch query head rotated, batch key head rotated -> batch head query key")
+        return found * self.how.cfg.d_head**-0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Breakage(Sheets):
+    """What each surgery breaks [surgery]: nats of next-token loss more, KL from the model as published, agreement.
+
+    `loss` is the mean over the tokens that are said in the prompts less that of the published model, `kl`
+    KL(published ‖ edited) in nats and `agreement` the share of positions at which both would say the same next token.
+    """
+
+    loss: Labelled
+    kl: Labelled
+    agreement: Labelled
+
+
+def breakage(lens: Lens, prompt: Prompt, surgeries: Mapping[str, Hooks]) -> Breakage:
+    """Measure what hooks break, each of several by its name; prompts of any length are run in pieces."""
+    rows = Rows.of(lens, prompt)
+    if not surgeries:
+        raise PatchError('no surgery to measure: give {"without pair 3": rotary.freeze(lens, pair=3), ...}')
+    found = torch.stack([torch.stack(measured(rows, hooks)) for hooks in surgeries.values()])
+    about = rows.about(metric="what breaks", direction="edited against published", positions="all, means over tokens")
+    units = {
+        "loss": "nats of next-token loss more",
+        "kl": "KL(published ‖ edited), nats",
+        "agreement": "share of positions",
+    }
+    labels = {"surgery": list(surgeries)}
+    sheets = {
+        name: Labelled(numbers(x), ("surgery",), labels, {**about, "metric": unit})
+        for (name, unit), x in zip(units.items(), found.unbind(1), strict=True)
+    }
+    return Breakage(about, **sheets)
+
+
+def measured(rows: Rows, hooks: Hooks) -> tuple[Tensor, Tensor, Tensor]:
+    """Over all real tokens: the loss more, the KL, and how often both say the same."""
+    sums = torch.zeros(5, dtype=torch.float32, device=rows.tokens.device)
+    runs = (pieces(rows, logits=True), pieces(rows, hooks=hooks, logits=True))
+    for plain, edited in zip(*runs, strict=True):
+        real = rows.positions[:, plain.columns] >= 0
+        assert plain.logits is not None
+        assert edited.logits is not None
+        p, q = (
+            x.to(torch.promote_types(x.dtype, torch.float32)).log_softmax(-1) for x in (plain.logits, edited.logits)
+        )
+        after = rows.tokens[:, plain.columns.start + 1 : plain.columns.stop + 1]
+        told = real[:, : after.shape[1]]
+        said = [x[:, : after.shape[1]].gather(-1, after.unsqueeze(-1)).squeeze(-1)[told].sum() for x in (p, q)]
+        kl = (p.exp() * (p - q)).sum(-1)[real].sum()
+        same = (p.argmax(-1) == q.argmax(-1))[real].sum()
+        sums += torch.stack([said[0] - said[1], told.sum(), kl, same, real.sum()])
+    loss, told, kl, same, real = sums.unbind()
+    return loss / told.clamp(min=1), kl / real, same / real

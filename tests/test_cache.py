@@ -1,0 +1,315 @@
+"""The cache as an object: what is done to it is what a run with that edit would have remembered."""
+
+import pytest
+import torch
+from conftest import small_lens
+from torch.testing import assert_close
+
+import glmlens
+from glmlens import cache, only
+from glmlens.cache import CacheError
+from glmlens.model import rotary_angles, turn
+
+
+def close(found, expected, atol=1e-9):
+    assert_close(found, expected, rtol=0, atol=atol * max(1.0, float(expected.abs().max())))
+
+
+@pytest.fixture(params=["eager", "sdpa"])
+def lens(request):
+    return small_lens("glm4", request.param, dtype=torch.float64)
+
+
+@pytest.fixture
+def eager():
+    return small_lens(dtype=torch.float64)
+
+
+def filled(lens, tokens):
+    kv = lens.new_kv(batch=tokens.shape[0])
+    lens(tokens, kv=kv)
+    return kv
+
+
+def twice(x, at, layer):
+    return 2 * x
+
+
+OPERATIONS = {
+    "edit": cache.edit(keys=twice, values=twice, layer=1, position=3),
+    "ablate": cache.ablate(layer=[0, 2], kv=1, position=[1, 2]),
+    "mean": cache.ablate(how="mean", kv=0),
+    "int4": cache.quantise(4, group=2),
+    "int8": cache.quantise(8, keys="token", values="channel", layer=2),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_on_a_cache_leaves_its_parent_and_reaches_no_other_entry(lens, tokens, name):
+    kv, op = filled(lens, tokens), OPERATIONS[name]
+    before = kv.keys.clone(), kv.values.clone(), kv.positions.clone()
+    made = op(kv)
+    for now, was in zip((kv.keys, kv.values, kv.positions), before, strict=True):
+        assert torch.equal(now, was)
+    lens(tokens, kv=made)
+    assert torch.equal(kv.keys, before[0])
+    assert (kv.length, made.length) == (9, 18)
+    changed = ((made.values[:, :, :9] != kv.values[:, :, :9]) | (made.keys[:, :, :9] != kv.keys[:, :, :9])).any(-1)
+    meant = torch.zeros_like(changed)
+    for layer in op.places.layers(3, 2):
+        meant[layer] = op.places.entries(kv.positions[:, :9])[..., None] & op.places.heads(2, changed.device)
+    assert not bool((changed & ~meant).any())
+    assert bool(changed.any())
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_on_a_cache_is_its_hook_on_what_is_recalled(lens, tokens, name):
+    """What is remembered after the operation, and only that, is as it was."""
+    op, prompt = OPERATIONS[name], tokens[:, :6]
+    kv = filled(lens, prompt)
+    expected = lens(tokens[:, 6:7], kv=op(kv))
+
+    def only_the_past(edit):
+        def recall(x, point):
+            new = edit(x[:, :6].clone(), cut(point))
+            return torch.cat([new, x[:, 6:]], 1)
+
+        return recall
+
+    def cut(point):
+        return glmlens.Point(point.name, point.axes, (), x_dtype, 0, point.positions, point.key_positions[:, :6])
+
+    x_dtype = torch.float64
+    hooks = [(n, only_the_past(e.fn if hasattr(e, "fn") else e)) for n, e in op.hooks(lens)]
+    close(lens.run_with_hooks(tokens[:, 6:7], hooks, kv=kv.fork()), expected)
+    if op.places.position is not None:  # of old entries alone, the hook needs no help
+        close(lens.run_with_hooks(tokens[:, 6:7], op.hooks(lens), kv=kv.fork()), expected)
+
+
+def test_an_entry_edited_before_continuing_is_a_patch_of_what_is_written_in_a_full_run(lens, tokens):
+    """The patch is read by the tokens that come after the edit alone."""
+    kv, late = filled(lens, tokens[:, :6]), tokens[:, 6:]
+    op = cache.edit(keys=lambda x, at, layer: -x, values=lambda x, at, layer: x + 1, layer=1, kv=0, position=2)
+    found = lens(late, kv=op(kv))
+
+    def negative(x, point):
+        x[:, :, 0] *= -1
+        return x
+
+    def plus(x, point):
+        x[:, :, 0] += 1
+        return x
+
+    resid = lens.run_with_cache(tokens[:, :6], "blocks.1.resid_post")[1]["resid_post", 1]
+    hooks = [
+        ("blocks.1.kv.k_new", only(negative, positions=2)),
+        ("blocks.1.kv.v_new", only(plus, positions=2)),
+        ("blocks.1.resid_post", lambda x, point: torch.cat([resid, x[:, 6:]], 1)),
+    ]
+    close(found, lens.run_with_hooks(tokens, hooks)[:, 6:])
+
+
+def test_between_steps_and_as_a_hook_at_later_steps_is_the_same_generation(lens, tokens):
+    op = cache.ablate(layer=1, position=[2, 4])
+    first = lens.generate(tokens, 3, stop_ids=())
+    then = lens.generate(first.tokens[:, -1:], 4, kv=op(first.kv), stop_ids=(), names="logits")
+    hooked = lens.generate(tokens, 7, stop_ids=(), hooks=op.hooks(lens, steps=range(3, 7)), names="logits")
+    assert torch.equal(hooked.tokens[:, 9 + 3 :], then.tokens[:, 1:])
+    close(hooked.acts["logits"][:, -4:], then.acts["logits"][:, -4:])
+
+
+def test_eviction_is_masking_the_columns(eager, tokens):
+    kv = filled(eager, tokens[:, :6])
+    for op, gone in [
+        (cache.evict(position=[1, 3]), [1, 3]),
+        (cache.evict(cache.window(2)), [0, 1, 2, 3]),
+        (cache.evict(cache.window(2, sinks=1)), [1, 2, 3]),
+    ]:
+        small = op(kv)
+        assert small.length == 6 - len(gone)
+
+        def masked(x, point, gone=gone):
+            x[..., gone] = torch.finfo(x.dtype).min
+            return x
+
+        hooks = {"blocks.*.attn.scores": masked}
+        expected = eager.run_with_hooks(tokens[:, 6:8], hooks, kv=kv.fork())
+        close(eager(tokens[:, 6:8], kv=small), expected)
+    hooked = eager.run_with_hooks(tokens[:, 6:8], cache.evict(position=[1, 3]).hooks(eager), kv=kv.fork())
+    close(eager(tokens[:, 6:8], kv=cache.evict(position=[1, 3])(kv)), hooked)
+
+
+def test_rows_that_drop_different_entries_keep_their_own(lens, tokens):
+    kv = filled(lens, tokens[:, :6])
+    attention = torch.rand(2, 6, generator=torch.Generator().manual_seed(3))
+    small = cache.evict(cache.heavy_hitters(attention, 2, recent=1))(kv)
+    for row in range(2):
+        best = sorted(range(5), key=lambda i: -float(attention[row, i]))[:2]
+        there = small.positions[row, : small.length]
+        assert sorted(there[there >= 0].tolist()) == sorted([*best, 5])
+        alone = cache.evict(position=[i for i in range(5) if i not in best])(filled(lens, tokens[row : row + 1, :6]))
+        close(lens(tokens[row : row + 1, 6:], kv=alone), lens(tokens[:, 6:], kv=small.fork())[row : row + 1])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_numbers_are_those_that_whole_numbers_of_that_size_hold(lens, tokens, bits):
+    kv = filled(lens, tokens)
+    made = cache.quantise(bits, group=4)(kv)
+    for layer, row, head in [(0, 0, 0), (2, 1, 1)]:
+        values, keys = kv.values[layer, row, :9, head], kv.keys[layer, row, :9, head]
+        for token in range(9):
+            check(values[token], made.values[layer, row, token, head], bits)
+        for channel in range(16):
+            for start in (0, 4, 8):
+                here = slice(start, min(start + 4, 9))
+                check(keys[here, channel], made.keys[layer, row, here, head, channel], bits)
+
+
+def check(x, found, bits):
+    """Through a real array of whole numbers."""
+    low, step = x.min(), (x.max() - x.min()) / (2**bits - 1)
+    stored = ((x - low) / step).round().to(torch.uint8) if float(step) else torch.zeros(len(x), dtype=torch.uint8)
+    assert int(stored.max()) <= 2**bits - 1
+    assert_close(found, stored.to(x.dtype) * step + low, rtol=0, atol=1e-12)
+
+
+def test_quantising_twice_is_quantising_once(lens, tokens):
+    op = cache.quantise(4, keys="token")
+    once = op(filled(lens, tokens))
+    close(op(once).values[:, :, :9], once.values[:, :, :9], 1e-12)
+
+
+def test_a_repositioned_cache_is_that_of_the_prompt_at_those_positions(lens, tokens):
+    moved = cache.reposition(lens, 40)(filled(lens, tokens))
+    kv = lens.new_kv(batch=2)
+    lens(tokens, kv=kv, position_ids=torch.arange(40, 49))
+    close(moved.keys[:, :, :9], kv.keys[:, :, :9])
+    assert torch.equal(moved.positions[:, :9], kv.positions[:, :9])
+    back = cache.reposition(lens, -40)(moved)
+    close(lens(tokens[:, :1], kv=back), lens(tokens[:, :1], kv=filled(lens, tokens)))
+
+
+def test_one_entry_repositioned_turns_by_hand_and_no_other_moves(lens, tokens):
+    kv = filled(lens, tokens)
+    moved = cache.reposition(lens, 5, position=3)(kv)
+    _, acts = lens.run_with_cache(tokens, "blocks.1.attn.k")
+    cos, sin = rotary_angles(torch.full((2, 1), 8), 8, 10000.0, torch.float64)
+    close(moved.keys[1, :, 3:4, :, :8], turn(acts["attn.k", 1][:, 3:4, :, :8], cos, sin))
+    others = [i for i in range(9) if i != 3]
+    assert torch.equal(moved.keys[:, :, others], kv.keys[:, :, others])
+    assert moved.positions[0, :9].tolist() == [0, 1, 2, 8, 4, 5, 6, 7, 8]
+
+
+def test_repositioning_as_a_hook_is_repositioning_the_cache(lens, tokens):
+    kv, op = filled(lens, tokens), cache.reposition(lens, -2, position=[4, 5])
+    expected = lens(tokens[:, :1], kv=op(kv))
+    close(lens.run_with_hooks(tokens[:, :1], op.hooks(lens), kv=kv.fork()), expected)
+    run = lens.generate(tokens, 4, hooks=op.hooks(lens, steps=[2, 3]), names="logits", stop_ids=())
+    first = lens.generate(tokens, 2, stop_ids=())
+    then = lens.generate(first.tokens[:, -1:], 2, kv=op(first.kv), names="logits", stop_ids=())
+    close(run.acts["logits"][:, -2:], then.acts["logits"][:, -2:])
+
+
+def test_eviction_as_a_hook_at_later_steps_is_eviction_between_steps(eager, tokens):
+    op = cache.evict(position=[2, 3, 7])
+    first = eager.generate(tokens, 3, stop_ids=())
+    then = eager.generate(first.tokens[:, -1:], 4, kv=op(first.kv), names="logits", stop_ids=())
+    run = eager.generate(tokens, 7, hooks=op.hooks(eager, steps=range(3, 7)), names="logits", stop_ids=())
+    assert torch.equal(run.tokens[:, 12:], then.tokens[:, 1:])
+    close(run.acts["logits"][:, -4:], then.acts["logits"][:, -4:])
+
+
+def test_closing_up_counts_positions_inside_the_cache(lens, tokens):
+    small = cache.evict(cache.window(3, sinks=2))(filled(lens, tokens))
+    closed = cache.close_up(lens)(small)
+    assert small.positions[0, :5].tolist() == [0, 1, 6, 7, 8]
+    assert closed.positions[0, :5].tolist() == [0, 1, 2, 3, 4]
+    by_hand = cache.reposition(lens, -4, position=[6, 7, 8])(small)
+    close(closed.keys, by_hand.keys, 1e-12)
+
+
+def test_swapped_entries_are_those_of_the_other_run(lens, tokens):
+    a, b = filled(lens, tokens[:1]), filled(lens, tokens[1:])
+    made = cache.swap(b, layer=[1, 2], kv=1, position=[2, 7])(a)
+    for layer, head, position in [(1, 1, 2), (2, 1, 7)]:
+        for found, theirs in zip(
+            cache.read(made, layer, head, position), cache.read(b, layer, head, position), strict=True
+        ):
+            assert torch.equal(found, theirs)
+    assert torch.equal(cache.read(made, 0, 1, 2)[0], cache.read(a, 0, 1, 2)[0])
+    all_of_it = cache.swap(b)(a)
+    assert torch.equal(lens(tokens[:1, :1], kv=all_of_it), lens(tokens[:1, :1], kv=b.fork()))
+    with pytest.raises(CacheError, match="entries at 0 to 8 alone"):
+        cache.swap(b)(filled(lens, torch.cat([tokens[:1], tokens[:1]], 1)))
+
+
+def test_a_fork_continues_two_ways(lens, tokens):
+    kv = filled(lens, tokens)
+    kv.truncate(9)
+    plain = lens.generate(tokens[:, :1], 5, kv=kv, stop_ids=())
+    other = lens.generate(tokens[:, :1], 5, kv=cache.ablate(position=range(5))(kv), stop_ids=())
+    again = lens.generate(tokens[:, :1], 5, kv=kv, stop_ids=())
+    assert torch.equal(plain.tokens, again.tokens)
+    assert not torch.equal(plain.kv.values[:, :, :9], other.kv.values[:, :, :9])
+
+
+def test_a_graft_stands_where_the_other_stood(lens, tokens):
+    """From a run that differs in nothing but where it stands, a graft changes nothing, however long."""
+    kv = filled(lens, tokens[:1])
+    source = lens.new_kv(batch=1)
+    lens(tokens[:1], kv=source, position_ids=torch.arange(20, 29))
+    same = cache.graft(lens, kv, range(3, 6), source, range(23, 26))
+    assert same.tokens[0, : same.length].tolist() == tokens[0].tolist()
+    close(lens(tokens[:1, :2], kv=same), lens(tokens[:1, :2], kv=kv))
+
+
+@pytest.mark.parametrize("many", [1, 5])
+def test_a_graft_of_another_length_moves_what_comes_after(lens, tokens, many):
+    kv, source = filled(lens, tokens[:1]), filled(lens, tokens[1:])
+    made = cache.graft(lens, kv, [2, 3, 4], source, range(1, 1 + many))
+    assert made.positions[0, : made.length].tolist() == list(range(6 + many))
+    expected = [*tokens[0, :2].tolist(), *tokens[1, 1 : 1 + many].tolist(), *tokens[0, 5:].tolist()]
+    assert made.tokens[0, : made.length].tolist() == expected
+    close(made.values[:, :, 2 + many : 6 + many], kv.values[:, :, 5:9])
+    ids = torch.arange(9) + torch.where(torch.arange(9) >= 5, many - 3, 0)
+    moved = lens.new_kv(batch=1)
+    lens(tokens[:1], kv=moved, position_ids=ids)
+    close(made.keys[0, :, 2 + many :][:, :4], moved.keys[0, :, 5:9])  # in the first layer keys know their token alone
+    run = lens.generate(tokens[:1, :1], 3, kv=made, stop_ids=())
+    assert run.kv.positions[0, : run.kv.length].tolist() == list(range(6 + many + 3))
+
+
+def test_entries_are_found_by_their_text_with_the_step_that_wrote_them():
+    lens = glmlens.load(dtype="float32")
+    words = [lens.tokenizer.label(i) for i in lens.tokenizer.word_ids()[:3]]
+    text = "".join(lens.tokenizer.decode([i]) for i in lens.tokenizer.word_ids()[:3])
+    run = lens.generate(text, 3, stop_ids=())
+    listed = cache.entries(lens, run.kv)
+    prefix = len(lens.tokenizer.prefix)
+    assert [word for _, word, _ in listed[prefix : prefix + 3]] == words
+    assert [call for _, _, call in listed] == [0] * (prefix + 3) + [1, 2]
+    assert [at for at, _, _ in listed] == list(range(prefix + 5))
+    last = lens.tokenizer.decode([lens.tokenizer.word_ids()[2]])
+    assert prefix + 2 in [cache.find(lens, run.kv, last, 0)[0]]
+    with pytest.raises(CacheError, match="is not there"):
+        cache.find(lens, run.kv, lens.tokenizer.decode([lens.tokenizer.word_ids()[9]]) * 3)
+
+
+def test_what_is_not_there_is_an_error_that_says_what_is(lens, tokens):
+    kv = filled(lens, tokens)
+    for make, said in [
+        (lambda: cache.ablate(layer=3)(kv), "layer 3 asked for; there are 3, 0 to 2"),
+        (lambda: cache.ablate(kv=2)(kv), "kv 2 asked for"),
+        (lambda: cache.ablate(position=9)(kv), "no entry at position 9; there are 0 to 8"),
+        (lambda: cache.ablate(position=-1), "whole numbers from 0"),
+        (lambda: cache.evict(position=8)(kv), "newest entry"),
+        (lambda: cache.evict(), "give position="),
+        (lambda: cache.edit(), "give keys= or values="),
+        (lambda: cache.edit(keys=lambda x, at, layer: x[:1])(kv), "expected"),
+        (lambda: cache.reposition(lens, -1)(kv), "before position 0"),
+        (lambda: cache.read(kv, 0, 0, 40), "not every row"),
+        (lambda: cache.quantise(0), "expected 1 to 16"),
+        (lambda: cache.graft(lens, kv, [1], kv, [2]), "one row"),
+    ]:
+        with pytest.raises(CacheError, match=said):
+            make()

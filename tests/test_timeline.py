@@ -1,0 +1,215 @@
+"""Recorded generation: what a timeline says of a step is what a pass over the text so far says."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_lens
+from torch.testing import assert_close
+
+from glmlens import analysis, cache, only, patch
+from glmlens.hooks import HookError
+from glmlens.patch import Intervention, Site
+from glmlens.patch.timeline import parting, scheduled, timeline
+
+
+def close(found, expected, atol=1e-9):
+    found, expected = torch.as_tensor(found), torch.as_tensor(expected)
+    assert_close(found, expected, rtol=0, atol=atol * max(1.0, float(expected.abs().max())))
+
+
+@pytest.fixture(params=[("glm", "eager"), ("glm4", "sdpa")], ids="-".join)
+def lens(request):
+    return small_lens(*request.param, dtype=torch.float64)
+
+
+def whole(line):
+    return torch.cat([line.prompt, torch.tensor([line.tokens])], 1)
+
+
+def double(x, point):
+    return x * 2
+
+
+def test_a_timeline_says_what_a_plain_generation_says(lens, tokens):
+    run = lens.generate(tokens[:1], 6, stop_ids=())
+    line = timeline(lens, tokens[:1], 6, stop_ids=())
+    assert line.tokens == run.new_tokens[0].tolist()
+    logits = lens(run.tokens[:, :-1])[0, 8:].log_softmax(-1)
+    close(line.logits.log_softmax(-1), logits)
+    close(line.entropy().values, -(logits.exp() * logits).sum(-1))
+    for step, token in enumerate(line.tokens):
+        assert math.isclose(line.probability().values[step], float(logits[step, token].exp()), abs_tol=1e-12)
+    assert np.allclose(line.probability(7).values, logits[:, 7].exp())
+
+
+def test_the_lens_and_the_attention_of_a_step_are_those_of_one_pass(lens, tokens):
+    eager = small_lens(lens.cfg.model_type, dtype=torch.float64)
+    line = timeline(lens, tokens[:1], 5, stop_ids=())
+    _, acts = eager.run_with_cache(whole(line)[:, :-1], ["attn.pattern", "resid_post"])
+    for layer, head in [(0, 1), (2, 2)]:
+        close(line.attention(layer, head).values, acts["attn.pattern", layer][0, head, 8:])
+    read = eager.model.unembed(eager.model.ln_final(acts["resid_post"][:, 0, 8:])).softmax(-1)
+    for step, token in enumerate(line.tokens):
+        close(line.logit_lens().values[:, step], read[:, step, token])
+
+
+def test_edits_are_noted_as_they_were_applied(lens, tokens):
+    hooks = {"blocks.1.attn_out": only(double, steps=[1, 3]), "blocks.2.mlp_out": lambda x, point: x}
+    line = timeline(lens, tokens[:1], 4, hooks=hooks, stop_ids=())
+    doubled = [event for event in line.events if event.what == "double"]
+    assert [(e.step, e.point, e.changed) for e in doubled] == [
+        (1, "blocks.1.attn_out", True),
+        (3, "blocks.1.attn_out", True),
+    ]
+    same = [event for event in line.events if event.point == "blocks.2.mlp_out"]
+    assert [(e.step, e.changed) for e in same] == [(i, False) for i in range(4)]
+    plain = lens.generate(tokens[:1], 4, hooks=hooks, stop_ids=())
+    assert line.tokens == plain.new_tokens[0].tolist()
+    with pytest.raises(HookError, match="never came"):
+        timeline(lens, tokens[:1], 3, hooks={"blocks.1.attn_out": only(double, positions=90)}, stop_ids=())
+
+
+@pytest.mark.parametrize("step", [0, 1, 4])
+def test_a_rerun_from_a_step_is_the_whole_run_with_the_change_from_that_step_on(lens, tokens, step):
+    line = timeline(lens, tokens[:1], 7, stop_ids=())
+    hooks = {"blocks.0.attn_out": only(double, steps=range(step, 7))}
+    again = line.rerun(step, hooks=hooks)
+    expected = timeline(lens, tokens[:1], 7, hooks=hooks, stop_ids=())
+    assert again.tokens == expected.tokens
+    close(again.logits, expected.logits)
+    assert [e.step for e in again.events] == list(range(step, 7))
+    assert again.moments[:step] == line.moments[:step]
+    assert line.rerun(step).tokens == line.tokens
+
+
+def test_a_rerun_keeps_the_edits_that_had_their_say_before_it(lens, tokens):
+    hooks = {"blocks.1.attn_out": only(double, steps=0), "blocks.0.mlp_out": only(double, steps=[1, 4])}
+    line = timeline(lens, tokens[:1], 6, hooks=hooks, at={3: cache.reposition(lens, 2)}, stop_ids=())
+    for step in (2, 3, 4):
+        again = line.rerun(step)
+        close(again.logits, line.logits)
+        assert again.events == line.events
+    again = line.rerun(3, at={4: cache.evict(position=2)})
+    assert [e.step for e in again.events if e.point == "the cache"] == [3, 4]
+
+
+def test_a_rerun_computes_nothing_of_what_came_before(lens, tokens, monkeypatch):
+    line = timeline(lens, tokens[:1], 5, stop_ids=())
+    ran = []
+    forward = lens.model.forward
+
+    def counted(given, *args, **options):
+        ran.append(given.shape[1])
+        return forward(given, *args, **options)
+
+    monkeypatch.setattr(lens.model, "forward", counted)
+    line.rerun(3)
+    assert ran == [1, 1]
+
+
+def test_another_token_at_a_step_is_the_prompt_that_goes_on_from_it(lens, tokens):
+    line = timeline(lens, tokens[:1], 6, stop_ids=())
+    other = (line.tokens[2] + 1) % 100
+    again = line.rerun(2, token=other)
+    assert again.tokens[:3] == [*line.tokens[:2], other]
+    prompt = torch.cat([tokens[:1], torch.tensor([again.tokens[:3]])], 1)
+    assert again.tokens[3:] == lens.generate(prompt, 3, stop_ids=()).new_tokens[0].tolist()
+
+
+def test_an_operation_on_the_cache_between_steps_is_one_by_hand(lens, tokens):
+    op = cache.ablate(layer=1, position=[2, 5])
+    line = timeline(lens, tokens[:1], 6, at={2: op, 4: cache.evict(position=3)}, stop_ids=())
+    first = lens.generate(tokens[:1], 2, stop_ids=())
+    second = lens.generate(first.tokens[:, -1:], 2, kv=op(first.kv), stop_ids=())
+    third = lens.generate(second.tokens[:, -1:], 2, kv=cache.evict(position=3)(second.kv), stop_ids=())
+    assert line.tokens == [run.new_tokens[0, i].item() for run in (first, second, third) for i in range(2)]
+    assert [event.step for event in line.events] == [2, 4]
+    attention = line.attention(0, 0).values
+    assert (attention[:4, 3] > 0).all()
+    assert (attention[4:, 3] == 0).all()
+    assert np.allclose(attention.sum(1), 1)
+
+
+def test_an_operation_before_the_last_token_of_the_prompt_is_run_is_one_on_its_memory(lens, tokens):
+    line = timeline(lens, tokens[:1], 2, at={0: cache.evict(position=1)}, stop_ids=())
+    kv = lens.new_kv()
+    lens(tokens[:1, :-1], kv=kv)
+    run = lens.generate(tokens[:1, -1:], 2, kv=cache.evict(position=1)(kv), stop_ids=())
+    assert line.tokens == run.new_tokens[0].tolist()
+
+
+@pytest.mark.parametrize("change", [patch.Zero(), patch.Scale(3), patch.Add(tuple([1.0] * 48))])
+def test_interventions_in_generation_are_those_of_a_forward(lens, tokens, change):
+    one = Intervention(Site("resid_post", layer=1, pos=[4, 10]), change)
+    line = timeline(lens, tokens[:1], 5, interventions=one, stop_ids=())
+    logits = patch.run(lens, whole(line)[:, :-1], one)
+    close(line.logits, logits[0, 8:])
+    applied = [event for event in line.events if event.changed]
+    assert [event.step for event in applied] == [0, 2]
+    assert {event.what for event in applied} == {str(one)}
+
+
+def test_a_schedule_restricts_any_change_to_steps_and_positions(lens, tokens):
+    one = Intervention(Site("attn_out", layer=0), patch.Zero())
+    for what in (one, [one], {"blocks.0.attn_out": lambda x, point: 0 * x}):
+        hooks = scheduled(lens, what, steps=[2, 3])
+        line = timeline(lens, tokens[:1], 5, hooks=hooks, stop_ids=())
+        assert [event.step for event in line.events if event.changed] == [2, 3]
+        at = patch.run(lens, whole(line)[:, :-1], Intervention(Site("attn_out", layer=0, pos=[10, 11]), patch.Zero()))
+        close(line.logits, at[0, 8:])
+    hooks = scheduled(lens, one, positions=[10, 11])
+    assert timeline(lens, tokens[:1], 5, hooks=hooks, stop_ids=()).tokens == line.tokens
+
+
+def test_two_runs_part_where_their_words_first_differ(lens, tokens):
+    a = timeline(lens, tokens[:1], 6, stop_ids=())
+    assert parting(a, a) is None
+    other = (a.tokens[3] + 5) % 100
+    b = a.rerun(3, token=other)
+    found = parting(a, b)
+    assert (found.step, found.tokens) == (3, (a.tokens[3], other))
+    assert np.allclose(found.kl.values, 0)  # so far both had said the same
+    assert found.layer is None
+    c = a.rerun(2, hooks={"blocks.1.resid_post": only(lambda x, point: -x, steps=range(2, 6))})
+    found = parting(a, c)
+    assert found is not None
+    assert found.step >= 2
+    assert found.layer == 1 or found.layer == 2
+    p = a.logits[found.step].softmax(-1)
+    assert found.probability.values[0, 1] == pytest.approx(float(p[found.tokens[1]]))
+
+
+def test_the_memory_of_a_step_can_be_asked_who_reads_it(lens, tokens):
+    line = timeline(lens, tokens[:1], 4, stop_ids=())
+    found = analysis.who_reads(lens, line.memory(2))
+    for layer, head in [(0, 0), (2, 3)]:
+        close(found.attention.values[layer, head], line.attention(layer, head).values[2, :11])
+    by_prompt = analysis.leave_one_out(lens, whole(line)[:, :11], by="position")
+    close(analysis.leave_one_out(lens, line.memory(2), by="position").kl.values, by_prompt.kl.values)
+
+
+def test_it_stops_where_a_generation_stops(lens, tokens):
+    said = lens.generate(tokens[:1], 6, stop_ids=()).new_tokens[0].tolist()
+    stop = said[2]
+    line = timeline(lens, tokens[:1], 6, at={1: cache.reposition(lens, 0)}, stop_ids=[stop])
+    assert line.tokens == said[: said.index(stop) + 1]
+
+
+def test_what_cannot_be_is_an_error_that_says_so(lens, tokens):
+    line = timeline(lens, tokens[:1], 3, stop_ids=())
+    with pytest.raises(IndexError, match="0 to 2"):
+        line.rerun(3)
+    with pytest.raises(ValueError, match="one prompt"):
+        timeline(lens, tokens, 3)
+    with pytest.raises(ValueError, match="this run has 0 to 2"):
+        timeline(lens, tokens[:1], 3, at={3: cache.evict(position=1)})
+    with pytest.raises(TypeError, match="repetition_penalty"):
+        timeline(lens, tokens[:1], 3, repetition_penalty=1.2)
+    with pytest.raises(TypeError, match="use rerun"):
+        timeline(lens, tokens[:1], 3, kv=lens.new_kv())
+    hooked = timeline(lens, tokens[:1], 3, hooks={"blocks.1.kv.k": double}, stop_ids=())
+    hooked.attention(0, 0)
+    with pytest.raises(HookError, match=r"names='attn.pattern'"):
+        hooked.attention(1, 0)
