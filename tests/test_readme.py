@@ -8,7 +8,8 @@ import pytest
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_the_tour_runs_from_top_to_bottom(capsys):
+def test_the_tour_runs_from_top_to_bottom(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert len(blocks) >= 7
     world = {}
