@@ -351,6 +351,7 @@ with tempfile.TemporaryDirectory() as folder:
 check = lens.check(torch.arange(1024)[None], names="all", hooks={"blocks.*.attn.z": lambda x, point: x * 0})
 assert sum(p.numel() for p in lens.model.parameters()) == 9_399_951_360
 assert len(check.fires[0][1]) == 40
-assert 13e9 < check.bytes < 14e9
+assert 13e9 < check.points.bytes < 14e9
+assert check.bytes < 0.4 * check.points.bytes
 """
     assert peak(code) < 1e9
