@@ -196,7 +196,7 @@ def test_the_world_never_says_what_is_held_out():
         kept = [one for one in drawn if held_out(task.name, one)]
         assert 0.1 < len(kept) / len(drawn) < 0.55, task.name
         said = {kind(draw) for _ in range(2000)}
-        if task.name == "successors":  # what is held out may begin a longer stretch, and is never all that is said
+        if task.name in ("successors", "addition"):  # what is held out may begin a longer line, and is never all of one
             assert not said & {one.text + one.correct[0] + "." for one in kept}
         elif task.name != "brackets":  # of which every text begins longer ones: see the card
             begun = [one for one in kept if any(text.startswith(one.text + one.correct[0]) for text in said)]
