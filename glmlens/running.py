@@ -90,13 +90,13 @@ class Running(Prompts):
     ) -> tuple[Tensor | None, Activations]:
         tokens, kv = self._inputs(prompt, forward), forward.get("kv")
         plan = Plan.of(self._passed(tokens, forward), names, hooks)
+        if metric is None:
+            plan.store_the_basis(self.model, self._edited(plan), kv is not None and kv.length > 0)
         watch = self._watch(plan, tokens, forward)
         of = self._of(prompt, tokens, kv, watch.positions, watch.key_positions, self._edited(plan))
         plan.possible(watch)
         if metric is not None:
             return self._differentiated(tokens, forward, watch, metric, of)
-        plan.store_the_basis(self.model, of.edited, of.past_entries)
-        watch.left = set(plan.names) | set(plan.edits)
         watch.stop_when_done = not logits and kv is None
         try:
             out = self.model(tokens, hook=self._spliced(watch), **forward)

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from glmlens import analysis
 from glmlens.activations import Activations
+from glmlens.analysis.heads import random_words
 from glmlens.hooks import Edit, Point
 from glmlens.lens import Lens
+from glmlens.model import token_log_probs
 from glmlens.tasks import TASKS
 from glmlens.tasks.task import Examples
 
@@ -59,11 +61,13 @@ class Repeats:
 
     @staticmethod
     def of(lens: Lens, rows: int = 40, length: int = 20, seed: int = 0) -> "Repeats":
-        assert lens.tokenizer is not None
-        draw, words = torch.Generator().manual_seed(seed), torch.tensor(lens.tokenizer.word_ids())
-        said = torch.stack([words[torch.randperm(len(words), generator=draw)[:length]] for _ in range(rows)])
-        prefix = torch.tensor(lens.tokenizer.prefix, dtype=torch.long).expand(rows, -1)
-        return Repeats(torch.cat([prefix, said, said], 1), length)
+        said = random_words(lens, rows, length, seed, None)
+        prefix = torch.tensor(lens.tokenizer.prefix if lens.tokenizer else (), dtype=torch.long).expand(rows, -1)
+        return Repeats(torch.cat([prefix, said, said], 1).to(lens.device), length)
+
+    def loss(self, logits: Float[Tensor, "batch pos vocab"]) -> float:
+        """Nats per token of what is said for the second time."""
+        return -float(token_log_probs(logits, self.tokens)[:, -self.length :].mean())
 
     def accuracy(self, logits: Float[Tensor, "batch pos vocab"]) -> float:
         """How often the word that followed last time is the most probable, at the second time of all but the first."""

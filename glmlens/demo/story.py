@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from glmlens import analysis, patch
+from glmlens.demo.circuits import Repeats
 from glmlens.hooks import Hooks, Point
 from glmlens.lens import Lens
 from glmlens.patch import Site, Sweep
@@ -90,7 +91,8 @@ def giving(story: Story) -> None:
     story.say(what, table(rows))
     story.show(plot.head_scores(worth, what="logits", title=f"Who receives: {what}"))
     (layer, head), _ = worth.top(1)[0]
-    pattern_of(story, examples, int(layer), int(head))
+    row = torch.tensor(examples.tokens[:1])
+    pattern_of(story, row, int(layer), int(head), f"Head {layer}.{head}: where each token looks")
     replaced(story, examples)
 
 
@@ -102,14 +104,12 @@ def lost(lens: Lens, examples: Examples) -> Labelled:
     return Labelled(found.clean.mean() - found.values, found.axes, found.labels, found.about)
 
 
-def pattern_of(story: Story, examples: Examples, layer: int, head: int) -> None:
-    """What this head looks at in the first sentence."""
+def pattern_of(story: Story, row: Tensor, layer: int, head: int, title: str) -> None:
+    """What a head looks at in one row of tokens [one, pos]."""
     from glmlens import plot
 
-    row = torch.tensor(examples.tokens[:1])
     _, acts = story.lens.run_with_cache(row, f"blocks.{layer}.attn.pattern", logits=False)
     pattern = acts["attn.pattern", layer][0, head].float().cpu().numpy()
-    title = f"Head {layer}.{head}: where each token looks"
     story.show(plot.attention_pattern(pattern, story.lens.to_labels(row), title=title))
 
 
@@ -163,8 +163,9 @@ def induction(story: Story) -> None:
         lines.append(f"  {name:15}{best}")
     best = scores.best("induction", lens.cfg.n_layers * lens.cfg.n_heads)
     copiers = [(layer, head) for layer, head, value in best if value > 0.5] or [best[0][:2]]
-    tokens = repeats(lens, length)
-    before, after = (loss(tokens, length, lens.run_with_hooks(tokens, hooks)) for hooks in (None, without(copiers)))
+    repeats = Repeats.of(lens, rows=4, length=length)
+    tokens = repeats.tokens
+    before, after = (repeats.loss(lens.run_with_hooks(tokens, hooks)) for hooks in (None, without(copiers)))
     named = ", ".join(f"{layer}.{head}" for layer, head in copiers)
     story.say(
         *lines,
@@ -174,11 +175,7 @@ def induction(story: Story) -> None:
     layer, head = copiers[0]
     title = "Induction score of every head: random words said twice"
     story.show(plot.head_scores(scores, n_kv_heads=lens.cfg.n_kv_heads, title=title))
-    row = tokens[:1]
-    _, acts = lens.run_with_cache(row, f"blocks.{layer}.attn.pattern", logits=False)
-    pattern = acts["attn.pattern", layer][0, head].float().cpu().numpy()
-    title = f"Head {layer}.{head} on random words said twice"
-    story.show(plot.attention_pattern(pattern, lens.to_labels(row), title=title))
+    pattern_of(story, tokens[:1], layer, head, f"Head {layer}.{head} on random words said twice")
 
 
 def without(heads: list[tuple[int, int]]) -> Hooks:
@@ -189,18 +186,3 @@ def without(heads: list[tuple[int, int]]) -> Hooks:
         return z
 
     return {f"blocks.{layer}.attn.z": silence for layer, _ in heads}
-
-
-def repeats(lens: Lens, length: int, rows: int = 4) -> Tensor:
-    """Rows of random words said twice."""
-    ids = torch.tensor(lens.tokenizer.word_ids() if lens.tokenizer else range(lens.cfg.d_vocab))
-    draw = torch.Generator().manual_seed(0)
-    said = torch.stack([ids[torch.randperm(len(ids), generator=draw)[:length]] for _ in range(rows)])
-    prefix = torch.tensor(lens.tokenizer.prefix if lens.tokenizer else (), dtype=torch.long).expand(rows, -1)
-    return torch.cat([prefix, said, said], 1).to(lens.device)
-
-
-def loss(tokens: Tensor, length: int, logits: Tensor) -> float:
-    """Nats per token of the second half."""
-    before = logits[:, -length - 1 : -1].float().log_softmax(-1)
-    return -float(before.gather(-1, tokens[:, -length:, None]).mean())
