@@ -16,12 +16,13 @@ check run weights splice running harvest lens
 cache.places cache.change cache.move cache.drop cache.graft cache
 tasks.words tasks.task tasks.language tasks.formal tasks
 analysis.rows analysis.pattern analysis.logit_lens analysis.residual analysis.parts analysis.attribution
-analysis.factored analysis.circuits analysis.heads analysis.passes analysis.rotary analysis.entries
+analysis.factored analysis.circuits analysis.heads analysis.passes analysis.rotary analysis.distance
+analysis.entries analysis.leave_out
 analysis.probes analysis.selfcheck analysis
 patch.sites patch.changes patch.interventions patch.running patch.metrics patch.waves patch.engine
 patch.evaluate patch.store patch.grid patch.sweep
 patch.worlds patch.steer patch.gradients patch.graph patch.edges patch.attribute
-patch.paths patch.circuits patch.rotary patch.timeline patch
+patch.paths patch.circuits patch.rotary patch.moments patch.timeline patch
 plot.style plot.data plot.heatmaps plot.heads plot.bars plot.lines plot.timeline plot.graph plot.tokens plot report
 demo.world demo.vocabulary demo.train demo.circuits demo.history demo.card demo.story cli
 """.split()

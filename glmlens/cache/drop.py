@@ -50,11 +50,11 @@ class Evicted:
     """A cache without some entries; see `evict`."""
 
     keep: Keep
-    places: Places = Places()
+    places: Places
 
     def __call__(self, kv: KVCache) -> KVCache:
         if self.places != Places():
-            raise CacheError("all layers and heads share a cache's entries: .hooks(lens) hides them from some at a step")
+            raise CacheError("layers and heads share a cache's entries: .hooks(lens) hides them from some at a step")
         at = kv.positions[:, : kv.length]
         kept = self.keep(kv) & (at >= 0)
         if kept.shape != at.shape:
@@ -99,9 +99,7 @@ def columns(kv: KVCache, kept: Bool[Tensor, "key"]) -> KVCache:
     )
 
 
-def evict(
-    keep: Keep | None = None, *, position: Which = None, layer: Which = None, kv: Which = None
-) -> Evicted:
+def evict(keep: Keep | None = None, *, position: Which = None, layer: Which = None, kv: Which = None) -> Evicted:
     """Drop the entries at these positions, or all but those that `keep(kv)` [batch, key] says.
 
     `window(n, sinks)` and `heavy_hitters(attention, n, recent)` are such functions. Entries keep their positions; what
