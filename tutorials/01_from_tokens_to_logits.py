@@ -233,13 +233,14 @@ assert torch.equal(pattern, softmax(acts["attn.scores", layer], torch.float32))
 
 # %% [markdown]
 # Here is the pattern of head 7 of layer 1, "head 1.7". Read a row: that is a query, and it shows where it looks. The
-# bright line below the diagonal says that every token looks at the one before it.
+# bright line below the diagonal says that every token looks at the one before it. (The two of the prefix look at
+# themselves.)
 
 # %%
 plot.attention_pattern(pattern[0, 7], labels, title="Head 1.7 looks at the token before")
 
 # %%
-before = pattern[0, 7].diagonal(-1)[2:]  # from the first word on
+before = pattern[0, 7].diagonal(-1)[1:]  # from the first word on
 assert before.min() > 0.99
 print(f"on average {before.mean():.1%} of the attention goes to the token before")
 

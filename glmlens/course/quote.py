@@ -16,11 +16,16 @@ class Quote:
     first: int
     last: int
 
+    @property
+    def where(self) -> str:
+        """Its lines, in words."""
+        return f"line {self.first}" if self.first == self.last else f"lines {self.first} to {self.last}"
+
     def __repr__(self) -> str:
-        return f"# {self.file}, lines {self.first} to {self.last}\n{self.text}"
+        return f"# {self.file}, {self.where}\n{self.text}"
 
     def _repr_markdown_(self) -> str:
-        return f"`{self.file}`, lines {self.first} to {self.last}\n\n```python\n{self.text}\n```"
+        return f"`{self.file}`, {self.where}\n\n```python\n{self.text}\n```"
 
 
 def source(thing: Any, first: str = "", last: str = "") -> Quote:
