@@ -24,8 +24,10 @@ patch.evaluate patch.store patch.grid patch.sweep
 patch.worlds patch.steer patch.gradients patch.graph patch.edges patch.attribute
 patch.paths patch.circuits patch.rotary patch.moments patch.timeline patch
 plot.style plot.data plot.heatmaps plot.heads plot.bars plot.lines plot.timeline plot.graph plot.tokens plot report
-demo.world demo.vocabulary demo.train demo.circuits demo.history demo.card demo.story cli
+demo.world demo.vocabulary demo.train demo.circuits demo.history demo.card demo.story
+course.quote course course.verdict cli
 """.split()
+ORDER += sorted(f"course.{path.stem}" for path in PACKAGE.glob("course/check_*.py"))  # a tutorial brings its own
 ALONE = ["hooks", "config", "results", "tokenizer", "chat", "report", "tasks.words"]  # import nothing of ours
 
 
