@@ -1,4 +1,4 @@
-"""From a folder or hub id to a GLM whose every parameter is a view of the memory-mapped file."""
+"""From a folder to a GLM whose every parameter is a view of the memory-mapped file."""
 
 import json
 from collections.abc import Iterator
@@ -35,32 +35,6 @@ NAMES = {
     "lm_head.weight": "unembed.weight",
 }
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-ALLOWED = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json"]
-ALLOWED += ["tokenizer_config.json", "tokenizer.model", "chat_template.jinja"]  # nothing else is ever downloaded
-
-
-def find(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a checkpoint: a folder as it is, a hub id after downloading what is missing of it.
-
-    Raises CheckpointError when there is no such folder, or when the hub does not give it.
-    """
-    folder = Path(path_or_hub_id).expanduser()
-    if folder.is_dir() and revision is not None:
-        raise CheckpointError(f"{folder}: a folder has no revision {revision!r}; only a hub id has")
-    if folder.is_dir():
-        return folder
-    name = str(path_or_hub_id)
-    if revision is None and folder.exists():
-        raise CheckpointError(f"{name}: a file; give the folder that holds its config.json")
-    if isinstance(path_or_hub_id, Path) or folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise CheckpointError(f"{name}: no such folder; give a folder with a config.json, or a hub id, 'org/name'")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=ALLOWED))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
-        raise CheckpointError(f"{name}: neither a folder here nor to be had from the hub: {e}") from e
 
 
 def load_model(

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
 
-from glmlens import checkpoint
+from glmlens import checkpoint, hub
 from glmlens.config import CheckpointError, Reader
 from glmlens.generate import Sampling, Step, steps
 from glmlens.harvest import Harvest, harvest
@@ -61,7 +61,7 @@ def load(
     """
     if path_or_hub_id is None and revision is not None:
         raise CheckpointError(f"revision {revision!r} of what? Name a hub id; without one the model inside is opened")
-    folder = EMBEDDED if path_or_hub_id is None else checkpoint.find(path_or_hub_id, revision)
+    folder = EMBEDDED if path_or_hub_id is None else hub.find(path_or_hub_id, revision)
     chosen = None if dtype is None else checkpoint.dtype_named(dtype)
     model, cfg = checkpoint.load_model(folder, chosen, device, attention), folder / "generation_config.json"
     stated = Reader(checkpoint.read_json(cfg), str(cfg)) if cfg.exists() else Reader({}, str(cfg))
