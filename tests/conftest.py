@@ -16,6 +16,10 @@ from glmlens.model import GLM
 SHARED = Path(__file__).parents[2] / "shared"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, default=500, help="how many broken checkpoints to load (default: 500)")
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
