@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 
 from glmlens import checkpoint, hub
 from glmlens.config import CheckpointError, Reader
-from glmlens.generate import Sampling, Step, steps
+from glmlens.generate import Choose, Sampling, Step, steps
 from glmlens.harvest import Harvest, harvest
 from glmlens.hooks import HookError, Hooks
 from glmlens.kv_cache import KVCache
@@ -66,6 +66,10 @@ def load(
     model, cfg = checkpoint.load_model(folder, chosen, device, attention), folder / "generation_config.json"
     stated = Reader(checkpoint.read_json(cfg), str(cfg)) if cfg.exists() else Reader({}, str(cfg))
     stop, pad = stated.ids("eos_token_id"), stated.ids("pad_token_id")
+    for name in ("tokenizer.json", "tokenizer.model"):
+        checkpoint.refuse_strange(folder / name, checkpoint.MOST_TOKENIZER)
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        checkpoint.refuse_strange(folder / name, checkpoint.MOST_TEXT)
     try:
         tokenizer = Tokenizer.from_folder(folder)
     except ValueError as e:
@@ -233,12 +237,21 @@ class Lens(Running, Weights):
             kv,
             self._hook_at(recorder),
             max_new_tokens=max_new_tokens,
-            choose=how.chooser(tokens.device, None if mask is None else mask.int().argmax(1)),
+            choose=self._sound(how.chooser(tokens.device, None if mask is None else mask.int().argmax(1))),
             stop_ids=stop_ids,
             said_enough=going.said_enough if strings else None,
             pad_id=self.pad_id,
         )
         return going
+
+    def _sound(self, choose: Choose) -> Choose:
+        """Choosing, which asks for numbers to choose by."""
+
+        def chosen(logits: Tensor, tokens: Tensor) -> Tensor:
+            self._blame_weights(logits)
+            return choose(logits, tokens)
+
+        return chosen
 
     def new_kv(self, batch: int = 1, capacity: int = 256) -> KVCache:
         """An empty KV cache for this model; it grows when it is full."""

@@ -26,8 +26,8 @@ OURS = (glmlens.CheckpointError, TemplateError)
 SECONDS = 20  # a case that takes longer hangs
 LIMIT = 4 << 30  # of address space beyond what the process has before: a brake, not the measure
 ABSURD = [
-    None, True, False, 0, -1, 1, 2, 3, 7, 1000, 2**31 - 1, 2**31, 2**63, 10**18, 10**400, 1e18, 0.5, -0.5, 1e308, 5e-324,
-    float("nan"), float("inf"), "", "x", "4", "\ud800", "[" * 3000, [], [1], [[1]], ["x"], [None], {}, {"a": 1},
+    None, True, False, 0, -1, 1, 2, 3, 7, 1000, 2**31 - 1, 2**31, 2**63, 10**18, 10**4000, 1e18, 0.5, -0.5, 1e308,
+    5e-324, float("nan"), float("inf"), "", "x", "4", "\ud800", "[" * 3000, [], [1], [[1]], ["x"], [None], {}, {"a": 1},
     [{}], [10**30], [-1], {"rope_type": 1}, {"content": None},
 ]  # fmt: skip
 FIELDS = [  # that a config.json may have besides those of the bases
@@ -98,7 +98,8 @@ def no_json(draw, folder):
     data = draw.choice(
         [
             b"", b"{", b"null", b"[]", b"1" * 5000, b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe", b"\xef\xbb\xbf{}",
-            b"NaN", b'"\\ud800"', b"{}" + b" " * 1000, b"[" + b"{}," * 20_000_000 + b"{}]", b'{"a":1,"a":2}', b"\0" * 99,
+            b"NaN", b'"\\ud800"', b"{}" + b" " * 1000, b"[" + b"{}," * 20_000_000 + b"{}]", b'{"a":1,"a":2}',
+            b"\0" * 99,
         ]
     )  # fmt: skip
     path.write_bytes(data)
@@ -283,8 +284,8 @@ def ranks(draw, folder):
 
 
 WAYS = [
-    field_of_config, field_of_config, inside_json, inside_json, no_json, no_file, cut, flipped, flipped, enormous_header,
-    another_header, another_header, no_numbers, index, index, ranks,
+    field_of_config, field_of_config, inside_json, inside_json, no_json, no_file, cut, flipped, flipped,
+    enormous_header, another_header, another_header, no_numbers, index, index, ranks,
 ]  # fmt: skip
 
 
@@ -302,7 +303,8 @@ def run(folder):
             lens.to_labels("a b", width=9)
             lens.to_string(torch.tensor(ids))
         except ValueError as e:  # the vocabularies of tokenizer and model need not agree
-            assert "token ids run from" in str(e) or "has no tokens" in str(e), repr(e)
+            if "token ids run from" not in str(e) and "has no tokens" not in str(e):
+                raise
     if not logits.isfinite().all():
         assert all(p.isfinite().all() for p in lens.model.parameters()), "logits that are no numbers, of such weights"
     return "ran"

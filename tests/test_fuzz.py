@@ -1,4 +1,4 @@
-"""Broken checkpoints: each ends in one of our errors or in a model that runs, never in a hang, a crash or much memory."""
+"""Broken checkpoints: each ends in one of our errors or in a model that runs, never a hang, a crash or much memory."""
 
 import json
 import os
