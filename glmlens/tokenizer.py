@@ -22,6 +22,7 @@ GLM4_SPLIT = (
     r"|\s+(?!\S)|\s+"
 )
 MOST_TOKENS, LONGEST = 1 << 24, 1024  # of a vocabulary; bytes of a token: to find its merges costs their square
+ROLES = ("system", "user", "assistant", "observation")  # <|user|> and the others begin a turn in every GLM chat
 VISIBLE = {" ": "·", "\n": "↵", "\t": "→", "\r": "␍"}
 
 
@@ -119,6 +120,19 @@ class Tokenizer:
         """
         labels = [self.label(i) for i in ids]
         return labels if width is None else [t if len(t) <= width else t[: width - 1] + "…" for t in labels]
+
+    def roles(self, ids: Sequence[int]) -> list[str]:
+        """Whose turn each id is in: that of the last role token, which is itself the first of its turn; "" before any.
+
+        What counts is what the model sees: a role token that is written inside a message begins a turn for it too.
+        """
+        begins = {self.engine.token_to_id(f"<|{role}|>"): role for role in ROLES}
+        if not begins.keys() & self.special:
+            raise ValueError(f"this vocabulary has none of the role tokens {', '.join(f'<|{r}|>' for r in ROLES)}")
+        found = [""]
+        for i in ids:
+            found.append(begins.get(i, found[-1]))
+        return found[1:]
 
     def label(self, i: int) -> str:
         token = self.engine.id_to_token(i)
