@@ -22,6 +22,7 @@ GLM4_SPLIT = (
     r"|\s+(?!\S)|\s+"
 )
 MOST_TOKENS, LONGEST = 1 << 24, 1024  # of a vocabulary; bytes of a token: to find its merges costs their square
+MOST_VALUES = 2_000_000  # GLM-4 has 800,000; to read one that is no tokenizer costs 100 bytes each
 ROLES = ("system", "user", "assistant", "observation")  # <|user|> and the others begin a turn in every GLM chat
 VISIBLE = {" ": "·", "\n": "↵", "\t": "→", "\r": "␍"}
 
@@ -66,13 +67,22 @@ class Tokenizer:
 
     def encode(self, text: str, prefix: bool = True) -> list[int]:
         """The ids of `text`: with the prefix before it exactly once, or just as it is written."""
-        ids = self.engine.encode(text, add_special_tokens=False).ids
+        ids = self.encoding(text).ids
         written = tuple(ids[: len(self.prefix)]) == self.prefix
         return [*self.prefix, *ids] if prefix and not written else ids
 
+    def encoding(self, text: str) -> Any:
+        """What the engine makes of `text`; ValueError if its rules come to no end, as regular expressions can."""
+        try:
+            return self.engine.encode(text, add_special_tokens=False)
+        except BaseException as e:  # a panic of the engine is no Exception
+            if type(e).__name__ != "PanicException":
+                raise
+            raise ValueError(f"the tokenizer of this checkpoint broke down at {text!r:.80}: {e}") from e
+
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids of `text`, and the characters [start, end) that each stands for: none for a prefix that is added."""
-        encoded = self.engine.encode(text, add_special_tokens=False)
+        encoded = self.encoding(text)
         added = len(self.encode(text)) - len(encoded.ids)
         return [*self.prefix[:added], *encoded.ids], [(0, 0)] * added + encoded.offsets
 
@@ -157,6 +167,8 @@ BYTE_OF = {c: b for b, c in byte_alphabet().items()}
 
 
 def read_engine(path: Path) -> Engine:
+    if (values := path.read_bytes().count(b",")) > MOST_VALUES:
+        raise ValueError(f"{path}: a tokenizer.json of {values:,} values; expected at most {MOST_VALUES:,}")
     try:
         return Engine.from_file(str(path))
     except Exception as e:  # tokenizers raises nothing narrower
