@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+MOST_LAYERS = 1000  # they are made before the file is seen: the deepest GLM has 92
+
 
 class CheckpointError(Exception):
     """What lies on disk cannot be opened; the message names the file, what was expected and what was found."""
@@ -56,11 +58,11 @@ class Reader:
     def config(self) -> GLMConfig:
         model_type = self.raw.get("model_type")
         if model_type not in ("glm", "glm4"):
-            raise self.error(f"model_type is {model_type!r}; glmlens opens 'glm' and 'glm4'")
+            raise self.error(f"model_type is {said(model_type)}; glmlens opens 'glm' and 'glm4'")
         if self.raw.get("quantization_config") is not None:
             raise self.error("the weights are quantised (quantization_config); glmlens needs float weights")
         if (act := self.raw.get("hidden_act", "silu")) not in ("silu", "swish"):
-            raise self.error(f"hidden_act is {act!r}; a GLM has 'silu'")
+            raise self.error(f"hidden_act is {said(act)}; a GLM has 'silu'")
         d_model, n_heads = self.whole("hidden_size"), self.whole("num_attention_heads")
         d_head = self.whole("head_dim", 128)
         n_kv_heads = self.whole("num_key_value_heads", n_heads if "num_key_value_heads" in self.raw else 2)
@@ -70,7 +72,7 @@ class Reader:
         return GLMConfig(
             model_type=model_type,
             d_model=d_model,
-            n_layers=self.whole("num_hidden_layers"),
+            n_layers=self.whole("num_hidden_layers", most=MOST_LAYERS),
             n_heads=n_heads,
             n_kv_heads=n_kv_heads,
             d_head=d_head,
@@ -94,11 +96,11 @@ class Reader:
         for name in ("rope_scaling", "rope_parameters"):
             stated = self.raw.get(name) or {}
             if not isinstance(stated, Mapping):
-                raise self.error(f"{name} is {stated!r}; expected an object")
+                raise self.error(f"{name} is {said(stated)}; expected an object")
             nested |= stated
         kind = nested.get("rope_type", nested.get("type", "default"))
         if kind != "default":
-            raise self.error(f"rope_type is {kind!r}; glmlens turns by 'default' rotary angles only")
+            raise self.error(f"rope_type is {said(kind)}; glmlens turns by 'default' rotary angles only")
         field = Reader({**self.raw, **nested}, self.source)
         factor = field.number("partial_rotary_factor", 0.5)
         d_rotary = int(d_head * factor)
@@ -106,33 +108,41 @@ class Reader:
             raise self.error(f"partial_rotary_factor {factor} turns {d_rotary} of {d_head} channels, not pairs of them")
         return field.number("rope_theta", 10000.0), d_rotary
 
-    def whole(self, name: str, default: int | None = None) -> int:
+    def whole(self, name: str, default: int | None = None, most: int = (1 << 31) - 1) -> int:
         value = default if self.raw.get(name) is None else self.raw[name]
         if value is None:
             raise self.error(f"{name} is missing")
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 31:
-            raise self.error(f"{name} is {value!r}; expected a whole number from 1 to 2^31")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise self.error(f"{name} is {said(value)}; expected a whole number from 1 to {most:,}")
         return int(value)
 
     def number(self, name: str, default: float) -> float:
         value = default if self.raw.get(name) is None else self.raw[name]
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-            raise self.error(f"{name} is {value!r}; expected a number above 0")
+            raise self.error(f"{name} is {said(value)}; expected a number above 0")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
         value = default if self.raw.get(name) is None else self.raw[name]
         if not isinstance(value, bool):
-            raise self.error(f"{name} is {value!r}; expected true or false")
+            raise self.error(f"{name} is {said(value)}; expected true or false")
         return value
 
     def ids(self, name: str) -> tuple[int, ...]:
         """The token ids of a field that holds none, one or several."""
         value = self.raw.get(name)
         listed = () if value is None else tuple(value) if isinstance(value, list) else (value,)
-        if not all(isinstance(i, int) and not isinstance(i, bool) for i in listed):
-            raise self.error(f"{name} is {value!r}; expected a token id, a list of them, or null")
+        if not all(isinstance(i, int) and not isinstance(i, bool) and abs(i) < 1 << 31 for i in listed):
+            raise self.error(f"{name} is {said(value)}; expected a token id, a list of them, or null")
         return listed
 
     def error(self, why: str) -> CheckpointError:
         return CheckpointError(f"{self.source}: {why}")
+
+
+def said(value: Any) -> str:
+    """What a file says, in as many letters as an error has room for."""
+    try:
+        return f"{value!r:.80}"
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return "a number of thousands of digits"

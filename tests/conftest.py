@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,10 @@ import glmlens
 from glmlens.model import GLM
 
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, default=500, help="how many broken checkpoints to load (default: 500)")
 
 
 def pytest_collection_modifyitems(items):
@@ -146,6 +151,16 @@ def fixtures():
     if not folder.exists():
         pytest.skip("the recorded data is not here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def templates():
+    """The chat templates of published GLMs, by name, where a page that quotes them lies beside us."""
+    page = next(SHARED.glob("*/glm.md"), None)
+    if page is None:
+        pytest.skip("the published chat templates are not here")
+    found = re.findall(r"\*\*([^*\n]+)\*\*[^\n]*\n```jinja\n(.*?)\n```", page.read_text(encoding="utf-8"), re.S)
+    return {name.split()[0]: template for name, template in found}
 
 
 def rewrite_json(path, **changes):
