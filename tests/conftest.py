@@ -14,6 +14,9 @@ import torch
 import glmlens
 from glmlens.model import GLM
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: threads would only wait for each other
+    torch.set_num_threads(1)
+
 SHARED = Path(__file__).parents[2] / "shared"
 
 
