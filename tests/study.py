@@ -12,6 +12,7 @@ import linecache
 import re
 import sys
 import time
+import traceback
 from pathlib import Path
 
 FOLDED = re.compile(r"<details>\s*<summary>(.*?)</summary>(.*?)</details>", re.DOTALL)
@@ -80,4 +81,8 @@ def main(notebook, page=None):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except Exception:
+        traceback.print_exc()  # knows the lines of cells
+        sys.exit(1)
