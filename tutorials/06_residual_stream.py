@@ -17,6 +17,7 @@ import torch
 import glmlens
 from glmlens import analysis, plot
 from glmlens.course import check_06 as check
+from glmlens.results import Labelled
 
 lens = glmlens.load(dtype="float32")
 prompt = "When Mary and John went to the store, John gave a drink to"
@@ -79,6 +80,7 @@ ranks = [read.target_rank.at(layer=layer, pos=-1) for layer in layers]
 assert ranks[-1] == 0
 assert min(ranks[:-1]) > 5
 assert ranks == sorted(ranks, reverse=True)  # it rises with every layer
+assert [read.word.at(layer=i, pos=-1, rank=0) for i in ("0", "1", "2")] == ["·the", "·Ella", "·Rose"]
 
 # %% [markdown]
 # The embedding row says the token itself. That is what a tied model does: its unembedding is its embedding, so a vector
@@ -366,7 +368,12 @@ lost = torch.tensor(
         for i in range(4)
     ]
 )
-plot.compare({"adds directly": directly, "is lost without it": lost}, what="logits", title="Direct and in all")
+both = {"adds directly": directly, "is lost without it": lost}
+plot.compare(
+    {name: Labelled(values.numpy(), ("layer", "head")) for name, values in both.items()},
+    what="logits",
+    title="Direct and in all",
+)
 
 # %%
 layer, head = divmod(int(lost.argmax()), 8)
