@@ -18,6 +18,7 @@ from tutorials.build import notebook, sources
 
 ROOT = Path(__file__).parents[1]
 COURSE = sources(ROOT / "tutorials")
+LINK = re.compile(r"\]\(([^)]*\.ipynb)\)")
 each = pytest.mark.parametrize("path", COURSE, ids=lambda path: path.stem)
 
 
@@ -88,8 +89,9 @@ def test_a_notebook_is_what_its_source_says_and_holds_no_output(path):
 
 @each
 def test_the_index_leads_to_every_tutorial(path):
-    index = (ROOT / "tutorials" / "README.md").read_text(encoding="utf-8")
-    assert f"]({path.stem}.ipynb)" in index
+    index = LINK.findall((ROOT / "tutorials" / "README.md").read_text(encoding="utf-8"))
+    assert f"{path.stem}.ipynb" in index
+    assert set(LINK.findall(path.read_text(encoding="utf-8"))) <= set(index)
 
 
 def test_a_cell_keeps_its_id_when_another_is_put_before_it(tmp_path):

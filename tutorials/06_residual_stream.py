@@ -58,7 +58,7 @@ assert error < 1e-5
 # At the end the stream is normed and unembedded. Nothing keeps us from doing this earlier. That is the logit lens
 # (nostalgebraist 2020):
 #
-# $$\text{lens}^{(l)} = W_U^\top\, \text{norm}(x^{(l)})$$
+# $$\text{lens}^{(l)} = \text{norm}(x^{(l)})\, W_U$$
 #
 # with the model's own last norm.
 
