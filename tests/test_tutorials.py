@@ -119,6 +119,12 @@ def test_an_answer_that_is_not_there_yet_is_asked_for():
     assert "in place of ... put a number" in repr(verdict)
 
 
+def test_what_a_learner_writes_is_never_markup():
+    shown = exercise_0_1("<img src=x onerror=run()>")._repr_html_()
+    assert "&lt;img src=x onerror=run()&gt;" in shown
+    assert "<img" not in shown
+
+
 def test_right_wrong_and_senseless_answers_are_told_apart():
     assert exercise_0_1(3).right is True
     assert exercise_0_1(torch.tensor(3.0)).right is True

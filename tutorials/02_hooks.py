@@ -228,7 +228,7 @@ check.exercise_2_2(read_mary)
 #     return x
 # ```
 #
-# Counted in the words of the text, the second `John` is number 9. But the prefix `[gMASK]<sop>` comes first.
+# Counted in the tokens of the text, the second `John` is number 9. But the prefix `[gMASK]<sop>` comes first.
 #
 # </details>
 
