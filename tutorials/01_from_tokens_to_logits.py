@@ -396,7 +396,7 @@ check.exercise_1_3(next_token)
 #     return (resid[-1] @ lens.W_U).softmax(-1)
 # ```
 #
-# The norm is missing. The largest logit may well be the same, but the stream is hundreds of times too long, so the
+# The norm is missing. The largest logit may well be the same, but the stream is much too long, so the
 # model seems to be certain of everything.
 #
 # </details>
