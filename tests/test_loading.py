@@ -236,8 +236,8 @@ def wrong(case, folder):
         index.write_text("{}")
         return ["index.json", "weight_map"]
     if case == "model_type":
-        rewrite_json(folder / "config.json", model_type="llama")
-        return ["config.json", "'llama'", "'glm'"]
+        rewrite_json(folder / "config.json", model_type="mamba")
+        return ["config.json", "'mamba'", "'glm'", "'qwen2'"]
     if case == "rope_type":
         rewrite_json(folder / "config.json", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0})
         return ["config.json", "'yarn'", "'default'"]

@@ -114,15 +114,13 @@ def who_reads(
 
 def aimed(lens: Lens, logits: Float[Tensor, "vocab"], answer: Token | None, wrong: Token | None) -> tuple[Tensor, str]:
     """The direction of a token's logit, or of a difference of two, and its name."""
-    right = int(logits.argmax()) if answer is None else id_of(lens, answer)
+    right = int(logits.argmax()) if answer is None else lens.to_answer(answer)
     if wrong is None:
-        return exact(lens.W_U.T[right]), label(lens, right)
-    other = id_of(lens, wrong)
-    return exact(lens.W_U.T[right]) - exact(lens.W_U.T[other]), f"{label(lens, right)} - {label(lens, other)}"
-
-
-def id_of(lens: Lens, token: Token) -> int:
-    return lens.to_single_token(token) if isinstance(token, str) else token
+        return exact(lens.W_U.T[right]), lens.answer_label(right)
+    other = lens.to_answer(wrong)
+    return exact(lens.W_U.T[right]) - exact(
+        lens.W_U.T[other]
+    ), f"{lens.answer_label(right)} - {lens.answer_label(other)}"
 
 
 def read(
@@ -252,7 +250,7 @@ def leave_one_out(
         raise ValueError(f"by is {by!r}; choose from 'entry', 'position'")
     memory = memory_of(lens, of, hooks)
     step, cfg, length = Step.of(lens, memory), lens.cfg, memory.kv.length
-    token = int(step.logits.argmax()) if answer is None else id_of(lens, answer)
+    token = int(step.logits.argmax()) if answer is None else lens.to_answer(answer)
     asked = asked_of(memory, positions)
     shape = (cfg.n_layers, cfg.n_kv_heads, length)
     if by == "position":
@@ -265,12 +263,12 @@ def leave_one_out(
         for layer in range(cfg.n_layers):
             lost = step.measured(number[layer][:, asked].flatten(), Numbered(number), token, layer)
             found[:, layer, :, asked] = lost.view(2, cfg.n_kv_heads, -1)
-    about = about_step(lens, memory, "what is lost with one entry", label(lens, token))
+    about = about_step(lens, memory, "what is lost with one entry", lens.answer_label(token))
     axes = ("layer", "kv", "key") if by == "entry" else ("key",)
     labels = {"key": key_labels(lens, memory), **({"layer": layers_of(lens)} if by == "entry" else {})}
     units = {
         "kl": "KL(with all ‖ without it), nats",
-        "logit": f"logit of {label(lens, token)} with all, less without it",
+        "logit": f"logit of {lens.answer_label(token)} with all, less without it",
     }
     made = {
         name: Labelled(numbers(x), axes, labels, {**about, "metric": units[name]})
