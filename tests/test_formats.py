@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 import warnings
+import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from test_numbers import recorded
 from torch.testing import assert_close
 
 import glmlens
+from glmlens import checkpoint
 from glmlens.config import CheckpointError
 from glmlens.saving import tensors_of
 
@@ -248,6 +251,41 @@ def test_a_tied_model_without_a_head_is_a_language_model(tmp_path):
     expected = glmlens.load(tmp_path)(TOKENS)
     transformers.AutoModel.from_pretrained(tmp_path).save_pretrained(tmp_path)
     assert torch.equal(glmlens.load(tmp_path)(TOKENS), expected)
+
+
+@pytest.mark.parametrize("kind", ["glm", "chatglm", "llama"])
+def test_tensors_are_read_one_at_a_time(tmp_path, monkeypatch, kind):
+    """In another dtype, as on another device, no tensor of the file outlives its own conversion."""
+    write_checkpoint(tmp_path, 2, glm4=False, tie_word_embeddings=False)
+    if kind == "chatglm":
+        as_chatglm(tmp_path)
+    elif kind == "llama":
+        write_llama(tmp_path, kind, 1)
+    expected, handed = glmlens.load(tmp_path).to(dtype="float64"), []
+
+    class File:
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def get_tensor(self, name):
+            assert all(x() is None for x in handed), name
+            x = self.file.get_tensor(name)
+            handed.append(weakref.ref(x))
+            return x
+
+    @contextmanager
+    def watched(path):
+        with opened(path) as file:
+            yield File(file)
+
+    opened = checkpoint.opened
+    monkeypatch.setattr(checkpoint, "opened", watched)
+    lens = glmlens.load(tmp_path, dtype="float64")
+    assert len(handed) >= 10
+    assert torch.equal(lens(TOKENS), expected(TOKENS))
 
 
 REFUSED = [
