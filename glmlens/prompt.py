@@ -142,6 +142,8 @@ class Prompts:
         Raises ValueError for a name that is no label, and for a number that no logit has.
         """
         cfg = self.model.cfg
+        if not cfg.d_logits:
+            raise ValueError(f"answer {answer!r}: this checkpoint has no unembedding, and no logit stands for anything")
         if isinstance(answer, str) and cfg.labels and answer not in cfg.labels:
             raise ValueError(f"{answer!r} is no label of this model: choose from {', '.join(map(repr, cfg.labels))}")
         if isinstance(answer, str):

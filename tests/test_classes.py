@@ -143,6 +143,8 @@ def test_what_takes_a_language_model_is_an_error_that_says_so(tmp_path):
     for what in ("generate", "log_probs", "test_prompt", "loss"):
         with pytest.raises(ValueError, match=f"{what}.*head of classes \\(bad, so, good\\)"):
             getattr(lens, what)(TOKENS, *([" x"] if what == "test_prompt" else []))
+    with pytest.raises(ValueError, match="head of classes"):
+        patch.timeline(lens, TOKENS, max_new_tokens=2)
     with pytest.raises(ValueError, match="no class head"):
         small_lens().classify(TOKENS)
     with pytest.raises(ValueError, match="'fine' is no label of this model: choose from 'bad', 'so', 'good'"):

@@ -7,16 +7,17 @@ import warnings
 import weakref
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
-from conftest import reference, rewrite_json, small_config, write_checkpoint
+from conftest import HEADED, reference, rewrite_json, small_config, small_lens, write_checkpoint
 from safetensors.torch import load_file, save_file
 from test_loading import TOKENS, shard
 from test_numbers import recorded
 from torch.testing import assert_close
 
 import glmlens
-from glmlens import checkpoint
+from glmlens import analysis, checkpoint
 from glmlens.config import CheckpointError
 from glmlens.saving import tensors_of
 
@@ -365,6 +366,27 @@ def test_no_other_checkpoint_is_suspected(tmp_path):
     for kind, fields in {"glm4": {"max_position_embeddings": 131072}, "glm": {"max_position_embeddings": 8192}}.items():
         write_checkpoint(tmp_path, 2, glm4=kind == "glm4", **fields)
         glmlens.load(tmp_path)  # a warning would be an error here
+
+
+def test_every_format_and_head_passes_the_checks_of_a_glm(every_lens, capsys):
+    found = analysis.selfcheck(every_lens)
+    assert all(row.holds for row in found.rows)
+    assert len(found.rows) == (14 if every_lens.cfg.d_logits else 9)
+    assert "FAILED" not in capsys.readouterr().out
+
+
+def test_heads_are_scored_with_every_head(every_lens):
+    found = analysis.head_scores(every_lens)
+    assert np.isnan(found.copying.values).all() == (every_lens.cfg.head != "vocab")
+    assert not np.isnan(found.induction.values).any()
+    assert "induction" in repr(found)
+
+
+def test_what_reads_logits_says_that_there_are_none():
+    lens = small_lens(**HEADED["none"])
+    for asked in (lambda: analysis.logit_lens(lens, TOKENS), lambda: analysis.logit_attribution(lens, TOKENS, 1)):
+        with pytest.raises(ValueError, match="unembedding"):
+            asked()
 
 
 def test_every_format_has_a_table_and_a_reading():

@@ -52,7 +52,9 @@ def logit_lens(
     or its id (of a class head a label), or one for every prompt. KL as in Belrose et al. 2023 (arXiv 2303.08112),
     section 2.
     """
-    top = min(5, max(1, lens.cfg.d_logits)) if top is None else top
+    if not lens.cfg.d_logits:
+        raise ValueError("a logit lens reads with the unembedding, and this checkpoint has none")
+    top = min(5, lens.cfg.d_logits) if top is None else top
     if not 1 <= top <= lens.cfg.d_logits:
         raise ValueError(f"top is {top}; expected 1 to {lens.cfg.d_logits}, as many as there are logits")
     rows = Rows.of(lens, prompt)
