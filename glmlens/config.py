@@ -1,8 +1,11 @@
 """The shape of a GLM, read from the config.json of every format that glmlens opens, by transformers 4.x or 5.x."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+MOST_LAYERS = 1000  # they are made before the file is seen: the deepest GLM has 92
 
 
 class CheckpointError(Exception):
@@ -131,15 +134,15 @@ class Reader:
 
     def config(self) -> GLMConfig:
         model_type = self.raw.get("model_type")
-        if model_type not in FORMATS:
-            raise self.error(f"model_type is {model_type!r}; glmlens opens {', '.join(map(repr, FORMATS))}")
+        if not isinstance(model_type, str) or model_type not in FORMATS:
+            raise self.error(f"model_type is {said(model_type)}; glmlens opens {', '.join(map(repr, FORMATS))}")
         return replace(self, format=FORMATS[model_type]).of_format(model_type)
 
     def of_format(self, model_type: str) -> GLMConfig:
         if self.raw.get("quantization_config") is not None:
             raise self.error("the weights are quantised (quantization_config); glmlens needs float weights")
         if (act := self.raw.get("hidden_act", "silu")) not in ("silu", "swish"):
-            raise self.error(f"hidden_act is {act!r}; a GLM has 'silu'")
+            raise self.error(f"hidden_act is {said(act)}; a GLM has 'silu'")
         self.refuse_what_no_glm_has()
         d_model, n_heads, default = self.whole("hidden_size"), self.whole("num_attention_heads"), self.format.defaults
         d_head = self.whole("head_dim", default.get("head_dim", max(1, d_model // n_heads)))
@@ -153,7 +156,7 @@ class Reader:
         return GLMConfig(
             model_type=model_type,
             d_model=d_model,
-            n_layers=self.whole("num_hidden_layers"),
+            n_layers=self.whole("num_hidden_layers", most=MOST_LAYERS),
             n_heads=n_heads,
             n_kv_heads=n_kv_heads,
             d_head=d_head,
@@ -178,10 +181,10 @@ class Reader:
     def refuse_what_no_glm_has(self) -> None:
         for name, (needed, unsaid, why) in self.format.only.items():
             if (found := unsaid if self.raw.get(name) is None else self.raw[name]) != needed:
-                raise self.error(f"{name} is {found!r}, expected {needed!r}: {why}")
+                raise self.error(f"{name} is {said(found)}, expected {needed!r}: {why}")
         kinds = self.raw.get("layer_types") or ["full_attention"]
         if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-            raise self.error(f"layer_types is {kinds!r:.80}; every layer of a GLM has 'full_attention'")
+            raise self.error(f"layer_types is {said(kinds)}; every layer of a GLM has 'full_attention'")
 
     def kv_heads_unless_stated(self, n_heads: int) -> int:
         """A field that is null says: as many as heads; one that is absent says what the format's class says."""
@@ -194,11 +197,11 @@ class Reader:
         for name in ("rope_scaling", "rope_parameters"):
             stated = self.raw.get(name) or {}
             if not isinstance(stated, Mapping):
-                raise self.error(f"{name} is {stated!r}; expected an object")
+                raise self.error(f"{name} is {said(stated)}; expected an object")
             nested |= stated
         kind = nested.get("rope_type", nested.get("type", "default"))
         if kind != "default":
-            raise self.error(f"rope_type is {kind!r}; glmlens turns by 'default' rotary angles only")
+            raise self.error(f"rope_type is {said(kind)}; glmlens turns by 'default' rotary angles only")
         field, fixed = replace(self, raw={**self.raw, **nested}), self.format.rotated
         factor = field.number("partial_rotary_factor", fixed or self.format.defaults["partial_rotary_factor"])
         if fixed not in (None, factor):
@@ -207,7 +210,7 @@ class Reader:
         if d_rotary < 2 or d_rotary % 2 or d_rotary > d_head:
             raise self.error(f"partial_rotary_factor {factor} turns {d_rotary} of {d_head} channels, not pairs of them")
         if self.format.rope_ratio:
-            return 10000.0 * self.number("rope_ratio", 1.0), d_rotary
+            return 10000.0 * self.number("rope_ratio", 1.0, most=1e12), d_rotary
         return field.number("rope_theta", 10000.0), d_rotary
 
     def head(self, model_type: str) -> str:
@@ -215,10 +218,12 @@ class Reader:
         stated = self.raw.get("architectures") or [""]
         name = stated[0] if isinstance(stated, list) else stated
         if not isinstance(name, str):
-            raise self.error(f"architectures is {stated!r}; expected a list of names")
+            raise self.error(f"architectures is {said(stated)}; expected a list of names")
         if model_type == "chatglm":
             if name not in ("", "ChatGLMModel", "ChatGLMForConditionalGeneration"):
-                raise self.error(f"architectures says {name!r}; of 'chatglm' glmlens opens the language model alone")
+                raise self.error(
+                    f"architectures says {said(name)}; of 'chatglm' glmlens opens the language model alone"
+                )
             return "vocab"
         headless = name.endswith("Model") and not self.flag("tie_word_embeddings", False)
         return next((head for end, head in HEADS.items() if name.endswith(end)), "none" if headless else "vocab")
@@ -230,13 +235,13 @@ class Reader:
             return tuple(f"LABEL_{i}" for i in range(self.whole("num_labels", 2, most=1 << 20)))
         listed = [stated.get(str(i)) for i in range(len(stated))] if isinstance(stated, Mapping) else []
         if not listed or None in listed:
-            raise self.error(f"id2label is {stated!r:.80}; expected an object from '0', '1', ... to names")
-        return tuple(map(str, listed))
+            raise self.error(f"id2label is {said(stated)}; expected an object from '0', '1', ... to names")
+        return tuple(name if isinstance(name, str) else said(name) for name in listed)
 
     def one_of(self, name: str, known: tuple[str, ...]) -> str | None:
         found = self.raw.get(name)
         if found is not None and found not in known:
-            raise self.error(f"{name} is {found!r}; expected one of {', '.join(known)}, or null")
+            raise self.error(f"{name} is {said(found)}; expected one of {', '.join(known)}, or null")
         return found
 
     def spelt(self, name: str) -> str:
@@ -253,28 +258,36 @@ class Reader:
         if value is None:
             raise self.error(f"{name} is missing")
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            raise self.error(f"{name} is {value!r}; expected a whole number from 1 to {most:,}")
+            raise self.error(f"{name} is {said(value)}; expected a whole number from 1 to {most:,}")
         return int(value)
 
-    def number(self, name: str, default: float) -> float:
+    def number(self, name: str, default: float, most: float = sys.float_info.max) -> float:
         name, value = self.value(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-            raise self.error(f"{name} is {value!r}; expected a number above 0")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= most:
+            raise self.error(f"{name} is {said(value)}; expected a number above 0")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
         name, value = self.value(name, default)
         if not isinstance(value, bool):
-            raise self.error(f"{name} is {value!r}; expected true or false")
+            raise self.error(f"{name} is {said(value)}; expected true or false")
         return value
 
     def ids(self, name: str) -> tuple[int, ...]:
         """The token ids of a field that holds none, one or several."""
         value = self.raw.get(name)
         listed = () if value is None else tuple(value) if isinstance(value, list) else (value,)
-        if not all(isinstance(i, int) and not isinstance(i, bool) for i in listed):
-            raise self.error(f"{name} is {value!r}; expected a token id, a list of them, or null")
+        if not all(isinstance(i, int) and not isinstance(i, bool) and abs(i) < 1 << 31 for i in listed):
+            raise self.error(f"{name} is {said(value)}; expected a token id, a list of them, or null")
         return listed
 
     def error(self, why: str) -> CheckpointError:
         return CheckpointError(f"{self.source}: {why}")
+
+
+def said(value: Any) -> str:
+    """What a file says, in as many letters as an error has room for."""
+    try:
+        return f"{value!r:.80}"
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return "a number of thousands of digits"
