@@ -75,6 +75,7 @@ CHATGLM_SPELLING = {
     "max_position_embeddings": "seq_length", "rms_norm_eps": "layernorm_epsilon",
 }  # fmt: skip
 CHATGLM_ONLY = {
+    "position_encoding_2d": (False, False, "this is the first ChatGLM-6B, of another kind: LayerNorm, two positions"),
     "multi_query_attention": (True, False, "each head's query, key and value rows lie together, as in no release"),
     "rmsnorm": (True, True, "a GLM has RMSNorm"),
     "post_layer_norm": (True, True, "a GLM has a norm before its unembedding"),
