@@ -117,7 +117,10 @@ class Lab(Browser):
     def wait(self, expression, seconds=PATIENCE):
         """Wait until a JavaScript expression is true, and return its value; TimeoutError with what the page shows."""
         end = time.monotonic() + seconds
-        while not (found := self.run(f"(() => {{ try {{ return {expression} }} catch {{ return null }} }})()")):
+        asked = (
+            f"(() => {{ try {{ const x = {expression}; return x instanceof Node || x }} catch {{ return null }} }})()"
+        )
+        while not (found := self.run(asked)):
             if time.monotonic() > end:
                 text = self.run(f"({OUTPUT} || document.body).innerText.slice(0, 2000)")
                 raise TimeoutError(f"{expression}\nerrors: {self.errors}\npage: {text}")

@@ -23,7 +23,7 @@ patch.evaluate patch.store patch.grid patch.sweep
 patch.worlds patch.steer patch.gradients patch.graph patch.edges patch.attribute
 patch.paths patch.circuits patch.rotary patch.timeline patch
 plot.style plot.data plot.heatmaps plot.heads plot.bars plot.lines plot.timeline plot.graph plot.tokens plot report
-widgets.base widgets.chart widgets.heads widgets.attention widgets.patching widgets
+widgets.chart widgets.base widgets.heads widgets.attention widgets.patching widgets
 demo.world demo.vocabulary demo.train demo.circuits demo.history demo.card demo.story cli
 """.split()
 ALONE = ["hooks", "config", "results", "tokenizer", "chat", "report", "tasks.words"]  # import nothing of ours

@@ -187,22 +187,24 @@ def test_work_that_goes_wrong_says_so_under_the_views():
     explorer.close()
 
 
-def test_a_closed_explorer_leaves_nothing(demo):
+@pytest.mark.parametrize("kind", ["attention", "patching"])
+def test_a_closed_explorer_leaves_nothing(demo, kind):
     gc.collect()
     before = set(registry._instances)
-    for explorer in (AttentionExplorer(demo, PROMPT), PatchExplorer(demo, TASKS["ioi"].examples(demo, 2, "widgets"))):
-        held = [weakref.ref(x) for x in (getattr(explorer, "read", None), getattr(explorer, "found", None)) if x]
-        explorer.close()
-        assert set(registry._instances) == before
-        gc.collect()
-        assert [ref() for ref in held] == [None]
-        with pytest.raises(RuntimeError, match="closed"):
-            explorer.select(layer=0)
-        explorer.close()
-        gone = weakref.ref(explorer)
-        del explorer
-        gc.collect()
-        assert gone() is None
+    examples = TASKS["ioi"].examples(demo, 2, "widgets")
+    explorer = AttentionExplorer(demo, PROMPT) if kind == "attention" else PatchExplorer(demo, examples)
+    held = weakref.ref(explorer.read if kind == "attention" else explorer.found)
+    explorer.close()
+    explorer.close()
+    assert set(registry._instances) == before
+    gc.collect()
+    assert held() is None
+    with pytest.raises(RuntimeError, match="closed"):
+        explorer.select(layer=0)
+    gone = weakref.ref(explorer)
+    del explorer
+    gc.collect()
+    assert gone() is None
 
 
 def test_an_explorer_that_cannot_begin_leaves_nothing(demo):
@@ -405,18 +407,20 @@ def test_a_metric_of_ones_own_is_called_and_what_it_prints_is_seen(demo):
 
 
 def test_a_stopped_sweep_shows_what_was_done(demo):
-    done = 0
+    calls = 0
 
     def stopping(logits):
-        nonlocal done
-        done += 1
-        if done == 4:
+        nonlocal calls
+        calls += 1
+        if calls == 3:  # after the two plain runs
             explorer.stop()
         return logits[:, 5]
 
-    explorer = PatchExplorer(demo, "Mary likes", "John likes", (" Mary", " John"), metrics={"mine": stopping})
+    long = PROMPT + " Mary. " + PROMPT
+    explorer = PatchExplorer(demo, long, long.replace("Mary", "Tom"), (" Mary", " John"), metrics={"mine": stopping})
     explorer.run(metric="mine")
     assert not explorer.found.sweep.finished
+    assert 0 < np.isfinite(explorer.found.sweep.values).sum() < explorer.found.sweep.values.size
     assert "stopped" in explorer.grid_figure().layout.title.subtitle.text
     explorer.close()
 

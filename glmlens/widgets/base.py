@@ -15,6 +15,7 @@ import ipywidgets as W
 import plotly.graph_objects as go
 
 from glmlens.lens import Lens
+from glmlens.widgets.chart import Chart
 
 OFTEN = 0.1  # seconds between two signs of progress
 ROW = {"flex_flow": "row wrap", "align_items": "center"}
@@ -39,7 +40,7 @@ class Explorer(W.VBox):
         lens: Lens,
         inputs: Mapping[str, Any],
         places: Mapping[str, Any],
-        views: Sequence[W.Widget],
+        views: Sequence[W.Widget | Chart],
         given: Mapping[str, Any],
     ):
         self.lens, self.inputs, self.places = lens, dict(inputs), dict(places)
@@ -57,7 +58,9 @@ class Explorer(W.VBox):
         self.listen()
         work = [self.run_button, self.stop_button, self.bar, self.note]
         rows = [W.Box([*some], layout=ROW) for some in (self.inputs.values(), work, self.places.values()) if some]
-        super().__init__([*rows, *views, self.said])
+        self.charts = [view for view in views if isinstance(view, Chart)]
+        shown = [view.widget if isinstance(view, Chart) else view for view in views]
+        super().__init__([*rows, *shown, self.said])
 
     def listen(self) -> None:
         for name, control in self.inputs.items():
@@ -258,6 +261,8 @@ class Explorer(W.VBox):
         self.stop()
         with self.lock:
             self.closed = True
+            for chart in self.charts:
+                chart.close()
             for widget in family(self):
                 widget.unobserve_all()
                 W.Widget.close(widget)

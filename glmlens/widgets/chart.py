@@ -40,6 +40,10 @@ class Chart:
         """Move the frame to another cell."""
         self.widget.layout.shapes = framed(cell)
 
+    def close(self) -> None:
+        """Let go of the figure and of who is told of clicks: anywidget itself keeps the empty FigureWidget for ever."""
+        self.clicked, self.widget.data, self.widget.layout = None, (), {}
+
     def heard(self, trace: Any, points: Any, device: Any) -> None:
         """Every trace is told of a click; the one that was hit has a point."""
         if points.point_inds and self.clicked:

@@ -112,7 +112,7 @@ class PatchExplorer(Explorer):
         self.grid = Chart(lambda row, column: self.asked(row=row, column=column))
         self.detail = Chart(self.clicked)
         given = texts | {name: control.value for name, control in inputs.items() if name not in texts}
-        super().__init__(lens, inputs, places, [self.grid.widget, self.detail.widget], given)
+        super().__init__(lens, inputs, places, [self.grid, self.detail], given)
         self.first()
 
     def texts(self, i: int) -> dict[str, str]:
