@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import small_lens
 from ipywidgets.widgets import widget as registry
-from test_plot import HOSTILE
+from tests.hostile import HOSTILE
 
 import glmlens
 from glmlens.tasks import TASKS
