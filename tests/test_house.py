@@ -23,7 +23,8 @@ patch.sites patch.changes patch.interventions patch.running patch.metrics patch.
 patch.evaluate patch.store patch.grid patch.sweep
 patch.worlds patch.steer patch.gradients patch.graph patch.edges patch.attribute
 patch.paths patch.circuits patch.rotary patch.moments patch.timeline patch
-plot.style plot.data plot.heatmaps plot.heads plot.bars plot.lines plot.timeline plot.graph plot.tokens plot report
+plot.style plot.data plot.heatmaps plot.heads plot.bars plot.lines plot.rotary plot.entries plot.timeline
+plot.graph plot.tokens plot report
 demo.world demo.vocabulary demo.train demo.circuits demo.history demo.card demo.story
 course.quote course course.verdict cli
 """.split()
