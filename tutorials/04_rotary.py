@@ -233,8 +233,8 @@ assert one_hand[20] > 0.15
 # ### Position and content
 #
 # `score_parts` also has the patterns that the head would have if only some of its channels were compared. Rotated
-# channels alone do the same as the head. Position alone (the mean query and key) nearly does. Content alone looks
-# anywhere.
+# channels alone do the same as the head. So does position alone, which is the mean query and the mean key. Content
+# alone looks anywhere.
 
 # %%
 plot.rotary_patterns(parts, title="Head 1.7: what it is by position and by content")
@@ -398,8 +398,8 @@ assert set(high.argsort()[-2:].tolist()) == {2, 3}
 # %% [markdown]
 # ### Exercise 4.3 · Teach it nothing, and let it do more
 #
-# Find hooks with which at least 60 % of lists of 60 words are said again, and still 75 % of lists of 20. You may use
-# `surgery.freeze`, `surgery.silence` and `surgery.stretch(lens, "linear", factor)`, which divides all frequencies. All
+# Find hooks with which at least 60 % of the words in lists of 60 are said again, and still 75 % in lists of 20. You may
+# use `surgery.freeze`, `surgery.silence` and `surgery.stretch(lens, "linear", factor)`, which divides all frequencies. All
 # take `layer=` and `pair=`.
 
 # %%
@@ -426,8 +426,8 @@ check.exercise_4_3(hooks)
 # hooks = surgery.stretch(lens, "linear", 3)
 # ```
 #
-# The heads of layers 1 and 2 must find the token before. Stretched by three, the token before is that three tokens
-# back.
+# The heads of layers 1 and 2 must find the token before. Stretched by three, a token three back looks like the one
+# before.
 #
 # </details>
 #
