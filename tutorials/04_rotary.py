@@ -308,12 +308,18 @@ check.exercise_4_2(hooks)
 # An induction head must find a word wherever it stood. A wave would be in its way. Which parts lift the score of the
 # place that it looks for? `pair_use` says it for every head: the part at that place, less its mean over all words that
 # the query sees.
+#
+# The figure has a trap. Head 1.7 stands on top, and it is no induction head. The place sought is 19 tokens back here,
+# and three turns of pair 0 are 18.8 tokens: the clock again. A high score is not yet attention. Look at the heads of
+# layer 3.
 
 # %%
 use = analysis.pair_use(lens)
 plot.pair_use(use, "induction", top=10)
 
 # %%
+assert use.induction.values[1, 7, 0] > 100  # three turns of pair 0
+assert looks_back([])[19] < 0.01  # and yet nothing of its attention
 induction = use.induction.values[3]  # head part
 good = [0, 1, 2, 3, 4, 5, 7]
 share = induction[good].sum(0) / induction[good].sum()
@@ -399,8 +405,8 @@ assert set(high.argsort()[-2:].tolist()) == {2, 3}
 # ### Exercise 4.3 · Teach it nothing, and let it do more
 #
 # Find hooks with which at least 60 % of the words in lists of 60 are said again, and still 75 % in lists of 20. You may
-# use `surgery.freeze`, `surgery.silence` and `surgery.stretch(lens, "linear", factor)`, which divides all frequencies. All
-# take `layer=` and `pair=`.
+# use `surgery.freeze`, `surgery.silence` and `surgery.stretch(lens, "linear", factor)`, which divides all frequencies.
+# All take `layer=` and `pair=`.
 
 # %%
 hooks = ...  # surgery.…

@@ -49,7 +49,7 @@ def exercise_4_2(hooks: Hooks) -> str:
     said = f"head 1.7 puts {back[3]:.0%} three tokens back, and most ({back[most]:.0%}) {most} back"
     demand(back[3] > 0.95, f"{said}: it wants a distance of 1. Where must it believe to stand?")
     others = [h for h in range(8) if h != 7 and not torch.allclose(found[:, h], clean[:, h], atol=1e-3)]
-    demand(not others, f"head 1.7 is right, but so changed head {others[:1]} of its layer: who reads the same keys?")
+    demand(not others, f"head 1.7 does, but heads {others} of its layer look elsewhere too: who reads the same keys?")
     return f"{back[3]:.0%} of its attention goes three tokens back"
 
 

@@ -10,7 +10,7 @@ from glmlens.config import GLMConfig
 from glmlens.course.verdict import Wrong, demand, described, exercise, lens, number
 from glmlens.kv_cache import KVCache
 
-IOI = "When Mary and John went to the store, John gave a drink to"
+STORY = "When Mary and John went to the store, {} gave a drink to"
 
 
 def remembered(prompt: str) -> tuple[KVCache, Tensor]:
@@ -35,13 +35,13 @@ def whole(answer: Sequence[int], what: str) -> list[int]:
 
 @exercise("a function of cfg, tokens and number")
 def exercise_5_1(kv_bytes: Callable[[GLMConfig, int, int], int]) -> str:
-    kv, _ = remembered(IOI)
+    kv, _ = remembered(STORY.format("John"))
     found = number(kv_bytes(lens().cfg, kv.length, 4))
     demand(found != kv.bytes / 2, f"{found:,.0f} bytes of {kv.length} entries here is half: what else is remembered?")
     demand(found == kv.bytes, f"{found:,.0f} bytes of {kv.length} entries here; the cache weighs {kv.bytes:,}")
     large = replace(lens().cfg, n_layers=40, n_heads=32, n_kv_heads=2, d_head=128)
     found = number(kv_bytes(large, 131_072, 2))
-    demand(found == 5 * 2**30, f"of GLM-4-9B {found / 2**30:.3g} GiB; which of its numbers are still those of our model?")
+    demand(found == 5 * 2**30, f"of GLM-4-9B {found / 2**30:.3g} GiB: which of its numbers are still ours?")
     return "GLM-4-9B remembers 131,072 tokens in 5 GiB"
 
 
@@ -57,14 +57,15 @@ def exercise_5_2(layers: Sequence[int]) -> str:
     return found
 
 
-@exercise("a list of at most four positions")
+@exercise("a list of at most six positions")
 def exercise_5_3(kept: Sequence[int]) -> str:
     chosen = whole(kept, "positions")
-    demand(len(chosen) <= 4 and 14 in chosen, f"at most four positions, and 14 among them; these are {chosen}")
+    demand(len(chosen) <= 6 and 14 in chosen, f"at most six positions, and 14 among them; these are {chosen}")
     demand(set(chosen) <= set(range(15)), f"positions are 0 to 14; these are {chosen}")
-    kv, last = remembered(IOI)
     gone = [at for at in range(15) if at not in chosen]
-    p, said = probability(cache.evict(position=gone)(kv), last, " Mary")
-    found = f"Mary has {p:.0%}, and it says {said!r}"
-    demand(p > 0.9, f"{found}: without which single entry is most lost?")
-    return found
+    for giver, name in (("John", "Mary"), ("Mary", "John")):
+        kv, last = remembered(STORY.format(giver))
+        p, said = probability(cache.evict(position=gone)(kv), last, f" {name}")
+        told = f"where {giver} gives, {name} has {p:.0%}, and it says {said!r}"
+        demand(p > 0.9, f"{told}: without which entries is most lost in this story?")
+    return "both stories are told right"
