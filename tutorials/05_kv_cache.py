@@ -475,7 +475,7 @@ stream = words.view(rows, lists, 1, n).expand(rows, lists, 2, n).reshape(rows, -
 stream = torch.cat([torch.tensor(lens.tokenizer.prefix).expand(rows, -1), stream], 1)
 
 
-def listen(forget, chunk=4):
+def listen(forget, chunk=6):
     """Read the stream, and forget after every few tokens: how many of each list are right, and the largest memory."""
     kv, right, most = lens.new_kv(rows), [], 0
     for i in range(0, stream.shape[1], chunk):
@@ -511,7 +511,7 @@ assert latest[1:].max() < 0.6
 assert with_sinks[:4].min() > 0.85
 assert with_sinks[-1] < 0.7
 assert closed.min() > 0.85
-assert heard["the same, closed up"][1] == 20  # 16, and the four that are being read
+assert heard["the same, closed up"][1] == 22  # 16, and the six that are being read
 
 # %% [markdown]
 # Four lines, four lessons.
@@ -522,7 +522,7 @@ assert heard["the same, closed up"][1] == 20  # 16, and the four that are being 
 #   al. (2023) call such tokens **sinks**.
 # - **The first 2 and the last 14**: that is mended. But the prefix is ever further away, and fails at last.
 # - **Closed up**: entries are moved together, so that positions count inside the cache. Now nothing is ever far. It
-#   goes on for as long as you like, with 20 entries where the whole would be 194.
+#   goes on for as long as you like, with 22 entries where the whole would be 194.
 #
 # So a model that forgets well can hear more than one that forgets nothing.
 
