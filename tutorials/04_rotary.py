@@ -22,7 +22,6 @@ from glmlens.patch import rotary as surgery
 
 lens = glmlens.load(dtype="float32")
 prompt = "When Mary and John went to the store, John gave a drink to"
-labels = lens.to_labels(prompt)
 
 # %% [markdown]
 # ## 1. Hands of a clock
