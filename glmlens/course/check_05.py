@@ -23,7 +23,7 @@ def remembered(prompt: str) -> tuple[KVCache, Tensor]:
 def probability(kv: KVCache, last: Tensor, word: str) -> tuple[float, str]:
     """Of a word after a memory and one more token, and the word that is most probable there."""
     p = lens()(last, kv=kv)[0, -1].softmax(-1)
-    return float(p[lens().to_single_token(word)]), lens().to_str_tokens(p.argmax()[None, None])[0]
+    return float(p[lens().to_single_token(word)]), str(lens().to_str_tokens(p.argmax()[None, None])[0])
 
 
 def whole(answer: Sequence[int], what: str) -> list[int]:
