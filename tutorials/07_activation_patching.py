@@ -484,12 +484,18 @@ two = {
 plot.compare(two, title="Heads of layer 3, noised with other names")
 
 # %%
+for name, found in two.items():
+    low, high = found.low.at(head=4), found.high.at(head=4)
+    print(f"head 3.4 by {name}: {found.at(head=4):+.2f}, between {low:+.2f} and {high:+.2f}")
 assert two["logit difference"].at(head=4) < -0.1
-assert two["probability"].at(head=4) > 0.34
+assert two["logit difference"].low.at(head=4) < -0.5 < 0.2 < two["logit difference"].high.at(head=4)
+assert two["probability"].low.at(head=4) > 0.1
 
 # %% [markdown]
-# Without the right values of head 3.4 the logit difference *rises*: it seems to work against the task. The probability
-# of the right answer falls by more than a third: the task needs it. Both are measured on the same runs.
+# Without the right values of head 3.4 the logit difference *rises*, as if the head worked against the task. But look at
+# the interval: it goes from far below zero to far above. By the probability of the right answer the head is needed, and
+# its interval does not reach zero. Both are measured on the same runs. A wide interval is a hint that not all examples
+# are alike.
 #
 # The sentences come in two orders, "Mary and John" (ABBA) and "John and Mary" (BABA). Head 3.4 looks at the second
 # name, whoever that is.

@@ -17,6 +17,7 @@ import glmlens
 from glmlens import analysis, patch, plot
 from glmlens.course import check_08 as check
 from glmlens.patch import Site
+from glmlens.results import Labelled
 from glmlens.tasks import induction, ioi
 
 lens = glmlens.load(dtype="float32")
@@ -39,21 +40,21 @@ estimated = patch.attribute(lens, examples, "flip", "attn.z", over=("layer", "he
 asked = {"direction": "noise", "normalise": False, **quiet}
 
 
-def exact(point, over=("layer", "head")):
-    """What each patch really changes: logits."""
-    found = patch.sweep(lens, examples, "flip", point, over=over, **asked)
-    return found.values - found.clean.mean()
+def exact(point):
+    """What each patch really changes."""
+    found = patch.sweep(lens, examples, "flip", point, over=("layer", "head"), **asked)
+    return Labelled(found.values - found.clean.mean(), found.axes, found.labels, found.about)
 
 
 patched = exact("attn.z")
-plot.compare({"estimated": estimated.values, "exact": patched}, what="change of the logit difference")
+plot.compare({"estimated": estimated, "exact": patched}, what="change")
 
 # %%
-agreement = np.corrcoef(estimated.values.ravel(), patched.ravel())[0, 1]
+agreement = np.corrcoef(estimated.values.ravel(), patched.values.ravel())[0, 1]
 print(f"correlation {agreement:.3f}")
-print(f"head 1.3: estimated {estimated.at(layer=1, head=3):+.2f}, exact {patched[1, 3]:+.2f}")
+print(f"head 1.3: estimated {estimated.at(layer=1, head=3):+.2f}, exact {patched.at(layer=1, head=3):+.2f}")
 assert agreement > 0.95
-assert patched[1, 3] < estimated.at(layer=1, head=3) < -4
+assert patched.at(layer=1, head=3) < estimated.at(layer=1, head=3) < -4
 
 # %% [markdown]
 # The order is right. The numbers are too small: the model bends, and a tangent does not. As a first look at a large
@@ -67,13 +68,13 @@ assert patched[1, 3] < estimated.at(layer=1, head=3) < -4
 queries = exact("attn.q")
 tangent = patch.attribute(lens, examples, "flip", "attn.q", over=("layer", "head"))
 corrected = patch.attribute(lens, examples, "flip", "attn.q", over=("layer", "head"), method="atp*")
-plot.compare({"estimated": tangent.values, "corrected": corrected.values, "exact": queries}, what="change")
+plot.compare({"estimated": tangent, "corrected": corrected, "exact": queries}, what="change")
 
 # %%
-good, better = (np.corrcoef(found.values.ravel(), queries.ravel())[0, 1] for found in (tangent, corrected))
-print(f"head 0.6: estimated {tangent.at(layer=0, head=6):+.2f}, exact {queries[0, 6]:+.2f}")
+good, better = (np.corrcoef(found.values.ravel(), queries.values.ravel())[0, 1] for found in (tangent, corrected))
+print(f"head 0.6: estimated {tangent.at(layer=0, head=6):+.2f}, exact {queries.at(layer=0, head=6):+.2f}")
 print(f"correlation: estimated {good:.2f}, corrected {better:.2f}")
-assert queries[0, 6] < -2
+assert queries.at(layer=0, head=6) < -2
 assert abs(tangent.at(layer=0, head=6)) < 0.4
 assert good < 0.6
 assert better > 0.9
@@ -182,11 +183,10 @@ assert through.at(layer=1, head=3) < -6
 # %%
 link = patch.path_patch(lens, examples, "flip", Site("attn.v", layer=2, kv=1), **quiet)
 (sender, value), (_, following) = link.top(2)
-print(
-    f"head {'.'.join(sender)}: {value:+.2f}; the next one {following:+.2f}; all of what 1.7 does {patched[1, 7]:+.2f}"
-)
+all_of_it = patched.at(layer=1, head=7)
+print(f"head {'.'.join(sender)}: {value:+.2f} of {all_of_it:+.2f}; the next one {following:+.2f}")
 assert sender == ("1", "7")
-assert value / patched[1, 7] > 0.85
+assert value / all_of_it > 0.85
 assert abs(following) < 0.6
 
 # %% [markdown]

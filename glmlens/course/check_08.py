@@ -30,7 +30,7 @@ def exercise_8_1(fix: Callable[[Tensor, Tensor, Tensor], Tensor]) -> str:
 
 @cache
 def sentences() -> Examples:
-    return ioi.examples(lens(), 40, "check").of_length()[:6]
+    return ioi.examples(lens(), 40, "check").of_length()[:4]
 
 
 @cache
@@ -52,11 +52,16 @@ def exercise_8_2(receiver: patch.Site) -> str:
     return f"{found:+.2f} logits of layer 0's heads go through it"
 
 
+@cache
+def measured() -> patch.Exact:
+    """Circuits on the sentences of the tutorial."""
+    return patch.Exact(lens(), ioi.examples(lens(), 60).of_length()[:8], "flip")
+
+
 @exercise("a Circuit")
 def exercise_8_3(circuit: patch.Circuit) -> str:
     demand(isinstance(circuit, patch.Circuit), f"expected a Circuit, got {described(circuit)}")
     demand(circuit.n_edges <= MOST, f"it has {circuit.n_edges} edges, and may have {MOST}")
-    examples = ioi.examples(lens(), 60).of_length()[:8]
-    found = patch.Exact(lens(), examples, "flip").faithfulness(circuit)
+    found = measured().faithfulness(circuit)
     demand(found > LEAST, f"its {circuit.n_edges} edges keep {found:.0%}: what do the scores that chose them not see?")
     return f"{circuit.n_edges} edges keep {found:.0%}"
