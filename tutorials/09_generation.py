@@ -72,7 +72,10 @@ plot.heatmap(by_layer, what="probability", title="What each layer gives to the w
 
 # %%
 attention = line.attention(3, 4)
-plot.heatmap(attention, what="attention", title="Where head 3.4 looks at each step")
+whole = torch.cat([line.prompt, torch.tensor([line.tokens])], 1)
+keys = [f"{i} {label}" for i, label in enumerate(lens.to_labels(whole)[:-1])]  # nobody reads the last token
+looks = {"step": attention.labels["step"], "key": keys}
+plot.heatmap(attention.values, looks, axes=("step", "key"), what="attention", title="Where head 3.4 looks at each step")
 
 # %%
 ball = len(lens.to_labels(prompt))  # the first token that was said stands right behind the prompt
@@ -149,8 +152,8 @@ assert silenced.text.strip() == "Mary."
 # %% [markdown]
 # Without the head, Mary still receives. But the text ends after her name, and half a sentence is gone. A large effect?
 # Look at the numbers. In step 2 the model was torn between `She` and the end of the line, 50 to 50. A change of one
-# per cent tipped it. Greedy text jumps where probabilities barely move, and it stays where they move much. Read it as
-# an illustration and measure probabilities.
+# per cent tipped it. Greedy text can jump where probabilities barely move. Read it as an illustration, and measure
+# probabilities.
 
 # %%
 assert found.step == 2
@@ -309,8 +312,8 @@ assert by[-1] < -3 < 2 < by[1]
 assert by[4] < by[1]  # more is not more
 
 # %% [markdown]
-# Between -1 and +1 the dose works. At +4 it works no longer: the stream has come to a place where no training text has
-# ever been. A steering vector is a direction *and* a length, and only a small range of lengths means anything.
+# Between -1 and +1 the dose works. At +4 it works no longer. Most likely the stream is then where no training text has
+# ever brought it. A steering vector is a direction *and* a length: try several.
 #
 # Is it this direction, or would any of this length do? Twelve random ones as long as $v$:
 
