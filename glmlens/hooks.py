@@ -89,7 +89,7 @@ POINTS: dict[str, tuple[str, str]] = {
     "resid_post": ("batch pos model", "resid_mid + mlp_out"),
     "ln_final.scale": ("batch pos one", "1 / sqrt(mean(last resid_post²) + eps), which multiplies"),
     "ln_final.normalized": ("batch pos model", "weight · last resid_post · ln_final.scale: what the unembedding reads"),
-    "logits": ("batch pos vocab", "W_U ln_final.normalized"),
+    "logits": ("batch pos vocab", "W_U ln_final.normalized (and b_U): vocab are the tokens, or a class head's labels"),
 }
 SPLICED = {"features": "batch pos feature", "error": "batch pos model"}  # beside a point with a dictionary
 ROOT = ("embed", "ln_final.scale", "ln_final.normalized", "logits")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import glmlens
+from glmlens.config import CHATGLM_SPELLING
 from glmlens.model import GLM
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -37,7 +38,13 @@ def small_config(model_type="glm", **changes):
         "eos_token_id": [1],
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
     }
-    return glmlens.GLMConfig.from_dict(raw | changes)
+    if model_type in ("llama", "qwen2"):
+        raw["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
+    raw |= changes
+    if model_type == "chatglm":
+        raw = {CHATGLM_SPELLING.get(name, name): value for name, value in raw.items() if name != "rope_parameters"}
+        raw |= {"multi_query_attention": True, "add_qkv_bias": True}
+    return glmlens.GLMConfig.from_dict(raw)
 
 
 def small_lens(model_type="glm", attention="eager", dtype=torch.float32, seed=0, **changes):
@@ -58,6 +65,20 @@ def lens(request):
 @pytest.fixture(params=[("glm", "eager"), ("glm4", "eager"), ("glm", "sdpa"), ("glm4", "sdpa")], ids="-".join)
 def any_lens(request):
     return small_lens(*request.param)
+
+
+HEADED = {
+    "sequence": {"architectures": ["GlmForSequenceClassification"], "id2label": {"0": "bad", "1": "so", "2": "good"}},
+    "token": {"architectures": ["GlmForTokenClassification"], "id2label": {"0": "bad", "1": "so", "2": "good"}},
+    "none": {"architectures": ["GlmModel"]},
+}
+ARCHITECTURES = ["glm", "glm4", "chatglm", "llama", "qwen2", *HEADED]
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def every_lens(request):
+    """A lens of every format, and a GLM with every other head."""
+    return small_lens(request.param if request.param not in HEADED else "glm", **HEADED.get(request.param, {}))
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import glmlens
 
 PACKAGE = Path(glmlens.__file__).parent
 ORDER = """
-hooks config results tables kv_cache model angles checkpoint generate tokenizer chat prompt derive activations record
-check run weights splice running harvest lens
+hooks config results tables kv_cache model losses angles formats checkpoint generate tokenizer chat prompt
+derive activations record check run weights splice running harvest saving lens
 cache.places cache.change cache.move cache.drop cache.graft cache
 tasks.words tasks.task tasks.language tasks.formal tasks
 analysis.rows analysis.pattern analysis.logit_lens analysis.residual analysis.parts analysis.attribution
