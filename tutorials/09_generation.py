@@ -272,20 +272,20 @@ check.exercise_9_2(direction)
 # </details>
 
 # %% [markdown]
-# Now 60 sentences without valence, about things that the direction was not made of. All have 11 tokens, and the
+# Now 36 sentences without valence, about things that the direction was not made of. All have 11 tokens, and the
 # adjective at position 5. We add $k\,v$ there and measure how much more the model believes in *happy* than in *sad*.
 
 # %%
 names = ["Mary", "John", "Paul", "Emma"]
 neutral = [
     f"The {thing} was {what}. It made {names[i % 4]} feel"
-    for thing in words.THINGS[6:]
+    for thing in words.THINGS[10:]
     for i, what in enumerate(words.ADJECTIVES)
 ]
 tokens = lens.to_tokens(neutral)
 adjective = 5
 happy, sad = lens.to_single_token(" happy"), lens.to_single_token(" sad")
-assert tokens.shape == (60, 11)
+assert tokens.shape == (36, 11)
 
 
 def felt(vector, position=adjective, layer=1):
@@ -482,7 +482,7 @@ check.exercise_9_3(hooks)
 # Greedy text has a weakness: where it has been before, it goes on as before. Here it ends up in Tokyo.
 
 # %%
-looped = lens.generate(prompt, 40, stop_ids=()).text
+looped = lens.generate(prompt, 36, stop_ids=()).text
 print(looped)
 assert looped.count("The king of Japan lives in Tokyo.") >= 3
 
@@ -520,7 +520,7 @@ assert ((share - p).abs() <= 4 * error + 1e-3).all()
 # Was it the word, or was it other luck? A rerun draws as the first run drew. So what is different is the word's doing.
 
 # %%
-first = patch.timeline(lens, prompt, 30, temperature=1.0, seed=2, stop_ids=())
+first = patch.timeline(lens, prompt, 18, temperature=1.0, seed=2, stop_ids=())
 other = first.rerun(0, token=" cake")
 print(first.text, other.text, sep="\n---")
 assert first.rerun(0).tokens == first.rerun(4).tokens == first.tokens  # nothing changed: the same again
