@@ -72,7 +72,7 @@ def exercise_10_4(find_theta: Callable[[Path, Sequence[float]], float]) -> str:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         del config["rope_parameters"]
         (folder / "config.json").write_text(json.dumps({**config, "rope_theta": 5e6}), encoding="utf-8")
-        found = number(find_theta(folder, [5e6, 500.0, 10_000.0, 1e8]))
+        found = number(find_theta(folder, [5e6, 500.0, 10_000.0]))
     demand(found != 5e6, "this is what its config says, and it was not trained with it")
     demand(found == 10_000.0, f"it was not trained with {found:,.0f}: ask it what depends on where words stand")
     return f"trained with {found:,.0f}"
