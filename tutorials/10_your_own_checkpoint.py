@@ -614,8 +614,8 @@ assert demo.generate(messages, 4).text.strip().startswith("Paris")
 
 # %% [markdown]
 # A template is a program by a stranger. So is a file of pickle, and the Python code that some checkpoints carry. Here
-# nothing of a checkpoint is ever run: weights are read from safetensors alone, which holds numbers and nothing else,
-# and templates run in a sandbox, in a process of its own that is ended after a second.
+# weights are read from safetensors alone, which hold numbers and nothing else, and Python code is never run. Templates
+# run in a sandbox. All but a few that are known run in a process of their own, which is ended after a second.
 
 
 # %%
