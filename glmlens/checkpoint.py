@@ -1,10 +1,11 @@
-"""From a folder or hub id to a GLM whose parameters are views of the memory-mapped file, wherever that has their rows.
+"""From a folder to a GLM whose parameters are views of the memory-mapped file, wherever that has their rows.
 
 Tensors are read one at a time, and placed before the next is read: with another dtype or device, no more than one is
 alive beside what has been loaded.
 """
 
 import json
+import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -24,32 +25,10 @@ from glmlens.formats import BASE, in_our_order, names_of, unused_by
 from glmlens.model import GLM
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-ALLOWED = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json"]
-ALLOWED += ["tokenizer_config.json", "tokenizer.model", "chat_template.jinja"]  # nothing else is ever downloaded
-
-
-def find(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a checkpoint: a folder as it is, a hub id after downloading what is missing of it.
-
-    Raises CheckpointError when there is no such folder, or when the hub does not give it.
-    """
-    folder = Path(path_or_hub_id).expanduser()
-    if folder.is_dir() and revision is not None:
-        raise CheckpointError(f"{folder}: a folder has no revision {revision!r}; only a hub id has")
-    if folder.is_dir():
-        return folder
-    name = str(path_or_hub_id)
-    if revision is None and folder.exists():
-        raise CheckpointError(f"{name}: a file; give the folder that holds its config.json")
-    if isinstance(path_or_hub_id, Path) or folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise CheckpointError(f"{name}: no such folder; give a folder with a config.json, or a hub id, 'org/name'")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=ALLOWED))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
-        raise CheckpointError(f"{name}: neither a folder here nor to be had from the hub: {e}") from e
+MOST_HEADER = MOST_TEXT = (
+    4_000_000  # bytes: those of GLM-4-9B are 35,000, and reading JSON takes up to 30 times its size
+)
+MOST_TOKENIZER = 64_000_000
 
 
 def load_model(
@@ -124,8 +103,11 @@ def refuse_another_unembedding(found: "Found", names: dict[str, list[str]]) -> N
 
 def blank(cfg: GLMConfig, attention: str, dtype: torch.dtype) -> GLM:
     """A frozen GLM on the meta device: every shape, no numbers."""
-    with torch.device("meta"), NoDraws():
-        return GLM(cfg, attention).to(dtype).requires_grad_(False).eval()
+    try:
+        with torch.device("meta"), NoDraws():
+            return GLM(cfg, attention).to(dtype).requires_grad_(False).eval()
+    except RuntimeError as e:
+        raise CheckpointError(f"config.json: no model can have these sizes: {e}: {cfg}") from e
 
 
 class NoDraws(TorchFunctionMode):
@@ -247,15 +229,31 @@ def files_of(folder: Path) -> dict[str, Path]:
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
     """The safetensors file, memory-mapped; what is wrong with it is a CheckpointError that names it."""
+    refuse_strange(path)
     try:
+        with path.open("rb") as start:
+            header = int.from_bytes(start.read(8), "little")
+        if header > MOST_HEADER:  # safetensors would take 20 times its size in memory to say what is in it
+            raise CheckpointError(
+                f"{path}: its header is said to be {header:,} bytes; expected {MOST_HEADER:,} at most"
+            )
         with safe_open(path, framework="pt") as file:
             yield file
-    except (SafetensorError, OSError) as e:
+    except (SafetensorError, OSError, MemoryError) as e:
         raise CheckpointError(f"{path} ({path.stat().st_size:,} bytes): not a whole safetensors file: {e}") from e
+
+
+def refuse_strange(path: Path, most: int | None = None) -> None:
+    """Raise CheckpointError if there is something at `path` but not a file, or one of more than `most` bytes."""
+    if os.path.lexists(path) and not path.is_file():
+        raise CheckpointError(f"{path}: expected a file, found a folder, a pipe, a device or a link to nowhere")
+    if most is not None and path.exists() and path.stat().st_size > most:
+        raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes; expected {most:,} at most")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, or CheckpointError."""
+    refuse_strange(path, MOST_TEXT)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:

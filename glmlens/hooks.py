@@ -200,7 +200,7 @@ def unknown(pattern: str, names: list[str]) -> list[str]:
             f"load with attention='eager' to have them"
         )
     if local in POINTS and not any(local_name(name) == local for name in names):
-        raise HookError(f"this model has no {local!r} ({POINTS[local][1]})")
+        raise HookError(f"this model, or what is run of it here, has no {local!r} ({POINTS[local][1]})")
     if layer and layer[1].isdigit():
         layers = 1 + max(int(name.split(".")[1]) for name in names if name.startswith("blocks."))
         if int(layer[1]) >= layers:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Unpack
 
-from glmlens import checkpoint, losses, saving
+from glmlens import checkpoint, hub, losses, saving
 from glmlens.config import CheckpointError, Reader
 from glmlens.generate import Choose, Sampling, Step, steps
 from glmlens.harvest import Harvest, harvest
@@ -63,11 +63,15 @@ def load(
     """
     if path_or_hub_id is None and revision is not None:
         raise CheckpointError(f"revision {revision!r} of what? Name a hub id; without one the model inside is opened")
-    folder = EMBEDDED if path_or_hub_id is None else checkpoint.find(path_or_hub_id, revision)
+    folder = EMBEDDED if path_or_hub_id is None else hub.find(path_or_hub_id, revision)
     chosen = None if dtype is None else checkpoint.dtype_named(dtype)
     model, cfg = checkpoint.load_model(folder, chosen, device, attention, rope_theta), folder / "generation_config.json"
     stated = Reader(checkpoint.read_json(cfg), str(cfg)) if cfg.exists() else Reader({}, str(cfg))
     stop, pad = stated.ids("eos_token_id"), stated.ids("pad_token_id")
+    for name in ("tokenizer.json", "tokenizer.model"):
+        checkpoint.refuse_strange(folder / name, checkpoint.MOST_TOKENIZER)
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        checkpoint.refuse_strange(folder / name, checkpoint.MOST_TEXT)
     try:
         tokenizer = Tokenizer.from_folder(folder)
     except ValueError as e:
@@ -239,7 +243,7 @@ class Lens(Running, Weights):
             kv,
             self._hook_at(recorder),
             max_new_tokens=max_new_tokens,
-            choose=self._choosing(how, kv, None if mask is None else mask == 0),
+            choose=self._sound(self._choosing(how, kv, None if mask is None else mask == 0)),
             stop_ids=stop_ids,
             said_enough=going.said_enough if strings else None,
             pad_id=self.pad_id,
@@ -255,6 +259,15 @@ class Lens(Running, Weights):
             now = torch.zeros(len(at), 0, dtype=torch.bool, device=at.device) if padding is None else padding
             padding = torch.cat([at < 0, now], 1)
         return how.chooser(at.device, said, padding)
+
+    def _sound(self, choose: Choose) -> Choose:
+        """Choosing, which asks for numbers to choose by."""
+
+        def chosen(logits: Tensor, tokens: Tensor) -> Tensor:
+            self._blame_weights(logits)
+            return choose(logits, tokens)
+
+        return chosen
 
     def new_kv(self, batch: int = 1, capacity: int = 256) -> KVCache:
         """An empty KV cache for this model; it grows when it is full."""

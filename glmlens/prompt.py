@@ -102,7 +102,7 @@ class Prompts:
             raise ValueError("this checkpoint has no chat template: write the text of the chat yourself")
         if not messages:
             raise ValueError("a chat without messages: give at least one")
-        variables = {**self._text().named, **variables}
+        variables = {"documents": None, **self._text().named, **variables}
         if add_generation_prompt is None:
             add_generation_prompt = messages[-1].get("role") != "assistant"
         return chat.render(template, messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables)
@@ -173,6 +173,16 @@ class Prompts:
         if self.tokenizer is None:
             return [f"⟨{i}⟩" for i in tokens[0].tolist()]
         return self.tokenizer.labels(tokens[0].tolist(), width)
+
+    def roles(self, prompt: Prompt, prefix: bool = True) -> list[str]:
+        """Whose turn every token of one prompt is in: "system", "user", "assistant", "observation" (what a tool said).
+
+        "" stands before the first turn. ValueError for a vocabulary without role tokens.
+        """
+        tokens, _ = self.to_batch(prompt, prefix)
+        if tokens.shape[0] != 1:
+            raise ValueError(f"roles are for one prompt, not {tokens.shape[0]}")
+        return self._text().roles(tokens[0].tolist())
 
     def to_string(self, tokens: Tensor | Sequence[int]) -> str:
         """The text of one row of token ids."""

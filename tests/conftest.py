@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,14 @@ import glmlens
 from glmlens.config import CHATGLM_SPELLING
 from glmlens.model import GLM
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: threads would only wait for each other
+    torch.set_num_threads(1)
+
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, default=500, help="how many broken checkpoints to load (default: 500)")
 
 
 def pytest_collection_modifyitems(items):
@@ -161,12 +169,34 @@ def real_model():
     return cache
 
 
+@pytest.fixture(scope="session")
+def lab():
+    """One JupyterLab in a browser for all tests, each with a cell of its own."""
+    from lab import Lab, missing
+
+    if missing():
+        pytest.skip(f"no {missing()} here")
+    lab = Lab()
+    yield lab
+    lab.close()
+
+
 @pytest.fixture
 def fixtures():
     folder = SHARED / "fixtures"
     if not folder.exists():
         pytest.skip("the recorded data is not here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def templates():
+    """The chat templates of published GLMs, by name, where a page that quotes them lies beside us."""
+    page = next(SHARED.glob("*/glm.md"), None)
+    if page is None:
+        pytest.skip("the published chat templates are not here")
+    found = re.findall(r"\*\*([^*\n]+)\*\*[^\n]*\n```jinja\n(.*?)\n```", page.read_text(encoding="utf-8"), re.S)
+    return {name.split()[0]: template for name, template in found}
 
 
 def rewrite_json(path, **changes):

@@ -11,7 +11,7 @@ import glmlens
 
 PACKAGE = Path(glmlens.__file__).parent
 ORDER = """
-hooks config results tables kv_cache model losses angles formats checkpoint generate tokenizer chat prompt
+hooks config hub results tables kv_cache model losses angles formats checkpoint generate tokenizer chat prompt
 derive activations record check run weights splice running harvest saving lens
 cache.places cache.change cache.move cache.drop cache.graft cache
 tasks.words tasks.task tasks.language tasks.formal tasks
@@ -23,7 +23,9 @@ patch.sites patch.changes patch.interventions patch.running patch.metrics patch.
 patch.evaluate patch.store patch.grid patch.sweep
 patch.worlds patch.steer patch.gradients patch.graph patch.edges patch.attribute
 patch.paths patch.circuits patch.rotary patch.moments patch.timeline patch
-plot.style plot.data plot.heatmaps plot.heads plot.bars plot.lines plot.timeline plot.graph plot.tokens plot report
+plot.style plot.data plot.heatmaps plot.heads plot.bars plot.lines plot.rotary plot.entries plot.timeline
+plot.graph plot.tokens plot report
+widgets.chart widgets.base widgets.heads widgets.attention widgets.patching widgets
 demo.world demo.vocabulary demo.train demo.circuits demo.history demo.card demo.story
 course.quote course course.verdict cli
 """.split()

@@ -284,6 +284,26 @@ def test_a_tied_checkpoint_may_repeat_its_embedding_but_not_contradict_it(tmp_pa
         glmlens.load(tmp_path)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_weight_that_is_no_number_is_named_when_it_is_first_heard_of(tmp_path, bad):
+    write_checkpoint(tmp_path, 2)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][3, 2] = bad
+    broken(tmp_path, tensors)
+    lens = glmlens.load(tmp_path)
+    told = r"blocks\.0\.mlp\.down\.weight: 1 of its .* numbers are nan or infinite"
+    for ask in (lens, lens.generate, lens.run_with_cache, lambda t: lens.generate(t, temperature=1.0)):
+        with pytest.raises(CheckpointError, match=told):
+            ask(TOKENS)
+
+
+def test_logits_that_a_hook_makes_no_numbers_are_what_was_asked_for(checkpoint_folder):
+    lens = glmlens.load(checkpoint_folder)
+    logits = lens.run_with_hooks(TOKENS, {"blocks.0.resid_pre": lambda x, point: x * torch.nan})
+    assert logits.isnan().all()
+    assert lens(TOKENS).isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "nowhere", "a/b/c"])
 def test_a_path_that_is_not_there_is_an_error(name):
     with pytest.raises(CheckpointError, match="no such folder"):

@@ -110,19 +110,17 @@ def read(
 
 
 def about_step(lens: Lens, memory: Memory, metric: str, direction: str) -> dict[str, str]:
-    at = int(memory.kv.next_positions()[0])
+    at, said = int(memory.kv.next_positions()[0]), memory.kv.tokens[0, : memory.kv.length].tolist()
+    words = [label(lens, token) if token >= 0 else "?" for token in [*said, int(memory.token[0])]]
     return {
         "metric": metric, "direction": direction, "positions": f"the step at position {at} reads {memory.kv.length}",
-        "prompt": f"... {label(lens, int(memory.token[0]))}", "kv": groups_of(lens), "model": lens.model_hash,
+        "prompt": " ".join(words), "kv": groups_of(lens), "model": lens.model_hash,
     }  # fmt: skip
 
 
 def key_labels(lens: Lens, memory: Memory) -> list[str]:
     at, tokens = (t[0, : memory.kv.length].tolist() for t in (memory.kv.positions, memory.kv.tokens))
     return [f"{p} {label(lens, token) if token >= 0 else '?'}" for p, token in zip(at, tokens, strict=True)]
-
-
-# ---- without some entries ----
 
 
 def attended(lens: Lens, prompt: Prompt, *, hooks: Hooks | None = None) -> Float[Tensor, "layer head key"]:

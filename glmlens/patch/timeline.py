@@ -62,7 +62,7 @@ class Timeline:
         steps = [f"{m.step} {label(self.lens, m.token)}" for m in self.moments]
         about = {
             "metric": metric, "direction": "the token that each step chose", "positions": "steps of a generation",
-            "prompt": " ".join(label(self.lens, i) for i in self.prompt[0].tolist()[-12:]),
+            "prompt": " ".join(label(self.lens, i) for i in self.prompt[0].tolist()),
             "edits": ", ".join(dict.fromkeys(event.what for event in self.events)) or "none",
             "model": self.lens.model_hash,
         }  # fmt: skip
@@ -236,7 +236,7 @@ def told(going: Recording, prompt: Int[Tensor, "one pos"], before: Sequence[Even
     )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Parting:
     """The first step at which two runs say different things.
 
@@ -250,6 +250,14 @@ class Parting:
     probability: Labelled
     kl: Labelled
     layer: int | None
+
+    def __repr__(self) -> str:
+        first, second = (p[i] for i, p in enumerate(self.probability.values))
+        where = "at no layer" if self.layer is None else f"from layer {self.layer} on"
+        return (
+            f"Parting at step {self.step}: {self.words[0]!r} ({first:.1%}) and {self.words[1]!r} ({second:.1%}); "
+            f"KL {self.kl.values[-1]:.3g} nats; streams that say different things {where}"
+        )
 
 
 def parting(first: Timeline, second: Timeline) -> Parting | None:
