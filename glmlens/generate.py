@@ -46,7 +46,7 @@ class Sampling:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    seed: int | None = None
+    seed: int | torch.Generator | None = None
 
     def __post_init__(self) -> None:
         for name, good, expected in (
@@ -63,27 +63,34 @@ class Sampling:
         if self.temperature is None and idle:
             raise ValueError(f"{' and '.join(idle)} would do nothing without sampling: pass temperature=1.0")
 
-    def chooser(self, device: torch.device, first: Int[Tensor, "batch"] | None = None) -> Choose:
-        """The function that chooses; `first` is the column of each row's first real token."""
-        draw = torch.Generator(device)
-        if self.seed is None:
-            draw.seed()
-        else:
-            draw.manual_seed(self.seed)
+    def chooser(self, device: torch.device, said: Int[Tensor, "batch pos"], padding: Tensor | None = None) -> Choose:
+        """The function that chooses, given what comes before the prompt and which of all that is padding."""
+        draw = self.generator(device)
 
         def choose(logits: Float[Tensor, "batch vocab"], tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch"]:
-            logits = self.adjusted(logits, tokens, first)
+            logits = self.adjusted(logits, torch.cat([said, tokens], 1), padding)
             if self.temperature is None:
                 return logits.argmax(-1)
             return torch.multinomial(logits.softmax(-1), 1, generator=draw).squeeze(1)
 
         return choose
 
+    def generator(self, device: torch.device) -> torch.Generator:
+        """What tokens are drawn from: one of its own with this seed, or the generator given, which moves on."""
+        if isinstance(self.seed, torch.Generator):
+            return self.seed
+        draw = torch.Generator(device)
+        if self.seed is None:
+            draw.seed()
+        else:
+            draw.manual_seed(self.seed)
+        return draw
+
     def adjusted(
-        self, logits: Float[Tensor, "batch vocab"], tokens: Int[Tensor, "batch pos"], first: Int[Tensor, "batch"] | None
+        self, logits: Float[Tensor, "batch vocab"], tokens: Int[Tensor, "batch pos"], padding: Tensor | None
     ) -> Float[Tensor, "batch vocab"]:
         if self.repetition_penalty is not None:
-            logits = less_repetition(logits, tokens, first, self.repetition_penalty)
+            logits = less_repetition(logits, tokens, padding, self.repetition_penalty)
         if self.temperature is not None:
             logits = logits / self.temperature
         if self.top_k is not None:
@@ -103,13 +110,13 @@ class Sampling:
 def less_repetition(
     logits: Float[Tensor, "batch vocab"],
     tokens: Int[Tensor, "batch pos"],
-    first: Int[Tensor, "batch"] | None,
+    padding: Bool[Tensor, "batch before"] | None,
     penalty: float,
 ) -> Float[Tensor, "batch vocab"]:
     """Logits with those of every token said so far divided by the penalty, or multiplied where they are negative."""
-    if first is not None:  # padding counts for nothing: it is read as the last token, which is said anyway
-        columns = torch.arange(tokens.shape[1], device=tokens.device)
-        tokens = torch.where(columns < first[:, None], tokens[:, -1:], tokens)
+    if padding is not None:  # counts for nothing: it is read as the last token, which is said anyway
+        new = tokens.new_zeros(len(tokens), tokens.shape[1] - padding.shape[1], dtype=torch.bool)
+        tokens = torch.where(torch.cat([padding, new], 1), tokens[:, -1:], tokens)
     said = logits.gather(1, tokens)
     return logits.scatter(1, tokens, torch.where(said < 0, said * penalty, said / penalty))
 

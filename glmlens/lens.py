@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 
 from glmlens import checkpoint
 from glmlens.config import CheckpointError, Reader
-from glmlens.generate import Sampling, Step, steps
+from glmlens.generate import Choose, Sampling, Step, steps
 from glmlens.harvest import Harvest, harvest
 from glmlens.hooks import HookError, Hooks
 from glmlens.kv_cache import KVCache
@@ -42,7 +42,7 @@ class Options(TypedDict, total=False):
     top_p: float | None
     min_p: float | None
     repetition_penalty: float | None
-    seed: int | None
+    seed: int | torch.Generator | None
 
 
 def load(
@@ -139,12 +139,13 @@ class Lens(Running, Weights):
         top_p: float | None = None,
         min_p: float | None = None,
         repetition_penalty: float | None = None,
-        seed: int | None = None,
+        seed: int | torch.Generator | None = None,
     ) -> Run:
         """Continue the prompt, greedily unless a temperature is given, until every row has said a stop id or string.
 
         The stop ids are by default the checkpoint's. Sampling is transformers' own, drawn from a generator of this
-        run: the same seed gives the same tokens.
+        run: the same seed gives the same tokens. A torch.Generator in its place is drawn from and moves on. With `kv`,
+        a repetition penalty is on what is remembered too.
 
         `hooks` work at every step: `point.step` is 0 for the prompt, `point.positions` are absolute. `names` records
         what really happened, joined over the steps. With `kv`, the prompt is what comes after the cache, which stays
@@ -233,12 +234,22 @@ class Lens(Running, Weights):
             kv,
             self._hook_at(recorder),
             max_new_tokens=max_new_tokens,
-            choose=how.chooser(tokens.device, None if mask is None else mask.int().argmax(1)),
+            choose=self._choosing(how, kv, None if mask is None else mask == 0),
             stop_ids=stop_ids,
             said_enough=going.said_enough if strings else None,
             pad_id=self.pad_id,
         )
         return going
+
+    def _choosing(self, how: Sampling, kv: KVCache, padding: Tensor | None) -> Choose:
+        """What chooses the next tokens, which may depend on those that the cache is of."""
+        at, said = kv.positions[:, : kv.length], kv.tokens[:, : kv.length]
+        if how.repetition_penalty is not None and bool(((said < 0) & (at >= 0)).any()):
+            raise ValueError("repetition_penalty: this cache does not know its tokens; it was filled from embeddings")
+        if padding is not None or bool((at < 0).any()):
+            now = torch.zeros(len(at), 0, dtype=torch.bool, device=at.device) if padding is None else padding
+            padding = torch.cat([at < 0, now], 1)
+        return how.chooser(at.device, said, padding)
 
     def new_kv(self, batch: int = 1, capacity: int = 256) -> KVCache:
         """An empty KV cache for this model; it grows when it is full."""

@@ -1,5 +1,6 @@
 """Figures and text into one HTML file that needs nothing else."""
 
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -25,6 +26,7 @@ th, td {{ border: 1px solid #80808055; padding: .15rem .6rem; text-align: left; 
 </body>
 </html>
 """
+TURNING = re.compile(r"[\u202a-\u202e\u2066-\u2069]")
 CONFIG = {"showSendToCloud": False, "displaylogo": False, "responsive": True}
 
 
@@ -68,5 +70,6 @@ def block(part: Any) -> str:
 
 
 def whole(text: str) -> str:
-    """Text that can be written: half a character is the replacement character."""
+    """Text that can be written: half a character is the replacement character, and what turns the line is a number."""
+    text = TURNING.sub(lambda found: f"⟨{ord(found[0]):04X}⟩", text)
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

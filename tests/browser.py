@@ -133,7 +133,7 @@ class Browser:
 
     def picture(self, path):
         """The whole page as a PNG."""
-        height = self.run("document.documentElement.scrollHeight")
+        height = self.run("document.body.getBoundingClientRect().bottom + 30")
         clip = {"x": 0, "y": 0, "width": self.size["width"], "height": max(height, 100), "scale": 1}
         shot = self.call("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)
         Path(path).write_bytes(base64.b64decode(shot["data"]))

@@ -4,37 +4,24 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import glmlens
 from glmlens import analysis, patch, plot
-from glmlens.patch import Site
+from glmlens.patch import Site, rotary
 from glmlens.report import save_html
 from glmlens.tasks import TASKS
 from tests.browser import Browser
+from tests.hostile import HOSTILE
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"
-HOSTILE = [
-    "<script>window.ran=1</script>",
-    "<img src=x onerror=window.ran=1>",
-    "</script><b>",
-    "<b>bold</b>",
-    "$x^2$",
-    "\ud83d",
-    "\ufffd",
-    "&lt;",
-    '" onmouseover="window.ran=1',
-    "<a href='https://example.com'>a</a>",
-    "line\nbreak",
-    "\u202eabc",
-]
+REPEATED = " first Hungary September brought found her sixth Greek Rose height night morning" * 2
 
 
 def views():
     """Every view by name."""
     lens = glmlens.load(dtype="float32")
     kv = lens.cfg.n_kv_heads
-    labels = lens.to_labels(PROMPT)
+    labels, of = lens.to_labels(PROMPT), {"model": lens.model_hash}
     _, acts = lens.run_with_cache(PROMPT)
     read = analysis.logit_lens(lens, PROMPT, target=" Mary")
     yield "logit_lens", plot.logit_lens(read)
@@ -43,11 +30,17 @@ def views():
     long = analysis.logit_lens(lens, " ".join([PROMPT] * 12))
     yield "logit_lens_long", plot.logit_lens(long, max_cells=100)
     pattern = acts["attn.pattern", 2][0]
-    yield "attention_pattern", plot.attention_pattern(pattern[3], labels, title="Head 2.3")
+    yield "attention_pattern", plot.attention_pattern(pattern[3], labels, title="Head 2.3", about=of)
     group = lens.cfg.n_heads // kv
     norms = acts["kv.v", 2][0, :, 3 // group].norm(dim=-1)
-    yield "attention_by_value", plot.attention_pattern(pattern[3], labels, value_norms=norms, title="Head 2.3 by value")
-    yield "attention_heads", plot.attention_heads(pattern, labels, n_kv_heads=kv, title="Attention of layer 2")
+    yield (
+        "attention_by_value",
+        plot.attention_pattern(pattern[3], labels, value_norms=norms, title="Head 2.3 by value", about=of),
+    )
+    yield (
+        "attention_heads",
+        plot.attention_heads(pattern, labels, n_kv_heads=kv, title="Attention of layer 2", about=of),
+    )
     yield "attention_heads_of_32", plot.attention_heads(causal(32, 300), n_kv_heads=2, title="32 heads, 2 groups")
     yield "attention_4096", plot.attention_pattern(causal(1, 4096)[0], title="A pattern of 4,096 tokens")
     scores = analysis.head_scores(lens)
@@ -57,6 +50,8 @@ def views():
     yield "residual_norms", plot.residual_norms(stream)
     yield "residual_angles", plot.residual_angles(stream)
     yield from sweeps(lens)
+    yield from rotaries(lens)
+    yield from caches(lens)
     yield from others(lens, acts, labels)
 
 
@@ -89,14 +84,49 @@ def sweeps(lens):
     for point in ("attn_out", "mlp_out"):
         one[point] = patch.sweep(lens, examples, "flip", Site(point, pos="end"), over=("layer",), progress=False)
     yield "compare_lines", plot.compare(one)
-    graph = patch.Graph.of(lens.cfg)
-    scores = torch.randn(graph.mask.shape, generator=torch.Generator().manual_seed(0)) ** 5 * graph.mask * 0.01
-    yield "circuit", plot.circuit(patch.EdgeScores(graph, scores, 0.0, {"metric": "random numbers"}), top=25)
+    found = patch.edges(lens, examples, "flip", method="eap-ig")
+    yield "circuit", plot.circuit(found, top=20)
+    yield "circuit_60", plot.circuit(found, top=60)
+
+
+def rotaries(lens):
+    parts = analysis.score_parts(lens, REPEATED, 3, 4)
+    yield "score_by_pair", plot.score_by_pair(parts)
+    yield "rotary_patterns", plot.rotary_patterns(parts)
+    yield "rotary_angles", plot.rotary_angles(parts)
+    profile = analysis.distance_profile(lens, REPEATED, distances=64)
+    yield "attention_by_distance", plot.attention_by_distance(profile, 2)
+    yield "score_by_distance", plot.attention_by_distance(profile, 2, show="score")
+    use = analysis.pair_use(lens)
+    for kind in ("previous", "induction"):
+        yield f"pair_use_{kind}", plot.pair_use(use, kind)
+    pairs = {f"pair {i} frozen": rotary.freeze(lens, pair=i) for i in range(lens.cfg.d_rotary // 2)}
+    pairs |= {"all frozen": rotary.freeze(lens), "stretched 2x": rotary.stretch(lens, "linear", 2)}
+    broken = rotary.breakage(lens, REPEATED, pairs)
+    for show in ("kl", "loss", "agreement"):
+        yield f"breakage_{show}", plot.breakage(broken, show)
+
+
+def caches(lens):
+    kv = lens.new_kv()
+    lens(PROMPT, kv=kv)
+    yield "cache_keys", plot.cache_norms(kv, lens.to_labels(PROMPT), about={"model": lens.model_hash})
+    yield "cache_values", plot.cache_norms(kv, lens.to_labels(PROMPT), of="values")
+    reads = analysis.who_reads(lens, PROMPT, " Mary", " John")
+    for show in ("attention", "weighted", "direct"):
+        yield f"who_reads_{show}", plot.who_reads(reads, show)
+    yield "who_reads_layer", plot.who_reads(reads, "direct", layer=3)
+    left = analysis.leave_one_out(lens, PROMPT)
+    yield "left_out_kl", plot.left_out(left)
+    yield "left_out_logit", plot.left_out(left, "logit")
+    yield "left_out_position", plot.left_out(analysis.leave_one_out(lens, PROMPT, by="position"), "logit")
+    two = {by: analysis.droppable(lens, PROMPT, by=by) for by in ("position", "entry")}
+    yield "eviction", plot.eviction(two)
+    yield "eviction_of_one", plot.eviction(two["entry"])
 
 
 def others(lens, acts, labels):
-    steps = list(lens.stream(PROMPT, 10))
-    yield "generation", plot.generation(steps, lens.tokenizer.label)
+    yield "generation", plot.generation(patch.timeline(lens, PROMPT, 10))
     norms = acts["resid_post"][:, 0].norm(dim=-1)
     named = {"layer": [str(i) for i in range(len(norms))], "pos": labels}
     yield "lines", plot.lines(norms, named, axes=("layer", "pos"), what="length", title="Length by layer")

@@ -6,7 +6,7 @@ from conftest import small_lens
 from torch.testing import assert_close
 
 import glmlens
-from glmlens import cache, only
+from glmlens import cache, only, patch
 from glmlens.cache import CacheError
 from glmlens.model import rotary_angles, turn
 
@@ -64,26 +64,16 @@ def test_an_operation_on_a_cache_leaves_its_parent_and_reaches_no_other_entry(le
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_an_operation_on_a_cache_is_its_hook_on_what_is_recalled(lens, tokens, name):
-    """What is remembered after the operation, and only that, is as it was."""
+    """With own=False; what the step itself writes is another question, and of old entries alone there is none."""
     op, prompt = OPERATIONS[name], tokens[:, :6]
     kv = filled(lens, prompt)
     expected = lens(tokens[:, 6:7], kv=op(kv))
-
-    def only_the_past(edit):
-        def recall(x, point):
-            new = edit(x[:, :6].clone(), cut(point))
-            return torch.cat([new, x[:, 6:]], 1)
-
-        return recall
-
-    def cut(point):
-        return glmlens.Point(point.name, point.axes, (), x_dtype, 0, point.positions, point.key_positions[:, :6])
-
-    x_dtype = torch.float64
-    hooks = [(n, only_the_past(e.fn if hasattr(e, "fn") else e)) for n, e in op.hooks(lens)]
-    close(lens.run_with_hooks(tokens[:, 6:7], hooks, kv=kv.fork()), expected)
-    if op.places.position is not None:  # of old entries alone, the hook needs no help
-        close(lens.run_with_hooks(tokens[:, 6:7], op.hooks(lens), kv=kv.fork()), expected)
+    close(lens.run_with_hooks(tokens[:, 6:7], op.hooks(lens, own=False), kv=kv.fork()), expected)
+    mine_too = lens.run_with_hooks(tokens[:, 6:7], op.hooks(lens), kv=kv.fork())
+    if op.places.position is None:
+        assert not torch.equal(mine_too, expected)
+    else:
+        close(mine_too, expected)
 
 
 def test_an_entry_edited_before_continuing_is_a_patch_of_what_is_written_in_a_full_run(lens, tokens):
@@ -137,6 +127,34 @@ def test_eviction_is_masking_the_columns(eager, tokens):
         close(eager(tokens[:, 6:8], kv=small), expected)
     hooked = eager.run_with_hooks(tokens[:, 6:8], cache.evict(position=[1, 3]).hooks(eager), kv=kv.fork())
     close(eager(tokens[:, 6:8], kv=cache.evict(position=[1, 3])(kv)), hooked)
+
+
+def test_heads_of_one_layer_can_each_lack_their_own_entries(eager, tokens):
+    """As each head of H2O keeps its own; entries that are written later are kept."""
+    kv = filled(eager, tokens[:1, :6])
+    attention = torch.rand(2, 6, generator=torch.Generator().manual_seed(3))
+    kept = [set(attention[head].topk(3).indices.tolist()) for head in range(2)]
+    ops = [cache.evict(cache.heavy_hitters(attention[head][None], 3), layer=1, kv=head) for head in range(2)]
+    hooks = [hook for op in ops for hook in op.hooks(eager)]
+
+    def masked(x, point):
+        for head in range(4):
+            x[:, head, :, sorted(set(range(6)) - kept[head // 2])] = torch.finfo(x.dtype).min
+        return x
+
+    by_hand = {"blocks.1.attn.scores": masked}
+    asked = {"max_new_tokens": 3, "kv": kv, "stop_ids": (), "names": "logits"}
+    found, expected = (eager.generate(tokens[:1, 6:8], hooks=h, **asked) for h in (hooks, by_hand))
+    close(found.acts["logits"], expected.acts["logits"])
+    assert kept[0] != kept[1]
+    with pytest.raises(CacheError, match=r"share a cache's entries: .hooks"):
+        ops[0](kv)
+
+
+def test_a_window_as_a_hook_is_the_window_of_the_cache_and_what_the_step_writes(eager, tokens):
+    kv, op = filled(eager, tokens[:, :6]), cache.evict(cache.window(2, sinks=1))
+    expected = eager(tokens[:, 6:8], kv=op(kv))
+    close(eager.run_with_hooks(tokens[:, 6:8], op.hooks(eager, own=False), kv=kv.fork()), expected)
 
 
 def test_rows_that_drop_different_entries_keep_their_own(lens, tokens):
@@ -258,7 +276,7 @@ def test_a_graft_stands_where_the_other_stood(lens, tokens):
     kv = filled(lens, tokens[:1])
     source = lens.new_kv(batch=1)
     lens(tokens[:1], kv=source, position_ids=torch.arange(20, 29))
-    same = cache.graft(lens, kv, range(3, 6), source, range(23, 26))
+    same = cache.graft(lens, source, of=range(23, 26), at=range(3, 6))(kv)
     assert same.tokens[0, : same.length].tolist() == tokens[0].tolist()
     close(lens(tokens[:1, :2], kv=same), lens(tokens[:1, :2], kv=kv))
 
@@ -266,7 +284,7 @@ def test_a_graft_stands_where_the_other_stood(lens, tokens):
 @pytest.mark.parametrize("many", [1, 5])
 def test_a_graft_of_another_length_moves_what_comes_after(lens, tokens, many):
     kv, source = filled(lens, tokens[:1]), filled(lens, tokens[1:])
-    made = cache.graft(lens, kv, [2, 3, 4], source, range(1, 1 + many))
+    made = cache.graft(lens, source, of=range(1, 1 + many), at=[2, 3, 4])(kv)
     assert made.positions[0, : made.length].tolist() == list(range(6 + many))
     expected = [*tokens[0, :2].tolist(), *tokens[1, 1 : 1 + many].tolist(), *tokens[0, 5:].tolist()]
     assert made.tokens[0, : made.length].tolist() == expected
@@ -277,6 +295,39 @@ def test_a_graft_of_another_length_moves_what_comes_after(lens, tokens, many):
     close(made.keys[0, :, 2 + many :][:, :4], moved.keys[0, :, 5:9])  # in the first layer keys know their token alone
     run = lens.generate(tokens[:1, :1], 3, kv=made, stop_ids=())
     assert run.kv.positions[0, : run.kv.length].tolist() == list(range(6 + many + 3))
+
+
+def test_a_graft_as_a_hook_is_a_graft_between_steps(lens, tokens):
+    source = filled(lens, tokens[1:])
+    op = cache.graft(lens, source, of=[4, 5], at=[2, 3])
+    first = lens.generate(tokens[:1], 3, stop_ids=())
+    then = lens.generate(first.tokens[:, -1:], 3, kv=op(first.kv), stop_ids=(), names="logits")
+    run = lens.generate(tokens[:1], 6, hooks=op.hooks(lens, steps=[3, 4, 5]), stop_ids=(), names="logits")
+    assert torch.equal(run.tokens[:, 12:], then.tokens[:, 1:])
+    close(run.acts["logits"][:, -3:], then.acts["logits"][:, -3:])
+    longer = cache.graft(lens, source, of=[4, 5, 6], at=[2, 3])
+    with pytest.raises(CacheError, match=r"3 entries in the place of 2.*between steps"):
+        longer.hooks(lens)
+    line = patch.timeline(lens, tokens[:1], 6, at={3: longer}, stop_ids=())
+    then = lens.generate(first.tokens[:, -1:], 3, kv=longer(first.kv), stop_ids=())
+    assert line.tokens[3:] == then.tokens[0, 1:].tolist()
+
+
+def test_an_entity_grafted_by_its_name_is_what_the_answer_is_about():
+    """The capital of France, with what the model remembers of Japan in its place, is Tokyo."""
+    lens = glmlens.load(dtype="float32")
+    kvs, said = {}, {}
+    for country in ("France", "Japan"):
+        prompt = lens.to_tokens(f"The capital of {country} is")
+        kvs[country] = lens.new_kv()
+        lens(prompt[:, :-1], kv=kvs[country])
+        said[country] = lens.generate(prompt, 1).text
+    made = cache.graft(lens, kvs["Japan"], of=" Japan", at=" France")(kvs["France"])
+    assert said["France"] != said["Japan"]
+    assert " Japan" in [word.replace("·", " ") for _, word, _ in cache.entries(lens, made)]
+    assert lens.generate(" is", 1, kv=made).text == said["Japan"]
+    with pytest.raises(CacheError, match="is not there"):
+        cache.graft(lens, kvs["Japan"], of=" Japan", at=" Spain")(kvs["France"])
 
 
 def test_entries_are_found_by_their_text_with_the_step_that_wrote_them():
@@ -309,7 +360,7 @@ def test_what_is_not_there_is_an_error_that_says_what_is(lens, tokens):
         (lambda: cache.reposition(lens, -1)(kv), "before position 0"),
         (lambda: cache.read(kv, 0, 0, 40), "not every row"),
         (lambda: cache.quantise(0), "expected 1 to 16"),
-        (lambda: cache.graft(lens, kv, [1], kv, [2]), "one row"),
+        (lambda: cache.graft(lens, kv, of=[1], at=[2])(kv), "one row"),
     ]:
         with pytest.raises(CacheError, match=said):
             make()

@@ -16,16 +16,19 @@ check run weights splice running harvest lens
 cache.places cache.change cache.move cache.drop cache.graft cache
 tasks.words tasks.task tasks.language tasks.formal tasks
 analysis.rows analysis.pattern analysis.logit_lens analysis.residual analysis.parts analysis.attribution
-analysis.factored analysis.circuits analysis.heads analysis.passes analysis.rotary analysis.entries
+analysis.factored analysis.circuits analysis.heads analysis.passes analysis.rotary analysis.distance
+analysis.entries analysis.leave_out
 analysis.probes analysis.selfcheck analysis
 patch.sites patch.changes patch.interventions patch.running patch.metrics patch.waves patch.engine
 patch.evaluate patch.store patch.grid patch.sweep
 patch.worlds patch.steer patch.gradients patch.graph patch.edges patch.attribute
-patch.paths patch.circuits patch.rotary patch.timeline patch
-plot.style plot.data plot.heatmaps plot.heads plot.bars plot.lines plot.timeline plot.graph plot.tokens plot report
+plot.style plot.data plot.heatmaps plot.heads plot.bars plot.lines plot.rotary plot.entries plot.timeline
+plot.graph plot.tokens plot report
 widgets.base widgets.heads widgets.attention widgets
-demo.world demo.vocabulary demo.train demo.circuits demo.history demo.card demo.story cli
+demo.world demo.vocabulary demo.train demo.circuits demo.history demo.card demo.story
+course.quote course course.verdict cli
 """.split()
+ORDER += sorted(f"course.{path.stem}" for path in PACKAGE.glob("course/check_*.py"))  # a tutorial brings its own
 ALONE = ["hooks", "config", "results", "tokenizer", "chat", "report", "tasks.words"]  # import nothing of ours
 
 

@@ -44,6 +44,17 @@ def test_a_saved_cache_continues_as_the_one_it_was(lens, tokens, tmp_path):
         glmlens.KVCache.load(tmp_path / "other.safetensors")
 
 
+def test_a_cache_saved_without_tokens_and_calls_is_one_that_does_not_know_them(lens, tokens, tmp_path):
+    kv = lens.new_kv(batch=2)
+    lens(tokens[:, :5], kv=kv)
+    parts = {"keys": kv.keys[:, :, :5], "values": kv.values[:, :, :5], "positions": kv.positions[:, :5]}
+    kept = {name: x.contiguous() for name, x in parts.items()}
+    save_file(kept, tmp_path / "memory.safetensors", {"format": "glmlens.KVCache"})
+    again = glmlens.KVCache.load(tmp_path / "memory.safetensors")
+    assert bool((again.tokens == -1).all())
+    assert torch.equal(lens(tokens[:, 5:], kv=again), lens(tokens[:, 5:], kv=kv))
+
+
 def test_it_grows_when_it_is_full(lens, tokens):
     kv = lens.new_kv(batch=2, capacity=1)
     for i in range(9):

@@ -2,11 +2,14 @@
 
 import json
 import re
+from dataclasses import replace
+from html import escape
 
 import numpy as np
 import pytest
 import torch
 from conftest import small_lens
+from hostile import HOSTILE
 
 import glmlens
 from glmlens import analysis, patch, plot
@@ -14,21 +17,6 @@ from glmlens.generate import Step
 from glmlens.plot.style import visible
 from glmlens.results import Labelled
 
-HOSTILE = [
-    "<script>window.ran=1</script>",
-    "<img src=x onerror=window.ran=1>",
-    "</script><b>",
-    "<b>bold</b>",
-    "$x^2$",
-    "\ud83d",
-    "\ufffd",
-    "&lt;",
-    '" onmouseover="window.ran=1',
-    "the",
-    "the",
-    "a\nb",
-    "\u202eabc",
-]
 N = len(HOSTILE)
 EYE = np.eye(N, dtype=np.float32)
 
@@ -72,6 +60,47 @@ def steps(n=4, vocab=N):
     return [Step(i, logits[i].argmax(-1), logits[i], torch.tensor([True])) for i in range(n)]
 
 
+def hostile(result, *axes):
+    """A result whose places along these axes, and whose prompt, are hostile."""
+    changed = {}
+    for name, sheet in result.sheets().items():
+        labels = {axis: [HOSTILE[i % N] for i in range(len(sheet.labels[axis]))] for axis in axes if axis in sheet.axes}
+        about = {**sheet.about, "prompt": HOSTILE[0], "direction": HOSTILE[3]}
+        changed[name] = Labelled(sheet.values, sheet.axes, {**sheet.labels, **labels}, about)
+    return replace(result, **changed)
+
+
+def of_entries(model, ids):
+    """The figures of a cache."""
+    reads = hostile(analysis.who_reads(model, ids, 5), "key")
+    left = hostile(analysis.leave_one_out(model, ids, 5, positions=[2, 3]), "key")
+    whole = hostile(analysis.leave_one_out(model, ids, 5, by="position"), "key")
+    drop = hostile(analysis.droppable(model, ids, counts=[0, 1, 3]), "entry")
+    kv = model.new_kv()
+    model(ids, kv=kv)
+    return {
+        "cache_norms": plot.cache_norms(kv, HOSTILE),
+        "who_reads": plot.who_reads(reads),
+        "who_reads_layer": plot.who_reads(reads, "direct", layer=1),
+        "left_out": plot.left_out(left),
+        "left_out_position": plot.left_out(whole, "logit"),
+        "eviction": plot.eviction({HOSTILE[0]: drop}),
+    }
+
+
+def of_rotary(model, ids):
+    """The figures of rotary positions."""
+    parts = hostile(analysis.score_parts(model, ids, 1, 2), "query", "key")
+    broken = patch.rotary.breakage(model, ids, {HOSTILE[1]: patch.rotary.freeze(model)})
+    return {
+        "score_by_pair": plot.score_by_pair(parts),
+        "rotary_angles": plot.rotary_angles(parts),
+        "rotary_patterns": plot.rotary_patterns(parts),
+        "attention_by_distance": plot.attention_by_distance(hostile(analysis.distance_profile(model, ids), "head"), 1),
+        "breakage": plot.breakage(broken),
+    }
+
+
 @pytest.fixture(scope="module")
 def figures(model, ids, read):
     """Every view of hostile text by name."""
@@ -98,6 +127,8 @@ def figures(model, ids, read):
         "compare_grids": plot.compare({text: sweep_of(EYE), "b": sweep_of(EYE)}),
         "generation": plot.generation(steps(), HOSTILE.__getitem__),
         "circuit": plot.circuit([(edge, 0.5) for edge in names]),
+        **of_entries(model, ids),
+        **of_rotary(model, ids),
     } | {"labels": plot.heatmap(Labelled(EYE, ("row", "column"), {"row": labels["row"]}))}
 
 
@@ -118,7 +149,7 @@ def test_every_token_is_shown_as_it_is_in_every_figure(figures):
     for name, figure in figures.items():
         for text in strings(json.loads(figure.to_json())):
             left = re.sub(r"<br>|<extra>|</extra>|%\{[^}]*\}", "", text)
-            assert not re.search(r"[<>$\n\ud800-\udfff\u202e]|&(?!(amp|lt|gt|#36);)", left), (name, text)
+            assert not re.search(r"[<>$\n\ud800-\udfff\u202e]|&(?!(amp|lt|gt|#36|#37);)", left), (name, text)
 
 
 def test_a_token_is_never_a_coordinate(figures):
@@ -354,6 +385,122 @@ def test_a_circuit_draws_the_strongest_edges():
     assert any(f"score {best[1]:+.4g}" in said for trace in figure.data for said in (trace.customdata or ()))
 
 
+# Rotary positions.
+
+
+def test_what_the_pairs_add_to_a_score_sums_to_the_score(model, ids):
+    parts = analysis.score_parts(model, ids, 1, 2)
+    z = plot.score_by_pair(parts, 6).data[0].z
+    assert np.allclose(z.sum(0)[:7], parts.score.values[6, :7], atol=1e-4)
+    assert np.isnan(z[:, 7:]).all()
+
+
+def test_angles_are_drawn_within_one_turn_and_their_ends_have_one_colour(model, ids):
+    parts = analysis.score_parts(model, ids, 1, 2)
+    heat = plot.rotary_angles(parts).data[0]
+    assert np.allclose(np.exp(1j * heat.z), np.exp(1j * parts.angle.values[-1].T), atol=1e-5)
+    assert (heat.zmin, heat.zmax) == (np.float64(-np.pi), np.float64(np.pi))
+    assert heat.colorscale[0][1] == heat.colorscale[-1][1]
+
+
+def test_content_and_position_are_drawn_beside_the_pattern_itself(model, ids):
+    parts = analysis.score_parts(model, ids, 1, 2)
+    drawn = [trace.z for trace in plot.rotary_patterns(parts).data]
+    sheets = (parts.pattern, parts.rotary_alone, parts.content_alone, parts.position_alone)
+    assert all(np.allclose(z, sheet.values, equal_nan=True) for z, sheet in zip(drawn, sheets, strict=True))
+
+
+def test_attention_by_distance_has_a_line_for_every_head(model, ids):
+    profile = analysis.distance_profile(model, ids, distances=50)
+    figure = plot.attention_by_distance(profile, 1, show="score")
+    drawn = [trace for trace in figure.data if trace.name]
+    assert [trace.name for trace in drawn] == [f"head {i}" for i in range(model.cfg.n_heads)]
+    assert np.allclose([trace.y for trace in drawn], profile.score.values[1])
+    assert [trace.showlegend for trace in figure.data if not trace.name] == [False]
+
+
+def test_the_heads_that_use_pairs_most_stand_on_top(model):
+    use = analysis.pair_use(model, rows=1, length=5, words=range(2, 90))
+    figure = plot.pair_use(use, "previous", top=3)
+    sums = use.previous.values.sum(-1).ravel()
+    assert np.allclose(figure.data[0].z.sum(1), np.sort(sums)[::-1][:3], atol=1e-4)
+    assert "the 3 heads with the largest sums" in figure.layout.title.subtitle.text
+    with pytest.raises(ValueError, match="this result has previous, duplicate, induction"):
+        plot.pair_use(use, "next")
+
+
+def test_what_surgery_breaks_is_drawn_in_the_order_given(model, ids):
+    broken = patch.rotary.breakage(model, ids, {f"pair {i}": patch.rotary.freeze(model, pair=i) for i in range(2)})
+    figure = plot.breakage(broken, "agreement")
+    assert np.allclose(figure.data[0].x, broken.agreement.values)
+    assert list(figure.layout.yaxis.ticktext) == ["pair 0", "pair 1"]
+
+
+# The cache.
+
+
+def test_a_cache_says_how_long_its_entries_are_and_what_they_weigh(model, ids):
+    kv = model.new_kv()
+    model(ids, kv=kv)
+    figure = plot.cache_norms(kv, of="values")
+    expected = kv.values[:, 0, :N].flatten(2).norm(dim=-1)
+    assert np.allclose(figure.data[0].z, expected.numpy(), atol=1e-5)
+    each = (kv.keys[0, 0, 0].numel() + kv.values[0, 0, 0].numel()) * kv.keys.element_size()
+    assert f"{each:,} bytes an entry and layer" in figure.layout.title.subtitle.text
+    assert (figure.data[0].customdata == each).all()
+
+
+def test_who_reads_is_summed_over_heads_or_of_one_layer(model, ids):
+    reads = analysis.who_reads(model, ids, 5)
+    assert np.allclose(plot.who_reads(reads, "attention").data[0].z.sum(1), model.cfg.n_heads, atol=1e-4)
+    assert np.allclose(plot.who_reads(reads, "direct", layer=1).data[0].z, reads.direct.values[1])
+    with pytest.raises(ValueError, match="this result has attention, weighted, direct"):
+        plot.who_reads(reads, "kl")
+
+
+def test_what_was_not_left_out_stays_empty(model, ids):
+    left = analysis.leave_one_out(model, ids, 5, positions=[2, 3])
+    z = plot.left_out(left, "logit").data[0].z
+    assert np.isfinite(z).any(0).nonzero()[0].tolist() == [2, 3]
+    assert z.shape[0] == model.cfg.n_layers * model.cfg.n_kv_heads
+
+
+def test_an_eviction_curve_goes_by_how_many_are_dropped_and_its_hover_has_the_true_cost(model, ids):
+    drop = analysis.droppable(model, ids, counts=[0, 2, 9])
+    trace = plot.eviction(drop).data[0]
+    assert list(trace.x) == [0, 2, 9]
+    assert trace.y[0] == np.float32(1e-6)
+    assert np.allclose(trace.y[1:], np.maximum(drop.together.values[1:], 1e-6))
+    assert trace.customdata[0].startswith(f"{drop.together.values[0]:.4g} nats")
+
+
+def test_a_prompt_of_which_a_result_knows_the_end_is_said_whole(model, ids):
+    figure = plot.who_reads(analysis.who_reads(model, ids, 5))
+    assert not figure.layout.title.subtitle.text.startswith("...")
+
+
+# Signs.
+
+
+def test_zero_has_no_colour_and_what_is_written_there_reads_on_any_page():
+    figure = plot.patch_grid(np.array([[0.0, -0.001, 2.0]]))
+    heat, text = figure.data[:2]
+    assert [color for place, color in heat.colorscale if place == 0.5] == ["rgba(85,105,130,0)", "rgba(150,85,75,0)"]
+    assert list(text.text) == ["0.00", "0.00", "2.00"]
+    assert list(text.textfont.color) == ["#808080", "#808080", "#ffffff"]
+
+
+def test_a_generation_says_its_prompt_and_its_model(model, ids):
+    figure = plot.generation(patch.timeline(model, ids, 3))
+    assert model.model_hash in figure.layout.title.subtitle.text
+    assert len(figure.frames) == 3
+
+
+def test_plain_numbers_say_the_prompt_of_their_labels_and_what_is_given():
+    figure = plot.attention_pattern(EYE[:2, :2], ["the", "cat"], about={"model": "m"})
+    assert figure.layout.title.subtitle.text == "the cat<br>model m"
+
+
 # Tokens.
 
 
@@ -363,7 +510,7 @@ def test_coloured_tokens_are_text_and_never_markup():
     assert "<" not in bare
     assert "mathjax_ignore" in page
     for token in HOSTILE:
-        shown = visible(token).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
+        shown = escape(visible(token), quote=True)
         assert page.count(shown) >= 2  # in the text and on hover
 
 

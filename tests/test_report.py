@@ -6,7 +6,8 @@ import numpy as np
 import pandas
 import pytest
 from browser import Browser, chromium
-from test_plot import HOSTILE, N, steps
+from hostile import HOSTILE
+from test_plot import N, steps
 
 import glmlens
 from glmlens import plot
@@ -106,6 +107,20 @@ def test_a_hostile_token_is_whole_and_harmless_on_hover(browser, hostile_page):
         said = browser.hover(box[0] + (i + 0.5) * box[2] / N, box[1] + (i + 0.5) * box[3] / N)
         assert f"query {i} {HOSTILE[i]}, key {i} {HOSTILE[i]}" in said
         assert "attention 1" in said
+    assert browser.run("window.ran === undefined")
+
+
+def test_hostile_names_of_lines_are_literal_in_the_legend_the_title_and_on_hover(browser, tmp_path):
+    figure = plot.lines(np.ones((N, 2)) * np.arange(N)[:, None], {"series": HOSTILE}, title=HOSTILE[10], height=600)
+    browser.open(save_html(tmp_path / "l.html", "l", [figure]))
+    said = browser.run("[...document.querySelectorAll('.legendtext')].map(t => t.textContent)")
+    assert said == [visible(token) for token in HOSTILE]
+    assert browser.run("document.querySelector('.gtitle').textContent") == HOSTILE[10]
+    point = browser.run(
+        "(r => [r.x + r.width / 2, r.y + r.height / 2])([...document.querySelectorAll('.trace')][10]"
+        ".querySelector('.point').getBoundingClientRect())"
+    )
+    assert HOSTILE[10] in browser.hover(*point)
     assert browser.run("window.ran === undefined")
 
 

@@ -13,7 +13,7 @@ from glmlens import analysis, patch
 from glmlens.analysis import rotary
 from glmlens.angles import frequencies, stretched_frequencies
 from glmlens.hooks import HookError
-from glmlens.model import rotary_angles
+from glmlens.model import rotary_angles, turn
 from glmlens.patch import rotary as surgery
 from glmlens.patch.sites import PatchError
 
@@ -43,6 +43,17 @@ def test_the_parts_of_a_score_sum_to_it(tokens, factor, attention):
         assert_close(parts[seen].float(), scores[seen], rtol=0, atol=atol)
         assert torch.isnan(parts[~seen]).all()
         assert found.part.shape[-1] == int(16 * factor) // 2 + (factor < 1)
+
+
+def test_the_parts_of_a_score_in_bfloat16_sum_to_it_as_well_as_that_can_hold_it(tokens):
+    """The model rounds the product to 8 bits, and once more what it makes of it with the scale."""
+    lens = small_lens(dtype=torch.bfloat16)
+    _, acts = lens.run_with_cache(tokens[:1], "attn.scores")
+    seen = torch.ones(9, 9).tril().bool()
+    for layer, head in [(0, 0), (2, 3)]:
+        scores = acts["attn.scores", layer][0, head].double()
+        parts = torch.as_tensor(analysis.score_parts(lens, tokens[:1], layer, head).part.values).sum(-1).double()
+        assert float(((parts - scores)[seen].abs() / parts[seen].abs()).max()) <= 2.001 * 2**-9 + 2**-18
 
 
 def test_a_part_is_what_a_loop_over_two_channels_says(tokens):
@@ -190,6 +201,23 @@ def test_moving_one_token_equals_building_its_angles_by_hand(any_lens, tokens):
     by_hand |= {f"blocks.{i}.rotary.sin": lambda x, point: sin for i in range(3)}
     found = logits_with(any_lens, tokens, surgery.shift(any_lens, {4: 3}))
     assert torch.equal(found, logits_with(any_lens, tokens, by_hand))
+
+
+def test_surgery_in_bfloat16_turns_by_angles_rounded_once(tokens):
+    """What stays where it is keeps every bit; what moves is as near as two roundings to 8 bits allow."""
+    lens, exact = small_lens(dtype=torch.bfloat16), exact_lens()
+    assert torch.equal(logits_with(lens, tokens, surgery.shift(lens, 0, layer=1, head=2)), lens(tokens))
+    names = ["blocks.0.attn.q", "blocks.0.attn.q_rot"]
+    _, plain = lens.run_with_cache(tokens, names)
+    _, moved = lens.run_with_cache(tokens, names, surgery.shift(lens, {4: 3}, layer=0, head=2, of="q"))
+    assert torch.equal(moved["attn.q_rot", 0][:, :, [0, 1, 3]], plain["attn.q_rot", 0][:, :, [0, 1, 3]])
+    rest = [i for i in range(9) if i != 4]
+    assert torch.equal(moved["attn.q_rot", 0][:, rest], plain["attn.q_rot", 0][:, rest])
+    angle = 7 * frequencies(exact.cfg, torch.float64, exact.device)
+    q = plain["attn.q", 0][:, 4:5, 2:3, :8].double()
+    expected = turn(q, angle.cos().expand(2, 1, 4), angle.sin().expand(2, 1, 4))
+    error = (moved["attn.q_rot", 0][:, 4:5, 2:3].double() - expected).abs().max() / q.abs().max()
+    assert float(error) < 4 * 2**-9
 
 
 def scores_by_hand(lens, tokens, layer, query_angle, key_angle):

@@ -42,6 +42,29 @@ def test_the_same_seed_gives_the_tokens_of_transformers(tmp_path, seed, way):
         assert not torch.equal(other.tokens, run.tokens)
 
 
+@pytest.mark.parametrize("way", WAYS[-2:], ids=str)
+def test_what_a_cache_remembers_counts_as_said(tmp_path, way):
+    """A generation that goes on from a cache says what it says in one go, with one generator for both."""
+    config = write_checkpoint(tmp_path, 2, initializer_range=0.05)
+    lens = glmlens.load(tmp_path)
+    tokens = torch.randint(8, config.vocab_size, (2, 7), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(tokens)
+    mask[1, :3] = 0
+
+    def drawn():
+        return {"seed": torch.Generator().manual_seed(3)} if "temperature" in way else {}
+
+    whole = lens.generate(tokens, 12, **way, **drawn(), attention_mask=mask, stop_ids=()).tokens
+    draw = drawn()
+    first = lens.generate(tokens, 5, **way, **draw, attention_mask=mask, stop_ids=())
+    then = lens.generate(first.tokens[:, -1:], 7, kv=first.kv, **way, **draw, stop_ids=())
+    assert torch.equal(torch.cat([first.tokens, then.tokens[:, 1:]], 1), whole)
+    unknown = lens.new_kv()
+    lens(inputs_embeds=torch.randn(1, 3, config.hidden_size), kv=unknown)
+    with pytest.raises(ValueError, match="does not know its tokens"):
+        lens.generate(tokens[:1], 2, kv=unknown, repetition_penalty=1.5)
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [

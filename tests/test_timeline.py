@@ -10,8 +10,7 @@ from torch.testing import assert_close
 
 from glmlens import analysis, cache, only, patch
 from glmlens.hooks import HookError
-from glmlens.patch import Intervention, Site
-from glmlens.patch.timeline import parting, scheduled, timeline
+from glmlens.patch import Intervention, Site, parting, scheduled, timeline
 
 
 def close(found, expected, atol=1e-9):
@@ -140,7 +139,17 @@ def test_an_operation_before_the_last_token_of_the_prompt_is_run_is_one_on_its_m
     assert line.tokens == run.new_tokens[0].tolist()
 
 
-@pytest.mark.parametrize("change", [patch.Zero(), patch.Scale(3), patch.Add(tuple([1.0] * 48))])
+def changes():
+    """One of every kind that means something at positions of one run."""
+    axis = tuple(1.0 if i == 3 else 0.0 for i in range(48))
+    other = tuple(range(9, 22))  # as many as are run
+    return [
+        patch.Zero(), patch.Scale(3), patch.Add(tuple([1.0] * 48)), patch.Remove(axis), patch.Swap(other),
+        patch.Noise(2.0, seed=4), patch.Mean((other,)), patch.Resample((other, other[::-1])), patch.Put(axis),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", changes(), ids=lambda change: type(change).__name__)
 def test_interventions_in_generation_are_those_of_a_forward(lens, tokens, change):
     one = Intervention(Site("resid_post", layer=1, pos=[4, 10]), change)
     line = timeline(lens, tokens[:1], 5, interventions=one, stop_ids=())
@@ -190,6 +199,32 @@ def test_the_memory_of_a_step_can_be_asked_who_reads_it(lens, tokens):
     close(analysis.leave_one_out(lens, line.memory(2), by="position").kl.values, by_prompt.kl.values)
 
 
+SAMPLED = {"temperature": 5.0, "top_k": 50, "repetition_penalty": 1.3, "stop_ids": ()}
+
+
+@pytest.mark.parametrize("seed", [{}, {"seed": 7}], ids=str)
+def test_a_sampled_run_is_run_again_as_it_was_drawn(lens, tokens, seed):
+    line = timeline(lens, tokens[:1], 6, **SAMPLED, **seed)
+    if seed:
+        plain = lens.generate(tokens[:1], 6, **SAMPLED, **seed)
+        assert line.tokens == plain.new_tokens[0].tolist()
+    for step in range(6):
+        assert line.rerun(step).tokens == line.tokens
+        assert line.rerun(step, token=line.tokens[step]).tokens == line.tokens
+    assert timeline(lens, tokens[:1], 6, at={3: cache.reposition(lens, 0)}, **SAMPLED, seed=7).tokens == timeline(
+        lens, tokens[:1], 6, **SAMPLED, seed=7).tokens  # fmt: skip
+    assert timeline(lens, tokens[:1], 6, **SAMPLED).tokens != timeline(lens, tokens[:1], 6, **SAMPLED).tokens
+
+
+def test_a_steering_in_a_timeline_is_one_in_a_forward(lens, tokens):
+    vector = torch.randn(48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    steer = Intervention(Site("resid_post", layer=1), patch.Add(tuple(vector.tolist())))
+    line = timeline(lens, tokens[:1], 5, hooks=scheduled(lens, steer, steps=[2, 4]), stop_ids=())
+    there = Intervention(Site("resid_post", layer=1, pos=[10, 12]), patch.Add(tuple(vector.tolist())))
+    close(line.logits, patch.run(lens, whole(line)[:, :-1], there)[0, 8:])
+    assert [(e.step, e.changed) for e in line.events] == [(2, True), (4, True)]
+
+
 def test_it_stops_where_a_generation_stops(lens, tokens):
     said = lens.generate(tokens[:1], 6, stop_ids=()).new_tokens[0].tolist()
     stop = said[2]
@@ -205,8 +240,8 @@ def test_what_cannot_be_is_an_error_that_says_so(lens, tokens):
         timeline(lens, tokens, 3)
     with pytest.raises(ValueError, match="this run has 0 to 2"):
         timeline(lens, tokens[:1], 3, at={3: cache.evict(position=1)})
-    with pytest.raises(TypeError, match="repetition_penalty"):
-        timeline(lens, tokens[:1], 3, repetition_penalty=1.2)
+    with pytest.raises(TypeError, match="stop_strings"):
+        timeline(lens, tokens[:1], 3, stop_strings="end")
     with pytest.raises(TypeError, match="use rerun"):
         timeline(lens, tokens[:1], 3, kv=lens.new_kv())
     hooked = timeline(lens, tokens[:1], 3, hooks={"blocks.1.kv.k": double}, stop_ids=())

@@ -2,13 +2,15 @@
 
 from glmlens.analysis.attribution import LogitAttribution, logit_attribution
 from glmlens.analysis.circuits import OV, QK, QK_bias, composition, copying_scores
-from glmlens.analysis.entries import Droppable, LeftOut, Reads, attended, droppable, leave_one_out, who_reads
+from glmlens.analysis.distance import DistanceProfile, PairUse, distance_profile, pair_use
+from glmlens.analysis.entries import Reads, attended, who_reads
 from glmlens.analysis.factored import Factored
 from glmlens.analysis.heads import HeadScores, head_scores
+from glmlens.analysis.leave_out import Droppable, LeftOut, droppable, leave_one_out
 from glmlens.analysis.logit_lens import LogitLens, logit_lens
 from glmlens.analysis.probes import Probe, probe
 from glmlens.analysis.residual import accumulated_residual, decomposed_residual
-from glmlens.analysis.rotary import DistanceProfile, PairUse, ScoreParts, distance_profile, pair_use, score_parts
+from glmlens.analysis.rotary import ScoreParts, score_parts
 from glmlens.analysis.selfcheck import SelfCheck, SelfCheckError, selfcheck
 
 __all__ = [

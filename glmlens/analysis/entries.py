@@ -1,30 +1,22 @@
-"""Who reads what: how the next token depends on every entry of the KV cache, and which entries it can do without.
+"""Who reads what: how the step that says the next token reads every entry of the KV cache."""
 
-The past is run once. The next step is one token, so a step that lacks some entries is one row: it enters the first
-layer that lacks any with the residual stream of the whole step, and all rows look at the same keys, each with a mask
-of its own. So thousands of steps are a few ordinary passes.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
 import torch
-from einops import einsum, rearrange, repeat
-from jaxtyping import Bool, Float, Int
+from einops import einsum, repeat
+from jaxtyping import Float
 from torch import Tensor
 
 from glmlens.analysis.passes import Memory, pieces
 from glmlens.analysis.pattern import pattern, pattern_points
 from glmlens.analysis.rows import Rows, Token, exact, finest, groups_of, label, layers_of, numbers
 from glmlens.hooks import Hooks
-from glmlens.kv_cache import LayerKV
 from glmlens.lens import Lens
-from glmlens.model import RMSNorm, rotary_angles
+from glmlens.model import RMSNorm
 from glmlens.prompt import Prompt
 from glmlens.results import Labelled, Sheets
-
-ROW_BYTES = 1 << 28  # what the scores and logits of the rows of a pass may weigh
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,28 +38,6 @@ class Reads(Sheets):
         summed = of.values.reshape(of.shape[0], n_kv_heads, -1, of.shape[2]).sum(2)
         labels = {axis: of.labels[axis] for axis in ("layer", "key")}
         return Labelled(summed, ("layer", "kv", "key"), labels, {**of.about, "heads": "summed over the group"})
-
-
-@dataclass(frozen=True, eq=False)
-class LeftOut(Sheets):
-    """What the next token loses when the step that says it lacks one entry: [layer, kv, key], or [key] by position.
-
-    `kl` is KL(with all ‖ without it) in nats, `logit` the logit of the token with all entries less that without.
-    """
-
-    kl: Labelled
-    logit: Labelled
-
-
-@dataclass(frozen=True, eq=False)
-class Droppable(Sheets):
-    """Entries from the most to the least dispensable [entry], and what dropping the first n costs [dropped].
-
-    `alone` [entry] is the KL in nats of leaving out that one, `together` [dropped] that of the n best at once.
-    """
-
-    alone: Labelled
-    together: Labelled
 
 
 def memory_of(lens: Lens, of: Prompt | Memory, hooks: Hooks | None = None) -> Memory:
@@ -155,183 +125,6 @@ def key_labels(lens: Lens, memory: Memory) -> list[str]:
 
 
 # ---- without some entries ----
-
-
-@dataclass(frozen=True)
-class Behind(LayerKV):
-    """One layer's entries, which all rows of a pass see before their own; nothing is written."""
-
-    def remember(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        past = (
-            self.cache.keys[self.index, :, : self.cache.length],
-            self.cache.values[self.index, :, : self.cache.length],
-        )
-        return torch.cat([past[0], k], 1), torch.cat([past[1], v], 1)
-
-
-Hidden = Callable[[int, Int[Tensor, "row"]], Bool[Tensor, "row kv key"]]
-"""From a layer and the numbers of rows to the entries that each of them lacks there."""
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """The step that says the next token, as it was: the stream that enters each layer, and its log-probabilities."""
-
-    lens: Lens
-    memory: Memory
-    resid: list[Float[Tensor, "one one model"]]
-    logits: Float[Tensor, "vocab"]
-
-    @staticmethod
-    def of(lens: Lens, memory: Memory) -> "Step":
-        logits, acts = lens.run_with_cache(memory.token[:, None], "resid_pre", kv=memory.kv.fork(1))
-        resid = [acts[f"blocks.{i}.resid_pre"] for i in range(lens.cfg.n_layers)]
-        return Step(lens, memory, resid, exact(cast(Tensor, logits)[0, -1]))
-
-    def without(self, rows: Int[Tensor, "row"], hidden: Hidden, start: int = 0) -> Float[Tensor, "row vocab"]:
-        """The logits of steps that lack entries, from layer `start` on; earlier ones they have all."""
-        model, kv, many = self.lens.model, self.memory.kv, len(rows)
-        resid = self.resid[start].expand(1, many, -1)
-        at = kv.next_positions()[:, None].expand(1, many)
-        angles = rotary_angles(at, model.cfg.d_rotary, model.cfg.rope_theta, resid.dtype)
-        for i in range(start, model.cfg.n_layers):
-            mask = self.mask(hidden(i, rows), resid.dtype)
-            resid = model.blocks[i](resid, angles, mask, Behind(kv, i), lambda name, x: x)
-        return exact(model.unembed(model.ln_final(resid))[0])
-
-    def mask(self, hidden: Bool[Tensor, "row kv key"], dtype: torch.dtype) -> Float[Tensor, "one head row seen"]:
-        """0 at the entries that a row has and at itself, the smallest float at those it lacks and at other rows."""
-        real = self.memory.kv.positions[0, : self.memory.kv.length] >= 0
-        seen = repeat(real & ~hidden, "row kv key -> (kv group) row key", group=self.lens.cfg.n_groups)
-        own = torch.eye(len(hidden), dtype=torch.bool, device=hidden.device).expand(len(seen), -1, -1)
-        nothing = torch.zeros((), dtype=dtype, device=hidden.device)
-        return torch.where(torch.cat([seen, own], 2), nothing, torch.finfo(dtype).min).unsqueeze(0)
-
-    def measured(
-        self, rows: Int[Tensor, "row"], hidden: Hidden, token: int, start: int = 0
-    ) -> Float[Tensor, "two row"]:
-        """KL(whole ‖ without) in nats and the logit of a token that is lost, of any number of rows."""
-        cfg, past = self.lens.cfg, self.memory.kv.length
-        row_bytes = 4 * max(4 * cfg.n_heads * (past + 256), 3 * cfg.d_vocab)
-        base, found = self.logits.log_softmax(-1), []
-        for some in rows.split(max(1, min(256, ROW_BYTES // row_bytes))):
-            logits = self.without(some, hidden, start)
-            kl = (base.exp() * (base - logits.log_softmax(-1))).sum(-1)
-            found.append(torch.stack([kl, self.logits[token] - logits[:, token]]))
-        return torch.cat(found, 1)
-
-
-@dataclass(frozen=True, eq=False)
-class Numbered:
-    """Entries by number: rows lack the one with theirs, or all whose number is below theirs."""
-
-    number: Int[Tensor, "layer kv key"]
-    below: bool = False
-
-    def __call__(self, layer: int, rows: Int[Tensor, "row"]) -> Bool[Tensor, "row kv key"]:
-        mine = rearrange(rows, "row -> row 1 1")
-        return self.number[layer] < mine if self.below else self.number[layer] == mine
-
-
-def leave_one_out(
-    lens: Lens,
-    of: Prompt | Memory,
-    answer: Token | None = None,
-    *,
-    by: str = "entry",
-    positions: Sequence[int] | None = None,
-    hooks: Hooks | None = None,
-) -> LeftOut:
-    """What the next token loses with each entry: by "entry" (layer, kv, position), or by "position" in all layers.
-
-    The past is as it was with all entries; the step that says the next token lacks one. `positions` are absolute:
-    by default all in the cache; others are nan. `answer` is the token whose logit is followed, by default the most
-    probable. `hooks` are on the run of the prompt, not on this step.
-    """
-    if by not in ("entry", "position"):
-        raise ValueError(f"by is {by!r}; choose from 'entry', 'position'")
-    memory = memory_of(lens, of, hooks)
-    step, cfg, length = Step.of(lens, memory), lens.cfg, memory.kv.length
-    token = int(step.logits.argmax()) if answer is None else id_of(lens, answer)
-    asked = asked_of(memory, positions)
-    shape = (cfg.n_layers, cfg.n_kv_heads, length)
-    if by == "position":
-        number = torch.arange(length, device=lens.device).expand(shape)
-        found = torch.full((2, length), torch.nan, dtype=step.logits.dtype, device=lens.device)
-        found[:, asked] = step.measured(asked, Numbered(number), token)
-    else:
-        number = torch.arange(cfg.n_layers * cfg.n_kv_heads * length, device=lens.device).view(shape)
-        found = torch.full((2, *shape), torch.nan, dtype=step.logits.dtype, device=lens.device)
-        for layer in range(cfg.n_layers):
-            lost = step.measured(number[layer][:, asked].flatten(), Numbered(number), token, layer)
-            found[:, layer, :, asked] = lost.view(2, cfg.n_kv_heads, -1)
-    about = about_step(lens, memory, "what is lost with one entry", label(lens, token))
-    axes = ("layer", "kv", "key") if by == "entry" else ("key",)
-    labels = {"key": key_labels(lens, memory), **({"layer": layers_of(lens)} if by == "entry" else {})}
-    units = {
-        "kl": "KL(with all ‖ without it), nats",
-        "logit": f"logit of {label(lens, token)} with all, less without it",
-    }
-    made = {
-        name: Labelled(numbers(x), axes, labels, {**about, "metric": units[name]})
-        for name, x in zip(units, found, strict=True)
-    }
-    return LeftOut(about, **made)
-
-
-def asked_of(memory: Memory, positions: Sequence[int] | None) -> Int[Tensor, "column"]:
-    """The columns of entries at these positions; IndexError for one that is not there."""
-    at = memory.kv.positions[0, : memory.kv.length]
-    if positions is None:
-        return (at >= 0).nonzero().squeeze(1)
-    wanted = torch.tensor(list(positions), dtype=torch.long, device=at.device)
-    missing = wanted[~torch.isin(wanted, at)].tolist()
-    if missing:
-        raise IndexError(f"no entry at positions {missing}; there are {int(at.min())} to {int(at.max())}")
-    return torch.isin(at, wanted).nonzero().squeeze(1)
-
-
-def droppable(
-    lens: Lens,
-    of: Prompt | Memory,
-    *,
-    by: str = "position",
-    counts: Sequence[int] | None = None,
-    hooks: Hooks | None = None,
-) -> Droppable:
-    """Rank entries by the KL that leaving out each alone costs, and measure the KL that dropping the n first costs.
-
-    By "position", or by "entry" (layer, kv, position). `counts` are the n: by default up to 33 of them, from 0 to all.
-    Both in nats, of the next token.
-    """
-    memory = memory_of(lens, of, hooks)
-    step, cfg, length = Step.of(lens, memory), lens.cfg, memory.kv.length
-    kl = torch.from_numpy(leave_one_out(lens, memory, by=by).kl.values).to(lens.device)
-    flat = torch.where(kl.isnan(), torch.inf, kl).flatten()
-    order = flat.argsort(stable=True)[: int((~kl.isnan()).sum())]
-    number = torch.full_like(flat, len(flat), dtype=torch.long)
-    number[order] = torch.arange(len(order), device=lens.device)
-    number = number.view(kl.shape).expand(cfg.n_layers, cfg.n_kv_heads, length)
-    some = spread(len(order)) if counts is None else list(counts)
-    if not some or min(some) < 0 or max(some) > len(order):
-        raise ValueError(f"counts are {some}; there are {len(order)} entries to drop")
-    rows = torch.tensor(some, device=lens.device)
-    together = step.measured(rows, Numbered(number, below=True), int(step.logits.argmax()))[0]
-    about = about_step(lens, memory, "what dropping entries costs", "KL(with all ‖ without), nats")
-    keys = key_labels(lens, memory)
-    places = [order // length // cfg.n_kv_heads, order // length % cfg.n_kv_heads, order % length]
-    listed = zip(*(place.tolist() for place in places), strict=True)
-    names = [keys[k] if by == "position" else f"layer {i}, kv {g}, {keys[k]}" for i, g, k in listed]
-    alone = Labelled(
-        numbers(flat[order]), ("entry",), {"entry": names}, {**about, "metric": "KL of one left out, nats"}
-    )
-    costs = Labelled(numbers(together), ("dropped",), {"dropped": [str(n) for n in some]}, about)
-    return Droppable(about, alone=alone, together=costs)
-
-
-def spread(n: int) -> list[int]:
-    """At most 33 numbers from 0 to n, as evenly as whole numbers can be."""
-    return sorted({round(n * i / 32) for i in range(33)})
 
 
 def attended(lens: Lens, prompt: Prompt, *, hooks: Hooks | None = None) -> Float[Tensor, "layer head key"]:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from glmlens.cache.places import CacheError, Edits, Places, Which, entries_of, scheduled
+from glmlens.cache.places import CacheError, Edits, Places, Which, entries_of, past_of, scheduled
 from glmlens.hooks import Edit, Point
 from glmlens.kv_cache import KVCache
 from glmlens.lens import Lens
@@ -41,20 +41,22 @@ class Edited:
         meant = self.places.entries(at)[:, :, None] & self.places.heads(x.shape[2], x.device)
         return torch.where(meant.unsqueeze(-1), new, x)
 
-    def hooks(self, lens: Lens, *, steps: Which = None) -> Edits:
-        """The same for what a run recalls, at some steps: its memory stays as it is."""
+    def hooks(self, lens: Lens, *, steps: Which = None, own: bool = True) -> Edits:
+        """The same for what a run recalls, at some steps: its memory stays as it is. See `Operation` for `own`."""
         found: Edits = []
         for layer in self.places.layers(lens.cfg.n_layers, lens.cfg.n_kv_heads):
             for point, change in (("kv.k", self.keys), ("kv.v", self.values)):
                 if change is not None:
-                    edit = scheduled(self.hook(layer, change), steps, self.places.position)
+                    edit = scheduled(self.hook(layer, change, own), steps, self.places.position)
                     found.append((f"blocks.{layer}.{point}", edit))
         return found
 
-    def hook(self, layer: int, change: Change) -> Edit:
+    def hook(self, layer: int, change: Change, own: bool) -> Edit:
         def recall(x: Tensor, point: Point) -> Tensor:
             assert point.key_positions is not None
-            return self.changed(x, point.key_positions, layer, change)
+            past = past_of(point, own)
+            new = self.changed(x[:, :past], point.key_positions[:, :past], layer, change) if past else x[:, :0]
+            return torch.cat([new, x[:, past:]], 1)
 
         return recall
 

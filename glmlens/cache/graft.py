@@ -1,13 +1,15 @@
 """Entries read and found, and carried from one prompt's cache into another's."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from glmlens.cache.change import swap
 from glmlens.cache.drop import columns
 from glmlens.cache.move import reposition
-from glmlens.cache.places import CacheError, Places, entries_of
+from glmlens.cache.places import CacheError, Edits, Places, Which, entries_of
 from glmlens.kv_cache import OF_ENTRIES, KVCache
 from glmlens.lens import Lens
 
@@ -51,26 +53,57 @@ def entries(lens: Lens, kv: KVCache, row: int = 0) -> list[tuple[int, str, int]]
     return [(at, label(lens, token), call) for at, token, call in zip(*listed, strict=True) if at >= 0]
 
 
-def graft(lens: Lens, kv: KVCache, at: Iterable[int], source: KVCache, of: Iterable[int]) -> KVCache:
-    """A cache in which the entries `at` are gone and the source's entries `of` stand in their place.
+Where = str | Iterable[int]
+"""Adjacent absolute positions, or the text that stands there, once."""
 
-    The keys turn to where they now stand, and so do those after them when there are more or fewer than before. Both
-    are runs of adjacent positions, in caches of one row. Raises CacheError otherwise, and for `at` with the newest
-    entry: run that anew, as it is what the next token follows from.
+
+@dataclass(frozen=True)
+class Grafted:
+    """Another run's entries in the place of some; see `graft`."""
+
+    lens: Lens
+    source: KVCache
+    of: Where
+    at: Where
+
+    def __call__(self, kv: KVCache) -> KVCache:
+        here, theirs = run_of(self.lens, kv, self.at), self.theirs()
+        place, more = kv.positions[0, : kv.length], theirs.length - len(here)
+        before, after = columns(kv, (place >= 0) & (place < here[0])), columns(kv, place > here[-1])
+        return joined([before, self.moved(theirs, here[0]), reposition(self.lens, more)(after)])
+
+    def hooks(self, lens: Lens, *, steps: Which = None, own: bool = True) -> Edits:
+        """The same for what a run recalls, where as many entries come as go. See `Operation` for `own`."""
+        if isinstance(self.at, str):
+            raise CacheError(f"{self.at!r}: a hook has no text to find it in; give at=, its positions")
+        here, theirs = sorted(self.at), self.theirs()
+        if len(here) != theirs.length:
+            raise CacheError(
+                f"{theirs.length} entries in the place of {len(here)}: what a step recalls cannot change its length; "
+                f"do it between steps, patch.timeline(..., at={{step: this}})"
+            )
+        return swap(self.moved(theirs, here[0]), position=here).hooks(lens, steps=steps, own=own)
+
+    def theirs(self) -> KVCache:
+        there, place = run_of(self.lens, self.source, self.of), self.source.positions[0, : self.source.length]
+        return columns(self.source, (place >= there[0]) & (place <= there[-1]))
+
+    def moved(self, theirs: KVCache, to: int) -> KVCache:
+        return reposition(self.lens, to - int(theirs.positions[0, 0]))(theirs)
+
+
+def graft(lens: Lens, source: KVCache, *, of: Where, at: Where) -> Grafted:
+    """Put the source's entries `of` in the place of the entries `at`: those of one prompt's entity into another's.
+
+    Both are adjacent positions, or the text that stands there once, in caches of one row. The keys turn to where they
+    now stand, and so do those after them when there are more or fewer than before. Raises CacheError for what is not
+    there, once it is used.
     """
-    here, there = run_of(kv, at), run_of(source, of)
-    if here[-1] == int(kv.positions[0, : kv.length].max()):
-        raise CacheError("the newest entry follows from those before it: leave it out of what is replaced")
-    place, theirs = (c.positions[0, : c.length] for c in (kv, source))
-    more = len(there) - len(here)
-    new = reposition(lens, here[0] - there[0])(columns(source, (theirs >= there[0]) & (theirs <= there[-1])))
-    after = columns(kv, place > here[-1])
-    parts = [columns(kv, (place >= 0) & (place < here[0])), new, reposition(lens, more)(after)]
-    return joined(parts)
+    return Grafted(lens, source, of, at)
 
 
-def run_of(kv: KVCache, positions: Iterable[int]) -> list[int]:
-    found = sorted(positions)
+def run_of(lens: Lens, kv: KVCache, where: Where) -> list[int]:
+    found = find(lens, kv, where) if isinstance(where, str) else sorted(where)
     if kv.batch != 1 or not found or found != list(range(found[0], found[0] + len(found))):
         raise CacheError(f"a graft is of adjacent positions in a cache of one row; got {found} of {kv.batch} rows")
     Places.at(position=found).there(kv)
@@ -79,9 +112,10 @@ def run_of(kv: KVCache, positions: Iterable[int]) -> list[int]:
 
 def joined(parts: list[KVCache]) -> KVCache:
     """The entries of caches one after another."""
-    return KVCache(
-        torch.cat([part.keys for part in parts], 2),
-        torch.cat([part.values for part in parts], 2),
+    return replace(
+        parts[0],
+        keys=torch.cat([part.keys for part in parts], 2),
+        values=torch.cat([part.values for part in parts], 2),
         length=sum(part.length for part in parts),
         **{name: torch.cat([getattr(part, name) for part in parts], 1) for name in OF_ENTRIES},
     )

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from glmlens.angles import frequencies, turned_on
-from glmlens.cache.places import CacheError, Edits, Places, Which, entries_of, scheduled
+from glmlens.cache.places import CacheError, Edits, Places, Which, entries_of, past_of, scheduled
 from glmlens.config import GLMConfig
 from glmlens.hooks import Point
 from glmlens.kv_cache import KVCache
@@ -41,13 +41,14 @@ class Moved:
         turned = turned_on(k[..., : self.cfg.d_rotary], still, (angle.cos(), angle.sin()))
         return torch.cat([turned, k[..., self.cfg.d_rotary :]], -1)
 
-    def hooks(self, lens: Lens, *, steps: Which = None) -> Edits:
-        """The same for the keys that a run recalls. Whom a query may see stays as it was."""
+    def hooks(self, lens: Lens, *, steps: Which = None, own: bool = True) -> Edits:
+        """The same for the keys that a run recalls. Whom a query may see stays as it was. See `Operation` for `own`."""
 
         def recall(x: Tensor, point: Point) -> Tensor:
-            at = point.key_positions
-            assert at is not None
-            return self.turned(x, at, torch.where(at >= 0, self.to(at), -1))
+            past = past_of(point, own)
+            assert point.key_positions is not None
+            at = point.key_positions[:, :past]
+            return torch.cat([self.turned(x[:, :past], at, torch.where(at >= 0, self.to(at), -1)), x[:, past:]], 1)
 
         edit = scheduled(recall, steps)
         return [(f"blocks.{layer}.kv.k", edit) for layer in range(self.cfg.n_layers)]

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from glmlens.hooks import Edit, only
+from glmlens.hooks import Edit, Point, only
 from glmlens.kv_cache import KVCache
 from glmlens.lens import Lens
 
@@ -22,10 +22,14 @@ class CacheError(ValueError):
 
 @runtime_checkable
 class Operation(Protocol):
-    """What can be done to a cache, or to what a run recalls."""
+    """What can be done to a cache, or to what a run recalls.
+
+    The hooks hold at all steps or some; with own=False they leave what a step itself writes, so that those of one step
+    do what the operation does to the cache before it.
+    """
 
     def __call__(self, kv: KVCache) -> KVCache: ...
-    def hooks(self, lens: Lens, *, steps: Which = None) -> Edits: ...
+    def hooks(self, lens: Lens, *, steps: Which = None, own: bool = True) -> Edits: ...
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,13 @@ def listed(asked: Which, what: str) -> tuple[int, ...] | None:
 def entries_of(kv: KVCache) -> str:
     there = kv.positions[:, : kv.length]
     return f"{int(there.min())} to {int(there.max())}" if kv.length else "none"
+
+
+def past_of(point: Point, own: bool) -> int:
+    """How many entries, from the first, an operation is about: all that a step recalls, or without its `own`."""
+    assert point.key_positions is not None
+    assert point.positions is not None
+    return point.key_positions.shape[1] - (0 if own else point.positions.shape[1])
 
 
 def scheduled(edit: Edit, steps: Which, positions: Which = None) -> Edit:

@@ -9,12 +9,13 @@ from glmlens.patch.evaluate import Cost, evaluate
 from glmlens.patch.graph import Graph
 from glmlens.patch.interventions import Intervention, load, save
 from glmlens.patch.metrics import Metric
+from glmlens.patch.moments import scheduled
 from glmlens.patch.paths import path_patch
 from glmlens.patch.running import generate, run
 from glmlens.patch.sites import PatchError, Site
 from glmlens.patch.steer import Steering, steering
 from glmlens.patch.sweep import Sweep, check, sweep
-from glmlens.patch.timeline import Parting, Timeline, parting, scheduled, timeline
+from glmlens.patch.timeline import Parting, Timeline, parting, timeline
 from glmlens.patch.worlds import Worlds, worlds
 
 __all__ = [

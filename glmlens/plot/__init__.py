@@ -1,10 +1,11 @@
 """Numbers in, Plotly figures out. Knows axes and labels, no models, and shows nothing by itself.
 
 Every function takes a result (or plain numbers, with labels) first, and returns a figure. All take the keywords of
-`Look`: title, subtitle, height, width.
+`Look`: title, subtitle, about, height, width.
 """
 
 from glmlens.plot.bars import bars, logit_attribution
+from glmlens.plot.entries import cache_norms, eviction, left_out, who_reads
 from glmlens.plot.graph import circuit
 from glmlens.plot.heads import attention_heads
 from glmlens.plot.heatmaps import (
@@ -17,6 +18,14 @@ from glmlens.plot.heatmaps import (
     residual_norms,
 )
 from glmlens.plot.lines import compare, lines
+from glmlens.plot.rotary import (
+    attention_by_distance,
+    breakage,
+    pair_use,
+    rotary_angles,
+    rotary_patterns,
+    score_by_pair,
+)
 from glmlens.plot.style import TEMPLATE, Look
 from glmlens.plot.timeline import generation
 from glmlens.plot.tokens import Tokens, tokens
@@ -25,19 +34,29 @@ __all__ = [
     "TEMPLATE",
     "Look",
     "Tokens",
+    "attention_by_distance",
     "attention_heads",
     "attention_pattern",
     "bars",
+    "breakage",
+    "cache_norms",
     "circuit",
     "compare",
+    "eviction",
     "generation",
     "head_scores",
     "heatmap",
+    "left_out",
     "lines",
     "logit_attribution",
     "logit_lens",
+    "pair_use",
     "patch_grid",
     "residual_angles",
     "residual_norms",
+    "rotary_angles",
+    "rotary_patterns",
+    "score_by_pair",
     "tokens",
+    "who_reads",
 ]

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from typing_extensions import Unpack
 
 from glmlens.plot.data import Labels, Numbers, array, labelled, title_of
-from glmlens.plot.style import FAINT, NEGATIVE, POSITIVE, Look, dressed, shown, ticks
+from glmlens.plot.style import FAINT, NEGATIVE, POSITIVE, Look, dressed, shown, signed_number, ticks
 from glmlens.results import Labelled
 
 
@@ -97,13 +97,14 @@ def drawn(
     low, high = float(np.nanmin(values, initial=0)), float(np.nanmax(values, initial=0))
     room = 0.1 * (high - low or 1.0)  # for the numbers beside the bars
     form = "{:+.2f}" if high - low < 100 else "{:+,.0f}"
+    form = form if low < 0 else form.replace("+", "")
     colors = [POSITIVE if value > 0 else NEGATIVE for value in values]
     bar = go.Bar(
         x=values,
         y=np.arange(len(names)),
         orientation="h",
         marker={"color": colors},
-        text=[form.format(value) for value in values],
+        text=[signed_number(form, value) for value in values.tolist()],
         textposition="outside",
         cliponaxis=False,
         hovertemplate=f"%{{y}}<br>%{{x:+.4g}} {shown(what)}<extra></extra>",

@@ -36,7 +36,12 @@ def labelled(data: Numbers, axes: Sequence[str], labels: Labels = None) -> Label
         found = Labelled(values, tuple(axes))
     check(found.values.ndim, dict(zip(found.axes, found.shape, strict=True)), axes)
     given = labels if isinstance(labels, Mapping) else spread(found, labels)
-    return Labelled(found.values, found.axes, {**found.labels, **given}, found.about)
+    return Labelled(found.values, found.axes, {**found.labels, **given}, {**read(labels), **found.about})
+
+
+def read(labels: Labels) -> dict[str, str]:
+    """The labels of tokens are a prompt."""
+    return {} if labels is None or isinstance(labels, Mapping) else {"prompt": " ".join(labels)}
 
 
 def check(n: int, shape: object, axes: Sequence[str]) -> None:

@@ -7,18 +7,19 @@ import numpy as np
 import plotly.graph_objects as go
 from typing_extensions import Unpack
 
-from glmlens.plot.style import FAINT, GREY, NEGATIVE, POSITIVE, Look, dressed, shown
+from glmlens.plot.style import FAINT, NEGATIVE, POSITIVE, Look, dressed, shown
 
 Edge = tuple[str, str]
-STEPS = np.linspace(0, 1, 12)
+PLATE = "#5f5f5f"
+STEPS = np.linspace(0, 1, 24)
 
 
 def circuit(scores: Any, *, top: int = 20, **look: Unpack[Look]) -> go.Figure:
-    """The `top` edges that are strongest in magnitude as lines from writers to readers: wide is strong, colour is sign.
+    """The `top` edges that are strongest in magnitude as lines from writers to readers.
 
-    `scores` is an EdgeScores, or pairs of (writer, reader) and score, as its `top` returns. Layers go upwards: readers
-    (queries, keys and values) below the heads that they feed, MLPs above them. The score is in the hover of the dot
-    on an edge.
+    Wide is strong, red is above zero, blue below. `scores` is an EdgeScores, or pairs of (writer, reader) and score, as
+    its `top` returns. Layers go upwards: readers (queries, keys and values) below the heads that they feed, MLPs above
+    them. The score is in the hover of the dot on an edge.
     """
     edges = scores.top(top) if hasattr(scores, "top") else strongest(scores, top)
     if not edges:
@@ -31,14 +32,16 @@ def circuit(scores: Any, *, top: int = 20, **look: Unpack[Look]) -> go.Figure:
         figure.add_scatter(**curve(seats[writer], seats[reader], score, most))
     figure.add_scatter(**links(seats))
     figure.add_scatter(**dots(seats, edges))
-    figure.add_scatter(**nodes(seats))
+    figure.update_layout(annotations=nodes(seats))
     layers = sorted({y for _, y in seats.values()})
     figure.update_xaxes(visible=False, range=[-0.08, 1.08])
     figure.update_yaxes(visible=False)
     figure.update_layout(showlegend=False)
     sign = str(getattr(scores, "about", {}).get("sign", ""))
     tall: Look = {"height": 90 + 46 * len(layers)}
-    return dressed(figure, f"The {len(edges)} strongest edges", about, (sign,), **(tall | look))  # type: ignore[arg-type]
+    return dressed(
+        figure, f"The {len(edges)} strongest edges: red above zero, blue below", about, (sign,), **(tall | look)
+    )  # type: ignore[arg-type]
 
 
 def strongest(scores: Mapping[Edge, float] | Sequence[tuple[Edge, float]], top: int) -> list[tuple[Edge, float]]:
@@ -83,7 +86,7 @@ def curve(start: tuple[float, int], end: tuple[float, int], score: float, most: 
         "x": x0 + (x1 - x0) * smooth,
         "y": y0 + (y1 - y0) * STEPS,
         "mode": "lines",
-        "line": {"width": width, "color": color, "dash": "solid" if score > 0 else "dash"},
+        "line": {"width": width, "color": color},
         "opacity": 0.65,
         "hoverinfo": "skip",
     }
@@ -117,15 +120,7 @@ def links(seats: Mapping[str, tuple[float, int]]) -> dict[str, Any]:
     return {"x": x, "y": y, "mode": "lines", "line": {"width": 1, "color": FAINT}, "hoverinfo": "skip"}
 
 
-def nodes(seats: Mapping[str, tuple[float, int]]) -> dict[str, Any]:
-    """The parts, each with its name."""
-    return {
-        "x": [x for x, _ in seats.values()],
-        "y": [y for _, y in seats.values()],
-        "text": [shown(name) for name in seats],
-        "mode": "markers+text",
-        "textposition": "middle right",
-        "textfont": {"size": 11},
-        "marker": {"size": 10, "color": GREY},
-        "hovertemplate": "%{text}<extra></extra>",
-    }
+def nodes(seats: Mapping[str, tuple[float, int]]) -> list[dict[str, Any]]:
+    """The parts, each its name on a plate: white on grey reads over any edge and on any page."""
+    style = {"showarrow": False, "bgcolor": PLATE, "borderpad": 3, "font": {"size": 11, "color": "#ffffff"}}
+    return [{"x": x, "y": y, "text": shown(name), **style} for name, (x, y) in seats.items()]

@@ -8,9 +8,11 @@ import plotly.graph_objects as go
 from typing_extensions import Unpack
 
 from glmlens.plot.data import Labels, Limits, Numbers, array, labelled, pooled, title_of
-from glmlens.plot.style import MOST_CELLS, Look, bar_of, colors, dressed, shown, ticks
+from glmlens.plot.style import GREY, MOST_CELLS, WEAK, Look, bar_of, colors, dressed, shown, signed_number, ticks
 from glmlens.results import Labelled
 
+TALL = ("pos", "key", "part")  # axes whose labels are drawn steeply
+LONGER = {"part": 28, "pair": 28}  # characters of labels that name wavelengths
 WRITTEN = 400  # so many cells have their number written in them
 
 
@@ -58,6 +60,7 @@ def drawn(
     scale = colors(data.values, signed)
     if limits is not None:
         scale |= {"zmin": limits[0], "zmax": limits[1]}
+    form = number(data.values) if text is True else None
     lines = [
         f"{shown(rows)} %{{y}}, {shown(columns)} %{{x}}",
         f"{shown(what)} %{{z:.4g}}",
@@ -68,7 +71,7 @@ def drawn(
         x=np.arange(data.shape[1]),
         y=np.arange(data.shape[0]),
         text=None if isinstance(text, bool) else text,
-        texttemplate=(number(data.values) if text else None) if isinstance(text, bool) else "%{text}",
+        texttemplate=(form if not signed else None) if isinstance(text, bool) else "%{text}",
         textfont={"size": 10},
         customdata=more[1] if more else None,
         hovertemplate="<br>".join(lines) + "<extra></extra>",
@@ -77,10 +80,24 @@ def drawn(
         **scale,
     )
     figure = go.Figure(heat)
-    ticks(figure, "x", data.labels[columns], columns)
-    ticks(figure, "y", data.labels[rows], rows, down=down, room=30)
-    tall = {"height": max(150, min(24 * data.shape[0], 560)) + (110 if columns in ("pos", "key") else 50)}
-    return dressed(figure, name or title_of(data), data.about, (*notes, note), **(tall | (look or {})))  # type: ignore[arg-type]
+    if form and signed:
+        figure.add_scatter(**written(data.values, form))
+    ticks(figure, "x", data.labels[columns], columns, most=LONGER.get(columns, 16))
+    ticks(figure, "y", data.labels[rows], rows, down=down, room=30, most=LONGER.get(rows, 16))
+    tall = {"height": max(150, min(24 * data.shape[0], 560)) + (110 if columns in TALL else 50)}
+    known = {**({} if what == "value" else {"metric": what}), **data.about}
+    return dressed(figure, name or title_of(data), known, (*notes, note), **(tall | (look or {})))  # type: ignore[arg-type]
+
+
+def written(values: np.ndarray, form: str) -> dict[str, Any]:
+    """Signed numbers over their cells: grey where the page shows through, else white."""
+    y, x = np.nonzero(np.isfinite(values))
+    found = values[y, x]
+    most = float(np.abs(found).max(initial=0)) or 1.0
+    text = [signed_number(form.replace("%{z", "{0"), v) for v in found.tolist()]
+    color = ["#ffffff" if abs(v) > WEAK * most else GREY for v in found.tolist()]
+    style = {"mode": "text", "textfont": {"size": 10, "color": color}, "hoverinfo": "skip"}
+    return {"x": x, "y": y, "text": text, **style}
 
 
 def number(values: np.ndarray) -> str | None:
@@ -130,9 +147,9 @@ def logit_lens(
     data = sheets[show] if show != "probability" else sheets["probability"].at(rank=0)
     about = {key: said for key, said in data.about.items() if key != "direction"}
     data = Labelled(array(data.values), data.axes, data.labels, about).stride("pos", step)
-    written: np.ndarray | bool = False
+    words: np.ndarray | bool = False
     if data.shape[1] <= 18:
-        written = np.array([[shown(t, 8) for t in row] for row in word.values[..., 0]])
+        words = np.array([[shown(t, 8) for t in row] for row in word.values[..., 0]])
     note = f"one position of every {step} is drawn, of {sheets['kl'].shape[1]:,}" if step > 1 else ""
     name = {"probability": "Logit lens: the most probable next token after each layer"}.get(
         show, f"Logit lens: {data.about.get('metric', show)}"
@@ -144,7 +161,7 @@ def logit_lens(
         False,
         most=max_cells,
         look=look,
-        text=written,
+        text=words,
         more=more,
         name=name,
         notes=(note,),

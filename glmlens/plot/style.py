@@ -11,8 +11,17 @@ import plotly.io
 
 GREY = "#808080"  # reads on white and on black
 FAINT = "rgba(128,128,128,0.25)"
-SIGNED, MAGNITUDE = "RdBu_r", "Viridis"
+MAGNITUDE = "Viridis"
 POSITIVE, NEGATIVE = "#D6604D", "#4393C3"
+WEAK = 0.07  # of the largest: below this a signed colour is so faint that numbers on it are grey
+SIGNED = (  # nothing is no colour: on white and on black, zero is the page; else as bright everywhere, for white text
+    (0, "rgb(20,110,215)"),
+    (0.43, "rgb(85,105,130)"),
+    (0.5, "rgba(85,105,130,0)"),
+    (0.5, "rgba(150,85,75,0)"),
+    (0.57, "rgb(150,85,75)"),
+    (1, "rgb(214,40,50)"),
+)
 SERIES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")  # Okabe and Ito 2008
 MOST_CELLS = 256  # along an axis
 LONG = 110  # characters of a line under the title
@@ -60,16 +69,20 @@ plotly.io.templates["glmlens"] = TEMPLATE
 
 
 class Look(TypedDict, total=False):
-    """What every figure takes: its title and the line under it (HTML-free text), and its size in pixels."""
+    """What every figure takes: its title and the line under it (HTML-free text), and its size in pixels.
+
+    `about` says what plain numbers are of, under the title: "prompt", "metric", "model", as results say it themselves.
+    """
 
     title: str
     subtitle: str
+    about: Mapping[str, str]
     height: int
     width: int
 
 
 def shown(text: object, most: int | None = None) -> str:
-    """Text that Plotly and HTML show as it is: markup escaped, no mathematics begun, nothing invisible."""
+    """Text that Plotly and HTML show as it is: markup escaped, no mathematics or field begun."""
     return markup(shortened(visible(str(text)), most))
 
 
@@ -78,7 +91,7 @@ def shortened(text: str, most: int | None) -> str:
 
 
 def markup(text: str) -> str:
-    return escape(text, quote=False).replace("$", "&#36;")
+    return escape(text, quote=False).replace("$", "&#36;").replace("%{", "&#37;{")
 
 
 def visible(text: str) -> str:
@@ -93,9 +106,10 @@ def hidden(c: str) -> bool:
 def dressed(
     figure: go.Figure,
     name: str,
-    about: Mapping[str, str],
+    known: Mapping[str, str],
     notes: Sequence[str] = (),
     *,
+    about: Mapping[str, str] | None = None,
     room: int = 0,
     title: str | None = None,
     subtitle: str | None = None,
@@ -106,14 +120,14 @@ def dressed(
 
     `room` is of pixels between these and the figure.
     """
-    said = subtitle_of(about) if subtitle is None else [subtitle]
+    head = name if title is None else title
+    said = subtitle_of({**known, **(about or {})}, head) if subtitle is None else [subtitle]
     lines = [line for line in (*said, " · ".join(filter(None, notes))) if line]
     small = "<br>".join(shown(line, LONG) for line in lines)
-    above = 46 + 17 * len(lines) + room
-    text = shown(name if title is None else title, 90)
+    above = 52 + 17 * len(lines) + room
     figure.update_layout(
         template=TEMPLATE,
-        title={"text": text, "subtitle": {"text": small, "font": {"size": 12}}},
+        title={"text": shown(head, 90), "subtitle": {"text": small, "font": {"size": 12}}},
         height=height + above,
         width=width,
         margin={"l": 70, "r": 20, "t": above, "b": 50},
@@ -121,11 +135,15 @@ def dressed(
     return figure
 
 
-def subtitle_of(about: Mapping[str, str]) -> list[str]:
-    """What a result says of itself, in a line for the prompt and a line for the rest."""
+def subtitle_of(about: Mapping[str, str], title: str) -> list[str]:
+    """What a result says of itself, less what is in the title: a line for the prompt and a line for the rest."""
     first = [about["prompt"]] if "prompt" in about else []
     words = {"metric": "{}", "direction": "{}", "pairs": "{} pairs", "model": "model {}"}
-    said = [word.format(about[what]) for what, word in words.items() if what in about]
+    said = [
+        word.format(about[what])
+        for what, word in words.items()
+        if about.get(what) and about[what].lower() not in title.lower()
+    ]
     return first + ([" · ".join(said)] if said else [])
 
 
@@ -156,12 +174,19 @@ def ticks(
     over = {"overlaying": axis, "matches": axis, "side": "bottom" if axis == "x" else "left", "range": ends}
     figure.update_layout({f"{axis}axis": full | {"showticklabels": False}, f"{axis}axis2": brief | over | said})
     nowhere = {"x": [None], "y": [None], f"{axis}axis": f"{axis}2"}  # an axis is drawn only if a trace is on it
-    figure.add_scatter(**nowhere, hoverinfo="skip")
+    figure.add_scatter(**nowhere, hoverinfo="skip", showlegend=False)
+
+
+def signed_number(form: str, value: float) -> str:
+    """A number as text; what is rounded to nothing has no sign."""
+    text = form.format(value)
+    return text if any(c in "123456789" for c in text) else form.replace("+", "").format(0.0)
 
 
 def bar_of(what: str) -> dict[str, Any]:
     """The bar that tells what the colours stand for."""
-    return {"title": {"text": "<br>".join(map(shown, wrap(what, 12)))}, "thickness": 12, "outlinewidth": 0}
+    lines = [*map(shown, wrap(what, 12)), "\u00a0"]  # an empty line keeps the highest number free
+    return {"title": {"text": "<br>".join(lines)}, "thickness": 12, "outlinewidth": 0}
 
 
 def colors(values: Any, signed: bool) -> dict[str, Any]:

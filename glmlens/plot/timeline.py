@@ -1,6 +1,6 @@
 """A generation, step by step: what was chosen, how sure the model was, and what else it might have said."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from math import ceil
 from typing import Any
 
@@ -14,15 +14,17 @@ from glmlens.plot.style import FAINT, GREY, SERIES, Look, dressed, shown
 
 
 def generation(
-    steps: Iterable[Any], label: Callable[[int], str] = str, *, row: int = 0, top: int = 8, **look: Unpack[Look]
+    steps: Any, label: Callable[[int], str] | None = None, *, row: int = 0, top: int = 8, **look: Unpack[Look]
 ) -> go.Figure:
     """Above, each chosen token's probability and the entropy of its step (nats); below, the `top` tokens of one step.
 
-    `steps` are those of `lens.stream`, or any objects with `tokens` [batch] and `logits` [batch, vocab]; `label` names
-    a token id, as `lens.tokenizer.label` does. The slider goes through the steps, in a saved file too. Probabilities
-    are of the model's logits, before any temperature.
+    `steps` is a timeline, or the steps of `lens.stream`: any objects with `tokens` [batch] and `logits` [batch, vocab];
+    `label` names a token id, as `lens.tokenizer.label` does. Say what plain steps are of by `about={"prompt": ...}`.
+    The slider goes through the steps, in a saved file too. Probabilities are of the model's logits, before any
+    temperature.
     """
-    read = [reading(step, row, top) for step in steps]
+    label = label or named_by(steps)
+    read = [reading(step, row, top) for step in getattr(steps, "moments", steps)]
     if not read:
         raise ValueError("a generation of no steps has nothing to show")
     chosen = [label(ids) for ids, *_ in read]
@@ -34,19 +36,32 @@ def generation(
     ticktext = [f"{i} {shown(t, 12)}" for i, t in enumerate(chosen)]
     figure.update_xaxes(tickvals=list(range(len(read))), ticktext=ticktext, tickangle=-55, row=1, col=1)
     figure.update_xaxes(range=[0, 1.12], tickformat=".0%", gridcolor=FAINT, showgrid=True, row=2, col=1)
-    figure.update_yaxes(title="probability", range=[0, 1.05], gridcolor=FAINT, showgrid=True, row=1, col=1)
+    figure.update_yaxes(title="probability", range=[-0.03, 1.05], gridcolor=FAINT, showgrid=True, row=1, col=1)
     most = max(h for _, _, h, *_ in read)
-    figure.update_yaxes(
-        title="entropy, nats", range=[0, 1.05 * ceil(max(most, 0.1))], tickformat=".1f", row=1, col=1, secondary_y=True
-    )
+    ends = [share * ceil(max(most, 0.1)) for share in (-0.03, 1.05)]
+    figure.update_yaxes(title="entropy, nats", range=ends, tickformat=".1f", row=1, col=1, secondary_y=True)
     figure.update_yaxes(**names(read[0], label), row=2, col=1)
     figure.frames = [frame(i, step, label) for i, step in enumerate(read)]
     figure.update_layout(
         sliders=[slider(ticktext)], showlegend=True, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
     )
     tall: Look = {"height": 620}
-    dressed(figure, "A generation, step by step", {}, room=24, **(tall | look))  # type: ignore[arg-type]
+    known = said_by(steps)
+    edits = f"edits: {known['edits']}" if known.get("edits", "none") != "none" else ""
+    dressed(figure, "A generation, step by step", known, (edits,), room=24, **(tall | look))  # type: ignore[arg-type]
     return figure.update_layout(margin={"b": 90})
+
+
+def named_by(steps: Any) -> Callable[[int], str]:
+    """How a timeline's model names its tokens; ids for plain steps, and for a model without a tokenizer."""
+    tokenizer = getattr(getattr(steps, "lens", None), "tokenizer", None)
+    return tokenizer.label if tokenizer else str
+
+
+def said_by(steps: Any) -> Mapping[str, str]:
+    """What a timeline says of itself, and what is drawn."""
+    about = steps.entropy().about if hasattr(steps, "moments") else {}
+    return {**about, "metric": "probability of the chosen token, and entropy", "direction": ""}
 
 
 Reading = tuple[int, float, float, np.ndarray, np.ndarray]
@@ -54,12 +69,13 @@ Reading = tuple[int, float, float, np.ndarray, np.ndarray]
 
 
 def reading(step: Any, row: int, top: int) -> Reading:
-    logits = array(step.logits)[row].astype(float)
+    logits = array(step.logits)
+    logits = (logits[row] if logits.ndim == 2 else logits).astype(float)
     p = np.exp(logits - logits.max())
     p /= p.sum()
     best = np.argsort(-p, kind="stable")[:top]
     entropy = -float((p[p > 0] * np.log(p[p > 0])).sum())
-    chosen = int(array(step.tokens)[row]) if not hasattr(step.tokens, "tolist") else int(step.tokens.tolist()[row])
+    chosen = int(step.token if hasattr(step, "token") else step.tokens.tolist()[row])
     return chosen, float(p[chosen]), entropy, best, p[best]
 
 

@@ -1,0 +1,54 @@
+"""Checks of tutorial 2, hooks."""
+
+from typing import Any
+
+import torch
+
+from glmlens.course.verdict import demand, equal, exercise, lens
+from glmlens.hooks import Edit, Hooks
+
+PROMPT = "When Mary and John went to the store, John gave a drink to"
+OTHER = "When Mary and John went to the store, Mary gave a drink to"
+
+
+@exercise("a function of a head that returns a hook")
+def exercise_2_1(silence: Any) -> str:
+    hooks = [(head, silence(head)) for head in (0, 3, 7)]  # all made before any is used
+    for head, hook in hooks:
+        demand(callable(hook), f"silence({head}) must return a function, the hook; it returned {hook!r:.60}")
+        _, before = lens().run_with_cache(PROMPT, "blocks.2.attn.z")
+        _, after = lens().run_with_cache(PROMPT, "blocks.2.attn.z", {"blocks.2.attn.z": hook})
+        right = before["attn.z", 2].index_fill(2, torch.tensor(head), 0)
+        demand(bool((after["attn.z", 2][:, :, head] == 0).all()), f"silence({head}) leaves head {head} alive")
+        equal(after["attn.z", 2], right, f"silence({head}) changes other heads too: which axis is the head's?")
+    return "each hook silences its own head, and no other"
+
+
+@exercise("a hook, fn(x, point)")
+def exercise_2_2(read_mary: Edit) -> str:
+    names = ("embed",)
+    _, found = lens().run_with_cache(PROMPT, names, {"embed": read_mary})
+    _, clean = lens().run_with_cache(PROMPT, names)
+    changed = (found["embed"] != clean["embed"]).any(-1)[0].nonzero().flatten().tolist()
+    word = lens().to_labels(PROMPT)
+    said = ", ".join(f"{i} ({word[i]})" for i in changed) or "none"
+    demand(len(changed) == 1, f"positions that changed: {said}; one should")
+    demand(word[changed[0]] == "·John", f"the position that changed is {said}: does your count begin with the prefix?")
+    demand(changed[0] > 6, "this is the first John; who gives is named by the second")
+    equal(lens().run_with_hooks(PROMPT, {"embed": read_mary}), lens()(OTHER), "it should read the embedding of ·Mary")
+    return f"the same logits as those of {OTHER!r}"
+
+
+@exercise("hooks, {point: hook}")
+def exercise_2_3(hooks: Hooks) -> str:
+    she = lens().to_single_token(" She")
+    plain, run = (lens().generate(PROMPT, 8, names="logits", hooks=given) for given in (None, hooks))
+    logits, before = run.acts["logits"][0], plain.acts["logits"][0]  # [step, vocab]
+    chosen = plain.new_tokens[0].tolist().index(she)
+    early = [step for step in range(chosen) if not torch.equal(logits[step], before[step])]
+    demand(not early, f"logits of step {early[:1]} changed too: is it the step that chooses 'She'? They count from 0")
+    demand(bool(logits[chosen, she] == -torch.inf), f"in step {chosen}, which chooses 'She', its logit is not -∞")
+    others = torch.arange(logits.shape[1]) != she
+    equal(logits[chosen][others], before[chosen][others], "the logits of other words should stay")
+    demand(bool(logits[chosen + 1 :].isfinite().all()), "the word is banned at later steps too")
+    return f"now it says {run.text!r}"

@@ -1,0 +1,112 @@
+"""What is said of an answer: nothing yet, right, or what is wrong with it and where to look."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glmlens.lens import Lens, load
+
+
+class Wrong(Exception):
+    """An answer that is not right; the message is for the learner and does not give the answer away."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is said of an answer; `right` is None as long as there is none."""
+
+    exercise: str
+    right: bool | None
+    said: str
+
+    def __repr__(self) -> str:
+        mark = {None: "… no answer yet", True: "✓ right", False: "✗ not yet"}[self.right]
+        return f"{mark} (exercise {self.exercise}): {self.said}"
+
+
+def exercise(asked: str) -> Callable[[Callable[..., str]], Callable[..., Verdict]]:
+    """A check of answers, made of a function that returns what to say of right ones, and raises Wrong for others.
+
+    The function is called `exercise_3_1`; `asked` says what to put in place of `...`. What else is raised while a
+    learner's function is tried is said too: a check never ends the run of a notebook.
+    """
+
+    def decorate(judge: Callable[..., str]) -> Callable[..., Verdict]:
+        number = judge.__name__.removeprefix("exercise_").replace("_", ".")
+
+        @wraps(judge)
+        def check(*answers: Any) -> Verdict:
+            if any(answer is ... for answer in answers):
+                return Verdict(number, None, f"in place of ... put {asked}")
+            try:
+                return Verdict(number, True, judge(*answers))
+            except Wrong as e:
+                return Verdict(number, False, str(e))
+            except Exception as e:
+                return Verdict(number, False, f"it raised {type(e).__name__}: {e}")
+
+        return check
+
+    return decorate
+
+
+@cache
+def lens() -> Lens:
+    """The small GLM that the course looks into, in float32."""
+    return load(dtype="float32")
+
+
+# ---- what answers are held against ----
+
+
+def demand(holds: bool, otherwise: str) -> None:
+    """Raise Wrong with `otherwise` unless it holds."""
+    if not holds:
+        raise Wrong(otherwise)
+
+
+def number(answer: Any) -> float:
+    """The answer as a number; Wrong for what is none."""
+    try:
+        return float(answer)
+    except (TypeError, ValueError, RuntimeError):
+        raise Wrong(f"expected one number, got {described(answer)}") from None
+
+
+def tensor(answer: Any, like: Tensor) -> Tensor:
+    """The answer as a tensor of the shape of another; Wrong for another shape."""
+    demand(isinstance(answer, Tensor), f"expected a tensor, got {described(answer)}")
+    demand(answer.shape == like.shape, f"expected the shape {tuple(like.shape)}, got {tuple(answer.shape)}")
+    return answer
+
+
+def equal(answer: Any, right: Tensor, otherwise: str, within: float = 1e-4) -> None:
+    """Raise Wrong unless the answer is this tensor, to within this much of its largest number."""
+    gap = float((tensor(answer, right).to(torch.float64) - right.to(torch.float64)).abs().max())
+    bound = within * float(right.abs().max())
+    demand(gap <= bound, f"{otherwise} (the largest difference is {gap:.3g})")
+
+
+def head(answer: Any) -> tuple[int, int]:
+    """The answer as (layer, head); Wrong for what is no head of this model."""
+    try:
+        layer, number = map(int, answer)
+    except (TypeError, ValueError):
+        raise Wrong(f"expected (layer, head), got {described(answer)}") from None
+    layers, heads = lens().cfg.n_layers, lens().cfg.n_heads
+    there = 0 <= layer < layers and 0 <= number < heads
+    demand(there, f"there is no head {layer}.{number}: layers are 0 to {layers - 1}, heads 0 to {heads - 1}")
+    return layer, number
+
+
+def described(answer: Any) -> str:
+    """What an answer is, in a word."""
+    if isinstance(answer, Tensor):
+        return f"a tensor of shape {tuple(answer.shape)}"
+    if callable(answer):
+        return f"the function {getattr(answer, '__name__', answer)!r} itself: call it"
+    return repr(answer)[:80]

@@ -1,0 +1,151 @@
+"""Rotary figures: what each frequency pair adds to a score, what position alone does, and what surgery breaks."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+from typing_extensions import Unpack
+
+from glmlens.plot.bars import bars
+from glmlens.plot.data import array, pooled
+from glmlens.plot.heatmaps import drawn
+from glmlens.plot.lines import lines
+from glmlens.plot.style import MAGNITUDE, MOST_CELLS, Look, bar_of, dressed, shown
+from glmlens.results import Labelled
+
+ALONE = {
+    "pattern": "as it is",
+    "rotary_alone": "rotated channels alone",
+    "content_alone": "content alone",
+    "position_alone": "position alone",
+}
+SOUGHT = {
+    "previous": "the token before",
+    "duplicate": "the same token said before",
+    "induction": "what followed the same token before",
+}
+ROUND = [[0, "#2f1436"], [0.25, "#6276ba"], [0.5, "#e2d9e2"], [0.75, "#b2614f"], [1, "#2f1436"]]  # -pi looks as pi does
+
+
+def score_by_pair(parts: Any, query: int | str = -1, *, max_cells: int = MOST_CELLS, **look: Unpack[Look]) -> go.Figure:
+    """What each frequency pair, and the content, adds to one query's score of every key [part, key].
+
+    `parts` is the result of `score_parts`; a pair's label says its wavelength in tokens. Keys that the query cannot
+    see stay empty.
+    """
+    asked, data = asked_of(parts, "part", query)
+    named = Labelled(array(data.values).T, ("part", "key"), data.labels, without(data.about, "metric"))
+    name = f"Score of query {asked} by frequency pair"
+    return drawn(named, "part of the score", True, True, most=max_cells, look=look, name=name)
+
+
+def rotary_angles(parts: Any, query: int | str = -1, *, max_cells: int = MOST_CELLS, **look: Unpack[Look]) -> go.Figure:
+    """By how much each pair has turned between one query and every key [pair, key], in radians from -pi to pi.
+
+    `parts` is the result of `score_parts`. -pi and pi have one colour, for they are one angle.
+    """
+    asked, data = asked_of(parts, "angle", query)
+    turned = (array(data.values).T + np.pi) % (2 * np.pi) - np.pi
+    named = Labelled(turned, ("pair", "key"), data.labels, without(data.about, "metric"))
+    name = f"Angle between query {asked} and every key"
+    figure = drawn(named, "radians", False, True, (-np.pi, np.pi), max_cells, look, name=name)
+    return figure.update_traces(colorscale=ROUND, selector={"type": "heatmap"})
+
+
+def asked_of(parts: Any, sheet: str, query: int | str) -> tuple[str, Labelled]:
+    """One query of a sheet [query, key, part or pair], and its label."""
+    data = parts.sheets()[sheet].at(query=query)
+    return data.about["query"], data
+
+
+def without(about: Any, *keys: str) -> dict[str, str]:
+    return {key: said for key, said in about.items() if key not in keys}
+
+
+def rotary_patterns(parts: Any, *, max_cells: int = 128, **look: Unpack[Look]) -> go.Figure:
+    """A head's pattern beside what it would be by its rotated channels, its content, or position alone.
+
+    `parts` is the result of `score_parts`. All have one scale of colours, from 0 to 1; the first query is on top.
+    """
+    sheets = [parts.sheets()[name] for name in ALONE]
+    small = [pooled(Labelled(array(x.values), x.axes, x.labels, x.about), max_cells) for x in sheets]
+    figure = make_subplots(
+        2, 2, subplot_titles=list(ALONE.values()), shared_xaxes=True, shared_yaxes=True, vertical_spacing=0.07,
+        horizontal_spacing=0.04,
+    ).update_annotations(font_size=12)  # fmt: skip
+    for i, (words, (data, _)) in enumerate(zip(ALONE.values(), small, strict=True)):
+        figure.add_trace(sheet(data, words), 1 + i // 2, 1 + i % 2)
+    data, note = small[0]
+    named(figure, data.labels["query"], data.labels["key"])
+    figure.update_layout(coloraxis={"colorscale": MAGNITUDE, "cmin": 0, "cmax": 1, "colorbar": bar_of("attention")})
+    about = {**data.about, "metric": "attention"}
+    tall: Look = {"height": 700}
+    return dressed(figure, "Content against position", about, (note,), room=24, **(tall | look))  # type: ignore[arg-type]
+
+
+def sheet(data: Labelled, words: str) -> go.Heatmap:
+    hover = f"query %{{y}}, key %{{x}}<br>attention %{{z:.4g}}<extra>{words}</extra>"
+    at = {"x": np.arange(data.shape[1]), "y": np.arange(data.shape[0])}
+    return go.Heatmap(z=data.values, hovertemplate=hover, hoverongaps=False, coloraxis="coloraxis", **at)
+
+
+def named(figure: go.Figure, queries: Sequence[str], keys: Sequence[str]) -> None:
+    """Integer places with at most 24 labels along every axis, the first query on top."""
+    for axis, labels in (("xaxes", keys), ("yaxes", queries)):
+        step = -(-len(labels) // 24)
+        ticks = {"tickvals": list(range(len(labels)))[::step], "ticktext": [shown(t, 14) for t in labels[::step]]}
+        getattr(figure, f"update_{axis}")(**ticks)
+    figure.update_yaxes(range=[len(queries) - 0.5, -0.5]).update_yaxes(title="query", col=1)
+    figure.update_xaxes(tickangle=-55).update_xaxes(title="key", row=2)
+
+
+def attention_by_distance(
+    profile: Any, layer: int | str, *, show: str = "attention", **look: Unpack[Look]
+) -> go.Figure:
+    """What every head of a layer would attend to by distance alone, a line per head; `show` is "attention" or "score".
+
+    `profile` is the result of `distance_profile`. Scores are those before the softmax.
+    """
+    if show not in ("attention", "score"):
+        raise ValueError(f"show is {show!r}; choose from 'attention', 'score'")
+    data = profile.sheets()[show].at(layer=layer)
+    heads = [f"head {head}" for head in data.labels["head"]]
+    metric = f"{show.capitalize()} by distance alone, layer {data.about['layer']}"
+    about = {**without(data.about, "direction"), "metric": metric}
+    far = "distance, tokens"
+    series = Labelled(data.values, ("head", far), {"head": heads, far: data.labels["distance"]}, about)
+    return lines(series, along=far, what=show, **look)
+
+
+def pair_use(use: Any, kind: str = "induction", *, top: int = 24, **look: Unpack[Look]) -> go.Figure:
+    """By how much each frequency pair lifts the score of what heads look for [head, part], of the `top` heads.
+
+    `use` is the result of `pair_use`, `kind` is "previous", "duplicate" or "induction". The heads whose parts sum to
+    most stand on top.
+    """
+    sheets = use.sheets()
+    if kind not in sheets:
+        raise ValueError(f"kind is {kind!r}; this result has {', '.join(sheets)}")
+    data = sheets[kind]
+    values = array(data.values).reshape(-1, data.shape[2])
+    order = np.argsort(-values.sum(1), kind="stable")[:top]
+    heads = [f"{layer}.{head}" for layer in data.labels["layer"] for head in data.labels["head"]]
+    labels = {"head": [heads[i] for i in order], "part": data.labels["part"]}
+    best = Labelled(values[order], ("head", "part"), labels, without(data.about, "direction"))
+    note = f"the {len(order)} heads with the largest sums, of {len(heads):,}" if len(order) < len(heads) else ""
+    name = f"Pairs by which heads find {SOUGHT.get(kind, kind)}"
+    return drawn(best, "score", True, True, look=look, name=name, notes=(note,))
+
+
+def breakage(result: Any, show: str = "kl", **look: Unpack[Look]) -> go.Figure:
+    """What each surgery breaks, a bar each, the first on top: `show` is "kl", "loss" (both in nats) or "agreement"."""
+    sheets = result.sheets()
+    if show not in sheets:
+        raise ValueError(f"show is {show!r}; this result has {', '.join(sheets)}")
+    data = sheets[show]
+    units = {"kl": "nats", "loss": "nats", "agreement": "share of positions with the same next token"}
+    title = f"What surgery breaks: {units[show] if show == 'agreement' else data.about.get('metric', show)}"
+    known: Look = {"title": title}
+    return bars(data, what=units.get(show, show), top=len(data.labels["surgery"]), **(known | look))

@@ -1,0 +1,19 @@
+"""Token texts that other tools have run, swallowed or garbled: every surface shows them as they are."""
+
+HOSTILE = [
+    "<script>window.ran=1</script>",
+    "<img src=x onerror=window.ran=1>",
+    "</script><b>",
+    "<b>bold</b>",
+    "$x^2$",
+    "\ud83d",
+    "\ufffd",
+    "&lt;",
+    '" onmouseover="window.ran=1',
+    "<a href='https://example.com'>a</a>",
+    "%{z}<br>",
+    "the",
+    "the",
+    "a\nb",
+    "\u202eabc",
+]
