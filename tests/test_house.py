@@ -22,6 +22,7 @@ analysis.probes analysis.selfcheck analysis
 patch.sites patch.changes patch.interventions patch.running patch.metrics patch.waves patch.engine
 patch.evaluate patch.store patch.grid patch.sweep
 patch.worlds patch.steer patch.gradients patch.graph patch.edges patch.attribute
+patch.paths patch.circuits patch.rotary patch.moments patch.timeline patch
 plot.style plot.data plot.heatmaps plot.heads plot.bars plot.lines plot.rotary plot.entries plot.timeline
 plot.graph plot.tokens plot report
 widgets.base widgets.heads widgets.attention widgets
