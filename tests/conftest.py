@@ -140,6 +140,18 @@ def real_model():
     return cache
 
 
+@pytest.fixture(scope="session")
+def lab():
+    """One JupyterLab in a browser for all tests, each with a cell of its own."""
+    from lab import Lab, missing
+
+    if missing():
+        pytest.skip(f"no {missing()} here")
+    lab = Lab()
+    yield lab
+    lab.close()
+
+
 @pytest.fixture
 def fixtures():
     folder = SHARED / "fixtures"

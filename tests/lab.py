@@ -1,5 +1,6 @@
-"""A JupyterLab of its own, seen through a headless Chromium: runs cells, waits for what is on the page, types, clicks."""
+"""A JupyterLab of its own, seen through a headless Chromium: runs cells, waits for what is there, types, clicks."""
 
+import base64
 import json
 import os
 import shutil
@@ -108,7 +109,7 @@ class Lab(Browser):
         return [url for url in self.requests if not url.startswith(known)]
 
     def cell(self, source, fails=False):
-        """Make this the notebook's only cell and run it to its end; AssertionError when it raises (unless it `fails`)."""
+        """Make this the notebook's only cell and run it; AssertionError when it raises, unless it `fails`."""
         raised = json.loads(self.run(f"{RUN}({json.dumps(source)})"))
         assert fails or not raised, raised
         return raised
@@ -116,7 +117,10 @@ class Lab(Browser):
     def wait(self, expression, seconds=PATIENCE):
         """Wait until a JavaScript expression is true, and return its value; TimeoutError with what the page shows."""
         end = time.monotonic() + seconds
-        while not (found := self.run(f"(() => {{ try {{ return {expression} }} catch {{ return null }} }})()")):
+        asked = (
+            f"(() => {{ try {{ const x = {expression}; return x instanceof Node || x }} catch {{ return null }} }})()"
+        )
+        while not (found := self.run(asked)):
             if time.monotonic() > end:
                 text = self.run(f"({OUTPUT} || document.body).innerText.slice(0, 2000)")
                 raise TimeoutError(f"{expression}\nerrors: {self.errors}\npage: {text}")
@@ -171,8 +175,6 @@ class Lab(Browser):
         box = self.run(f"(r => [r.x, r.y, r.width, r.height])({OUTPUT}.getBoundingClientRect())")
         clip = dict(zip(("x", "y", "width", "height"), box, strict=True), scale=1)
         shot = self.call("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)
-        import base64
-
         Path(path).write_bytes(base64.b64decode(shot["data"]))
         self.call("Emulation.setDeviceMetricsOverride", **self.size)
 

@@ -1,5 +1,6 @@
 """Attention: all heads of a layer, one of them whole, and what every token reads."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,9 @@ class Layer:
         return self.pattern * self.norms[:, None] if by_value else self.pattern
 
 
+NOWHERE = Layer(-1, torch.zeros(0, 0, 0), torch.zeros(0, 0))
+
+
 class AttentionExplorer(Explorer):
     """Who attends to what: the heads of a layer side by side, one of them whole, and the tokens of the prompt.
 
@@ -63,14 +67,14 @@ class AttentionExplorer(Explorer):
             "by": W.ToggleButtons(options=["both", "query", "key"], value="both", style={"button_width": "60px"}),
             "by_value": W.Checkbox(False, description="by length of value", indent=False, layout={"width": "auto"}),
         }
-        super().__init__(lens, {"prompt": box}, places, [self.heads], {"prompt": prompt})
-        self.read: Said | None = None
-        self.layer: Layer | None = None
+        self.read = Said([], [])
+        self.layer = NOWHERE
         self.drawn: tuple[Any, ...] = ()
-        self.run()
+        super().__init__(lens, {"prompt": box}, places, [self.heads], {"prompt": prompt})
+        self.first()
 
-    def compute(self, prompt: Prompt) -> Said:
-        tokens = self.lens.to_tokens(prompt)
+    def compute(self, inputs: Mapping[str, Any]) -> Said:
+        tokens = self.lens.to_tokens(inputs["prompt"])
         if tokens.shape[0] != 1:
             raise ValueError(f"one prompt at a time, not {tokens.shape[0]}")
         n = self.lens.cfg.n_layers
@@ -85,13 +89,11 @@ class AttentionExplorer(Explorer):
 
     def show(self, found: Said | None = None) -> None:
         if found is not None:
-            self.read, self.layer, self.drawn = found, None, ()
+            self.read, self.layer, self.drawn = found, NOWHERE, ()
             last = len(found.labels) - 1
             self.places["query"].max = self.places["key"].max = last
             self._state |= {name: min(self._state[name], last) for name in ("query", "key")}
-        if self.read is None:
-            return
-        if self.layer is None or self.layer.index != self._state["layer"]:
+        if self.layer.index != self._state["layer"]:
             self.layer = self.of_layer(self._state["layer"])
         s, layer = self._state, self.layer
         changes = {name: s[name] for name in ("head", "locked", "query", "key", "by")} | {"said": self.words()}

@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from contextvars import copy_context
 from io import TextIOBase
+from numbers import Integral, Real
 from typing import Any
 
 import ipywidgets as W
 import plotly.graph_objects as go
 
 from glmlens.lens import Lens
+from glmlens.widgets.chart import Chart
 
 OFTEN = 0.1  # seconds between two signs of progress
 ROW = {"flex_flow": "row wrap", "align_items": "center"}
@@ -31,12 +33,14 @@ class Explorer(W.VBox):
     wrong in a callback appears under the views. A subclass has `compute`, `show` and `figure`.
     """
 
+    closed = True  # until it has been made
+
     def __init__(
         self,
         lens: Lens,
-        inputs: Mapping[str, W.Widget],
-        places: Mapping[str, W.Widget],
-        views: Sequence[W.Widget],
+        inputs: Mapping[str, Any],
+        places: Mapping[str, Any],
+        views: Sequence[W.Widget | Chart],
         given: Mapping[str, Any],
     ):
         self.lens, self.inputs, self.places = lens, dict(inputs), dict(places)
@@ -54,7 +58,9 @@ class Explorer(W.VBox):
         self.listen()
         work = [self.run_button, self.stop_button, self.bar, self.note]
         rows = [W.Box([*some], layout=ROW) for some in (self.inputs.values(), work, self.places.values()) if some]
-        super().__init__([*rows, *views, self.said])
+        self.charts = [view for view in views if isinstance(view, Chart)]
+        shown = [view.widget if isinstance(view, Chart) else view for view in views]
+        super().__init__([*rows, *shown, self.said])
 
     def listen(self) -> None:
         for name, control in self.inputs.items():
@@ -66,7 +72,7 @@ class Explorer(W.VBox):
 
     # ---- what a subclass has ----
 
-    def compute(self, **inputs: Any) -> Any:
+    def compute(self, inputs: Mapping[str, Any]) -> Any:
         """What the model says to these inputs: long work, that calls `tick` and touches no widget."""
         raise NotImplementedError
 
@@ -92,10 +98,16 @@ class Explorer(W.VBox):
         if strange:
             known = f"select takes {', '.join(self.places)}; run takes {', '.join(self.inputs)}"
             raise ValueError(f"no place {', '.join(sorted(strange))} to select: {known}")
-        with self.lock:
-            self._state |= {name: fitting(self.places[name], name, value) for name, value in places.items()}
-            self.synchronise()
-            self.show()
+        with self.lock, self.hushed():
+            before = self.state
+            try:
+                self._state |= {name: fitting(self.places[name], name, value) for name, value in places.items()}
+                self.show()
+            except BaseException:
+                self._state = before
+                raise
+            finally:
+                self.synchronise()
 
     def run(self, **inputs: Any) -> None:
         """Ask the model again, with other inputs if some are given; returns when it has answered.
@@ -110,10 +122,17 @@ class Explorer(W.VBox):
             raise ValueError(f"no input {', '.join(sorted(strange))}: {known}")
         self.begin()
         try:
-            self.wanted |= inputs
-            self.answer()
+            self.answer(self.wanted | inputs)
         finally:
             self.end()
+
+    def first(self) -> None:
+        """Run as soon as it is made; what goes wrong leaves nothing behind."""
+        try:
+            self.run()
+        except BaseException:
+            self.close()
+            raise
 
     def start(self) -> None:
         """Run in a thread of its own, as the Run button does; what goes wrong appears under the views."""
@@ -137,16 +156,17 @@ class Explorer(W.VBox):
     def work(self) -> None:
         try:
             with self.caught():
-                self.answer()
+                self.answer(self.wanted)
         finally:
             self.end()
 
-    def answer(self) -> None:
-        wanted = dict(self.wanted)
-        found = self.compute(**wanted)
-        with self.lock:
+    def answer(self, wanted: Mapping[str, Any]) -> None:
+        wanted = dict(wanted)
+        found = self.compute(wanted)
+        with self.lock, self.hushed():
             if not self.closed:
                 self._state |= wanted
+                self.wanted = wanted
                 self.show(found)
                 self.synchronise()
 
@@ -187,20 +207,25 @@ class Explorer(W.VBox):
             self.select(**places)
 
     def synchronise(self) -> None:
-        """Every control as the state has it, without asking again."""
+        """Every control as the state has it."""
+        for name, control in {**self.inputs, **self.places}.items():
+            if name in self.places or isinstance(self._state[name], str):
+                control.value = self._state[name]
+
+    @contextmanager
+    def hushed(self) -> Iterator[None]:
+        """Controls may be changed inside, and nothing is asked for that."""
         was, self.quiet = self.quiet, True
         try:
-            for name, control in {**self.inputs, **self.places}.items():
-                value = self._state[name]
-                if name in self.places or isinstance(value, str):
-                    control.value = value
+            yield
         finally:
             self.quiet = was
 
     @contextmanager
     def caught(self) -> Iterator[None]:
         """What is printed and what goes wrong inside appears under the views, instead of what was there."""
-        self.said.outputs = ()
+        if not self.closed:
+            self.said.outputs = ()
         with ExitStack() as stack:
             for name, redirect in (("stdout", redirect_stdout), ("stderr", redirect_stderr)):
                 stack.enter_context(overheard(name, self.say, redirect))
@@ -213,6 +238,8 @@ class Explorer(W.VBox):
 
     def say(self, name: str, text: str) -> None:
         with self.lock:
+            if self.closed:
+                return
             last = self.said.outputs[-1] if self.said.outputs else {}
             before = last["text"] if last.get("name") == name else ""
             kept = self.said.outputs[:-1] if before else self.said.outputs
@@ -222,7 +249,8 @@ class Explorer(W.VBox):
         lines = whole("".join(traceback.format_exception(e))).splitlines()
         shown = {"output_type": "error", "ename": type(e).__name__, "evalue": whole(str(e)), "traceback": lines}
         with self.lock:
-            self.said.outputs = (*self.said.outputs, shown)
+            if not self.closed:
+                self.said.outputs = (*self.said.outputs, shown)
 
     # ---- the end ----
 
@@ -233,6 +261,8 @@ class Explorer(W.VBox):
         self.stop()
         with self.lock:
             self.closed = True
+            for chart in self.charts:
+                chart.close()
             for widget in family(self):
                 widget.unobserve_all()
                 W.Widget.close(widget)
@@ -264,13 +294,16 @@ def fitting(control: Any, name: str, value: Any) -> Any:
     """The value if the control can have it; ValueError that says what there is."""
     if hasattr(control, "options"):
         known = [option[1] if isinstance(option, tuple) else option for option in control.options]
-        if value not in known:
-            raise ValueError(f"{name} {value!r} asked for; there are {', '.join(map(repr, known))}")
+        fits, there = value in known, ", ".join(map(repr, known))
     elif hasattr(control, "max"):
-        if not control.min <= value <= control.max:
-            raise ValueError(f"{name} {value!r} asked for; there are {control.min} to {control.max}")
-    elif isinstance(control, W.Checkbox | W.ToggleButton) and not isinstance(value, bool):
-        raise ValueError(f"{name} {value!r} asked for; it is True or False")
+        whole = isinstance(control, W.IntSlider)
+        fits = isinstance(value, Integral if whole else Real) and control.min <= value <= control.max
+        there = f"{control.min} to {control.max}"
+        value = int(str(value)) if fits and whole else value
+    else:
+        fits, there = isinstance(value, type(control.value)), f"a {type(control.value).__name__}"
+    if not fits:
+        raise ValueError(f"{name} {value!r} asked for; there is {there}")
     return value
 
 
@@ -281,12 +314,12 @@ class Ear(TextIOBase):
     """A stream of which one thread's text is told, and everybody else's goes where it went."""
 
     def __init__(self, name: str, tell: Tell, rest: Any):
-        self.stream, self.tell, self.rest, self.thread = name, tell, rest, threading.get_ident()
+        self.stream, self.told, self.rest, self.thread = name, tell, rest, threading.get_ident()
 
     def write(self, text: str) -> int:
         if self.thread != threading.get_ident():
             return self.rest.write(text)
-        self.tell(self.stream, text)
+        self.told(self.stream, text)
         return len(text)
 
     def flush(self) -> None:
@@ -304,7 +337,7 @@ def overheard(name: str, tell: Tell, redirect: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        ear.thread, ear.tell = 0, ignore  # others may have it for their own stream by now
+        ear.thread, ear.told = 0, ignore  # others may have it for their own stream by now
         if getattr(sys, name) is ear:
             setattr(sys, name, ear.rest)
 

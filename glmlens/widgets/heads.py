@@ -21,9 +21,9 @@ class Heads(anywidget.AnyWidget):
     """The heads of one layer on the page.
 
     Weights are bytes, 255 standing for `most`: lower triangles, row by row. `thumbs` is [head, triangle of thumb_side],
-    `cells` the triangle of `cells_of`, a block of tokens each. Where blocks are of several tokens, `top_at` (uint32) and
-    `top_weights` are the strongest links [what it reads, what reads it; token; top_k]. What somebody wishes for on the
-    page comes as a message, {"select": {...}}.
+    `cells` the triangle of `cells_of`, a block of tokens each. Where blocks are of several tokens, `top_at` (uint32)
+    and `top_weights` are the strongest links [what it reads, what reads it; token; top_k]. What somebody wishes for on
+    the page comes as a message, {"select": {...}}.
     """
 
     _esm = (Path(__file__).parent / "heads.js").read_text(encoding="utf-8")
