@@ -5,7 +5,8 @@ Each is an ipywidgets box. What a click, a slider or a key does is a call of its
 
 from glmlens.widgets.attention import AttentionExplorer
 from glmlens.widgets.base import Explorer, Stopped
+from glmlens.widgets.cache import CacheInspector
 from glmlens.widgets.chart import Chart
 from glmlens.widgets.patching import PatchExplorer
 
-__all__ = ["AttentionExplorer", "Chart", "Explorer", "PatchExplorer", "Stopped"]
+__all__ = ["AttentionExplorer", "CacheInspector", "Chart", "Explorer", "PatchExplorer", "Stopped"]
