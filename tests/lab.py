@@ -11,7 +11,10 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-from browser import Browser, chromium
+try:
+    from browser import Browser, chromium
+except ImportError:  # run as a part of tests, not by pytest
+    from tests.browser import Browser, chromium
 
 PATIENCE = 240  # seconds, for a machine that is busy with other things
 OUTPUT = "document.querySelector('.jp-Notebook .jp-OutputArea')"

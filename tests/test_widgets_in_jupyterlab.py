@@ -59,6 +59,12 @@ def control(label, inside="input"):
     return f"{found}.find(e => e.querySelector('label')?.innerText === '{label}').querySelector('{inside}')"
 
 
+def choose(label, value):
+    """Take an option of a dropdown."""
+    changed = f"(e.value = {value!r}, e.dispatchEvent(new Event('change', {{bubbles: true}})))"
+    return f"(e => {changed})({control(label, 'select')})"
+
+
 def button(text):
     return f"[...document.querySelectorAll('.jp-OutputArea button')].find(b => b.innerText === '{text}')"
 
@@ -189,14 +195,14 @@ def test_a_prompt_of_another_length_is_an_error_under_the_figures(patching):
 
 
 def test_what_a_metric_prints_and_raises_is_seen(patching):
-    patching.run(f"(e => {{ e.value = 'wrong'; e.dispatchEvent(new Event('change')) }})({control('metric', 'select')})")
+    patching.run(choose("metric", "wrong"))
     patching.click_on(button("Run"))
     patching.wait_text("measuring", ".jp-OutputArea .jp-OutputArea")
     patching.wait_text("ValueError: a metric went wrong", ".jp-OutputArea .jp-OutputArea")
 
 
 def test_long_work_shows_how_far_it_is_and_can_be_stopped(patching):
-    patching.run(f"(e => {{ e.value = 'slow'; e.dispatchEvent(new Event('change')) }})({control('metric', 'select')})")
+    patching.run(choose("metric", "slow"))
     patching.click_on(button("Run"))
     patching.wait("/\\d+ of \\d+ cells/.test(document.querySelector('.jp-OutputArea').innerText)")
     assert patching.run(f"{button('Run')}.disabled")

@@ -85,7 +85,7 @@ class CacheInspector(Generations):
         """
         self.run(change=self.chosen(what, factor))
 
-    def chosen(self, what: str, factor: float) -> Change:
+    def chosen(self, what: Any, factor: float) -> Change:
         s = self._state
         return what, s["step"], s["layer"], s["kv"], s["position"], float(factor)
 
@@ -185,7 +185,7 @@ class CacheInspector(Generations):
         self.alive()
         s, line = self._state, self.recorded()
         by, kv, step = s["by"], s["kv"], s["step"]
-        title = f"The cache of kv head {kv} before step {step} says {self.said_by(step)}"
+        title = f"Kv head {kv} before step {step} says {self.said_by(step)}"
         if by in ("keys", "values"):
             memory = line.memory(step)
             own = slice(kv, kv + 1)
@@ -224,9 +224,9 @@ class CacheInspector(Generations):
         heads = [f"{head} (kv {head // cfg.n_groups})" for head in range(cfg.n_heads)]
         labels = {"layer": layers_of(self.lens), "head": heads}
         position = data.labels["key"][s["position"]]
-        title = f"Which heads read position {position}: {READ[by]}"
-        return heatmap(data.values[:, :, s["position"]], labels, axes=("layer", "head"), what=READ[by],
-                       signed=by == "direct", title=title, subtitle="framed: the readers of the chosen entry")  # fmt: skip
+        title, of = f"What every head reads at position {position}: {READ[by]}", data.values[:, :, s["position"]]
+        signed = by == "direct"
+        return heatmap(of, labels, axes=("layer", "head"), what=READ[by], signed=signed, title=title, subtitle="")
 
     def about_entry(self) -> list[str]:
         """The chosen entry and its numbers, exactly."""

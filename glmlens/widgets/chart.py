@@ -1,6 +1,7 @@
 """A figure on the page that becomes other figures, and says which of its cells is clicked."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import plotly.graph_objects as go
@@ -28,6 +29,7 @@ class Chart:
                 for old, new in zip(widget.data, figure.data, strict=True):
                     become(old, new)
                 become(widget.layout, figure.layout)
+            self.remember()
             return
         widget.data = ()
         widget.layout = figure.layout
@@ -35,10 +37,17 @@ class Chart:
         for trace in widget.data:
             if hasattr(trace, "on_click") and self.clicked:
                 trace.on_click(self.heard)
+        self.remember()
+
+    def remember(self) -> None:
+        """Put what is drawn into the state that a page begins with: what is sent while it still loads is lost there."""
+        widget: Any = self.widget
+        widget._widget_layout, widget._widget_data = deepcopy(widget._layout_obj._props), deepcopy(widget._data)
 
     def mark(self, cell: tuple[int, int] | None) -> None:
         """Move the frame to another cell."""
         self.widget.layout.shapes = framed(cell)
+        self.remember()
 
     def close(self) -> None:
         """Let go of the figure and of who is told of clicks: anywidget itself keeps the empty FigureWidget for ever."""

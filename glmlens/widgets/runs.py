@@ -69,6 +69,14 @@ class Generations(Explorer):
         """Ask the model again, with other inputs if some are given; another prompt is without a change."""
         super().run(**({self.change: None} | inputs if "prompt" in inputs else inputs))
 
+    def answer(self, wanted: Mapping[str, Any]) -> None:
+        try:
+            super().answer(wanted)
+        except BaseException:  # a change that cannot be is not asked for again
+            if not self.closed:
+                self.wanted[self.change] = self._state[self.change]
+            raise
+
     def original(self, inputs: Mapping[str, Any]) -> Timeline:
         """The generation without a change; it is run only if it is another than last time."""
         made = (inputs["prompt"], inputs["length"])
