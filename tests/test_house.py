@@ -26,7 +26,7 @@ patch.paths patch.circuits patch.rotary patch.moments patch.timeline patch
 plot.style plot.data plot.heatmaps plot.heads plot.bars plot.lines plot.rotary plot.entries plot.timeline
 plot.graph plot.tokens plot report
 widgets.chart widgets.base widgets.heads widgets.attention widgets.patching
-widgets.runs widgets.cache widgets
+widgets.runs widgets.cache widgets.rotary widgets.generation widgets
 demo.world demo.vocabulary demo.train demo.circuits demo.history demo.card demo.story
 course.quote course course.verdict cli
 """.split()

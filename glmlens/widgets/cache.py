@@ -21,7 +21,7 @@ from glmlens.prompt import Prompt
 from glmlens.results import Labelled
 from glmlens.widgets.base import ROW
 from glmlens.widgets.chart import HALO, MARK, MOST, Chart
-from glmlens.widgets.runs import Generations
+from glmlens.widgets.runs import Generations, sendable
 
 READ = {"attention": "share of attention", "weighted": "length written", "direct": "logits"}
 LOST = {"kl": "nats", "logit": "logits"}
@@ -167,7 +167,7 @@ class CacheInspector(Generations):
         if self.reads is None or self.reads[0] != s["step"]:
             said = self.line.moments[s["step"]].token
             self.reads = s["step"], who_reads(self.lens, self.line.memory(s["step"]), said)
-        self.entries.draw(self.figure(), (s["layer"], s["position"] // self.block()))
+        self.entries.draw(sendable(self.figure()), (s["layer"], s["position"] // self.block()))
         self.readers.draw(self.readers_figure())
         group = self.lens.cfg.n_groups
         corners = {"x0": s["kv"] * group - 0.5, "x1": (s["kv"] + 1) * group - 0.5}
