@@ -26,10 +26,10 @@ patch.paths patch.circuits patch.rotary patch.moments patch.timeline patch
 plot.style plot.data plot.heatmaps plot.heads plot.bars plot.lines plot.rotary plot.entries plot.timeline
 plot.graph plot.tokens plot report
 demo.world demo.vocabulary demo.train demo.circuits demo.history demo.card demo.story
-course.quote course course.verdict cli
+course.quote course course.verdict lab cli
 """.split()
 ORDER += sorted(f"course.{path.stem}" for path in PACKAGE.glob("course/check_*.py"))  # a tutorial brings its own
-ALONE = ["hooks", "config", "results", "tokenizer", "chat", "report", "tasks.words"]  # import nothing of ours
+ALONE = ["hooks", "config", "results", "tokenizer", "chat", "report", "lab", "tasks.words"]  # import nothing of ours
 
 
 def modules():
