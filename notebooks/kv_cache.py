@@ -72,7 +72,8 @@ plot.eviction(spare)
 # %% [markdown]
 # ## Operations on the whole
 #
-# What the next token loses with each, in nats.
+# What the next token loses with each, in nats. Moving all of it together with the question should cost nothing: scores
+# know distances alone.
 
 # %%
 operations = {
@@ -80,12 +81,11 @@ operations = {
     "4 bits": cache.quantise(4),
     "2 bits": cache.quantise(2),
     "the last 3 and two sinks": cache.evict(cache.window(3, sinks=2)),
-    "moved by 100": cache.reposition(lens, 100),
+    "all 100 later, the question too": cache.reposition(lens, 100),
     f"values of layer {chosen} zero": cache.ablate(layer=chosen),
 }
 costs = {}
 for name, operation in operations.items():
-    changed = operation(kv)
-    said = lens(last, kv=changed, position_ids=kv.next_positions()[:, None])[0, -1].float().log_softmax(-1)
+    said = lens(last, kv=operation(kv))[0, -1].float().log_softmax(-1)
     costs[name] = float((full.exp() * (full - said)).sum())
 plot.bars(list(costs.values()), {"part": list(costs)}, what="KL, nats", title="What each operation costs")

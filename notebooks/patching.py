@@ -9,7 +9,7 @@ dtype = None  # None: the checkpoint's own
 device = "cpu"
 task = "ioi"  # one of glmlens.tasks.TASKS ...
 counterfactual = "flip"
-n = 12
+n = 20
 clean, corrupt, answers = None, None, None  # ... or two prompts of one length, and [right, wrong] next tokens
 
 # %%
