@@ -36,7 +36,7 @@ __all__ = [
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
-LATER = ("analysis", "cache", "patch", "plot", "tasks")
+LATER = ("analysis", "cache", "patch", "plot", "tasks", "widgets")
 
 
 def __getattr__(name: str) -> Any:

@@ -136,6 +136,28 @@ class Prompts:
         """The one id of `text`; ValueError showing its tokens when it is not one."""
         return self._text().single(text)
 
+    def to_answer(self, answer: str | int) -> int:
+        """Which logit stands for an answer: the text of one token, the name of a label of a class head, or the number.
+
+        Raises ValueError for a name that is no label, and for a number that no logit has.
+        """
+        cfg = self.model.cfg
+        if not cfg.d_logits:
+            raise ValueError(f"answer {answer!r}: this checkpoint has no unembedding, and no logit stands for anything")
+        if isinstance(answer, str) and cfg.labels and answer not in cfg.labels:
+            raise ValueError(f"{answer!r} is no label of this model: choose from {', '.join(map(repr, cfg.labels))}")
+        if isinstance(answer, str):
+            return cfg.labels.index(answer) if cfg.labels else self.to_single_token(answer)
+        if not 0 <= answer < cfg.d_logits:
+            raise ValueError(f"answer {answer}; this model has 0 to {cfg.d_logits - 1}")
+        return answer
+
+    def answer_label(self, answer: int) -> str:
+        """What people read for a logit: its token, or its label."""
+        if self.model.cfg.labels:
+            return self.model.cfg.labels[answer]
+        return self.tokenizer.label(answer) if self.tokenizer else f"⟨{answer}⟩"
+
     def to_str_tokens(self, prompt: Prompt, prefix: bool = True) -> list[str] | list[list[str]]:
         """Each token's text: a list, or for several prompts a list of lists without their padding."""
         tokens, mask = self.to_batch(prompt, prefix)

@@ -12,7 +12,11 @@ import pytest
 import torch
 
 import glmlens
+from glmlens.config import CHATGLM_SPELLING
 from glmlens.model import GLM
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: threads would only wait for each other
+    torch.set_num_threads(1)
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -42,7 +46,13 @@ def small_config(model_type="glm", **changes):
         "eos_token_id": [1],
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
     }
-    return glmlens.GLMConfig.from_dict(raw | changes)
+    if model_type in ("llama", "qwen2"):
+        raw["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
+    raw |= changes
+    if model_type == "chatglm":
+        raw = {CHATGLM_SPELLING.get(name, name): value for name, value in raw.items() if name != "rope_parameters"}
+        raw |= {"multi_query_attention": True, "add_qkv_bias": True}
+    return glmlens.GLMConfig.from_dict(raw)
 
 
 def small_lens(model_type="glm", attention="eager", dtype=torch.float32, seed=0, **changes):
@@ -63,6 +73,20 @@ def lens(request):
 @pytest.fixture(params=[("glm", "eager"), ("glm4", "eager"), ("glm", "sdpa"), ("glm4", "sdpa")], ids="-".join)
 def any_lens(request):
     return small_lens(*request.param)
+
+
+HEADED = {
+    "sequence": {"architectures": ["GlmForSequenceClassification"], "id2label": {"0": "bad", "1": "so", "2": "good"}},
+    "token": {"architectures": ["GlmForTokenClassification"], "id2label": {"0": "bad", "1": "so", "2": "good"}},
+    "none": {"architectures": ["GlmModel"]},
+}
+ARCHITECTURES = ["glm", "glm4", "chatglm", "llama", "qwen2", *HEADED]
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def every_lens(request):
+    """A lens of every format, and a GLM with every other head."""
+    return small_lens(request.param if request.param not in HEADED else "glm", **HEADED.get(request.param, {}))
 
 
 @pytest.fixture
@@ -143,6 +167,18 @@ def real_model():
         if made.returncode:
             pytest.skip(f"the real model could not be made: {made.stderr[-300:]}")
     return cache
+
+
+@pytest.fixture(scope="session")
+def lab():
+    """One JupyterLab in a browser for all tests, each with a cell of its own."""
+    from lab import Lab, missing
+
+    if missing():
+        pytest.skip(f"no {missing()} here")
+    lab = Lab()
+    yield lab
+    lab.close()
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from glmlens.report import save_html
 from glmlens.tasks import TASKS
 from tests.browser import Browser
 from tests.hostile import HOSTILE
+from tests.lab import Lab
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"
 REPEATED = " first Hungary September brought found her sixth Greek Rose height night morning" * 2
@@ -140,6 +141,49 @@ def others(lens, acts, labels):
     yield "hostile_text", "\n".join(HOSTILE)
 
 
+EXPLORERS = {
+    "explorer_attention": """
+explorer = AttentionExplorer(lens, PROMPT)
+explorer.select(layer=2, head=6, query=11, key=3)""",
+    "explorer_attention_long": """
+explorer = AttentionExplorer(lens, " ".join([PROMPT] * 40))
+explorer.select(layer=1, head=4, query=300, by_value=True)""",
+    "explorer_patching": """
+explorer = PatchExplorer(lens, TASKS["ioi"].examples(lens, 4, "demo"))""",
+    "explorer_patching_heads": """
+explorer = PatchExplorer(lens, TASKS["ioi"].examples(lens, 4, "demo"))
+explorer.run(site="attn.z", over="head")
+explorer.select(view="heads")""",
+    "explorer_patching_head": """
+explorer = PatchExplorer(lens, TASKS["ioi"].examples(lens, 4, "demo"))
+explorer.select(row=1, view="head", layer=2, head=6)""",
+    "explorer_error": """
+explorer = AttentionExplorer(lens, PROMPT)
+explorer.asked(layer=9)""",
+}
+BEFORE = f"""
+import glmlens
+from glmlens.tasks import TASKS
+from glmlens.widgets import AttentionExplorer, PatchExplorer
+lens, PROMPT = glmlens.load(dtype="float32"), {PROMPT!r}"""
+
+
+def explorers(out, only):
+    """Photograph the explorers in a JupyterLab."""
+    chosen = {name: code for name, code in EXPLORERS.items() if not only or name.startswith(only)}
+    if not chosen:
+        return
+    lab = Lab()
+    for name, code in chosen.items():
+        lab.cell(f"{BEFORE}{code}\nexplorer")
+        lab.wait("document.querySelector('.glmlens-heads canvas, .heatmaplayer image')")
+        for dark in (False, True):
+            lab.theme(dark)
+            lab.photograph(out / f"{name}-{'dark' if dark else 'light'}.png")
+        print(f"{name:24}", *lab.errors, flush=True)
+    lab.close()
+
+
 def main(out, *only):
     """Draw and photograph all views, or those whose names begin so; says how many bytes each weighs."""
     out = Path(out)
@@ -153,6 +197,7 @@ def main(out, *only):
             browser.open(page, dark).picture(out / f"{name}-{'dark' if dark else 'light'}.png")
         print(f"{name:24}{weight / 1000:9.1f} kB", *browser.errors, flush=True)
     browser.close()
+    explorers(out, only)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ import glmlens
 
 PACKAGE = Path(glmlens.__file__).parent
 ORDER = """
-hooks config hub results tables kv_cache model angles checkpoint generate tokenizer chat prompt derive activations
-record check run weights splice running harvest lens
+hooks config hub results tables kv_cache model losses angles formats checkpoint generate tokenizer chat prompt
+derive activations record check run weights splice running harvest saving lens
 cache.places cache.change cache.move cache.drop cache.graft cache
 tasks.words tasks.task tasks.language tasks.formal tasks
 analysis.rows analysis.pattern analysis.logit_lens analysis.residual analysis.parts analysis.attribution
@@ -25,6 +25,7 @@ patch.worlds patch.steer patch.gradients patch.graph patch.edges patch.attribute
 patch.paths patch.circuits patch.rotary patch.moments patch.timeline patch
 plot.style plot.data plot.heatmaps plot.heads plot.bars plot.lines plot.rotary plot.entries plot.timeline
 plot.graph plot.tokens plot report
+widgets.chart widgets.base widgets.heads widgets.attention widgets.patching widgets
 demo.world demo.vocabulary demo.train demo.circuits demo.history demo.card demo.story
 course.quote course course.verdict lab cli
 """.split()

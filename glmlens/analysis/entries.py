@@ -84,15 +84,13 @@ def who_reads(
 
 def aimed(lens: Lens, logits: Float[Tensor, "vocab"], answer: Token | None, wrong: Token | None) -> tuple[Tensor, str]:
     """The direction of a token's logit, or of a difference of two, and its name."""
-    right = int(logits.argmax()) if answer is None else id_of(lens, answer)
+    right = int(logits.argmax()) if answer is None else lens.to_answer(answer)
     if wrong is None:
-        return exact(lens.W_U.T[right]), label(lens, right)
-    other = id_of(lens, wrong)
-    return exact(lens.W_U.T[right]) - exact(lens.W_U.T[other]), f"{label(lens, right)} - {label(lens, other)}"
-
-
-def id_of(lens: Lens, token: Token) -> int:
-    return lens.to_single_token(token) if isinstance(token, str) else token
+        return exact(lens.W_U.T[right]), lens.answer_label(right)
+    other = lens.to_answer(wrong)
+    return exact(lens.W_U.T[right]) - exact(
+        lens.W_U.T[other]
+    ), f"{lens.answer_label(right)} - {lens.answer_label(other)}"
 
 
 def read(

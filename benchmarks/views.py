@@ -1,0 +1,117 @@
+"""What a view costs in a real JupyterLab: `python -m benchmarks.views [--circuitsvis FOLDER]`.
+
+Bytes are those of the kernel's messages as the page receives them; seconds are from the start of the cell to what is
+drawn. CircuitsVis comes from a folder of its own: `pip install --no-deps --target FOLDER circuitsvis` (with its
+dependencies it would ask for a numpy of its own choice).
+"""
+
+import argparse
+import json
+import time
+
+from tests.lab import Lab
+
+LENS = """
+import torch, glmlens
+from glmlens.model import GLM
+from glmlens.widgets import AttentionExplorer
+raw = dict(model_type="glm", vocab_size=1000, hidden_size=256, intermediate_size=64, num_hidden_layers=1,
+           num_attention_heads=32, num_key_value_heads=2, head_dim=64, max_position_embeddings=2048, pad_token_id=0,
+           eos_token_id=[1], rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5))
+torch.manual_seed(0)
+model = GLM(glmlens.GLMConfig.from_dict(raw), "eager")
+with torch.no_grad():
+    for name, p in model.named_parameters():
+        p.copy_(torch.randn_like(p) * 0.2 + ("ln" in name))
+lens = glmlens.Lens(model)
+def prompt(n):
+    return torch.randint(5, 999, (1, n), generator=torch.Generator().manual_seed(n))
+"""
+THEIRS = """
+import sys
+sys.path.append({folder!r})
+from circuitsvis.attention import attention_heads
+from circuitsvis.utils import render
+render.internet_on = lambda: False
+def theirs(n):
+    _, acts = lens.run_with_cache(prompt(n), "attn.pattern")
+    return attention_heads(acts["attn.pattern", 0][0], lens.to_labels(prompt(n)))
+"""
+DRAWN = "document.querySelector('.jp-OutputArea .glmlens-heads[data-drawn]')"
+THEIRS_DRAWN = "document.querySelectorAll('.jp-OutputArea :is(canvas, img)').length >= 32"
+FIGURE_DRAWN = "document.querySelector('.jp-OutputArea .heatmaplayer image')"
+
+
+class Counting(Lab):
+    """A JupyterLab that counts the bytes that it gets from its kernel."""
+
+    received = 0
+
+    def note(self, method, params):
+        if method == "Network.webSocketFrameReceived":
+            frame = params["response"]
+            binary = frame["opcode"] == 2
+            self.received += len(frame["payloadData"]) * 3 // 4 if binary else len(frame["payloadData"])
+        super().note(method, params)
+
+    def took(self, source, drawn):
+        """Bytes and seconds of a cell until it is drawn."""
+        self.received, begin = 0, time.perf_counter()
+        self.cell(source)
+        self.wait(drawn)
+        return self.received, time.perf_counter() - begin
+
+
+def first_figures():
+    """Seconds in a fresh kernel, imports and all."""
+    load = "import glmlens\nlens = glmlens.load(dtype='float32')\nprompt = 'Mary and John went to the store'\n"
+    figure = "from glmlens import analysis, plot\nplot.logit_lens(analysis.logit_lens(lens, prompt))"
+    explorer = "from glmlens.widgets import AttentionExplorer\nAttentionExplorer(lens, prompt)"
+    for name, code, drawn in (("figure", figure, FIGURE_DRAWN), ("AttentionExplorer", explorer, DRAWN)):
+        lab = Counting()
+        size, seconds = lab.took(load + code, drawn)
+        print(f"first {name} in a fresh kernel: {seconds:.1f} s, {size / 1e3:,.0f} kB", flush=True)
+        lab.close()
+
+
+def heads(folder, lengths, most):
+    """All heads of a layer of 32: ours and CircuitsVis's."""
+    lab = Counting()
+    lab.cell(LENS + "AttentionExplorer(lens, prompt(8))")
+    lab.wait(DRAWN)
+    if folder:
+        lab.cell(THEIRS.format(folder=folder) + "theirs(8)")
+        lab.wait(THEIRS_DRAWN)
+    for n in lengths:
+        lab.cell("0")
+        size, seconds = lab.took(f"AttentionExplorer(lens, prompt({n}))", DRAWN)
+        print(f"{n:5} tokens x 32 heads: AttentionExplorer {size / 1e3:10,.0f} kB {seconds:6.2f} s", flush=True)
+        if folder:
+            theirs(lab, n, most, size)
+    lab.close()
+
+
+def theirs(lab, n, most, ours):
+    lab.cell("0")
+    if n > most:  # the page would not live through it
+        few = f"len(attention_heads(torch.rand(1, {n}, {n}).tril(), ['a'] * {n}).local_src) * 32"
+        lab.cell(f"print('bytes:', {few})")
+        size = int(lab.wait("document.querySelector('.jp-OutputArea').innerText.match(/bytes: (\\d+)/)?.[1]"))
+        print(f"{'':27}CircuitsVis {size / 1e3:16,.0f} kB, not drawn; {size / ours:.0f} x", flush=True)
+        return
+    size, seconds = lab.took(f"theirs({n})", THEIRS_DRAWN)
+    print(f"{'':27}CircuitsVis {size / 1e3:16,.0f} kB {seconds:6.2f} s; {size / ours:.0f} x the bytes", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--circuitsvis", help="the folder that CircuitsVis is installed in")
+    parser.add_argument("--lengths", type=json.loads, default=[64, 256, 1000], help="of prompts, as [64, 256]")
+    parser.add_argument("--most", type=int, default=256, help="the longest prompt that CircuitsVis is to draw")
+    args = parser.parse_args()
+    first_figures()
+    heads(args.circuitsvis, args.lengths, args.most)
+
+
+if __name__ == "__main__":
+    main()

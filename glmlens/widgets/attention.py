@@ -1,0 +1,143 @@
+"""Attention: all heads of a layer, one of them whole, and what every token reads."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ipywidgets as W
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from glmlens.analysis.pattern import pattern, pattern_points
+from glmlens.lens import Lens
+from glmlens.plot import attention_pattern
+from glmlens.plot.style import visible
+from glmlens.prompt import Prompt
+from glmlens.widgets.base import Explorer
+from glmlens.widgets.heads import Heads, cells, thumbs
+
+
+@dataclass(frozen=True, eq=False)
+class Said:
+    """A prompt as the model read it: its tokens' labels, and the residual stream that enters each layer."""
+
+    labels: list[str]
+    residuals: list[Float[Tensor, "batch pos model"]]
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """The patterns of one layer, and the length of the value that each head reads at each key."""
+
+    index: int
+    pattern: Float[Tensor, "head query key"]
+    norms: Float[Tensor, "head key"]
+
+    def weights(self, by_value: bool) -> Float[Tensor, "head query key"]:
+        return self.pattern * self.norms[:, None] if by_value else self.pattern
+
+
+NOWHERE = Layer(-1, torch.zeros(0, 0, 0), torch.zeros(0, 0))
+
+
+class AttentionExplorer(Explorer):
+    """Who attends to what: the heads of a layer side by side, one of them whole, and the tokens of the prompt.
+
+    Over a token, what it reads is blue and what reads it underlined in red, or only one of both by `by`; a click keeps
+    it. Over a small picture, its head is drawn; a click locks it. `by_value` multiplies every weight by the length of
+    the value that it brings (Kobayashi et al. 2020, arXiv 2004.10102). Places: layer, head, locked, query, key (-1 is
+    none), by, by_value.
+    """
+
+    def __init__(self, lens: Lens, prompt: Prompt):
+        self.heads = Heads(self.asked)
+        text = prompt if isinstance(prompt, str) else ""
+        box = W.Textarea(
+            text, description="prompt", rows=2, layout={"width": "min(680px, 95%)"}, continuous_update=True
+        )
+        box.placeholder = "" if text else "given as token ids"
+        places = {
+            "layer": W.IntSlider(0, 0, lens.cfg.n_layers - 1, description="layer", continuous_update=False),
+            "head": W.IntSlider(0, 0, lens.cfg.n_heads - 1, description="head"),
+            "locked": W.Checkbox(False, description="lock head", indent=False, layout={"width": "auto"}),
+            "query": W.IntSlider(-1, -1, 0, description="query"),
+            "key": W.IntSlider(-1, -1, 0, description="key"),
+            "by": W.ToggleButtons(options=["both", "query", "key"], value="both", style={"button_width": "60px"}),
+            "by_value": W.Checkbox(False, description="by length of value", indent=False, layout={"width": "auto"}),
+        }
+        self.read = Said([], [])
+        self.layer = NOWHERE
+        self.drawn: tuple[Any, ...] = ()
+        super().__init__(lens, {"prompt": box}, places, [self.heads], {"prompt": prompt})
+        self.first()
+
+    def compute(self, inputs: Mapping[str, Any]) -> Said:
+        tokens = self.lens.to_tokens(inputs["prompt"])
+        if tokens.shape[0] != 1:
+            raise ValueError(f"one prompt at a time, not {tokens.shape[0]}")
+        n = self.lens.cfg.n_layers
+
+        def through(x: Tensor, point: Any) -> Tensor:
+            self.tick(point.layer + 1, n, "layers")
+            return x
+
+        _, acts = self.lens.run_with_cache(tokens, "resid_pre", {"blocks.*.resid_pre": through}, logits=False)
+        labels = [visible(label) for label in self.lens.to_labels(tokens)]
+        return Said(labels, [acts["resid_pre", i] for i in range(n)])
+
+    def show(self, found: Said | None = None) -> None:
+        if found is not None:
+            self.read, self.layer, self.drawn = found, NOWHERE, ()
+            last = len(found.labels) - 1
+            self.places["query"].max = self.places["key"].max = last
+            self._state |= {name: min(self._state[name], last) for name in ("query", "key")}
+        if self.layer.index != self._state["layer"]:
+            self.layer = self.of_layer(self._state["layer"])
+        s, layer = self._state, self.layer
+        changes = {name: s[name] for name in ("head", "locked", "query", "key", "by")} | {"said": self.words()}
+        weights, pictures = layer.weights(s["by_value"]), (layer.index, s["by_value"])
+        most = float(weights.max()) if s["by_value"] else 1.0
+        if self.drawn[:2] != pictures:
+            cfg = self.lens.cfg
+            changes |= {"labels": self.read.labels, "n_heads": cfg.n_heads, "n_kv_heads": cfg.n_kv_heads, "most": most}
+            changes |= thumbs(weights, most)
+        if self.drawn != (*pictures, s["head"]):
+            changes |= cells(weights[s["head"]], s["head"], most)
+        self.drawn = (*pictures, s["head"])
+        self.heads.draw(**changes)
+
+    def of_layer(self, index: int) -> Layer:
+        """The patterns of a layer, from the residual stream that enters it."""
+        lens, residual = self.lens, self.read.residuals[index]
+        names = [f"blocks.{index}.{name}" for name in dict.fromkeys([*pattern_points(lens), "kv.v"])]
+        _, acts = lens.run_with_cache(residual, names, start_layer=index, logits=False)
+        at = torch.arange(residual.shape[1], device=lens.device)[None]
+        found = pattern(acts, index, at, at)[0].float()
+        norms = acts[f"blocks.{index}.kv.v"][0].float().norm(dim=-1).T
+        return Layer(index, found, norms.repeat_interleave(lens.cfg.n_heads // lens.cfg.n_kv_heads, 0))
+
+    def words(self) -> str:
+        """The chosen place and its numbers, exactly."""
+        s, labels = self._state, self.read.labels
+        where, q, k = f"layer {s['layer']}, head {s['head']}", s["query"], s["key"]
+        if q < 0:
+            return where
+        label = f"{where}: query {q} {labels[q]}"
+        if k < 0:
+            return label
+        weight, norm = float(self.layer.pattern[s["head"], q, k]), float(self.layer.norms[s["head"], k])
+        numbers = f"attention {weight:.4f}, length of value {norm:.3g}, their product {weight * norm:.4g}"
+        return f"{label} → key {k} {labels[k]}: {numbers}"
+
+    def figure(self) -> go.Figure:
+        """The pattern of the chosen head."""
+        self.alive()
+        s, head = self._state, self._state["head"]
+        labels = [f"{i} {label}" for i, label in enumerate(self.read.labels)]
+        norms = self.layer.norms[head] if s["by_value"] else None
+        title = f"Attention of head {s['layer']}.{head}" + (" by length of value" if s["by_value"] else "")
+        named = {"query": labels, "key": labels}
+        prompt = s["prompt"] if isinstance(s["prompt"], str) else f"{len(labels)} tokens"
+        return attention_pattern(self.layer.pattern[head], named, value_norms=norms, title=title, subtitle=prompt)

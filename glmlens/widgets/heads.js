@@ -1,0 +1,292 @@
+// All heads of a layer as small pictures, one of them large, and the tokens it reads and is read by.
+// Text from the model goes through textContent alone. Every wish is sent to the kernel, which answers with the state.
+
+const STYLE = `
+.glmlens-heads { color: var(--jp-ui-font-color1, inherit); font: 13px/1.5 var(--jp-ui-font-family, system-ui); }
+.glmlens-heads .top { display: flex; flex-wrap: wrap; gap: 16px; align-items: flex-start; }
+.glmlens-heads .grid { display: flex; flex-wrap: wrap; gap: 8px; max-width: 680px; padding: 3px; }
+.glmlens-heads .group { display: flex; flex-wrap: wrap; gap: 6px; max-width: 680px; padding-left: 6px;
+  border-left: 4px solid; border-radius: 2px; }
+.glmlens-heads .group > div.name { width: 100%; font-size: 11px; line-height: 1.2; }
+.glmlens-heads figure { margin: 0; text-align: center; font-size: 11px; line-height: 1.3; cursor: pointer; }
+.glmlens-heads canvas { image-rendering: pixelated; display: block; outline: 1px solid var(--jp-border-color2, #8886); }
+.glmlens-heads figure canvas { width: 72px; height: 72px; }
+.glmlens-heads figure.chosen canvas { outline: 3px solid var(--jp-brand-color1, #1976d2); }
+.glmlens-heads figure.chosen.locked canvas { outline-style: double; outline-width: 5px; }
+.glmlens-heads .large canvas { width: 420px; height: 420px; cursor: crosshair; }
+.glmlens-heads [tabindex]:focus-visible { box-shadow: 0 0 0 2px var(--jp-brand-color1, #1976d2); outline: none; }
+.glmlens-heads .tokens { margin: 8px 0; padding: 4px; line-height: 1.9; max-height: 240px; overflow-y: auto; }
+.glmlens-heads .tokens span { padding: 2px 3px; border-radius: 3px; margin-right: 1px; cursor: pointer;
+  white-space: pre-wrap; border-bottom: 3px solid transparent; }
+.glmlens-heads .tokens span.at { outline: 2px solid var(--jp-ui-font-color1, currentColor); }
+.glmlens-heads .said { min-height: 1.5em; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+.glmlens-heads .hovered { min-height: 1.5em; opacity: .75; overflow-wrap: anywhere; }
+.glmlens-heads .legend { font-size: 11px; opacity: .8; }
+`;
+const READS = "67,147,195", READERS = "214,96,77"; // blue: what it reads; red: what reads it
+const GROUPS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999"];
+
+const make = (tag, name, parent, text = "") => {
+  const made = document.createElement(tag);
+  made.className = name;
+  made.textContent = text;
+  parent.append(made);
+  return made;
+};
+const bytes = (view) => new Uint8Array(view.buffer, view.byteOffset, view.byteLength);
+const row = (i) => (i * (i + 1)) / 2; // where row i of a lower triangle begins
+
+/** A lower triangle of bytes, `side` blocks wide, as a picture; what lies in the future stays clear. */
+function paint(canvas, cells, start, side, palette) {
+  canvas.width = canvas.height = side;
+  const context = canvas.getContext("2d");
+  const picture = context.createImageData(side, side);
+  let from = start;
+  for (let y = 0; y < side; y++)
+    for (let x = 0; x <= y; x++) {
+      const to = 4 * (y * side + x), color = 3 * cells[from++];
+      picture.data[to] = palette[color];
+      picture.data[to + 1] = palette[color + 1];
+      picture.data[to + 2] = palette[color + 2];
+      picture.data[to + 3] = 255;
+    }
+  context.putImageData(picture, 0, 0);
+}
+
+function render({ model, el }) {
+  const get = (name) => model.get(name);
+  const root = make("div", "glmlens-heads", el);
+  make("style", "", root, STYLE);
+  const top = make("div", "top", root);
+  const grid = make("div", "grid", top);
+  const large = make("div", "large", top);
+  const canvas = make("canvas", "", large);
+  make("div", "legend", large, "query downwards, key to the right");
+  const strip = make("div", "tokens", root);
+  const legend = make("div", "legend", root);
+  for (const [color, text] of [[READS, "■ what the token reads "], [READERS, "▁ what reads it"]])
+    make("span", "", legend, text).style.color = `rgb(${color})`;
+  const said = make("div", "said", root);
+  const hovered = make("div", "hovered", root);
+  said.setAttribute("aria-live", "polite");
+  for (const [part, role, name] of [
+    [grid, "radiogroup", "heads: arrow keys choose, Enter locks, Escape unlocks"],
+    [canvas, "application", "attention of one head: arrow keys move the query and the key"],
+    [strip, "application", "tokens: arrow keys choose one, Escape none"],
+  ]) {
+    part.tabIndex = 0;
+    part.setAttribute("role", role);
+    part.setAttribute("aria-label", name);
+  }
+  let figures = [], spans = [], over = null, hoveredToken = -1;
+
+  const wish = (places) => model.send({ select: places });
+  const label = (i) => `${i} ${get("labels")[i]}`;
+  /** The head that is drawn: the one under the mouse, unless one is locked. */
+  const shown = () => (over === null || get("locked") ? get("head") : over);
+  /** The best that is here of the head that is drawn. */
+  function source() {
+    const whole = shown() === get("cells_of") && get("side") > 0;
+    const side = whole ? get("side") : get("thumb_side"), block = whole ? get("block") : get("thumb_block");
+    return { whole, side, block, cells: bytes(get(whole ? "cells" : "thumbs")),
+             start: whole ? 0 : shown() * row(side) };
+  }
+  const scaled = (v) => (v / 255) * get("most");
+
+  function build() {
+    grid.replaceChildren();
+    figures = [];
+    const heads = get("n_heads"), groups = get("n_kv_heads");
+    for (let g = 0; g < groups; g++) {
+      const group = make("div", "group", grid);
+      group.style.borderLeftColor = GROUPS[g % GROUPS.length];
+      make("div", "name", group, groups < heads ? `kv ${g}` : "");
+      for (let h = (g * heads) / groups; h < ((g + 1) * heads) / groups; h++) {
+        const figure = make("figure", "", group);
+        figure.setAttribute("role", "radio");
+        figure.setAttribute("aria-label", `head ${h}`);
+        figures.push(figure);
+        make("canvas", "", figure);
+        make("figcaption", "", figure, `${h}`);
+        figure.onmouseenter = () => { over = h; drawLarge(); light(); };
+        figure.onmouseleave = () => { over = null; drawLarge(); light(); };
+        figure.onclick = () => wish(h === get("head") && get("locked") ? { locked: false } : { head: h, locked: true });
+      }
+    }
+    thumbs();
+  }
+
+  function thumbs() {
+    const side = get("thumb_side"), cells = bytes(get("thumbs")), palette = bytes(get("palette"));
+    if (cells.length < figures.length * row(side)) return;
+    figures.forEach((figure, h) => paint(figure.querySelector("canvas"), cells, h * row(side), side, palette));
+  }
+
+  function write() {
+    strip.replaceChildren();
+    spans = get("labels").map((text, i) => {
+      const span = make("span", "", strip, text);
+      span.title = label(i);
+      span.onmouseenter = () => { hoveredToken = i; light(); };
+      span.onmouseleave = () => { hoveredToken = -1; light(); };
+      span.onclick = () => wish({ query: i === get("query") ? -1 : i });
+      strip.append(text.endsWith("↵") ? document.createElement("br") : document.createElement("wbr"));
+      return span;
+    });
+  }
+
+  function drawLarge() {
+    const s = source(), palette = bytes(get("palette"));
+    if (!s.side || s.cells.length < s.start + row(s.side)) return;
+    paint(canvas, s.cells, s.start, s.side, palette);
+    cross(s);
+  }
+
+  /** A mark around the chosen cell. */
+  function cross(s) {
+    const [q, k] = [get("query"), get("key")];
+    if (q < 0) return;
+    const context = canvas.getContext("2d"), at = (i) => Math.floor(i / s.block);
+    context.fillStyle = "rgba(255,80,80,.35)";
+    context.fillRect(0, at(q), at(q) + 1, 1);
+    if (k >= 0 && k <= q) {
+      context.fillStyle = "rgb(255,80,80)";
+      context.fillRect(at(k), at(q), 1, 1);
+    }
+  }
+
+  /** What token i reads (side 0) or what reads it (side 1): pairs of token and weight from 0 to 255. */
+  function linked(i, which) {
+    const s = source(), n = get("labels").length, found = [];
+    const k = get("top_k");
+    if (s.whole && s.block > 1 && k) {
+      const at = new Uint32Array(bytes(get("top_at")).slice().buffer), weights = bytes(get("top_weights"));
+      for (let j = 0; j < k; j++) {
+        const from = (which * n + i) * k + j;
+        if (weights[from]) found.push([at[from], weights[from]]);
+      }
+      return found;
+    }
+    const own = Math.floor(i / s.block);
+    for (let j = 0; j < n; j++) {
+      const other = Math.floor(j / s.block), [q, key] = which ? [other, own] : [own, other];
+      if ((which ? j < i : j > i) || key > q) continue;
+      const weight = s.cells[s.start + row(q) + key];
+      if (weight) found.push([j, weight]);
+    }
+    return found;
+  }
+
+  function light() {
+    const i = hoveredToken >= 0 ? hoveredToken : get("query"), by = get("by");
+    const back = new Map(i >= 0 && by !== "key" ? linked(i, 0) : []);
+    const under = new Map(i >= 0 && by !== "query" ? linked(i, 1) : []);
+    spans.forEach((span, j) => {
+      span.style.backgroundColor = back.has(j) ? `rgba(${READS},${0.12 + (0.88 * back.get(j)) / 255})` : "";
+      span.style.borderBottomColor = under.has(j) ? `rgba(${READERS},${0.2 + (0.8 * under.get(j)) / 255})` : "";
+      span.classList.toggle("at", j === i);
+    });
+    hovered.textContent = hoveredToken >= 0 ? most(back, under, i) : "";
+  }
+
+  /** The strongest links of a token in words. */
+  function most(back, under, i) {
+    const best = (links) => [...links].sort((a, b) => b[1] - a[1]).slice(0, 3)
+      .map(([j, w]) => `${label(j)} ≈${scaled(w).toFixed(2)}`).join(", ");
+    const words = [`head ${shown()}, ${label(i)}`];
+    if (back.size) words.push(`reads ${best(back)}`);
+    if (under.size) words.push(`is read by ${best(under)}`);
+    return words.join(" · ");
+  }
+
+  function mark() {
+    figures.forEach((figure, h) => {
+      figure.classList.toggle("chosen", h === get("head"));
+      figure.classList.toggle("locked", h === get("head") && get("locked"));
+      figure.setAttribute("aria-checked", h === get("head"));
+    });
+    said.textContent = get("said");
+  }
+
+  /** The query and key under the mouse. */
+  function cell(event) {
+    const box = canvas.getBoundingClientRect(), s = source(), n = get("labels").length;
+    const at = (share) => Math.min(n - 1, Math.max(0, Math.floor(share * s.side) * s.block));
+    return [at((event.clientY - box.top) / box.height), at((event.clientX - box.left) / box.width)];
+  }
+  canvas.onmousemove = (event) => {
+    const [q, k] = cell(event), s = source();
+    const value = s.cells[s.start + row(Math.floor(q / s.block)) + Math.floor(k / s.block)];
+    const about = s.block > 1 ? ` (the largest of ${s.block} x ${s.block})` : "";
+    hovered.textContent = k > q ? "" :
+      `head ${shown()}: query ${label(q)} → key ${label(k)} ≈${scaled(value).toFixed(2)}${about}`;
+  };
+  canvas.onmouseleave = () => { hovered.textContent = ""; };
+  canvas.onclick = (event) => {
+    const [q, k] = cell(event);
+    wish(k > q ? { query: q } : { query: q, key: k });
+  };
+
+  const steps = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+  /** Every key stays here: a notebook would take it for a command. */
+  const keys = (part, act) => part.addEventListener("keydown", (event) => {
+    event.stopPropagation();
+    const far = event.shiftKey ? 10 : 1, [x, y] = steps[event.key] || [0, 0];
+    if (act(event.key, x * far, y * far)) event.preventDefault();
+  });
+  const within = (i) => Math.max(0, Math.min(get("labels").length - 1, i));
+  /** The wish is shown at once; the kernel's answer follows. */
+  const go = (places) => {
+    for (const [name, value] of Object.entries(places)) model.set(name, value);
+    wish(places);
+  };
+  keys(grid, (key, x, y) => {
+    if (key === "Enter" || key === " ") return go({ locked: !get("locked") }), true;
+    if (key === "Escape") return go({ locked: false }), true;
+    if (x) return go({ head: Math.max(0, Math.min(figures.length - 1, get("head") + x)) }), true;
+    if (y) return go({ head: beside(get("head"), Math.sign(y)) }), true;
+  });
+  /** The head above or below. */
+  function beside(head, way) {
+    const places = figures.map((figure) => figure.getBoundingClientRect()), here = places[head];
+    const far = (box) => Math.abs(box.top - here.top) * 3 + Math.abs(box.left - here.left);
+    const there = places.map((_, h) => h).filter((h) => way * (places[h].top - here.top) > 4);
+    return there.length ? there.reduce((a, b) => (far(places[b]) < far(places[a]) ? b : a)) : head;
+  }
+  keys(canvas, (key, x, y) => {
+    if (key === "Escape") return go({ query: -1, key: -1 }), true;
+    if (!x && !y) return false;
+    const query = within(Math.max(get("query"), 0) + y);
+    return go({ query, key: Math.min(query, within(Math.max(get("key"), 0) + x)) }), true;
+  });
+  keys(strip, (key, x, y) => {
+    if (key === "Escape") return go({ query: -1 }), true;
+    if (!x && !y) return false;
+    return go({ query: within(get("query") + x + y) }), true;
+  });
+
+  let waiting = new Set();
+  const draw = () => {
+    const changed = waiting;
+    waiting = new Set();
+    const any = (...names) => names.some((name) => changed.has(name));
+    if (any("labels")) write();
+    if (any("n_heads", "n_kv_heads", "labels")) build();
+    else if (any("thumbs", "palette")) thumbs();
+    drawLarge();
+    light();
+    mark();
+    root.dataset.drawn = `${get("drawing")}`;
+  };
+  for (const name of ["labels", "n_heads", "n_kv_heads", "thumbs", "palette", "cells", "top_at", "most", "head",
+    "locked", "query", "key", "by", "said", "drawing"])
+    model.on(`change:${name}`, () => {
+      if (!waiting.size) requestAnimationFrame(draw);
+      waiting.add(name);
+    });
+  waiting = new Set(["labels"]);
+  draw();
+  return () => root.remove();
+}
+
+export default { render };

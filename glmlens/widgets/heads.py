@@ -1,0 +1,101 @@
+"""The attention of a layer as bytes for the canvas in heads.js: small pictures of all heads, and one head whole."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anywidget
+import torch
+import traitlets as T
+from jaxtyping import Float, UInt8
+from plotly.colors import sample_colorscale, unlabel_rgb
+from torch import Tensor
+from torch.nn.functional import max_pool2d
+
+from glmlens.plot.style import MAGNITUDE
+
+THUMB, WHOLE, LINKS = 128, 512, 24  # blocks along a small picture and along the large one; links of a token beyond that
+
+
+class Heads(anywidget.AnyWidget):
+    """The heads of one layer on the page.
+
+    Weights are bytes, 255 standing for `most`: lower triangles, row by row. `thumbs` is [head, triangle of thumb_side],
+    `cells` the triangle of `cells_of`, a block of tokens each. Where blocks are of several tokens, `top_at` (uint32)
+    and `top_weights` are the strongest links [what it reads, what reads it; token; top_k]. What somebody wishes for on
+    the page comes as a message, {"select": {...}}.
+    """
+
+    _esm = (Path(__file__).parent / "heads.js").read_text(encoding="utf-8")
+    labels = T.List(T.Unicode()).tag(sync=True)
+    n_heads, n_kv_heads = T.Int(0).tag(sync=True), T.Int(1).tag(sync=True)
+    thumbs, thumb_side, thumb_block = T.Bytes().tag(sync=True), T.Int(0).tag(sync=True), T.Int(1).tag(sync=True)
+    cells, side, block = T.Bytes().tag(sync=True), T.Int(0).tag(sync=True), T.Int(1).tag(sync=True)
+    cells_of = T.Int(0).tag(sync=True)
+    top_at, top_weights, top_k = T.Bytes().tag(sync=True), T.Bytes().tag(sync=True), T.Int(0).tag(sync=True)
+    most = T.Float(1.0).tag(sync=True)
+    head, locked = T.Int(0).tag(sync=True), T.Bool(False).tag(sync=True)
+    query, key = T.Int(-1).tag(sync=True), T.Int(-1).tag(sync=True)
+    by = T.Unicode("both").tag(sync=True)
+    said = T.Unicode().tag(sync=True)
+    palette = T.Bytes().tag(sync=True)
+    drawing = T.Int(0).tag(sync=True)
+
+    def __init__(self, wish: Callable[..., Any], **traits: Any):
+        super().__init__(palette=palette(), **traits)
+        self.on_msg(lambda _, said, buffers: wish(**said["select"]))
+
+    def draw(self, **traits: Any) -> None:
+        """Change all these at once; the page sets data-drawn to the number of the drawing when they are seen."""
+        with self.hold_sync():
+            self.set_trait("drawing", self.drawing + 1)
+            for name, value in traits.items():
+                if getattr(self, name) != value:
+                    self.set_trait(name, value)
+
+
+def palette() -> bytes:
+    """256 colours of a magnitude, red green blue."""
+    found = sample_colorscale(MAGNITUDE, [i / 255 for i in range(256)])
+    return bytes(round(part) for color in found for part in unlabel_rgb(color))
+
+
+def thumbs(weights: Float[Tensor, "head query key"], most: float) -> dict[str, Any]:
+    """The small pictures of all heads, each block with its largest weight."""
+    small, block = pooled(weights, THUMB)
+    return {"thumbs": triangle(small, most), "thumb_side": small.shape[-1], "thumb_block": block}
+
+
+def cells(weights: Float[Tensor, "query key"], head: int, most: float) -> dict[str, Any]:
+    """One head whole; where that is too much, in blocks, and the strongest links of every token."""
+    large, block = pooled(weights[None], WHOLE)
+    found = {"cells": triangle(large, most), "side": large.shape[-1], "block": block, "cells_of": head}
+    return found | (links(weights, most) if block > 1 else {"top_at": b"", "top_weights": b"", "top_k": 0})
+
+
+def pooled(weights: Float[Tensor, "head query key"], side: int) -> tuple[Float[Tensor, "head rows columns"], int]:
+    """At most `side` blocks along each axis, and how many tokens a block has."""
+    block = -(-weights.shape[-1] // side)
+    return (weights if block == 1 else max_pool2d(weights[None], block, ceil_mode=True)[0]), block
+
+
+def triangle(weights: Float[Tensor, "head query key"], most: float) -> bytes:
+    """The keys up to each query, row after row, head after head."""
+    rows, columns = torch.tril_indices(*weights.shape[-2:], device=weights.device)
+    return quantised(weights[:, rows, columns], most).cpu().numpy().tobytes()
+
+
+def quantised(weights: Tensor, most: float) -> UInt8[Tensor, "..."]:
+    return (weights * (255 / most)).round().clamp(0, 255).to(torch.uint8)
+
+
+def links(weights: Float[Tensor, "query key"], most: float) -> dict[str, Any]:
+    k = min(LINKS, weights.shape[-1])
+    best = [weights.topk(k, 1), weights.T.topk(k, 1)]
+    at = torch.stack([found.indices for found in best]).to(torch.int32)
+    strong = torch.stack([found.values for found in best])
+    return {
+        "top_at": at.cpu().numpy().tobytes(),
+        "top_weights": quantised(strong, most).cpu().numpy().tobytes(),
+        "top_k": k,
+    }

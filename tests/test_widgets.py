@@ -1,0 +1,446 @@
+"""Explorers without a browser: what select, run, a control and a click do, what goes wrong, and what close leaves."""
+
+import gc
+import json
+import subprocess
+import sys
+import threading
+import weakref
+
+import ipywidgets as W
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+import torch
+from conftest import small_lens
+from ipywidgets.widgets import widget as registry
+
+import glmlens
+from glmlens.tasks import TASKS
+from glmlens.widgets import AttentionExplorer, Chart, Explorer, PatchExplorer
+from glmlens.widgets.heads import Heads, cells, thumbs
+from tests.hostile import HOSTILE
+
+PROMPT = "When Mary and John went to the store, John gave a drink to"
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return glmlens.load(dtype="float32")
+
+
+@pytest.fixture
+def attention(demo):
+    explorer = AttentionExplorer(demo, PROMPT)
+    yield explorer
+    explorer.close()
+
+
+@pytest.fixture
+def patching(demo):
+    explorer = PatchExplorer(demo, TASKS["ioi"].examples(demo, 3, "widgets"))
+    yield explorer
+    explorer.close()
+
+
+class Counting(Explorer):
+    """Counts to a number in slices; a place may be forbidden."""
+
+    def __init__(self, n=3):
+        self.counted, self.go, self.begun = [], threading.Event(), threading.Event()
+        self.go.set()
+        inputs = {"n": W.IntText(n)}
+        super().__init__(small_lens(), inputs, {"place": W.IntSlider(0, 0, 9)}, [], {"n": n})
+
+    def compute(self, inputs):
+        for i in range(inputs["n"]):
+            self.begun.set()
+            self.go.wait(20)
+            self.tick(i, inputs["n"])
+            print("counted", i)
+        if inputs["n"] < 0:
+            raise ValueError("below zero")
+        return list(range(inputs["n"]))
+
+    def show(self, found=None):
+        if self._state["place"] == 7:
+            print("seven")
+            raise ValueError("not seven")
+        self.counted = self.counted if found is None else found
+
+    def figure(self):
+        return go.Figure()
+
+
+def said(explorer):
+    """What stands under the views."""
+    return "".join(o["text"] if o["output_type"] == "stream" else o["evalue"] for o in explorer.said.outputs)
+
+
+def triangle(data, side):
+    """A lower triangle of bytes as a square of numbers from 0 to 1."""
+    square = np.zeros((side, side))
+    square[np.tril_indices(side)] = np.frombuffer(data, np.uint8) / 255
+    return square
+
+
+# ---- every explorer ----
+
+
+def test_a_control_and_a_line_of_code_select_alike(attention):
+    attention.places["head"].value = 5
+    assert attention.state["head"] == 5
+    attention.select(head=2, query=4)
+    assert (attention.places["head"].value, attention.places["query"].value) == (2, 4)
+
+
+def test_what_is_not_there_is_refused_with_what_there_is(attention):
+    before = attention.state
+    for places, words in (({"head": 8}, "0 to 7"), ({"by": "both ways"}, "'query'"), ({"heads": 1}, "layer, head")):
+        with pytest.raises(ValueError, match=words):
+            attention.select(**places)
+    with pytest.raises(ValueError, match="run takes prompt"):
+        attention.select(prompt="else")
+    with pytest.raises(ValueError, match="select takes layer"):
+        attention.run(head=3)
+    assert attention.state == before
+
+
+def test_a_state_can_be_asked_again(demo, attention):
+    attention.run(prompt="the cat sat on the mat")
+    attention.select(layer=3, head=1, query=4, key=2, by="query", by_value=True, locked=True)
+    state = attention.state
+    other = AttentionExplorer(demo, state.pop("prompt"))
+    other.select(**state)
+    assert other.state == attention.state
+    assert other.heads.said == attention.heads.said
+    other.close()
+
+
+def test_what_a_callback_prints_and_raises_appears_under_the_views():
+    explorer = Counting()
+    explorer.places["place"].value = 7
+    assert "seven" in said(explorer)
+    assert "not seven" in said(explorer)
+    assert explorer.state["place"] == explorer.places["place"].value == 0
+    explorer.places["place"].value = 6
+    assert said(explorer) == ""
+    explorer.close()
+
+
+def test_what_goes_wrong_in_code_is_raised():
+    explorer = Counting()
+    with pytest.raises(ValueError, match="not seven"):
+        explorer.select(place=7)
+    with pytest.raises(ValueError, match="below zero"):
+        explorer.run(n=-1)
+    assert explorer.state["n"] == 3
+    explorer.run()
+    assert explorer.counted == [0, 1, 2]
+    explorer.close()
+
+
+def test_the_run_button_works_beside_and_is_off_while_it_does(capsys):
+    explorer = Counting()
+    explorer.go.clear()
+    explorer.run_button.click()
+    assert explorer.begun.wait(20)
+    assert explorer.run_button.disabled
+    assert not explorer.stop_button.disabled
+    with pytest.raises(RuntimeError, match="running already"):
+        explorer.run()
+    print("elsewhere")
+    explorer.go.set()
+    explorer.worker.join(20)
+    assert explorer.counted == [0, 1, 2]
+    assert said(explorer) == "counted 0\ncounted 1\ncounted 2\n"
+    assert capsys.readouterr().out == "elsewhere\n"
+    assert not explorer.run_button.disabled
+    assert explorer.stop_button.disabled
+    explorer.close()
+
+
+def test_stop_ends_the_work_at_its_next_slice_and_keeps_what_was_there():
+    explorer = Counting(2)
+    explorer.run()
+    explorer.inputs["n"].value = 1000
+    explorer.go.clear()
+    explorer.run_button.click()
+    assert explorer.begun.wait(20)
+    explorer.stop_button.click()
+    explorer.go.set()
+    explorer.worker.join(20)
+    assert explorer.counted == [0, 1]
+    assert explorer.state["n"] == 2
+    assert said(explorer).endswith("stopped\n")
+    assert not explorer.run_button.disabled
+    explorer.close()
+
+
+def test_work_that_goes_wrong_says_so_under_the_views():
+    explorer = Counting()
+    explorer.inputs["n"].value = -1
+    explorer.run_button.click()
+    explorer.worker.join(20)
+    assert "below zero" in said(explorer)
+    assert any(o["output_type"] == "error" for o in explorer.said.outputs)
+    explorer.close()
+
+
+@pytest.mark.parametrize("kind", ["attention", "patching"])
+def test_a_closed_explorer_leaves_nothing(demo, kind):
+    gc.collect()
+    before = set(registry._instances)
+    examples = TASKS["ioi"].examples(demo, 2, "widgets")
+    explorer = AttentionExplorer(demo, PROMPT) if kind == "attention" else PatchExplorer(demo, examples)
+    held = weakref.ref(explorer.read if kind == "attention" else explorer.found)
+    explorer.close()
+    explorer.close()
+    assert set(registry._instances) == before
+    gc.collect()
+    assert held() is None
+    with pytest.raises(RuntimeError, match="closed"):
+        explorer.select(layer=0)
+    gone = weakref.ref(explorer)
+    del explorer
+    gc.collect()
+    assert gone() is None
+
+
+def test_an_explorer_that_cannot_begin_leaves_nothing(demo):
+    before = set(registry._instances)
+    with pytest.raises(ValueError, match="one prompt"):
+        AttentionExplorer(demo, ["a", "b"])
+    assert set(registry._instances) == before
+
+
+def test_closing_stops_what_is_running():
+    explorer = Counting(1000)
+    explorer.go.clear()
+    explorer.run_button.click()
+    assert explorer.begun.wait(20)
+    worker, go = explorer.worker, explorer.go
+    explorer.close()
+    go.set()
+    worker.join(20)
+    assert not worker.is_alive()
+
+
+def test_importing_glmlens_does_not_import_widgets():
+    code = "import sys, glmlens; print('ipywidgets' in sys.modules, bool(glmlens.widgets), 'ipywidgets' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True", "True"]
+
+
+def test_an_explorer_of_a_model_stores_no_picture_of_it(attention):
+    """A notebook that keeps the state of its widgets stays small: no number is sent as text."""
+    states = [json.dumps(w.get_state(), default=len) for w in registry._instances.values() if isinstance(w, Heads)]
+    assert max(map(len, states)) < 30_000
+
+
+# ---- attention ----
+
+
+def test_the_bytes_of_a_head_are_its_pattern(demo, attention):
+    attention.select(layer=2, head=3)
+    _, acts = demo.run_with_cache(PROMPT, "attn.pattern")
+    pattern = acts["attn.pattern", 2][0]
+    side = attention.heads.side
+    assert side == pattern.shape[-1]
+    assert np.abs(triangle(attention.heads.cells, side) - pattern[3].numpy()).max() <= 0.5 / 255 + 1e-6
+    size = side * (side + 1) // 2
+    for head in range(8):
+        small = triangle(attention.heads.thumbs[head * size : (head + 1) * size], side)
+        assert np.abs(small - pattern[head].numpy()).max() <= 0.5 / 255 + 1e-6
+
+
+def test_by_length_of_value_every_weight_is_multiplied(demo, attention):
+    attention.select(layer=2, head=5, by_value=True)
+    _, acts = demo.run_with_cache(PROMPT, ["attn.pattern", "kv.v"])
+    weighted = acts["attn.pattern", 2][0] * acts["kv.v", 2][0].norm(dim=-1).T.repeat_interleave(2, 0)[:, None]
+    assert attention.heads.most == pytest.approx(float(weighted.max()))
+    drawn = triangle(attention.heads.cells, attention.heads.side) * attention.heads.most
+    assert np.abs(drawn - weighted[5].numpy()).max() <= attention.heads.most / 255
+
+
+@pytest.mark.parametrize("model_type", ["glm", "glm4"])
+def test_attention_is_explored_whatever_path_computes_it(model_type):
+    tokens = torch.randint(2, 101, (1, 9), generator=torch.Generator().manual_seed(1))
+    pictures = []
+    for path in ("eager", "sdpa"):
+        explorer = AttentionExplorer(small_lens(model_type, path), tokens)
+        explorer.select(layer=1, head=3)
+        pictures.append(np.frombuffer(explorer.heads.cells, np.uint8).astype(int))
+        explorer.close()
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+def test_a_wish_from_the_page_is_a_select(attention):
+    attention.heads._handle_custom_msg({"select": {"head": 4, "locked": True}}, [])
+    assert (attention.state["head"], attention.state["locked"]) == (4, True)
+    assert (attention.heads.head, attention.heads.locked) == (4, True)
+    attention.heads._handle_custom_msg({"select": {"head": 99}}, [])
+    assert "head 99" in said(attention)
+
+
+def test_a_new_prompt_is_read_and_the_place_stays_where_it_can(attention):
+    attention.select(layer=2, query=12, key=3)
+    attention.inputs["prompt"].value = "the cat sat"
+    attention.run_button.click()
+    attention.worker.join(60)
+    assert said(attention) == ""
+    last = len(attention.heads.labels) - 1
+    assert attention.state == attention.state | {"prompt": "the cat sat", "layer": 2, "query": last, "key": 3}
+    assert attention.places["query"].max == last
+
+
+def test_several_prompts_are_refused(attention):
+    with pytest.raises(ValueError, match="one prompt"):
+        attention.run(prompt=["a", "b"])
+
+
+def test_a_long_head_is_drawn_in_blocks_with_its_strongest_links():
+    n = 1000
+    weights = torch.rand(32, n, n, generator=torch.Generator().manual_seed(0)).tril() ** 8 / 100
+    weights[7, 900, 123] = 1.0
+    small, whole = thumbs(weights, 1.0), cells(weights[7], 7, 1.0)
+    assert (small["thumb_side"], small["thumb_block"], whole["side"], whole["block"]) == (125, 8, 500, 2)
+    size = 125 * 126 // 2
+    assert triangle(small["thumbs"][7 * size : 8 * size], 125)[900 // 8, 123 // 8] == 1
+    assert triangle(whole["cells"], 500)[450, 61] == 1
+    k = whole["top_k"]
+    at = np.frombuffer(whole["top_at"], np.uint32).reshape(2, n, k)
+    assert at[0, 900, 0] == 123
+    assert at[1, 123, 0] == 900
+    assert sum(len(x) for x in (small | whole).values() if isinstance(x, bytes)) < 800_000
+
+
+def test_hostile_tokens_reach_the_page_as_text_that_can_be_sent(attention, monkeypatch):
+    monkeypatch.setattr(attention.lens, "to_labels", lambda tokens: HOSTILE[: tokens.shape[1]])
+    attention.run(prompt="a b c d e f g h")
+    attention.select(query=3, key=1)
+    sent = json.dumps([*attention.heads.labels, attention.heads.said], ensure_ascii=False)
+    sent.encode()  # no half character
+    assert HOSTILE[0] in attention.heads.labels
+    assert HOSTILE[3] in attention.heads.said
+
+
+def test_the_figure_of_an_explorer_is_its_own(attention):
+    attention.select(layer=2, head=3)
+    figure = attention.figure()
+    assert type(figure) is go.Figure
+    before = np.array(figure.data[0].z)
+    attention.select(layer=0)
+    assert np.array_equal(figure.data[0].z, before)
+
+
+# ---- patching ----
+
+
+def click(chart, row, column):
+    """What the page sends when a cell of a heatmap is clicked."""
+    chart.widget._js2py_pointsCallback = {
+        "event_type": "plotly_click",
+        "points": {"xs": [column], "ys": [row], "point_indexes": [[row, column]], "trace_indexes": [0]},
+        "device_state": {},
+        "selector": None,
+    }
+
+
+def test_the_grid_is_the_sweep_and_a_cell_is_its_own_run(demo, patching):
+    patching.run(site="attn.z", over="head")
+    swept = patching.found.sweep
+    assert np.allclose(patching.grid.widget.data[0].z, swept.values, atol=1e-6)
+    for row, column in ((0, 0), (1, 3), (3, 7)):
+        patching.select(row=row, column=column)
+        right, wrong = patching.found.answers
+        logits = patching.again[1].logits
+        metric = float(logits[right] - logits[wrong])
+        assert metric == pytest.approx(float(swept.raw.at(pair=0).values[row, column]), abs=1e-3)
+
+
+def test_a_click_on_a_cell_selects_it(patching):
+    click(patching.grid, 2, 5)
+    assert (patching.state["row"], patching.state["column"]) == (2, 5)
+    frame = patching.grid.widget.layout.shapes[-1]
+    assert (frame.x0, frame.y0) == (4.5, 1.5)
+
+
+def test_a_click_on_a_head_shows_how_its_attention_changes(patching):
+    patching.select(row=0, view="heads")
+    click(patching.detail, 2, 6)
+    assert patching.state == patching.state | {"layer": 2, "head": 6, "view": "head"}
+    base, changed = patching.runs()
+    assert np.allclose(patching.detail.widget.data[0].z, (changed.patterns - base.patterns)[2, 6].numpy(), atol=1e-6)
+
+
+def test_prompts_of_another_length_are_refused_under_the_views(patching):
+    patching.inputs["corrupt"].value = "a b"
+    patching.run_button.click()
+    patching.worker.join(60)
+    assert "tokens" in said(patching)
+    assert patching.state["corrupt"] != "a b"
+
+
+def test_another_example_is_run(patching):
+    texts = patching.state["clean"]
+    patching.select(example=1)
+    assert patching.state["clean"] == patching.inputs["clean"].value != texts
+    patching.places["example"].value = 2
+    patching.worker.join(60)
+    assert patching.state["clean"] == patching.examples[2].item.text
+
+
+def test_a_metric_of_ones_own_is_called_and_what_it_prints_is_seen(demo):
+    def mine(logits):
+        print("measured", logits.shape[0])
+        return logits[:, 5]
+
+    explorer = PatchExplorer(demo, "Mary likes", "John likes", (" Mary", " John"), metrics={"mine": mine})
+    explorer.inputs["metric"].value = "mine"
+    explorer.run_button.click()
+    explorer.worker.join(60)
+    assert "measured" in said(explorer)
+    assert explorer.state["metric"] == "mine"
+    assert np.allclose(explorer.found.sweep.clean, float(demo("Mary likes")[0, -1, 5]), atol=1e-4)
+    explorer.close()
+
+
+def test_a_stopped_sweep_shows_what_was_done(demo):
+    calls = 0
+
+    def stopping(logits):
+        nonlocal calls
+        calls += 1
+        if calls == 3:  # after the two plain runs
+            explorer.stop()
+        return logits[:, 5]
+
+    long = PROMPT + " Mary. " + PROMPT
+    explorer = PatchExplorer(demo, long, long.replace("Mary", "Tom"), (" Mary", " John"), metrics={"mine": stopping})
+    explorer.run(metric="mine")
+    assert not explorer.found.sweep.finished
+    assert 0 < np.isfinite(explorer.found.sweep.values).sum() < explorer.found.sweep.values.size
+    assert "stopped" in explorer.grid_figure().layout.title.subtitle.text
+    explorer.close()
+
+
+def test_what_a_patch_explorer_is_given_must_be_pairs(demo):
+    with pytest.raises(ValueError, match="answers"):
+        PatchExplorer(demo, "a", "b")
+    with pytest.raises(ValueError, match="no counterfactual 'x'"):
+        PatchExplorer(demo, TASKS["ioi"].examples(demo, 1, "widgets"), "x")
+
+
+def test_a_chart_becomes_another_figure_and_leaves_nothing_of_the_last():
+    chart = Chart()
+    first = go.Figure(go.Heatmap(z=np.eye(3), customdata=np.eye(3)), {"title": {"text": "one"}, "height": 300})
+    second = go.Figure(go.Heatmap(z=np.ones((2, 4))), {"xaxis": {"range": [0, 1]}})
+    for figure in (first, second, go.Figure(go.Bar(y=[1, 2])), first):
+        chart.draw(figure, (0, 1))
+        shown = go.Figure(chart.widget).update_layout(template=None).to_dict()
+        wanted = go.Figure(figure).update_layout(template=None).to_dict()
+        for part in (*shown["data"], *wanted["data"]):
+            part.pop("uid", None)
+        assert shown["data"] == wanted["data"]
+        assert shown["layout"] == wanted["layout"]

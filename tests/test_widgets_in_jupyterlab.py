@@ -1,0 +1,224 @@
+"""Explorers in a real JupyterLab: drawn, clicked, slid, typed into, wrong, stopped, hostile; and nothing leaves."""
+
+import pytest
+
+LENS = """
+import glmlens
+from glmlens.widgets import AttentionExplorer, PatchExplorer
+lens = globals().get("lens") or glmlens.load(dtype="float32")
+for old in ("explorer",):
+    if old in globals():
+        globals().pop(old).close()
+"""
+ATTENTION = (
+    LENS
+    + """
+explorer = AttentionExplorer(lens, "When Mary and John went to the store, John gave a drink to")
+explorer.select(layer=2, head=3, query=5, key=3)
+explorer
+"""
+)
+PATCHING = (
+    LENS
+    + """
+from glmlens.tasks import TASKS
+def slow(logits):
+    import time
+    time.sleep(0.2)
+    return logits[:, 5]
+def wrong(logits):
+    print("measuring")
+    raise ValueError("a metric went wrong")
+explorer = PatchExplorer(lens, TASKS["ioi"].examples(lens, 2, "lab"), metrics={"slow": slow, "wrong": wrong})
+explorer
+"""
+)
+HOSTILE = (
+    LENS
+    + """
+HOSTILE = ["<script>window.ran=1</script>", "<img src=x onerror=window.ran=1>", "</script><b>", "<b>bold</b>", "$x^2$",
+           "\\ud83d", "&lt;", '" onmouseover="window.ran=1', "<a href='https://example.com'>a</a>", "\\u202eabc"]
+explorer = AttentionExplorer(lens, [2, 3, 4, 5, 6, 7, 8, 9, 10, 11])
+lens.to_labels = lambda tokens, *_: (HOSTILE * 3)[:len(tokens.flatten())]
+try:
+    {}
+finally:
+    del lens.to_labels
+explorer
+"""
+)
+DRAWN = "document.querySelector('.glmlens-heads').dataset.drawn > 0"
+HEADS = "document.querySelectorAll('.glmlens-heads figure')"
+GRID = "document.querySelectorAll('.jp-OutputArea .js-plotly-plot')[0]"
+DETAIL = "document.querySelectorAll('.jp-OutputArea .js-plotly-plot')[1]"
+
+
+def control(label, inside="input"):
+    """The control of an explorer with this label."""
+    found = "[...document.querySelectorAll('.jp-OutputArea .widget-inline-hbox')]"
+    return f"{found}.find(e => e.querySelector('label')?.innerText === '{label}').querySelector('{inside}')"
+
+
+def choose(label, value):
+    """Take an option of a dropdown."""
+    changed = f"(e.value = {value!r}, e.dispatchEvent(new Event('change', {{bubbles: true}})))"
+    return f"(e => {changed})({control(label, 'select')})"
+
+
+def button(text):
+    return f"[...document.querySelectorAll('.jp-OutputArea button')].find(b => b.innerText === '{text}')"
+
+
+def state(lab, name):
+    """What the kernel says of the explorer that is shown: asked by a cell, so that it is shown no longer."""
+    lab.cell(f"print('state:', explorer.state[{name!r}])")
+    return lab.wait("document.querySelector('.jp-OutputArea').innerText.match(/state: (.*)/)?.[1]")
+
+
+@pytest.fixture(autouse=True)
+def nothing_went_wrong_on_the_page(lab):
+    lab.errors = []
+    yield
+    assert lab.errors == []
+    assert lab.strangers() == []
+
+
+@pytest.fixture
+def attention(lab):
+    lab.cell(ATTENTION)
+    lab.wait(DRAWN)
+    lab.wait_text("layer 2, head 3: query 5 ·John → key 3 ·Mary")
+    return lab
+
+
+@pytest.fixture
+def patching(lab):
+    lab.cell(PATCHING)
+    lab.wait(f"{GRID}.querySelector('.heatmaplayer image') && {DETAIL}.querySelector('.barlayer path')")
+    return lab
+
+
+def test_attention_is_drawn(attention):
+    assert attention.run(f"{HEADS}.length") == 8
+    painted = "[...document.querySelectorAll('.glmlens-heads canvas')].every(c => c.getContext('2d')" \
+              ".getImageData(0, 0, 1, 1).data[3] === 255)"  # fmt: skip
+    assert attention.run(painted)
+    assert attention.run("document.querySelectorAll('.glmlens-heads .group').length") == 4
+
+
+def test_a_click_on_a_head_selects_and_locks_it(attention):
+    attention.click_on(f"{HEADS}[6]")
+    attention.wait_text("layer 2, head 6")
+    attention.wait("document.querySelector('figure.chosen.locked figcaption').textContent === '6'")
+    assert state(attention, "locked") == "True"
+
+
+def test_a_click_in_the_large_picture_selects_a_query_and_a_key(attention):
+    attention.click_on("document.querySelector('.large canvas')", x=2.5 / 16, y=10.5 / 16)
+    attention.wait_text("query 10")
+    attention.wait_text("key 2 When")
+
+
+def test_a_token_under_the_mouse_lights_what_it_reads(attention):
+    attention.move(*attention.middle("document.querySelectorAll('.tokens span')[10]"))
+    attention.wait("document.querySelector('.hovered').textContent.startsWith('head 3, 10 ')")
+    lit = "[...document.querySelectorAll('.tokens span')].filter(s => s.style.backgroundColor).length"
+    assert attention.run(lit) >= 1
+
+
+def test_keys_move_through_the_heads_and_stay_out_of_the_notebook(attention):
+    attention.run("document.querySelector('.glmlens-heads .grid').focus()")
+    attention.press("ArrowRight")
+    attention.wait_text("layer 2, head 4")
+    attention.press("Enter")
+    attention.wait("document.querySelector('figure.chosen.locked figcaption').textContent === '4'")
+    attention.run("document.querySelector('.glmlens-heads .tokens').focus()")
+    attention.press("ArrowRight", "ArrowRight")
+    attention.wait_text("query 7")
+    assert attention.run("document.activeElement.className") == "tokens"
+
+
+def test_a_slider_selects(attention):
+    handle = control("layer", ".noUi-handle")
+    attention.run(f"{handle}.focus()")
+    attention.press("ArrowRight")
+    attention.wait_text("layer 3, head 3")
+
+
+def test_the_prompt_can_be_changed_and_run_again(attention):
+    attention.write(control("prompt", "textarea"), "the cat sat on the mat")
+    attention.click_on(button("Run"))
+    attention.wait("document.querySelector('.tokens').textContent.includes('·mat')")
+    attention.wait(f"!{button('Run')}.disabled")
+
+
+def test_hostile_tokens_are_shown_as_they_are(lab):
+    lab.cell(HOSTILE.format("explorer.run(prompt=[2, 3, 4, 5, 6, 7, 8, 9, 10, 11]); explorer.select(query=6, key=1)"))
+    lab.wait(DRAWN)
+    lab.wait("document.querySelectorAll('.tokens span').length === 10")
+    shown = lab.run("[...document.querySelectorAll('.tokens span')].map(s => s.textContent)")
+    assert shown[:5] == ["<script>window.ran=1</script>", "<img src=x onerror=window.ran=1>", "</script><b>",
+                         "<b>bold</b>", "$x^2$"]  # fmt: skip
+    assert shown[5] == "⟨D83D⟩"
+    lab.wait_text("key 1 <img src=x onerror=window.ran=1>")
+    assert lab.run("window.ran === undefined")
+    strange = "document.querySelectorAll('.jp-OutputArea :is(img, b, a[href*=example], mjx-container)').length"
+    assert lab.run(strange) == 0
+
+
+def test_patching_is_drawn_and_a_click_on_a_cell_runs_it_again(patching):
+    box = f"{GRID}.querySelector('.nsewdrag')"
+    rows, columns = patching.run(f"[{GRID}.data[0].z.length, {GRID}.data[0].z[0].length]")
+    x, y = patching.middle(box, 3.5 / columns, 1 - 2.5 / rows)
+    patching.move(x, y)
+    patching.wait(f"{GRID}.querySelector('.hovertext')")
+    patching.click(x, y)
+    patching.wait(f"{control('row', '.widget-readout')}.innerText === '2'")
+    patching.wait(f"{control('column', '.widget-readout')}.innerText === '3'")
+    patching.wait(f"{DETAIL}.querySelector('.gtitle').textContent.includes('layer 2')")
+
+
+def test_a_slider_moves_the_frame_and_another_view_is_shown(patching):
+    patching.click_on(button("attention of all heads"))
+    patching.wait(f"{DETAIL}.querySelector('.heatmaplayer image')")
+    before = patching.run(f"{GRID}.layout.shapes[1].y0")
+    patching.run(f"{control('row', '.noUi-handle')}.focus()")
+    patching.press("ArrowRight" if before < 2 else "ArrowLeft")
+    patching.wait(f"{GRID}.layout.shapes[1].y0 !== {before}")
+
+
+def test_a_prompt_of_another_length_is_an_error_under_the_figures(patching):
+    patching.write(control("corrupt"), "too short")
+    patching.click_on(button("Run"))
+    patching.wait_text("PatchError", ".jp-OutputArea .jp-OutputArea")
+    patching.wait(f"!{button('Run')}.disabled")
+
+
+def test_what_a_metric_prints_and_raises_is_seen(patching):
+    patching.run(choose("metric", "wrong"))
+    patching.click_on(button("Run"))
+    patching.wait_text("measuring", ".jp-OutputArea .jp-OutputArea")
+    patching.wait_text("ValueError: a metric went wrong", ".jp-OutputArea .jp-OutputArea")
+
+
+def test_long_work_shows_how_far_it_is_and_can_be_stopped(patching):
+    patching.run(choose("metric", "slow"))
+    patching.click_on(button("Run"))
+    patching.wait("/\\d+ of \\d+ cells/.test(document.querySelector('.jp-OutputArea').innerText)")
+    assert patching.run(f"{button('Run')}.disabled")
+    patching.click_on(button("Stop"))
+    patching.wait(f"!{button('Run')}.disabled")
+
+
+def test_a_changed_pair_of_prompts_is_run(patching):
+    patching.write(control("clean"), "Mary likes")
+    patching.write(control("corrupt"), "John likes")
+    patching.click_on(button("Run"))
+    patching.wait(f"{GRID}.data[0].z[0].length === 4")
+    patching.wait(f"{GRID}.querySelector('.heatmaplayer image')")
+
+
+def test_a_closed_explorer_is_gone_from_the_page(attention):
+    attention.run("window.jupyterapp.shell.currentWidget.context.sessionContext.session.kernel"
+                  ".requestExecute({code: 'explorer.close()'}).done.then(() => 0)")  # fmt: skip
+    attention.wait("!document.querySelector('.glmlens-heads')")
