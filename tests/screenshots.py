@@ -157,6 +157,14 @@ explorer.select(view="heads")""",
     "explorer_patching_head": """
 explorer = PatchExplorer(lens, TASKS["ioi"].examples(lens, 4, "demo"))
 explorer.select(row=1, view="head", layer=2, head=6)""",
+    "explorer_cache": """
+explorer = CacheInspector(lens, PROMPT)
+explorer.select(position=3)
+explorer.alter("drop everywhere")
+explorer.select(layer=2, kv=2, position=12)""",
+    "explorer_cache_left_out": """
+explorer = CacheInspector(lens, PROMPT)
+explorer.select(step=5, layer=2, kv=2, position=17, by="logit")""",
     "explorer_error": """
 explorer = AttentionExplorer(lens, PROMPT)
 explorer.asked(layer=9)""",
@@ -164,7 +172,7 @@ explorer.asked(layer=9)""",
 BEFORE = f"""
 import glmlens
 from glmlens.tasks import TASKS
-from glmlens.widgets import AttentionExplorer, PatchExplorer
+from glmlens.widgets import AttentionExplorer, CacheInspector, PatchExplorer
 lens, PROMPT = glmlens.load(dtype="float32"), {PROMPT!r}"""
 
 

@@ -1,0 +1,257 @@
+"""Rotary positions: a head with some of its frequency pairs alone, and its score as a sum of waves over distance."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ipywidgets as W
+import numpy as np
+import plotly.graph_objects as go
+import traitlets as T
+
+from glmlens.analysis.distance import DistanceProfile, distance_profile
+from glmlens.analysis.rotary import ScoreParts, frequencies_of, score_parts, wavelengths
+from glmlens.analysis.rows import label, numbers
+from glmlens.lens import Lens
+from glmlens.plot import attention_pattern, lines
+from glmlens.plot.style import GREY
+from glmlens.prompt import Prompt
+from glmlens.results import Labelled
+from glmlens.widgets.base import ROW, Explorer
+from glmlens.widgets.chart import MOST, Chart
+from glmlens.widgets.runs import Lines, sendable
+
+DRAWN = 8  # waves, the largest
+FAR = 64  # tokens that the distances reach at least
+FAINT = 0.2
+
+
+class Toggles(W.Box):
+    """A button for each of several things; `value` are the numbers of those that are on."""
+
+    value = T.Tuple()
+
+    def __init__(self, names: Sequence[str], tips: Sequence[str]):
+        every = tuple(range(len(names)))
+        self.buttons = [
+            W.ToggleButton(True, description=name, tooltip=tip, layout={"width": "auto"})
+            for name, tip in zip(names, tips, strict=True)
+        ]
+        self.following = False
+        both = [W.Button(description=name, layout={"width": "auto"}) for name in ("all", "none")]
+        super().__init__([*self.buttons, *both], layout=ROW)
+        self.value = every
+        self.observe(lambda _: self.follow(), "value")
+        for button in self.buttons:
+            button.observe(lambda _: self.heard(), "value")
+        both[0].on_click(lambda _: self.set_trait("value", every))
+        both[1].on_click(lambda _: self.set_trait("value", ()))
+
+    def heard(self) -> None:
+        if not self.following:
+            self.value = tuple(i for i, button in enumerate(self.buttons) if button.value)
+
+    def follow(self) -> None:
+        self.following = True
+        for i, button in enumerate(self.buttons):
+            button.value = i in self.value
+        self.following = False
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """A prompt: its tokens' labels, and what every head would attend to by distance alone."""
+
+    prompt: Prompt
+    labels: list[str]
+    profile: DistanceProfile
+
+
+@dataclass(frozen=True, eq=False)
+class Waves:
+    """What makes a score at every distance: a wave [pair, distance] for each pair, and a content that knows none."""
+
+    pairs: np.ndarray
+    content: float
+
+    def sum(self, chosen: Sequence[int], content: bool) -> np.ndarray:
+        return self.pairs[list(chosen)].sum(0) + (self.content if content else 0.0)
+
+
+class RotaryExplorer(Explorer):
+    """How a head finds tokens by position: its pattern with some frequency pairs alone, and its score as waves.
+
+    The first picture is the pattern that the pairs which are on (and the content, the channels that do not turn) would
+    make. The second is the score at every distance of the chosen query and key, or of the head's mean ones: the
+    largest waves, those that are off faint, and the sum of what is on. Places: layer, head, query, key, distance (at
+    first that of query and key), pairs (numbers of those that are on), content, of ("these" or "mean").
+    """
+
+    def __init__(self, lens: Lens, prompt: Prompt):
+        said = prompt if isinstance(prompt, str) else ""
+        box = W.Textarea(
+            said, description="prompt", rows=2, layout={"width": "min(680px, 95%)"}, continuous_update=True
+        )
+        box.placeholder = "" if said else "given as token ids"
+        lengths = wavelengths(lens).tolist()
+        names = [f"{i} ({length:.3g})" for i, length in enumerate(lengths)]
+        tips = [f"pair {i} turns once in {length:.3g} tokens" for i, length in enumerate(lengths)]
+        content = lens.cfg.d_rotary < lens.cfg.d_head
+        places = {
+            "layer": W.IntSlider(0, 0, lens.cfg.n_layers - 1, description="layer"),
+            "head": W.IntSlider(0, 0, lens.cfg.n_heads - 1, description="head"),
+            "query": W.IntSlider(0, 0, 0, description="query"),
+            "key": W.IntSlider(0, 0, 0, description="key"),
+            "distance": W.IntSlider(0, 0, FAR, description="distance"),
+            "of": W.ToggleButtons(options=[("this query and key", "these"), ("mean query and key", "mean")],
+                                  style={"button_width": "auto"}),
+            "content": W.Checkbox(content, description="content", disabled=not content, indent=False,
+                                  layout={"width": "auto"}),
+            "pairs": Toggles(names, tips),
+        }  # fmt: skip
+        self.shape, self.waves = Chart(self.hit), Chart(self.hit_distance)
+        self.words = Lines()
+        self.read: Read | None = None
+        self.parts: tuple[tuple[int, int], ScoreParts] | None = None
+        super().__init__(lens, {"prompt": box}, places, [self.shape, self.waves, self.words], {"prompt": prompt})
+        self.first()
+
+    def compute(self, inputs: Mapping[str, Any]) -> Read:
+        prompt = inputs["prompt"]
+        tokens = self.lens.to_tokens(prompt)
+        if tokens.shape[0] != 1:
+            raise ValueError(f"one prompt at a time, not {tokens.shape[0]}")
+        self.tick(0, 1, "passes")
+        labels = [label(self.lens, token) for token in tokens[0].tolist()]
+        return Read(tokens, labels, distance_profile(self.lens, tokens, distances=max(len(labels), FAR) + 1))
+
+    def select(self, **places: Any) -> None:
+        """Look at another head, pair of tokens (query, key), distance, or choice of parts (pairs, content).
+
+        With another query or key the distance is theirs, unless it is given. ValueError for a place that is not there.
+        """
+        s = {**self._state, **places}
+        if "key" not in places and places.keys() & {"query"}:
+            places["key"] = s["key"] = min(s["key"], s["query"])
+        if places.keys() & {"query", "key"} and "distance" not in places:
+            if s["key"] > s["query"]:
+                with self.hushed():
+                    self.synchronise()
+                raise ValueError(f"key {s['key']} comes after query {s['query']}, which cannot see it")
+            places["distance"] = s["query"] - s["key"]
+        super().select(**places)
+
+    def show(self, found: Read | None = None) -> None:
+        s = self._state
+        if found is not None:
+            self.read, self.parts = found, None
+            last = len(found.labels) - 1
+            for name in ("query", "key"):
+                self.places[name].max = last
+            self.places["distance"].max = max(last + 1, FAR)
+            s["query"] = last
+            s["key"] = min(s["key"], last)
+            s["distance"] = last - s["key"]
+        if self.read is None:
+            return
+        strange = [i for i in s["pairs"] if i not in range(len(self.frequencies()))]
+        if strange:
+            raise ValueError(f"pairs {strange} asked for; there is 0 to {len(self.frequencies()) - 1}")
+        block = -(-len(self.read.labels) // MOST)
+        self.shape.draw(sendable(self.figure()), (s["query"] // block, s["key"] // block))
+        self.waves.draw(self.waves_figure())
+        self.words.say(*self.in_words())
+
+    def taken_apart(self) -> ScoreParts:
+        """The scores of the chosen head, kept until another is chosen."""
+        if self.read is None:
+            raise ValueError("nothing has been read yet: run()")
+        head = self._state["layer"], self._state["head"]
+        if self.parts is None or self.parts[0] != head:
+            self.parts = head, score_parts(self.lens, self.read.prompt, *head)
+        return self.parts[1]
+
+    def frequencies(self) -> np.ndarray:
+        return numbers(frequencies_of(self.lens))
+
+    def chosen(self) -> list[int]:
+        """The parts of the score that are on."""
+        has = self.lens.cfg.d_rotary < self.lens.cfg.d_head
+        return [*self._state["pairs"], *([len(self.frequencies())] if self._state["content"] and has else [])]
+
+    def pattern(self) -> np.ndarray:
+        """The attention [query, key] that the chosen parts alone would make; nan at keys that a query cannot see."""
+        parts = self.taken_apart().part.values
+        seen = ~np.isnan(parts[..., 0])
+        scores = np.where(seen, np.nan_to_num(parts[..., self.chosen()]).sum(-1), -np.inf)
+        exps = np.exp(scores - scores.max(1, keepdims=True))
+        return np.where(seen, exps / exps.sum(1, keepdims=True), np.nan)
+
+    def figure(self) -> go.Figure:
+        """The pattern of the head with the chosen parts alone."""
+        self.alive()
+        s, data = self._state, self.taken_apart().pattern
+        whole = len(self.frequencies())
+        with_it = " and content" if s["content"] else ", without content"
+        title = f"Head {s['layer']}.{s['head']} with {len(s['pairs'])} of {whole} pairs{with_it}"
+        named = Labelled(self.pattern(), data.axes, data.labels)
+        return attention_pattern(named, title=title, subtitle="")
+
+    def made_of(self) -> Waves:
+        """The waves of the chosen query and key, or of the head's mean ones."""
+        s = self._state
+        head = {"layer": s["layer"], "head": s["head"]}
+        if s["of"] == "mean":
+            assert self.read is not None
+            found = [self.read.profile.sheets()[name].at(**head) for name in ("amplitude", "phase", "content")]
+            amplitude, phase, content = found[0].values, found[1].values, float(found[2])
+        else:
+            parts, at = self.taken_apart(), (s["query"], s["key"])
+            amplitude, phase = parts.amplitude.values[at], parts.phase.values[at]
+            content = float(parts.part.values[at][-1]) if len(parts.part.values[at]) > len(phase) else 0.0
+        far = np.arange(self.places["distance"].max + 1)
+        return Waves(amplitude[:, None] * np.cos(phase[:, None] + self.frequencies()[:, None] * far), content)
+
+    def waves_figure(self) -> go.Figure:
+        """The score at every distance as a sum of waves."""
+        s, waves = self._state, self.made_of()
+        total = waves.sum(s["pairs"], s["content"])
+        largest = sorted(np.argsort(-np.abs(waves.pairs).max(1), kind="stable")[:DRAWN].tolist())
+        tips = [button.description for button in self.places["pairs"].buttons]
+        named = ["sum of what is on", "content", *(f"pair {tips[i]}" for i in largest)]
+        rows = np.stack([total, np.full_like(total, waves.content), *waves.pairs[largest]])
+        far = [str(d) for d in range(len(total))]
+        data = Labelled(rows.astype(np.float32), ("part", "distance"), {"part": named, "distance": far})
+        whose = "the mean query and key" if s["of"] == "mean" else f"query {s['query']} and key {s['key']}"
+        more = f", the {DRAWN} largest waves" if len(waves.pairs) > DRAWN else ""
+        title = f"Score of {whose} by distance{more}"
+        figure = lines(data, axes=("part", "distance"), what="score", title=title, subtitle="", height=330)
+        on = [True, s["content"], *(i in s["pairs"] for i in largest)]
+        for trace, lit, thick in zip(figure.data, on, [4, *[1.5] * (len(on) - 1)], strict=False):
+            trace.update(mode="lines", opacity=1 if lit else FAINT, line_width=thick)
+        ring = {"size": 15, "symbol": "circle-open", "color": GREY, "line": {"width": 3}}
+        here = {"x": [s["distance"]], "y": [total[s["distance"]]]}
+        return figure.add_scatter(**here, mode="markers", marker=ring, name="here", hoverinfo="skip", showlegend=False)
+
+    def in_words(self) -> list[str]:
+        """The chosen pair of tokens and the chosen distance, in numbers."""
+        s, parts = self._state, self.taken_apart()
+        at = s["query"], s["key"]
+        first = f"query {parts.part.labels['query'][at[0]]} → key {parts.part.labels['key'][at[1]]}"
+        numbers = f"score {parts.score.values[at]:.3f}, of which what is on {self.on(parts.part.values[at]):.3f}"
+        chances = f"attention {parts.pattern.values[at]:.4f}, with what is on alone {self.pattern()[at]:.4f}"
+        waves = self.made_of()
+        every = waves.sum(range(len(waves.pairs)), True)[s["distance"]]
+        some = waves.sum(s["pairs"], s["content"])[s["distance"]]
+        second = f"at distance {s['distance']} the score would be {every:.3f}, of which what is on {some:.3f}"
+        return [f"{first}: {numbers}; {chances}", second]
+
+    def on(self, parts: np.ndarray) -> float:
+        return float(parts[self.chosen()].sum())
+
+    def hit(self, row: int, column: int) -> None:
+        block = -(-(self.places["query"].max + 1) // MOST)
+        self.asked(query=row * block, key=min(column, row) * block)
+
+    def hit_distance(self, distance: int) -> None:
+        self.asked(distance=distance)

@@ -1,0 +1,217 @@
+"""CacheInspector without a browser: what is drawn is what the analyses say, and a change is a rerun with it."""
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+from hostile import HOSTILE
+from ipywidgets.widgets import widget as registry
+from test_widgets import PROMPT, click, said
+
+import glmlens
+from glmlens import analysis, cache, patch
+from glmlens.widgets import CacheInspector
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return glmlens.load(dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def line(demo):
+    return patch.timeline(demo, PROMPT, 6)
+
+
+@pytest.fixture
+def inspector(demo):
+    explorer = CacheInspector(demo, PROMPT, 6)
+    yield explorer
+    explorer.close()
+
+
+def drawn(chart):
+    return np.array(chart.widget.data[0].z)
+
+
+def test_a_run_in_slices_is_the_run_in_one_piece(inspector, line):
+    assert inspector.line.tokens == line.tokens
+    assert np.allclose(inspector.line.logits, line.logits, atol=1e-4)
+
+
+def test_the_picture_is_how_the_step_reads_every_entry(demo, inspector, line):
+    inspector.select(step=3, layer=2, kv=1, position=6)
+    memory = line.memory(3)
+    reads = analysis.who_reads(demo, memory, line.tokens[3])
+    for by in ("attention", "weighted", "direct"):
+        inspector.select(by=by)
+        wanted = reads.by_entry(by, 4).values[:, 1, :-1]
+        assert np.allclose(drawn(inspector.entries), wanted, atol=1e-3)
+        assert np.allclose(drawn(inspector.readers), reads.sheets()[by].values[:, :, 6], atol=1e-3)
+    for by, stored in (("keys", memory.kv.keys), ("values", memory.kv.values)):
+        inspector.select(by=by)
+        wanted = stored[:, 0, : memory.kv.length, 1].norm(dim=-1)
+        assert np.allclose(drawn(inspector.entries), wanted, atol=1e-3)
+
+
+def test_the_cache_grows_with_the_steps(inspector):
+    inspector.select(step=0, by="keys")
+    before = drawn(inspector.entries).shape[1]
+    inspector.places["step"].value = 4
+    assert drawn(inspector.entries).shape[1] == before + 4
+    assert inspector.places["position"].max == before + 3
+    inspector.select(position=before + 3)
+    assert "written at step 3" in inspector.words.value
+    inspector.select(step=0)
+    assert inspector.state["position"] == before - 1
+
+
+def test_what_is_lost_without_an_entry_is_run_when_it_is_asked_for(demo, inspector, line):
+    assert inspector.lost == {}
+    inspector.select(step=2, by="kl")
+    left = analysis.leave_one_out(demo, line.memory(2), line.tokens[2])
+    for kv in (0, 3):
+        inspector.select(kv=kv)
+        assert np.allclose(drawn(inspector.entries), left.kl.values[:, kv], atol=1e-5)
+    lost = inspector.lost[2]
+    inspector.select(by="logit")
+    assert inspector.lost[2] is lost
+    assert np.allclose(drawn(inspector.entries), left.logit.values[:, 3], atol=1e-3)
+
+
+def test_a_slider_asks_for_what_is_lost_in_the_background(inspector):
+    inspector.select(by="logit")
+    inspector.places["step"].value = 1
+    inspector.worker.join(60)
+    assert said(inspector) == ""
+    assert sorted(inspector.lost) == [0, 1]
+    assert np.isfinite(drawn(inspector.entries)).all()
+
+
+def test_a_click_selects_an_entry_and_a_head_its_readers(inspector):
+    click(inspector.entries, 2, 5)
+    assert (inspector.state["layer"], inspector.state["position"]) == (2, 5)
+    click(inspector.readers, 1, 7)
+    assert (inspector.state["layer"], inspector.state["kv"]) == (1, 3)
+    frame = inspector.readers.widget.layout.shapes[-1]
+    assert (frame.x0, frame.x1, frame.y0) == (5.5, 7.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("what", "operation"),
+    [
+        ("zero", cache.ablate(layer=2, kv=1, position=5)),
+        ("scale value", cache.edit(values=lambda x, at, layer: 3 * x, layer=2, kv=1, position=5)),
+        ("scale key", cache.edit(keys=lambda x, at, layer: 3 * x, layer=2, kv=1, position=5)),
+        ("drop everywhere", cache.evict(position=5)),
+    ],
+)
+def test_an_altered_entry_is_a_rerun_with_the_operation(inspector, line, what, operation):
+    inspector.select(step=2, layer=2, kv=1, position=5)
+    inspector.alter(what, 3.0)
+    wanted = line.rerun(2, at={2: operation})
+    assert inspector.other.tokens == wanted.tokens
+    assert np.allclose(inspector.other.logits, wanted.logits, atol=1e-4)
+    assert inspector.state["change"] == (what, 2, 2, 1, 5, 3.0)
+    assert inspector.inputs["change"].value.startswith(what)
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_dropped_entry_is_lost_to_its_heads_and_leaves_the_prompt_as_it_was(demo, inspector, line, step):
+    inspector.select(step=step, layer=3, kv=2, position=3)
+    inspector.alter("drop")
+    lost = analysis.leave_one_out(demo, line.memory(step), line.tokens[step], positions=[3]).logit.values[3, 2, 3]
+    said = [run.moments[step].logits[line.tokens[step]] for run in (line, inspector.other)]
+    assert abs(lost) > 0.1
+    assert float(said[0] - said[1]) == pytest.approx(float(lost), abs=1e-3)
+
+
+def test_both_texts_stand_side_by_side_and_undo_takes_the_change_back(inspector):
+    inspector.select(step=0, position=3)
+    inspector.what.value = "drop everywhere"
+    inspector.go_on.click()
+    inspector.worker.join(60)
+    assert said(inspector) == ""
+    assert "Parting at step 0" in inspector.texts.value
+    assert "·Mary" in inspector.texts.value
+    assert "·Bob" in inspector.texts.value
+    inspector.undo.click()
+    inspector.worker.join(60)
+    assert inspector.other is None
+    assert inspector.inputs["change"].value == ""
+    assert "·Bob" not in inspector.texts.value
+
+
+def test_a_state_with_a_change_can_be_asked_again(demo, inspector):
+    inspector.select(step=1, layer=3, kv=2, position=4, by="attention")
+    inspector.alter("zero")
+    inspector.select(step=2, position=5)
+    state = inspector.state
+    other = CacheInspector(demo, PROMPT)
+    other.run(**{name: state[name] for name in other.inputs})
+    other.select(**{name: state[name] for name in other.places})
+    assert other.state == state
+    assert other.texts.value == inspector.texts.value
+    other.close()
+
+
+def test_what_cannot_be_changed_is_said_under_the_views(inspector):
+    with pytest.raises(ValueError, match="no change 'shrink'; choose from 'drop'"):
+        inspector.alter("shrink")
+    inspector.select(step=0, position=14)
+    inspector.what.value = "drop everywhere"
+    inspector.go_on.click()
+    inspector.worker.join(60)
+    assert "newest entry cannot be dropped" in said(inspector)
+    assert inspector.state["change"] is None
+    inspector.run()
+    assert inspector.other is None
+
+
+def test_another_prompt_is_without_the_change(inspector):
+    inspector.select(step=0, position=3)
+    inspector.alter("zero")
+    inspector.run(prompt="the king of Japan lives in")
+    assert inspector.state["change"] is None
+    assert inspector.other is None
+    inspector.alter("zero")
+    inspector.inputs["prompt"].value = "the king of France lives in"
+    inspector.run_button.click()
+    inspector.worker.join(60)
+    assert inspector.state["change"] is None
+    assert said(inspector) == ""
+
+
+def test_a_long_generation_can_be_stopped_and_keeps_what_was_there(inspector):
+    inspector.inputs["length"].value = 4000
+    inspector.run_button.click()
+    inspector.stop_button.click()
+    inspector.worker.join(60)
+    assert "stopped" in said(inspector)
+    assert len(inspector.line.tokens) == 6
+
+
+def test_a_closed_inspector_leaves_nothing(demo):
+    gc.collect()
+    before = set(registry._instances)
+    explorer = CacheInspector(demo, PROMPT, 3)
+    held, gone = weakref.ref(explorer.line), weakref.ref(explorer)
+    explorer.close()
+    assert set(registry._instances) == before
+    del explorer
+    gc.collect()
+    assert held() is None
+    assert gone() is None
+
+
+def test_hostile_tokens_are_text(inspector, monkeypatch):
+    monkeypatch.setattr(type(inspector.lens.tokenizer), "label", lambda self, i: HOSTILE[i % len(HOSTILE)])
+    inspector.run(prompt=[[2, 3, 4, 5, 6, 7, 8, 9, 10, 11]])
+    inspector.alter("zero")
+    for page in (inspector.texts.value, inspector.words.value, inspector.figure().layout.title.text):
+        assert "<script" not in page
+        assert "<img" not in page
+        assert "<b>" not in page
+        page.encode()
+    (inspector.texts.value + inspector.words.value).encode()

@@ -1,0 +1,163 @@
+"""GenerationExplorer without a browser: every layer's reading of every step, and branches that are reruns."""
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+from hostile import HOSTILE
+from ipywidgets.widgets import widget as registry
+from test_widgets import PROMPT, click, said
+
+import glmlens
+from glmlens import patch
+from glmlens.widgets import GenerationExplorer
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return glmlens.load(dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def line(demo):
+    return patch.timeline(demo, PROMPT, 6)
+
+
+@pytest.fixture
+def generation(demo):
+    explorer = GenerationExplorer(demo, PROMPT, 6)
+    yield explorer
+    explorer.close()
+
+
+def drawn(chart, axis="z"):
+    return np.array(next(trace for trace in chart.widget.data if trace.type in ("heatmap", "bar"))[axis], float)
+
+
+def click_bar(chart, i):
+    chart.widget._js2py_pointsCallback = {
+        "event_type": "plotly_click",
+        "points": {"xs": [0], "ys": [i], "point_indexes": [i], "trace_indexes": [0]},
+        "device_state": {},
+        "selector": None,
+    }
+
+
+def test_the_picture_is_the_logit_lens_of_every_step(generation, line):
+    probabilities = line.readings().softmax(-1)
+    assert np.allclose(drawn(generation.lens_chart), probabilities.amax(-1), atol=1e-4)
+    generation.select(by="chosen")
+    assert np.allclose(drawn(generation.lens_chart), line.logit_lens().values, atol=1e-4)
+
+
+def test_the_bars_are_the_most_probable_tokens_of_a_layer_and_step(generation, line):
+    generation.select(layer=2, step=3)
+    wanted = line.readings().softmax(-1)[2, 3].topk(8).values
+    assert np.allclose(drawn(generation.tokens_chart, "x"), wanted, atol=1e-4)
+
+
+def test_a_branch_is_a_rerun_with_another_token(demo, generation, line):
+    generation.select(step=1)
+    generation.branch(" and")
+    wanted = line.rerun(1, token=" and")
+    assert generation.other.tokens == wanted.tokens
+    assert np.allclose(generation.other.logits, wanted.logits, atol=1e-4)
+    assert generation.state["branch"] == (1, demo.to_single_token(" and"))
+    assert generation.inputs["branch"].value == "·and at step 1"
+    generation.select(run="branch", layer=3)
+    assert np.allclose(drawn(generation.lens_chart)[-1], wanted.logits.softmax(-1).amax(-1), atol=1e-4)
+    assert "Parting at step 1: &#x27;.&#x27;" in generation.texts.value
+
+
+def test_a_branch_at_the_last_step_is_only_that_token(demo, generation, line):
+    generation.branch(" king", 5)
+    assert generation.other.tokens == [*line.tokens[:5], demo.to_single_token(" king")]
+
+
+def test_a_click_selects_a_step_and_one_on_a_bar_goes_on_with_its_token(generation):
+    click(generation.lens_chart, 3, 2)
+    assert (generation.state["layer"], generation.state["step"]) == (3, 2)
+    second = int(generation.read["first"][1].ids[3, 2, 1])
+    click_bar(generation.tokens_chart, 1)
+    generation.worker.join(60)
+    assert said(generation) == ""
+    assert generation.state["branch"] == (2, second)
+    assert generation.other.tokens[2] == second
+
+
+def test_a_token_is_typed_or_taken_from_those_shown(demo, generation):
+    generation.places["step"].value = 1
+    for typed, token in ((generation.instead.options[2], None), (" home", demo.to_single_token(" home"))):
+        wanted = int(generation.read["first"][1].ids[3, 1, 2]) if token is None else token
+        generation.instead.value = typed
+        generation.go_on.click()
+        generation.worker.join(60)
+        assert said(generation) == ""
+        assert generation.other.tokens[1] == wanted
+    generation.undo.click()
+    generation.worker.join(60)
+    assert generation.other is None
+
+
+def test_what_is_not_one_token_is_said_under_the_views(generation):
+    generation.instead.value = "two words"
+    generation.go_on.click()
+    assert "two words" in said(generation)
+    with pytest.raises(ValueError, match="this model has 0 to 1109"):
+        generation.branch(5000)
+    with pytest.raises(ValueError, match="there is no branch"):
+        generation.select(run="branch")
+    with pytest.raises(IndexError, match="this timeline has 0 to 5"):
+        generation.branch(" home", 9)
+    assert generation.state["run"] == "first"
+    generation.run()
+    assert generation.other is None
+
+
+def test_another_length_keeps_the_branch_and_another_prompt_does_not(generation):
+    generation.branch(" home", 1)
+    generation.run(length=9)
+    assert len(generation.line.tokens) == len(generation.other.tokens) == 9
+    generation.select(run="branch", step=8)
+    generation.run(prompt="the king of Japan lives in", length=3)
+    assert generation.other is None
+    assert (generation.state["run"], generation.state["step"]) == ("first", 2)
+
+
+def test_a_state_can_be_asked_again(demo, generation):
+    generation.branch(" home", 1)
+    generation.select(run="branch", step=3, layer=1, by="chosen")
+    state = generation.state
+    other = GenerationExplorer(demo, PROMPT)
+    other.run(**{name: state[name] for name in other.inputs})
+    other.select(**{name: state[name] for name in other.places})
+    assert other.state == state
+    assert (other.texts.value, other.words.value) == (generation.texts.value, generation.words.value)
+    other.close()
+
+
+def test_a_closed_explorer_leaves_nothing(demo):
+    gc.collect()
+    before = set(registry._instances)
+    explorer = GenerationExplorer(demo, PROMPT, 3)
+    held, gone = weakref.ref(explorer.line), weakref.ref(explorer)
+    explorer.close()
+    assert set(registry._instances) == before
+    del explorer
+    gc.collect()
+    assert held() is None
+    assert gone() is None
+
+
+def test_hostile_tokens_are_text(generation, monkeypatch):
+    monkeypatch.setattr(type(generation.lens.tokenizer), "label", lambda self, i: HOSTILE[i % len(HOSTILE)])
+    generation.run(prompt=[[2, 3, 4, 5, 6, 7, 8, 9, 10, 11]])
+    generation.branch(7, 1)
+    figure = generation.figure()
+    drawn = [*np.ravel(figure.data[0].text), *np.ravel(figure.data[0].customdata)]
+    for page in (generation.texts.value, generation.words.value, *figure.layout.xaxis.ticktext, *drawn):
+        assert "<script" not in page
+        assert "<img" not in page
+        assert "<b>" not in page
+        page.encode()
