@@ -57,7 +57,7 @@ def study(notebook):
             continue
         value, printed = run(code, world, f"<{notebook.stem} cell {i}>")
         figures += hasattr(value, "to_plotly_json")
-        page += [part for part in (printed, value) if part not in ("", None)]
+        page += [part for part in (printed, value) if part is not None and not (isinstance(part, str) and part == "")]
         if check := asked(code):
             found = exercises[check.split(".")[1].split("(")[0]] = {"untouched": [value.right], "said": []}
             for title, answer in folded(cells, i):

@@ -28,10 +28,10 @@ plot.graph plot.tokens plot report
 widgets.chart widgets.base widgets.heads widgets.attention widgets.patching
 widgets.runs widgets.cache widgets.rotary widgets.generation widgets
 demo.world demo.vocabulary demo.train demo.circuits demo.history demo.card demo.story
-course.quote course course.verdict cli
+course.quote course course.verdict lab cli
 """.split()
 ORDER += sorted(f"course.{path.stem}" for path in PACKAGE.glob("course/check_*.py"))  # a tutorial brings its own
-ALONE = ["hooks", "config", "results", "tokenizer", "chat", "report", "tasks.words"]  # import nothing of ours
+ALONE = ["hooks", "config", "results", "tokenizer", "chat", "report", "lab", "tasks.words"]  # import nothing of ours
 
 
 def modules():
