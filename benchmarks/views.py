@@ -1,8 +1,9 @@
 """What a view costs in a real JupyterLab: `python -m benchmarks.views [--circuitsvis FOLDER]`.
 
 Bytes are those of the kernel's messages as the page receives them; seconds are from the start of the cell to what is
-drawn. CircuitsVis comes from a folder of its own: `pip install --no-deps --target FOLDER circuitsvis` (with its
-dependencies it would ask for a numpy of its own choice).
+drawn. CircuitsVis comes from a folder of its own, without its dependencies, which would bring another torch:
+
+    pip install --no-deps --target FOLDER circuitsvis importlib_metadata zipp lazy-importer
 """
 
 import argparse

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import write_checkpoint
+from test_formats import as_chatglm, write_llama
 from test_loading import shard
 from test_text import tokenizer
 
@@ -18,14 +19,20 @@ MOST_BYTES = 200e6
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """Small whole checkpoints to be broken: one file and shards, tied and not, with a tokenizer."""
+    """Small whole checkpoints to be broken: every way of naming tensors, one file and shards, with a tokenizer."""
     root = tmp_path_factory.mktemp("bases")
-    for name, seed, changes in (("glm", 2, {}), ("glm4", 3, {}), ("tied", 6, {"tie_word_embeddings": True})):
-        write_checkpoint(root / name, seed, vocab_size=320, **changes)
+    tied, own = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+    kinds = [("glm", 2, {}), ("glm4", 3, {}), ("tied", 6, tied), ("chatglm", 2, own), ("llama", 1, {})]
+    for name, seed, changes in kinds:
+        if name == "llama":
+            write_llama(root / name, name, seed, vocab_size=320)
+        else:
+            write_checkpoint(root / name, seed, vocab_size=320, **changes)
         tokenizer().save(str(root / name / "tokenizer.json"))
         stated = {"chat_template": "{{ messages }}", "eos_token": "x", "added_tokens_decoder": {"1": {"content": "a"}}}
         (root / name / "tokenizer_config.json").write_text(json.dumps(stated))
     shard(root / "glm4", 2)
+    as_chatglm(root / "chatglm")
     return root
 
 
