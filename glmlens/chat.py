@@ -44,8 +44,12 @@ def render(template: str, messages: Sequence[Message], **variables: Any) -> str:
 
 
 def rendered(template: str, variables: Mapping[str, Any]) -> str:
+    from jinja2 import Undefined
+    from jinja2.exceptions import SecurityError
     from jinja2.exceptions import TemplateError as JinjaError
-    from jinja2.ext import loopcontrols
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.nodes import Scope
+    from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def tojson(x: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
@@ -57,7 +61,19 @@ def rendered(template: str, variables: Mapping[str, Any]) -> str:
     def strftime_now(format: str) -> str:
         return datetime.now().strftime(format)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    class Generation(Extension):  # what the assistant says stands in it, for those who train on that alone
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Parser) -> Scope:
+            line = next(parser.stream).lineno
+            return Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+    class Sandbox(ImmutableSandboxedEnvironment):
+        def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:  # by default what is forbidden is just empty
+            raise SecurityError(f"{attribute!r} of a {type(obj).__name__} is none of a template's business")
+
+    extensions = [loopcontrols, Generation]
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = tojson
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
     try:

@@ -1,8 +1,16 @@
-"""From a folder or hub id to a GLM whose every parameter is a view of the memory-mapped file."""
+"""From a folder to a GLM whose parameters are views of the memory-mapped file, wherever that has their rows.
+
+Tensors are read one at a time, and placed before the next is read: with another dtype or device, no more than one is
+alive beside what has been loaded.
+"""
 
 import json
+import os
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,54 +21,14 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from glmlens.config import CheckpointError, GLMConfig
+from glmlens.formats import BASE, in_our_order, names_of, unused_by
 from glmlens.model import GLM
 
-# One table from transformers' names for `glm` and `glm4` to ours.
-NAMES = {
-    "model.embed_tokens.weight": "embed.weight",
-    "model.layers.{i}.input_layernorm.weight": "blocks.{i}.ln1.weight",
-    "model.layers.{i}.self_attn.q_proj.weight": "blocks.{i}.attn.query.weight",
-    "model.layers.{i}.self_attn.q_proj.bias": "blocks.{i}.attn.query.bias",
-    "model.layers.{i}.self_attn.k_proj.weight": "blocks.{i}.attn.key.weight",
-    "model.layers.{i}.self_attn.k_proj.bias": "blocks.{i}.attn.key.bias",
-    "model.layers.{i}.self_attn.v_proj.weight": "blocks.{i}.attn.value.weight",
-    "model.layers.{i}.self_attn.v_proj.bias": "blocks.{i}.attn.value.bias",
-    "model.layers.{i}.self_attn.o_proj.weight": "blocks.{i}.attn.out.weight",
-    "model.layers.{i}.post_self_attn_layernorm.weight": "blocks.{i}.ln1_post.weight",
-    "model.layers.{i}.post_attention_layernorm.weight": "blocks.{i}.ln2.weight",
-    "model.layers.{i}.mlp.gate_up_proj.weight": "blocks.{i}.mlp.gate_up.weight",
-    "model.layers.{i}.mlp.down_proj.weight": "blocks.{i}.mlp.down.weight",
-    "model.layers.{i}.post_mlp_layernorm.weight": "blocks.{i}.ln2_post.weight",
-    "model.norm.weight": "ln_final.weight",
-    "lm_head.weight": "unembed.weight",
-}
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-ALLOWED = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json"]
-ALLOWED += ["tokenizer_config.json", "tokenizer.model", "chat_template.jinja"]  # nothing else is ever downloaded
-
-
-def find(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a checkpoint: a folder as it is, a hub id after downloading what is missing of it.
-
-    Raises CheckpointError when there is no such folder, or when the hub does not give it.
-    """
-    folder = Path(path_or_hub_id).expanduser()
-    if folder.is_dir() and revision is not None:
-        raise CheckpointError(f"{folder}: a folder has no revision {revision!r}; only a hub id has")
-    if folder.is_dir():
-        return folder
-    name = str(path_or_hub_id)
-    if revision is None and folder.exists():
-        raise CheckpointError(f"{name}: a file; give the folder that holds its config.json")
-    if isinstance(path_or_hub_id, Path) or folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise CheckpointError(f"{name}: no such folder; give a folder with a config.json, or a hub id, 'org/name'")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=ALLOWED))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
-        raise CheckpointError(f"{name}: neither a folder here nor to be had from the hub: {e}") from e
+MOST_HEADER = MOST_TEXT = (
+    4_000_000  # bytes: those of GLM-4-9B are 35,000, and reading JSON takes up to 30 times its size
+)
+MOST_TOKENIZER = 64_000_000
 
 
 def load_model(
@@ -68,52 +36,78 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     attention: str = "eager",
+    rope_theta: float | int | None = None,
 ) -> GLM:
     """The GLM in `folder`, frozen. On the meta device only its config is read.
 
-    Everything is checked before anything is read. Raises CheckpointError naming the file, the tensor, what was
-    expected and what was found.
+    Everything is checked before anything is read. `rope_theta` is used instead of the config's. Raises CheckpointError
+    naming the file, the tensor, what was expected and what was found.
     """
     device = torch.device(device)
     cfg = GLMConfig.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
+    cfg = turned_by(cfg, rope_theta, folder)
     if dtype is None and cfg.dtype is not None:
         dtype = dtype_named(cfg.dtype, f"{folder / 'config.json'}: ")
     model = blank(cfg, attention, dtype or torch.float32)
     if device.type == "meta":
         return model
 
-    ours = checkpoint_names(model)
-    expected = {name: model.get_parameter(ours[name]) for name in ours}
-    found = checked(files_of(folder), expected, cfg)
-    dtype = dtype or FLOATS[found["model.embed_tokens.weight"][1]]
-    size = sum(p.numel() for p in expected.values()) * dtype.itemsize
+    files, ours = files_of(folder), checkpoint_names(model)
+    if not any(name in files for name in ours):  # a checkpoint of the model without any head
+        ours = {name.removeprefix(BASE): parts for name, parts in ours.items()}
+    found = checked(files, {name: shape_of(parts, model) for name, parts in ours.items()}, spare_of(cfg), cfg)
+    dtype = dtype or FLOATS[found[next(iter(ours))][1]]
+    size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     with tqdm(total=size, desc=f"loading {folder.name}", unit="B", unit_scale=True, delay=2) as bar:
         for path in dict.fromkeys(path for path, _ in found.values()):
             with opened(path) as file:
                 for name in (name for name in ours if found[name][0] == path):
-                    set_parameter(model, ours[name], file.get_tensor(name).to(device, dtype))
-                    bar.update(expected[name].numel() * dtype.itemsize)
+                    bar.update(place(model, file.get_tensor(name).to(device, dtype), ours[name]))
     if cfg.tied:
         model.unembed.weight = model.embed.weight
-        refuse_another_unembedding(found)
+        refuse_another_unembedding(found, names_of(cfg))
     return model
 
 
-def refuse_another_unembedding(found: "Found") -> None:
-    """Raise CheckpointError if a tied checkpoint holds an lm_head that is not its embedding."""
-    pair = [found.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight")]
-    if pair[0] and pair[1]:
-        with opened(pair[0][0]) as one, opened(pair[1][0]) as other:
-            if not torch.equal(one.get_tensor("model.embed_tokens.weight"), other.get_tensor("lm_head.weight")):
+def turned_by(cfg: GLMConfig, rope_theta: float | int | None, folder: Path) -> GLMConfig:
+    """The config with the theta that was asked for; a warning where its own is likely to be a conversion's mistake.
+
+    transformers' conversion of GLM-4-9B wrote theta 10,000 whatever the original's rope_ratio, which is 500 in
+    glm-4-9b-chat and 10,000 in glm-4-9b-chat-1m.
+    """
+    if rope_theta is not None:
+        if not 0 < rope_theta < float("inf"):
+            raise CheckpointError(f"rope_theta is {rope_theta}; expected a number above 0")
+        return replace(cfg, rope_theta=float(rope_theta))
+    if cfg.model_type == "glm" and cfg.n_ctx >= 131072 and cfg.rope_theta == 10000.0:
+        right = "1e8" if cfg.n_ctx >= 1 << 20 else "5e6"
+        warnings.warn(
+            f"{folder / 'config.json'}: rope_theta is 10000 for {cfg.n_ctx:,} positions, and is obeyed; conversions of "
+            f"GLM-4-9B-chat lost the original's {right}: load(..., rope_theta={right}) if this is one, "
+            f"rope_theta=1e4 if not",
+            stacklevel=4,
+        )
+    return cfg
+
+
+def refuse_another_unembedding(found: "Found", names: dict[str, list[str]]) -> None:
+    """Raise CheckpointError if a tied checkpoint holds an unembedding that is not its embedding."""
+    embed, unembed = (next(n for n, ours in names.items() if ours == [f"{end}.weight"]) for end in ("embed", "unembed"))
+    if embed in found and unembed in found:
+        with opened(found[embed][0]) as one, opened(found[unembed][0]) as other:
+            if not torch.equal(one.get_tensor(embed), other.get_tensor(unembed)):
                 raise CheckpointError(
-                    f"{pair[1][0]}: tensor 'lm_head.weight' is not the embedding, but tie_word_embeddings is true"
+                    f"{found[unembed][0]}: tensor {unembed!r} is not the embedding, but tie_word_embeddings is true"
                 )
 
 
 def blank(cfg: GLMConfig, attention: str, dtype: torch.dtype) -> GLM:
     """A frozen GLM on the meta device: every shape, no numbers."""
-    with torch.device("meta"), NoDraws():
-        return GLM(cfg, attention).to(dtype).requires_grad_(False).eval()
+    try:
+        with torch.device("meta"), NoDraws():
+            return GLM(cfg, attention).to(dtype).requires_grad_(False).eval()
+    except RuntimeError as e:
+        raise CheckpointError(f"config.json: no model can have these sizes: {e}: {cfg}") from e
 
 
 class NoDraws(TorchFunctionMode):
@@ -124,15 +118,52 @@ class NoDraws(TorchFunctionMode):
         return None if draws else func(*args, **(kwargs or {}))
 
 
-def checkpoint_names(model: GLM) -> dict[str, str]:
-    """The checkpoint's name of every parameter of this model, and ours."""
-    ours = {name for name, _ in model.named_parameters()}  # a tied unembedding is listed once, as the embedding
-    table = {
-        theirs.format(i=i): name.format(i=i)
-        for theirs, name in NAMES.items()
-        for i in (range(model.cfg.n_layers) if "{i}" in name else [0])
-    }
-    return {theirs: name for theirs, name in table.items() if name in ours}
+@dataclass(frozen=True)
+class Part:
+    """The rows of a parameter of ours that a tensor of a checkpoint holds."""
+
+    name: str
+    start: int
+    rows: int
+
+
+def checkpoint_names(model: GLM) -> dict[str, list[Part]]:
+    """The tensors of a checkpoint of this model, the embedding first, and the parts of our parameters in each.
+
+    Where several tensors are one of ours, they have equal shares of its rows, in the order of the table.
+    """
+    ours = {name: p.shape[0] for name, p in model.named_parameters()}  # a tied unembedding is there as the embedding
+    table = {theirs: names for theirs, names in names_of(model.cfg).items() if ours.keys() >= set(names)}
+    sharing, start = Counter(name for names in table.values() for name in names), Counter[str]()
+    found: dict[str, list[Part]] = {}
+    for theirs, names in table.items():
+        found[theirs] = [Part(name, start[name], ours[name] // sharing[name]) for name in names]
+        start.update({part.name: part.rows for part in found[theirs]})
+    return found
+
+
+def shape_of(parts: list[Part], model: GLM) -> tuple[int, ...]:
+    return (sum(part.rows for part in parts), *model.get_parameter(parts[0].name).shape[1:])
+
+
+def spare_of(cfg: GLMConfig) -> set[str]:
+    """The tensors that may be there and are not read: a tied unembedding, and what follows from the config."""
+    return {theirs for theirs, ours in names_of(cfg).items() if cfg.tied and ours == ["unembed.weight"]} | unused_by(
+        cfg
+    )
+
+
+def place(model: GLM, x: Tensor, parts: list[Part]) -> int:
+    """Make a tensor of a checkpoint what it stands for, as views of it where it holds whole parameters; its bytes."""
+    for part, rows in zip(parts, x.split([part.rows for part in parts]), strict=True):
+        rows, whole = in_our_order(rows, part.name, model.cfg), model.get_parameter(part.name)
+        if part.rows == len(whole):
+            set_parameter(model, part.name, rows)
+            continue
+        if whole.is_meta:
+            set_parameter(model, part.name, torch.empty(whole.shape, dtype=x.dtype, device=x.device))
+        model.get_parameter(part.name)[part.start : part.start + part.rows] = rows
+    return x.nbytes
 
 
 def set_parameter(model: GLM, name: str, value: Tensor) -> None:
@@ -140,25 +171,25 @@ def set_parameter(model: GLM, name: str, value: Tensor) -> None:
     setattr(model.get_submodule(module), leaf, nn.Parameter(value, requires_grad=False))
 
 
+Shapes = dict[str, tuple[int, ...]]
 Found = dict[str, tuple[Path, str]]
 
 
-def checked(files: dict[str, Path], expected: dict[str, nn.Parameter], cfg: GLMConfig) -> Found:
+def checked(files: dict[str, Path], expected: Shapes, spare: set[str], cfg: GLMConfig) -> Found:
     """Where each expected tensor is and its dtype; CheckpointError unless just these are there, in these shapes."""
     found: Found = {}
     for path in dict.fromkeys(files.values()):
         with opened(path) as file:
             there = list(file.keys())
             for name in there:
-                if name not in expected and not (cfg.tied and name == "lm_head.weight"):
+                if name not in expected and name not in spare:
                     raise CheckpointError(f"{path}: tensor {name!r} has no place in this {cfg.model_type!r}")
                 if files.get(name) != path and name in expected:
                     raise CheckpointError(f"{path}: tensor {name!r} is here too, beside the one in {files.get(name)}")
                 header = file.get_slice(name)
                 shape, dtype = tuple(header.get_shape()), header.get_dtype()
-                like = expected.get(name, expected["model.embed_tokens.weight"])
-                if shape != tuple(like.shape):
-                    raise CheckpointError(f"{path}: tensor {name!r}: expected shape {tuple(like.shape)}, found {shape}")
+                if shape != expected.get(name, shape):
+                    raise CheckpointError(f"{path}: tensor {name!r}: expected shape {expected[name]}, found {shape}")
                 if dtype not in FLOATS:
                     raise CheckpointError(
                         f"{path}: tensor {name!r}: expected one of {', '.join(FLOATS)}, found {dtype}; "
@@ -198,15 +229,31 @@ def files_of(folder: Path) -> dict[str, Path]:
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
     """The safetensors file, memory-mapped; what is wrong with it is a CheckpointError that names it."""
+    refuse_strange(path)
     try:
+        with path.open("rb") as start:
+            header = int.from_bytes(start.read(8), "little")
+        if header > MOST_HEADER:  # safetensors would take 20 times its size in memory to say what is in it
+            raise CheckpointError(
+                f"{path}: its header is said to be {header:,} bytes; expected {MOST_HEADER:,} at most"
+            )
         with safe_open(path, framework="pt") as file:
             yield file
-    except (SafetensorError, OSError) as e:
+    except (SafetensorError, OSError, MemoryError) as e:
         raise CheckpointError(f"{path} ({path.stat().st_size:,} bytes): not a whole safetensors file: {e}") from e
+
+
+def refuse_strange(path: Path, most: int | None = None) -> None:
+    """Raise CheckpointError if there is something at `path` but not a file, or one of more than `most` bytes."""
+    if os.path.lexists(path) and not path.is_file():
+        raise CheckpointError(f"{path}: expected a file, found a folder, a pipe, a device or a link to nowhere")
+    if most is not None and path.exists() and path.stat().st_size > most:
+        raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes; expected {most:,} at most")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, or CheckpointError."""
+    refuse_strange(path, MOST_TEXT)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from glmlens import lab
 from glmlens.config import CheckpointError
 from glmlens.demo import story
 from glmlens.lens import load
@@ -19,10 +20,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--prompt", default=story.PROMPT)
     command.add_argument("--out", type=Path, metavar="DIR", help="where the report goes (default: a temporary folder)")
     command.set_defaults(run=demo)
-    args = parser.parse_args(arguments)
+    command = commands.add_parser("lab", help="the tutorials and notebooks in a folder of yours, and JupyterLab there")
+    command.epilog = "What stands after -- goes to jupyter lab as it is: glmlens lab FOLDER -- --allow-root"
+    command.add_argument("folder", type=Path, nargs="?", default=Path("glmlens-lab"), metavar="FOLDER")
+    command.add_argument("--copy-only", action="store_true", help="copy, and start nothing")
+    command.add_argument("--no-browser", dest="browser", action="store_false", help="open no browser")
+    command.add_argument("--port", type=int, help="the port that JupyterLab listens on")
+    command.set_defaults(run=open_lab)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    end = given.index("--") if "--" in given and given[0] == "lab" else len(given)
+    args = parser.parse_args(given[:end])
+    args.options = given[end + 1 :]
     try:
         args.run(args)
-    except CheckpointError as e:
+    except (CheckpointError, lab.LabError) as e:
         print(f"glmlens: {e}", file=sys.stderr)
         return 2
     return 0
@@ -37,3 +48,11 @@ def demo(args: argparse.Namespace) -> None:
     print(f"the report, with its figures: {path}")
     print("to go on in a notebook: pip install jupyterlab && jupyter lab")
     print("and in its first cell: import glmlens; lens = glmlens.load()")
+
+
+def open_lab(args: argparse.Namespace) -> None:
+    """Copy the tutorials and notebooks to a folder, and start JupyterLab there."""
+    done = lab.copy(args.folder)
+    print(f"{args.folder.resolve()}: {done}", flush=True)
+    if not args.copy_only:
+        lab.start(args.folder, browser=args.browser, port=args.port, options=args.options)

@@ -1,8 +1,11 @@
-"""The shape of a GLM, read from any config.json that transformers 4.x or 5.x writes for `glm` and `glm4`."""
+"""The shape of a GLM, read from the config.json of every format that glmlens opens, by transformers 4.x or 5.x."""
 
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+MOST_LAYERS = 1000  # they are made before the file is seen: the deepest GLM has 92
 
 
 class CheckpointError(Exception):
@@ -34,6 +37,15 @@ class GLMConfig:
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
     dtype: str | None = None
+    head: str = field(default="vocab", repr=False)  # what reads the final norm; see HEADS
+    labels: tuple[str, ...] = field(default=(), repr=False)  # of a class head
+    head_bias: bool = field(default=False, repr=False)
+    problem_type: str | None = field(default=None, repr=False)
+
+    @property
+    def d_logits(self) -> int:
+        """How many things a position can say: the vocabulary, or the labels of a class head; 0 without a head."""
+        return {"vocab": self.d_vocab, "none": 0}.get(self.head, len(self.labels))
 
     @property
     def n_groups(self) -> int:
@@ -46,47 +58,139 @@ class GLMConfig:
         return Reader(raw, source).config()
 
 
+HEADS = {"ForSequenceClassification": "sequence", "ForTokenClassification": "token"}
+PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
+GLM_DEFAULTS = {
+    "head_dim": 128, "num_key_value_heads": 2, "max_position_embeddings": 131072, "rms_norm_eps": 1.5625e-07,
+    "attention_bias": True, "partial_rotary_factor": 0.5, "eos_token_id": (151329, 151336, 151338),
+}  # fmt: skip
+LLAMA_DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
+CHATGLM_DEFAULTS = {
+    "head_dim": 128, "num_key_value_heads": 1, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
+    "attention_bias": False,
+}  # fmt: skip
+CHATGLM_SPELLING = {
+    "vocab_size": "padded_vocab_size", "num_hidden_layers": "num_layers", "intermediate_size": "ffn_hidden_size",
+    "head_dim": "kv_channels", "num_key_value_heads": "multi_query_group_num", "attention_bias": "add_qkv_bias",
+    "max_position_embeddings": "seq_length", "rms_norm_eps": "layernorm_epsilon",
+}  # fmt: skip
+CHATGLM_ONLY = {
+    "position_encoding_2d": (False, False, "this is the first ChatGLM-6B, of another kind: LayerNorm, two positions"),
+    "multi_query_attention": (True, False, "each head's query, key and value rows lie together, as in no release"),
+    "rmsnorm": (True, True, "a GLM has RMSNorm"),
+    "post_layer_norm": (True, True, "a GLM has a norm before its unembedding"),
+    "apply_residual_connection_post_layernorm": (False, False, "a GLM adds to the stream that the norm reads"),
+    "add_bias_linear": (False, False, "a GLM has biases on q, k and v alone"),
+    "fp32_residual_connection": (False, False, "a GLM's residual stream is in the model's dtype"),
+    "quantization_bit": (0, 0, "the weights are quantised; glmlens needs float weights"),
+    "pre_seq_len": (None, None, "glmlens has no prefix encoder"),
+}
+
+
+@dataclass(frozen=True)
+class Fields:
+    """How a format's config.json differs: spellings, what an absent field means, and what must be as it is in a GLM.
+
+    `only` holds the value that is needed, what an absent field means, and why. `qkv_bias` and `rotated`, the part of a
+    head that turns, are None where a field says. `rope_ratio`: theta is 10000 times the field of that name.
+    """
+
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    spelling: Mapping[str, str] = field(default_factory=dict)
+    only: Mapping[str, tuple[Any, Any, str]] = field(default_factory=dict)
+    qkv_bias: bool | None = None
+    rotated: float | None = None
+    rope_ratio: bool = False
+
+
+FORMATS = {
+    "glm": Fields(GLM_DEFAULTS),
+    "glm4": Fields(GLM_DEFAULTS),
+    "chatglm": Fields(CHATGLM_DEFAULTS, CHATGLM_SPELLING, CHATGLM_ONLY, rotated=0.5, rope_ratio=True),
+    "llama": Fields(
+        LLAMA_DEFAULTS,
+        only={
+            "attention_bias": (False, False, "it would give attention's output a bias, which a GLM has not got"),
+            "mlp_bias": (False, False, "a GLM's MLP has no biases"),
+        },
+        qkv_bias=False,
+        rotated=1.0,
+    ),
+    "qwen2": Fields(
+        {**LLAMA_DEFAULTS, "max_position_embeddings": 32768},
+        only={"use_sliding_window": (False, False, "a GLM's attention reaches all the way back")},
+        qkv_bias=True,
+        rotated=1.0,
+    ),
+}
+
+
 @dataclass(frozen=True)
 class Reader:
     """Reads fields of a config.json, each with an error that names it; an absent one has transformers' default."""
 
     raw: Mapping[str, Any]
     source: str
+    format: Fields = Fields()
 
     def config(self) -> GLMConfig:
         model_type = self.raw.get("model_type")
-        if model_type not in ("glm", "glm4"):
-            raise self.error(f"model_type is {model_type!r}; glmlens opens 'glm' and 'glm4'")
+        if not isinstance(model_type, str) or model_type not in FORMATS:
+            raise self.error(f"model_type is {said(model_type)}; glmlens opens {', '.join(map(repr, FORMATS))}")
+        return replace(self, format=FORMATS[model_type]).of_format(model_type)
+
+    def of_format(self, model_type: str) -> GLMConfig:
         if self.raw.get("quantization_config") is not None:
             raise self.error("the weights are quantised (quantization_config); glmlens needs float weights")
         if (act := self.raw.get("hidden_act", "silu")) not in ("silu", "swish"):
-            raise self.error(f"hidden_act is {act!r}; a GLM has 'silu'")
-        d_model, n_heads = self.whole("hidden_size"), self.whole("num_attention_heads")
-        d_head = self.whole("head_dim", 128)
-        n_kv_heads = self.whole("num_key_value_heads", n_heads if "num_key_value_heads" in self.raw else 2)
+            raise self.error(f"hidden_act is {said(act)}; a GLM has 'silu'")
+        self.refuse_what_no_glm_has()
+        d_model, n_heads, default = self.whole("hidden_size"), self.whole("num_attention_heads"), self.format.defaults
+        d_head = self.whole("head_dim", default.get("head_dim", max(1, d_model // n_heads)))
+        n_kv_heads = self.whole("num_key_value_heads", self.kv_heads_unless_stated(n_heads))
         if n_heads % n_kv_heads:
-            raise self.error(f"num_attention_heads {n_heads} is not a multiple of num_key_value_heads {n_kv_heads}")
-        theta, d_rotary = self.rope(d_head)
+            stated = f"{self.spelt('num_attention_heads')} {n_heads}"
+            raise self.error(f"{stated} is not a multiple of {self.spelt('num_key_value_heads')} {n_kv_heads}")
+        (theta, d_rotary), fixed = self.rope(d_head), self.format.qkv_bias
+        head = self.head(model_type)
+        labels = self.labels() if head in HEADS.values() else ()
         return GLMConfig(
             model_type=model_type,
             d_model=d_model,
-            n_layers=self.whole("num_hidden_layers"),
+            n_layers=self.whole("num_hidden_layers", most=MOST_LAYERS),
             n_heads=n_heads,
             n_kv_heads=n_kv_heads,
             d_head=d_head,
             d_mlp=self.whole("intermediate_size"),
             d_vocab=self.whole("vocab_size"),
-            n_ctx=self.whole("max_position_embeddings", 131072),
-            rms_eps=self.number("rms_norm_eps", 1.5625e-07),
+            n_ctx=self.whole("max_position_embeddings", default["max_position_embeddings"]),
+            rms_eps=self.number("rms_norm_eps", default["rms_norm_eps"]),
             rope_theta=theta,
             d_rotary=d_rotary,
-            qkv_bias=self.flag("attention_bias", True),
-            tied=self.flag("tie_word_embeddings", False),
+            qkv_bias=self.flag("attention_bias", default["attention_bias"]) if fixed is None else fixed,
+            tied=self.flag("tie_word_embeddings", False) and head == "vocab",
             sandwich=model_type == "glm4",
-            eos_token_ids=self.ids("eos_token_id") or (151329, 151336, 151338),
+            eos_token_ids=self.ids("eos_token_id") or default.get("eos_token_id", ()),
             pad_token_id=next(iter(self.ids("pad_token_id")), None),
             dtype=self.raw.get("dtype") or self.raw.get("torch_dtype"),
+            head=head,
+            labels=labels,
+            head_bias=head == "token" and self.flag("token_classification_bias", True),
+            problem_type=self.one_of("problem_type", PROBLEMS) if labels else None,
         )
+
+    def refuse_what_no_glm_has(self) -> None:
+        for name, (needed, unsaid, why) in self.format.only.items():
+            if (found := unsaid if self.raw.get(name) is None else self.raw[name]) != needed:
+                raise self.error(f"{name} is {said(found)}, expected {needed!r}: {why}")
+        kinds = self.raw.get("layer_types") or ["full_attention"]
+        if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+            raise self.error(f"layer_types is {said(kinds)}; every layer of a GLM has 'full_attention'")
+
+    def kv_heads_unless_stated(self, n_heads: int) -> int:
+        """A field that is null says: as many as heads; one that is absent says what the format's class says."""
+        said = self.spelt("num_key_value_heads") in self.raw
+        return n_heads if said else self.format.defaults.get("num_key_value_heads", n_heads)
 
     def rope(self, d_head: int) -> tuple[float, int]:
         """theta and the number of rotated channels: nested fields (5.x) win over top-level ones (4.x)."""
@@ -94,45 +198,97 @@ class Reader:
         for name in ("rope_scaling", "rope_parameters"):
             stated = self.raw.get(name) or {}
             if not isinstance(stated, Mapping):
-                raise self.error(f"{name} is {stated!r}; expected an object")
+                raise self.error(f"{name} is {said(stated)}; expected an object")
             nested |= stated
         kind = nested.get("rope_type", nested.get("type", "default"))
         if kind != "default":
-            raise self.error(f"rope_type is {kind!r}; glmlens turns by 'default' rotary angles only")
-        field = Reader({**self.raw, **nested}, self.source)
-        factor = field.number("partial_rotary_factor", 0.5)
+            raise self.error(f"rope_type is {said(kind)}; glmlens turns by 'default' rotary angles only")
+        field, fixed = replace(self, raw={**self.raw, **nested}), self.format.rotated
+        factor = field.number("partial_rotary_factor", fixed or self.format.defaults["partial_rotary_factor"])
+        if fixed not in (None, factor):
+            raise self.error(f"partial_rotary_factor is {factor}; in this format it is always {fixed}")
         d_rotary = int(d_head * factor)
         if d_rotary < 2 or d_rotary % 2 or d_rotary > d_head:
             raise self.error(f"partial_rotary_factor {factor} turns {d_rotary} of {d_head} channels, not pairs of them")
+        if self.format.rope_ratio:
+            return 10000.0 * self.number("rope_ratio", 1.0, most=1e12), d_rotary
         return field.number("rope_theta", 10000.0), d_rotary
 
-    def whole(self, name: str, default: int | None = None) -> int:
-        value = default if self.raw.get(name) is None else self.raw[name]
+    def head(self, model_type: str) -> str:
+        """What reads the final norm, by the name of the class that was saved; a tied embedding is an unembedding."""
+        stated = self.raw.get("architectures") or [""]
+        name = stated[0] if isinstance(stated, list) else stated
+        if not isinstance(name, str):
+            raise self.error(f"architectures is {said(stated)}; expected a list of names")
+        if model_type == "chatglm":
+            if name not in ("", "ChatGLMModel", "ChatGLMForConditionalGeneration"):
+                raise self.error(
+                    f"architectures says {said(name)}; of 'chatglm' glmlens opens the language model alone"
+                )
+            return "vocab"
+        headless = name.endswith("Model") and not self.flag("tie_word_embeddings", False)
+        return next((head for end, head in HEADS.items() if name.endswith(end)), "none" if headless else "vocab")
+
+    def labels(self) -> tuple[str, ...]:
+        """The names of the classes in order: transformers writes LABEL_0 and so on where nobody gave any."""
+        stated = self.raw.get("id2label")
+        if stated is None:
+            return tuple(f"LABEL_{i}" for i in range(self.whole("num_labels", 2, most=1 << 20)))
+        listed = [stated.get(str(i)) for i in range(len(stated))] if isinstance(stated, Mapping) else []
+        if not listed or None in listed:
+            raise self.error(f"id2label is {said(stated)}; expected an object from '0', '1', ... to names")
+        return tuple(name if isinstance(name, str) else said(name) for name in listed)
+
+    def one_of(self, name: str, known: tuple[str, ...]) -> str | None:
+        found = self.raw.get(name)
+        if found is not None and found not in known:
+            raise self.error(f"{name} is {said(found)}; expected one of {', '.join(known)}, or null")
+        return found
+
+    def spelt(self, name: str) -> str:
+        """What this format calls a field."""
+        return self.format.spelling.get(name, name)
+
+    def value(self, name: str, default: Any) -> tuple[str, Any]:
+        """This format's name of a field and its value: where it is absent or null, the default."""
+        spelt = self.spelt(name)
+        return spelt, default if self.raw.get(spelt) is None else self.raw[spelt]
+
+    def whole(self, name: str, default: int | None = None, most: int = (1 << 31) - 1) -> int:
+        name, value = self.value(name, default)
         if value is None:
             raise self.error(f"{name} is missing")
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 31:
-            raise self.error(f"{name} is {value!r}; expected a whole number from 1 to 2^31")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise self.error(f"{name} is {said(value)}; expected a whole number from 1 to {most:,}")
         return int(value)
 
-    def number(self, name: str, default: float) -> float:
-        value = default if self.raw.get(name) is None else self.raw[name]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-            raise self.error(f"{name} is {value!r}; expected a number above 0")
+    def number(self, name: str, default: float, most: float = sys.float_info.max) -> float:
+        name, value = self.value(name, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= most:
+            raise self.error(f"{name} is {said(value)}; expected a number above 0")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
-        value = default if self.raw.get(name) is None else self.raw[name]
+        name, value = self.value(name, default)
         if not isinstance(value, bool):
-            raise self.error(f"{name} is {value!r}; expected true or false")
+            raise self.error(f"{name} is {said(value)}; expected true or false")
         return value
 
     def ids(self, name: str) -> tuple[int, ...]:
         """The token ids of a field that holds none, one or several."""
         value = self.raw.get(name)
         listed = () if value is None else tuple(value) if isinstance(value, list) else (value,)
-        if not all(isinstance(i, int) and not isinstance(i, bool) for i in listed):
-            raise self.error(f"{name} is {value!r}; expected a token id, a list of them, or null")
+        if not all(isinstance(i, int) and not isinstance(i, bool) and abs(i) < 1 << 31 for i in listed):
+            raise self.error(f"{name} is {said(value)}; expected a token id, a list of them, or null")
         return listed
 
     def error(self, why: str) -> CheckpointError:
         return CheckpointError(f"{self.source}: {why}")
+
+
+def said(value: Any) -> str:
+    """What a file says, in as many letters as an error has room for."""
+    try:
+        return f"{value!r:.80}"
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return "a number of thousands of digits"

@@ -89,7 +89,7 @@ POINTS: dict[str, tuple[str, str]] = {
     "resid_post": ("batch pos model", "resid_mid + mlp_out"),
     "ln_final.scale": ("batch pos one", "1 / sqrt(mean(last resid_post²) + eps), which multiplies"),
     "ln_final.normalized": ("batch pos model", "weight · last resid_post · ln_final.scale: what the unembedding reads"),
-    "logits": ("batch pos vocab", "W_U ln_final.normalized"),
+    "logits": ("batch pos vocab", "W_U ln_final.normalized (and b_U): vocab are the tokens, or a class head's labels"),
 }
 SPLICED = {"features": "batch pos feature", "error": "batch pos model"}  # beside a point with a dictionary
 ROOT = ("embed", "ln_final.scale", "ln_final.normalized", "logits")
@@ -200,7 +200,7 @@ def unknown(pattern: str, names: list[str]) -> list[str]:
             f"load with attention='eager' to have them"
         )
     if local in POINTS and not any(local_name(name) == local for name in names):
-        raise HookError(f"this model has no {local!r} ({POINTS[local][1]})")
+        raise HookError(f"this model, or what is run of it here, has no {local!r} ({POINTS[local][1]})")
     if layer and layer[1].isdigit():
         layers = 1 + max(int(name.split(".")[1]) for name in names if name.startswith("blocks."))
         if int(layer[1]) >= layers:

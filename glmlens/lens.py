@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Unpack
 
-from glmlens import checkpoint
+from glmlens import checkpoint, hub, losses, saving
 from glmlens.config import CheckpointError, Reader
 from glmlens.generate import Choose, Sampling, Step, steps
 from glmlens.harvest import Harvest, harvest
 from glmlens.hooks import HookError, Hooks
 from glmlens.kv_cache import KVCache
-from glmlens.model import GLM, loss, token_log_probs
+from glmlens.model import GLM
 from glmlens.prompt import Prompt
 from glmlens.record import Plan, Recorder
 from glmlens.run import Going, Run
@@ -52,25 +52,31 @@ def load(
     device: str | torch.device = "cpu",
     attention: str = "eager",
     revision: str | None = None,
+    rope_theta: float | int | None = None,
 ) -> "Lens":
     """Open a checkpoint: the small GLM inside this package, a local folder, or a hub id.
 
-    Of a hub repository only config, tokenizer and safetensors are downloaded.
+    Of a hub repository only config, tokenizer and safetensors are downloaded. The formats are `glm`, `glm4`, `chatglm`,
+    `llama` and `qwen2`; no code of a checkpoint is ever run. `rope_theta` is used instead of the config's.
     `dtype` defaults to the checkpoint's own; `attention` is "eager" or "sdpa" (faster, without scores and pattern).
     With device="meta" only the config is read, for `check` and `points`. Raises CheckpointError.
     """
     if path_or_hub_id is None and revision is not None:
         raise CheckpointError(f"revision {revision!r} of what? Name a hub id; without one the model inside is opened")
-    folder = EMBEDDED if path_or_hub_id is None else checkpoint.find(path_or_hub_id, revision)
+    folder = EMBEDDED if path_or_hub_id is None else hub.find(path_or_hub_id, revision)
     chosen = None if dtype is None else checkpoint.dtype_named(dtype)
-    model, cfg = checkpoint.load_model(folder, chosen, device, attention), folder / "generation_config.json"
+    model, cfg = checkpoint.load_model(folder, chosen, device, attention, rope_theta), folder / "generation_config.json"
     stated = Reader(checkpoint.read_json(cfg), str(cfg)) if cfg.exists() else Reader({}, str(cfg))
     stop, pad = stated.ids("eos_token_id"), stated.ids("pad_token_id")
+    for name in ("tokenizer.json", "tokenizer.model"):
+        checkpoint.refuse_strange(folder / name, checkpoint.MOST_TOKENIZER)
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        checkpoint.refuse_strange(folder / name, checkpoint.MOST_TEXT)
     try:
         tokenizer = Tokenizer.from_folder(folder)
     except ValueError as e:
         raise CheckpointError(str(e)) from e
-    return Lens(model, tokenizer, stop_ids=stop or None, pad_id=pad[0] if pad else None)
+    return Lens(model, tokenizer, stop_ids=stop or None, pad_id=pad[0] if pad else None, folder=folder)
 
 
 class Lens(Running, Weights):
@@ -86,7 +92,9 @@ class Lens(Running, Weights):
         *,
         stop_ids: Sequence[int] | None = None,
         pad_id: int | None = None,
+        folder: Path | None = None,
     ):
+        self.folder = folder  # where the tokenizer's files lie, for `save`
         self.model = model.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.stop_ids = model.cfg.eos_token_ids if stop_ids is None else tuple(stop_ids)
@@ -203,6 +211,7 @@ class Lens(Running, Weights):
         stop_strings: str | Sequence[str] | None = None,
         **sampling: Any,
     ) -> Going:
+        self._speaks("generate")
         how = Sampling(**sampling)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
@@ -234,7 +243,7 @@ class Lens(Running, Weights):
             kv,
             self._hook_at(recorder),
             max_new_tokens=max_new_tokens,
-            choose=self._choosing(how, kv, None if mask is None else mask == 0),
+            choose=self._sound(self._choosing(how, kv, None if mask is None else mask == 0)),
             stop_ids=stop_ids,
             said_enough=going.said_enough if strings else None,
             pad_id=self.pad_id,
@@ -251,6 +260,15 @@ class Lens(Running, Weights):
             padding = torch.cat([at < 0, now], 1)
         return how.chooser(at.device, said, padding)
 
+    def _sound(self, choose: Choose) -> Choose:
+        """Choosing, which asks for numbers to choose by."""
+
+        def chosen(logits: Tensor, tokens: Tensor) -> Tensor:
+            self._blame_weights(logits)
+            return choose(logits, tokens)
+
+        return chosen
+
     def new_kv(self, batch: int = 1, capacity: int = 256) -> KVCache:
         """An empty KV cache for this model; it grows when it is full."""
         return KVCache.empty(self.cfg, batch, capacity, self.dtype, self.device)
@@ -259,6 +277,7 @@ class Lens(Running, Weights):
 
     def test_prompt(self, prompt: Prompt, answer: str | Sequence[str], top: int = 10) -> None:
         """Print the rank and probability of each token of the answer (or of each answer), and the top tokens there."""
+        self._speaks("test_prompt")
         for text in [answer] if isinstance(answer, str) else answer:
             ids, (tokens, _) = self._text().encode(text, prefix=False), self.to_batch(prompt)
             if not ids or tokens.shape[0] != 1:
@@ -275,17 +294,60 @@ class Lens(Running, Weights):
     def log_probs(self, prompt: Prompt) -> Float[Tensor, "batch next"]:
         """The log-probability in nats of every token but the first, given those before it; nan at padding."""
         tokens, mask = self.to_batch(prompt)
-        found = token_log_probs(self(tokens, attention_mask=mask), tokens)
+        self._speaks("log_probs")
+        found = losses.token_log_probs(self(tokens, attention_mask=mask), tokens)
         return found if mask is None else found.masked_fill(mask[:, :-1] == 0, torch.nan)
 
-    def loss(self, prompt: Prompt, labels: Int[Tensor, "batch pos"] | None = None) -> Float[Tensor, ""]:
-        """The mean next-token cross-entropy in nats; padding, what it predicts, and labels of -100 do not count."""
+    def classify(
+        self,
+        prompt: Prompt | None = None,
+        hooks: Hooks | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Float[Tensor, "batch *pos label"]:
+        """What a class head says: logits [batch, label] of whole sequences, or [batch, pos, label] of tokens.
+
+        A sequence is classified at its right-most token that is not the config's pad_token_id; see `losses.pooled`.
+        """
+        if not self.cfg.labels:
+            raise ValueError("this model has no class head: it was saved as a language model or without a head")
+        forward: Forward = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        tokens = self._inputs(prompt, forward)
+        logits = self.run_with_hooks(tokens, hooks, **forward)
+        return logits if self.cfg.head == "token" else losses.pooled(logits, tokens, self.cfg.pad_token_id)
+
+    def loss(
+        self, prompt: Prompt, labels: Tensor | None = None, num_items: int | Tensor | None = None
+    ) -> Float[Tensor, ""]:
+        """The mean next-token cross-entropy in nats; padding, what it predicts, and labels of -100 do not count.
+
+        `labels` [batch, pos] are the tokens themselves by default. With `num_items` it is the sum over that. For a
+        class head it is the loss of its labels, which must be given: [batch, pos] of tokens, without padding, or of
+        sequences [batch] or [batch, label]; see `losses.of_sequences`.
+        """
         tokens, mask = self.to_batch(prompt)
+        if labels is None:
+            self._speaks("loss without labels")
         labels = tokens if labels is None else labels.to(self.device)
+        if self.cfg.head == "sequence":
+            if num_items is not None:
+                raise ValueError("num_items counts tokens; the loss of sequences is a mean over them")
+            return losses.of_sequences(self.classify(tokens, attention_mask=mask), labels, self.cfg.problem_type)
         if mask is not None:
-            before = torch.nn.functional.pad(mask, (1, 0))[:, :-1]
-            labels = labels.masked_fill((mask == 0) | (before == 0), -100)
-        return loss(self(tokens, attention_mask=mask), labels)
+            labels = labels.masked_fill(mask == 0, -100)
+        if self.cfg.head == "token":
+            return losses.of_tokens(self(tokens, attention_mask=mask), labels, num_items)
+        self._speaks("loss")
+        if mask is not None:
+            labels = labels.masked_fill(torch.nn.functional.pad(mask, (1, 0))[:, :-1] == 0, -100)
+        return losses.of_next_tokens(self(tokens, attention_mask=mask), labels, num_items)
+
+    def _speaks(self, what: str) -> None:
+        """Raise ValueError for what takes a language model, in a model that is none."""
+        if self.cfg.head != "vocab":
+            has = f"a head of classes ({', '.join(self.cfg.labels)})" if self.cfg.labels else "no head"
+            raise ValueError(f"{what}: this checkpoint has {has}, and says no next token")
 
     # ---- the model ----
 
@@ -295,11 +357,33 @@ class Lens(Running, Weights):
         self.__dict__.pop("model_hash", None)  # found anew when it is asked for
         return self
 
+    def save(self, folder: str | Path, *, shard_bytes: int = saving.SHARD) -> Path:
+        """Write this model as a checkpoint that transformers opens, with its tokenizer; the folder.
+
+        It is of `glm` or, with sandwich norms, of `glm4`: what was opened as `chatglm`, `llama` or `qwen2` is a `glm`,
+        by the same maths. In this lens's dtype, in files of at most `shard_bytes`; dictionaries spliced in are not part
+        of it. The folder appears whole or not at all. Raises FileExistsError unless it is new or empty.
+        """
+        if self.device.type == "meta":
+            raise ValueError("on the meta device there are no numbers to save: load on the CPU")
+        with saving.all_or_nothing(Path(folder).expanduser()) as new:
+            saving.write_json(new / "config.json", saving.config_json(self.model))
+            stated = self.folder / "generation_config.json" if self.folder else new
+            said = checkpoint.read_json(stated) if stated.is_file() else {}
+            stops = {"eos_token_id": [*self.stop_ids] or None, "pad_token_id": self.pad_id}
+            saving.write_json(new / "generation_config.json", said | stops)
+            if self.tokenizer is not None:
+                saving.write_tokenizer(new, self.tokenizer, self.folder)
+            saving.write_weights(new, saving.tensors_of(self.model), shard_bytes)
+        return Path(folder).expanduser()
+
     def __repr__(self) -> str:
         c = self.cfg
         millions = sum(p.numel() for p in self.model.parameters()) / 1e6
+        said = f", labels {', '.join(c.labels)}" if c.labels else "" if c.d_logits else ", no unembedding"
         heads = f"{c.n_heads} heads on {c.n_kv_heads} kv heads of {c.d_head} ({c.d_rotary} of them turn)"
         return (
             f"Lens({c.model_type}: {c.n_layers} layers, d_model {c.d_model}, {heads}, d_mlp {c.d_mlp}, "
-            f"vocab {c.d_vocab:,}; {millions:,.1f} M parameters, {self.dtype}, {self.device}, {self.model.attention})"
+            f"vocab {c.d_vocab:,}{said}; {millions:,.1f} M parameters, {self.dtype}, {self.device}, "
+            f"{self.model.attention})"
         )

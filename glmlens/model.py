@@ -22,8 +22,9 @@ Angles = tuple[Float[Tensor, "batch pos pair"], Float[Tensor, "batch pos pair"]]
 class GLM(nn.Module):
     """A GLM: `model(tokens)` are the logits [batch, pos, vocab] of the published model.
 
-    An output depends on the arguments and on nothing else. `attention` is "eager" (scores and pattern exist) or "sdpa"
-    (one fused kernel), and is never changed by who is watching.
+    With a class head, `vocab` are its labels; without any head, the normalised stream comes out as it is. An output
+    depends on the arguments and on nothing else. `attention` is "eager" (scores and pattern exist) or "sdpa" (one
+    fused kernel), and is never changed by who is watching.
     """
 
     def __init__(self, cfg: GLMConfig, attention: str = "eager"):
@@ -34,7 +35,7 @@ class GLM(nn.Module):
         self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
         self.blocks = nn.ModuleList(Block(cfg, attention) for _ in range(cfg.n_layers))
         self.ln_final = RMSNorm(cfg)
-        self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
+        self.unembed = Unembed(cfg) if cfg.d_logits else Nothing()
         if cfg.tied:
             self.unembed.weight = self.embed.weight
 
@@ -73,7 +74,7 @@ class GLM(nn.Module):
             resid = self.blocks[i](resid, angles, mask, kv and kv.layer(i), at(hook, f"blocks.{i}"))
         if stop_layer is None:
             final = hook("ln_final.normalized", self.ln_final(resid, at(hook, "ln_final")))
-            resid = hook("logits", self.unembed(keep(final, logits_to_keep)))
+            resid = self.unembed(keep(final, logits_to_keep), hook)
         if kv is not None and len(layers) == len(self.blocks):
             kv.length += positions.shape[1]  # a run that ended early, or over part of the layers, leaves it as it was
         return resid
@@ -107,7 +108,7 @@ class Block(nn.Module):
         super().__init__()
         self.ln1, self.ln2 = RMSNorm(cfg), RMSNorm(cfg)
         self.attn, self.mlp = Attention(cfg, attention), MLP(cfg)
-        self.ln1_post, self.ln2_post = (RMSNorm(cfg), RMSNorm(cfg)) if cfg.sandwich else (NoNorm(), NoNorm())
+        self.ln1_post, self.ln2_post = (RMSNorm(cfg), RMSNorm(cfg)) if cfg.sandwich else (Nothing(), Nothing())
 
     def forward(
         self,
@@ -273,8 +274,20 @@ class RMSNorm(nn.Module):
         return self.weight * (exact * scale).to(x.dtype)
 
 
-class NoNorm(nn.Module):
-    """Where `glm4` has a norm on a sublayer's output, `glm` has nothing."""
+class Unembed(nn.Linear):
+    """From the normalised stream to a logit for each token, or of a class head for each label."""
+
+    def __init__(self, cfg: GLMConfig):
+        super().__init__(cfg.d_model, cfg.d_logits, bias=cfg.head_bias)
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Float[Tensor, "batch pos model"], hook: Hook = off
+    ) -> Float[Tensor, "batch pos vocab"]:
+        return hook("logits", super().forward(x))
+
+
+class Nothing(nn.Module):
+    """Where `glm4` has a norm on a sublayer's output, `glm` has nothing; some checkpoints have no unembedding."""
 
     def forward(self, x: Float[Tensor, "batch pos model"], hook: Hook = off) -> Float[Tensor, "batch pos model"]:
         return x
@@ -320,23 +333,3 @@ def keep(
             f"logits_to_keep is {logits_to_keep}; expected how many of the last positions, or their indices"
         )
     return x[:, -logits_to_keep:]
-
-
-def token_log_probs(
-    logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]
-) -> Float[Tensor, "batch next"]:
-    """The log-probability, in nats, that each token but the first was given by the logits before it."""
-    exact = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
-    return exact.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
-
-
-def loss(
-    logits: Float[Tensor, "batch pos vocab"], labels: Int[Tensor, "batch pos"], num_items: int | Tensor | None = None
-) -> Float[Tensor, ""]:
-    """Next-token cross-entropy in nats: the mean over labels that are not -100, or their sum over `num_items`."""
-    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    target = F.pad(labels, (0, 1), value=-100)[:, 1:]
-    flat = rearrange(exact, "batch pos vocab -> (batch pos) vocab"), rearrange(target, "batch pos -> (batch pos)")
-    if num_items is None:
-        return F.cross_entropy(*flat, ignore_index=-100)
-    return F.cross_entropy(*flat, ignore_index=-100, reduction="sum") / num_items

@@ -102,7 +102,7 @@ class Prompts:
             raise ValueError("this checkpoint has no chat template: write the text of the chat yourself")
         if not messages:
             raise ValueError("a chat without messages: give at least one")
-        variables = {**self._text().named, **variables}
+        variables = {"documents": None, **self._text().named, **variables}
         if add_generation_prompt is None:
             add_generation_prompt = messages[-1].get("role") != "assistant"
         return chat.render(template, messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables)
@@ -136,6 +136,28 @@ class Prompts:
         """The one id of `text`; ValueError showing its tokens when it is not one."""
         return self._text().single(text)
 
+    def to_answer(self, answer: str | int) -> int:
+        """Which logit stands for an answer: the text of one token, the name of a label of a class head, or the number.
+
+        Raises ValueError for a name that is no label, and for a number that no logit has.
+        """
+        cfg = self.model.cfg
+        if not cfg.d_logits:
+            raise ValueError(f"answer {answer!r}: this checkpoint has no unembedding, and no logit stands for anything")
+        if isinstance(answer, str) and cfg.labels and answer not in cfg.labels:
+            raise ValueError(f"{answer!r} is no label of this model: choose from {', '.join(map(repr, cfg.labels))}")
+        if isinstance(answer, str):
+            return cfg.labels.index(answer) if cfg.labels else self.to_single_token(answer)
+        if not 0 <= answer < cfg.d_logits:
+            raise ValueError(f"answer {answer}; this model has 0 to {cfg.d_logits - 1}")
+        return answer
+
+    def answer_label(self, answer: int) -> str:
+        """What people read for a logit: its token, or its label."""
+        if self.model.cfg.labels:
+            return self.model.cfg.labels[answer]
+        return self.tokenizer.label(answer) if self.tokenizer else f"⟨{answer}⟩"
+
     def to_str_tokens(self, prompt: Prompt, prefix: bool = True) -> list[str] | list[list[str]]:
         """Each token's text: a list, or for several prompts a list of lists without their padding."""
         tokens, mask = self.to_batch(prompt, prefix)
@@ -151,6 +173,16 @@ class Prompts:
         if self.tokenizer is None:
             return [f"⟨{i}⟩" for i in tokens[0].tolist()]
         return self.tokenizer.labels(tokens[0].tolist(), width)
+
+    def roles(self, prompt: Prompt, prefix: bool = True) -> list[str]:
+        """Whose turn every token of one prompt is in: "system", "user", "assistant", "observation" (what a tool said).
+
+        "" stands before the first turn. ValueError for a vocabulary without role tokens.
+        """
+        tokens, _ = self.to_batch(prompt, prefix)
+        if tokens.shape[0] != 1:
+            raise ValueError(f"roles are for one prompt, not {tokens.shape[0]}")
+        return self._text().roles(tokens[0].tolist())
 
     def to_string(self, tokens: Tensor | Sequence[int]) -> str:
         """The text of one row of token ids."""

@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from glmlens import record
 from glmlens.activations import Activations, Of
 from glmlens.check import Check, OnMeta, Points
-from glmlens.config import GLMConfig
+from glmlens.config import CheckpointError, GLMConfig
 from glmlens.hooks import Hook, HookError, Hooks, Point, off
 from glmlens.kv_cache import KVCache
 from glmlens.model import absolute_positions
@@ -45,10 +45,13 @@ class Running(Prompts):
 
     def __init__(self) -> None:
         self._names: list[str] = []
+        self._weights_are_sound = False  # not looked at before a run gives cause
 
     def __call__(self, prompt: Prompt | None = None, **forward: Unpack[Forward]) -> Float[Tensor, "batch kept vocab"]:
         """The logits of the published model; with stop_layer, the residual stream that enters that layer."""
-        return self.model(self._inputs(prompt, forward), **forward)
+        out = self.model(self._inputs(prompt, forward), **forward)
+        self._blame_weights(out[:, -1:])
+        return out
 
     def run_with_cache(
         self,
@@ -102,7 +105,24 @@ class Running(Prompts):
             out = self.model(tokens, hook=self._spliced(watch), **forward)
         except Enough:
             out = None
+        if out is not None:
+            self._blame_weights(out[:, -1:])
         return out if logits else None, Activations(watch.recorded(), plan.named, of)
+
+    def _blame_weights(self, out: Tensor) -> None:
+        """Raise CheckpointError naming a weight that is not finite, if there is one and `out` is not finite either.
+
+        A weight is a number for all that loading knows: looking at each would read the whole file. What a run comes to
+        at its last position shows it for nothing. Where the weights are sound, an overflow or a hook did it.
+        """
+        if self._weights_are_sound or out.is_meta or bool(out.isfinite().all()):
+            return
+        for name, p in self.model.named_parameters():
+            if (count := int((~p.isfinite()).sum())) > 0:
+                raise CheckpointError(
+                    f"{name}: {count:,} of its {p.numel():,} numbers are nan or infinite: the file is bad"
+                )
+        self._weights_are_sound = True
 
     def _differentiated(
         self, tokens: Tensor | None, forward: Forward, watch: Watch, metric: Metric, of: Of

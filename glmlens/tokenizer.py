@@ -21,6 +21,9 @@ GLM4_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
+MOST_TOKENS, LONGEST = 1 << 24, 1024  # of a vocabulary; bytes of a token: to find its merges costs their square
+MOST_VALUES = 2_000_000  # GLM-4 has 800,000; to read one that is no tokenizer costs 100 bytes each
+ROLES = ("system", "user", "assistant", "observation")  # <|user|> and the others begin a turn in every GLM chat
 VISIBLE = {" ": "·", "\n": "↵", "\t": "→", "\r": "␍"}
 
 
@@ -46,7 +49,7 @@ class Tokenizer:
         stated = folder / "tokenizer_config.json"
         try:
             config = json.loads(stated.read_text(encoding="utf-8")) if stated.exists() else {}
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise ValueError(f"{stated}: not readable as JSON: {e}") from e
         if not isinstance(config, dict):
             raise ValueError(f"{stated}: expected an object, found {type(config).__name__}")
@@ -54,22 +57,32 @@ class Tokenizer:
         if path.exists():
             engine = read_engine(path)
         elif ranks.exists():
-            engine = converted(ranks, special_tokens(config))
+            engine = converted(ranks, special_tokens(config, stated))
         else:
             return None
         spelt = {name: config.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        named = {name: t["content"] if isinstance(t, dict) else t for name, t in spelt.items() if t is not None}
+        texts = {name: t.get("content") if isinstance(t, dict) else t for name, t in spelt.items()}
+        named = {name: text for name, text in texts.items() if isinstance(text, str)}
         return Tokenizer(engine, chat_template(folder, config), named)
 
     def encode(self, text: str, prefix: bool = True) -> list[int]:
         """The ids of `text`: with the prefix before it exactly once, or just as it is written."""
-        ids = self.engine.encode(text, add_special_tokens=False).ids
+        ids = self.encoding(text).ids
         written = tuple(ids[: len(self.prefix)]) == self.prefix
         return [*self.prefix, *ids] if prefix and not written else ids
 
+    def encoding(self, text: str) -> Any:
+        """What the engine makes of `text`; ValueError if its rules come to no end, as regular expressions can."""
+        try:
+            return self.engine.encode(text, add_special_tokens=False)
+        except BaseException as e:  # a panic of the engine is no Exception
+            if type(e).__name__ != "PanicException":
+                raise
+            raise ValueError(f"the tokenizer of this checkpoint broke down at {text!r:.80}: {e}") from e
+
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids of `text`, and the characters [start, end) that each stands for: none for a prefix that is added."""
-        encoded = self.engine.encode(text, add_special_tokens=False)
+        encoded = self.encoding(text)
         added = len(self.encode(text)) - len(encoded.ids)
         return [*self.prefix[:added], *encoded.ids], [(0, 0)] * added + encoded.offsets
 
@@ -118,6 +131,19 @@ class Tokenizer:
         labels = [self.label(i) for i in ids]
         return labels if width is None else [t if len(t) <= width else t[: width - 1] + "…" for t in labels]
 
+    def roles(self, ids: Sequence[int]) -> list[str]:
+        """Whose turn each id is in: that of the last role token, which is itself the first of its turn; "" before any.
+
+        What counts is what the model sees: a role token that is written inside a message begins a turn for it too.
+        """
+        begins = {self.engine.token_to_id(f"<|{role}|>"): role for role in ROLES}
+        if not begins.keys() & self.special:
+            raise ValueError(f"this vocabulary has none of the role tokens {', '.join(f'<|{r}|>' for r in ROLES)}")
+        found = [""]
+        for i in ids:
+            found.append(begins.get(i, found[-1]))
+        return found[1:]
+
     def label(self, i: int) -> str:
         token = self.engine.id_to_token(i)
         if token is None:
@@ -141,6 +167,8 @@ BYTE_OF = {c: b for b, c in byte_alphabet().items()}
 
 
 def read_engine(path: Path) -> Engine:
+    if (values := path.read_bytes().count(b",")) > MOST_VALUES:
+        raise ValueError(f"{path}: a tokenizer.json of {values:,} values; expected at most {MOST_VALUES:,}")
     try:
         return Engine.from_file(str(path))
     except Exception as e:  # tokenizers raises nothing narrower
@@ -149,18 +177,28 @@ def read_engine(path: Path) -> Engine:
 
 def chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     """The chat template in `folder`: in a file of its own, or in the tokenizer's config (where it may have a name)."""
-    if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if (path := folder / "chat_template.jinja").exists():
+        try:
+            return path.read_text(encoding="utf-8")
+        except ValueError as e:
+            raise ValueError(f"{path}: not a text in UTF-8: {e}") from e
     stated = config.get("chat_template")
     if isinstance(stated, list):
-        stated = {entry.get("name"): entry.get("template") for entry in stated}.get("default")
+        named = [entry for entry in stated if isinstance(entry, dict) and entry.get("name") == "default"]
+        stated = named[-1].get("template") if named else None
     return stated if isinstance(stated, str) else None
 
 
-def special_tokens(config: dict[str, Any]) -> dict[int, str] | None:
+def special_tokens(config: dict[str, Any], path: Path) -> dict[int, str] | None:
     """The special tokens that a tokenizer_config.json numbers, if it does."""
     listed = config.get("added_tokens_decoder") or {}
-    return {int(i): entry["content"] for i, entry in listed.items()} or None
+    try:
+        found = {int(i): entry["content"] for i, entry in listed.items()}
+    except (AttributeError, LookupError, TypeError, ValueError) as e:
+        raise ValueError(f"{path}: added_tokens_decoder is {listed!r:.80}; expected ids with their content") from e
+    if not all(isinstance(token, str) and 0 <= i < MOST_TOKENS for i, token in found.items()):
+        raise ValueError(f"{path}: added_tokens_decoder is {listed!r:.80}; expected texts at ids from 0")
+    return found or None
 
 
 def converted(path: Path, special: dict[int, str] | None) -> Engine:
@@ -186,12 +224,18 @@ def converted(path: Path, special: dict[int, str] | None) -> Engine:
 def ranks_of(data: bytes, path: Path) -> dict[bytes, int]:
     try:
         lines = (line.split() for line in data.splitlines() if line)
-        return {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except ValueError as e:
         raise ValueError(
             f"{path}: expected lines of 'base64 rank', as GLM-4 has; a SentencePiece model (ChatGLM2, ChatGLM3) "
             f"cannot be read here: move it away and pass token ids"
         ) from e
+    for token, rank in ranks.items():
+        if not 0 <= rank < MOST_TOKENS or not 0 < len(token) <= LONGEST:
+            raise ValueError(
+                f"{path}: a token of {len(token)} bytes at rank {rank}; expected 1 to {LONGEST} from rank 0"
+            )
+    return ranks
 
 
 def from_ranks(ranks: dict[bytes, int], special: dict[int, str] | None = None) -> Engine:

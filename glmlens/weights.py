@@ -53,7 +53,17 @@ class Weights:
 
     @property
     def W_U(self) -> Float[Tensor, "model vocab"]:
-        return self.model.unembed.weight.T
+        """Of a class head, a column for each label; AttributeError in a checkpoint without a head."""
+        if not self.model.cfg.d_logits:
+            raise AttributeError("this checkpoint has no unembedding: it was saved as the model without a head")
+        return self.model.unembed.get_parameter("weight").T
+
+    @property
+    def b_U(self) -> Float[Tensor, "vocab"]:
+        """The bias of a class head; AttributeError where there is none, as in every language model here."""
+        if not self.model.cfg.head_bias:
+            raise AttributeError("this checkpoint has no bias on its logits")
+        return self.model.unembed.get_parameter("bias")
 
     @property
     def W_Q(self) -> Stacked:

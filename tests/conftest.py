@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,17 @@ import pytest
 import torch
 
 import glmlens
+from glmlens.config import CHATGLM_SPELLING
 from glmlens.model import GLM
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: threads would only wait for each other
+    torch.set_num_threads(1)
+
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, default=500, help="how many broken checkpoints to load (default: 500)")
 
 
 def pytest_collection_modifyitems(items):
@@ -37,7 +46,13 @@ def small_config(model_type="glm", **changes):
         "eos_token_id": [1],
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
     }
-    return glmlens.GLMConfig.from_dict(raw | changes)
+    if model_type in ("llama", "qwen2"):
+        raw["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
+    raw |= changes
+    if model_type == "chatglm":
+        raw = {CHATGLM_SPELLING.get(name, name): value for name, value in raw.items() if name != "rope_parameters"}
+        raw |= {"multi_query_attention": True, "add_qkv_bias": True}
+    return glmlens.GLMConfig.from_dict(raw)
 
 
 def small_lens(model_type="glm", attention="eager", dtype=torch.float32, seed=0, **changes):
@@ -58,6 +73,20 @@ def lens(request):
 @pytest.fixture(params=[("glm", "eager"), ("glm4", "eager"), ("glm", "sdpa"), ("glm4", "sdpa")], ids="-".join)
 def any_lens(request):
     return small_lens(*request.param)
+
+
+HEADED = {
+    "sequence": {"architectures": ["GlmForSequenceClassification"], "id2label": {"0": "bad", "1": "so", "2": "good"}},
+    "token": {"architectures": ["GlmForTokenClassification"], "id2label": {"0": "bad", "1": "so", "2": "good"}},
+    "none": {"architectures": ["GlmModel"]},
+}
+ARCHITECTURES = ["glm", "glm4", "chatglm", "llama", "qwen2", *HEADED]
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def every_lens(request):
+    """A lens of every format, and a GLM with every other head."""
+    return small_lens(request.param if request.param not in HEADED else "glm", **HEADED.get(request.param, {}))
 
 
 @pytest.fixture
@@ -158,6 +187,16 @@ def fixtures():
     if not folder.exists():
         pytest.skip("the recorded data is not here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def templates():
+    """The chat templates of published GLMs, by name, where a page that quotes them lies beside us."""
+    page = next(SHARED.glob("*/glm.md"), None)
+    if page is None:
+        pytest.skip("the published chat templates are not here")
+    found = re.findall(r"\*\*([^*\n]+)\*\*[^\n]*\n```jinja\n(.*?)\n```", page.read_text(encoding="utf-8"), re.S)
+    return {name.split()[0]: template for name, template in found}
 
 
 def rewrite_json(path, **changes):

@@ -12,6 +12,7 @@ import linecache
 import re
 import sys
 import time
+import traceback
 from pathlib import Path
 
 FOLDED = re.compile(r"<details>\s*<summary>(.*?)</summary>(.*?)</details>", re.DOTALL)
@@ -56,7 +57,7 @@ def study(notebook):
             continue
         value, printed = run(code, world, f"<{notebook.stem} cell {i}>")
         figures += hasattr(value, "to_plotly_json")
-        page += [part for part in (printed, value) if part not in ("", None)]
+        page += [part for part in (printed, value) if part is not None and not (isinstance(part, str) and part == "")]
         if check := asked(code):
             found = exercises[check.split(".")[1].split("(")[0]] = {"untouched": [value.right], "said": []}
             for title, answer in folded(cells, i):
@@ -69,9 +70,8 @@ def study(notebook):
 
 def main(notebook, page=None):
     sys.stdout.reconfigure(encoding="utf-8")
-    began = time.perf_counter()
     found, parts = study(Path(notebook))
-    found["seconds"] = time.perf_counter() - began
+    found["seconds"] = time.process_time()  # of work: this machine may have other things to do
     if page:
         from glmlens import save_html
 
@@ -80,4 +80,8 @@ def main(notebook, page=None):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except Exception:
+        traceback.print_exc()  # knows the lines of cells
+        sys.exit(1)

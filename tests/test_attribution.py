@@ -261,7 +261,7 @@ def test_questions_that_cannot_be_answered_say_what_to_ask(demo):
         analysis.logit_attribution(demo, PROMPT)
     with pytest.raises(ValueError, match="tokens, not one"):
         analysis.logit_attribution(demo, PROMPT, " Mary and John")
-    with pytest.raises(ValueError, match="2 tokens for 1 prompts"):
+    with pytest.raises(ValueError, match="2 answers for 1 prompts"):
         analysis.logit_attribution(demo, PROMPT, [" Mary", " John"])
     with pytest.raises(ValueError, match="this model has 0 to"):
         analysis.logit_attribution(demo, PROMPT, demo.cfg.d_vocab)

@@ -55,7 +55,7 @@ def test_looking_at_a_generation_changes_nothing(any_lens, tokens):
         ("blocks.0.mlp.hook_pre_linear", "here it is called 'blocks.0.mlp.up'"),
         ("blocks.1.attn.hook_rot_k", "here it is called 'blocks.1.attn.k_rot'"),
         ("ln_final.hook_scale", "here it is called 'ln_final.scale'"),
-        ("blocks.0.ln1_post.scale", "this model has no 'ln1_post.scale'"),
+        ("blocks.0.ln1_post.scale", "this model, or what is run of it here, has no 'ln1_post.scale'"),
     ],
 )
 def test_a_name_that_matches_nothing_is_an_error_with_the_nearest(tokens, asked, told):
@@ -274,7 +274,7 @@ def test_a_misspelt_keyword_is_a_type_error(lens, tokens):
 # 6. Every advertised point is live.
 
 
-def test_each_point_fires_once_and_in_the_order_of_the_catalogue(any_lens, tokens):
+def each_point_fires_once_in_the_order_of_the_catalogue(lens, tokens):
     fired = []
 
     class Everything:
@@ -285,19 +285,38 @@ def test_each_point_fires_once_and_in_the_order_of_the_catalogue(any_lens, token
         def wants(self, name):
             return True
 
-    any_lens.model(tokens, hook=Everything())
-    assert fired == [(p.name, p.shape, p.dtype) for p in any_lens.points(tokens)]
+    lens.model(tokens, hook=Everything())
+    assert fired == [(p.name, p.shape, p.dtype) for p in lens.points(tokens)]
 
 
-def test_an_edit_at_every_point_changes_the_logits(any_lens, tokens):
-    quiet = any_lens(tokens)
-    for name in every_point(any_lens):
+def test_each_point_fires_once_and_in_the_order_of_the_catalogue(any_lens, tokens):
+    each_point_fires_once_in_the_order_of_the_catalogue(any_lens, tokens)
+
+
+def test_each_point_fires_once_in_every_format_and_with_every_head(every_lens, tokens):
+    each_point_fires_once_in_the_order_of_the_catalogue(every_lens, tokens)
+
+
+def an_edit_at_every_point_changes_the_logits(lens, tokens):
+    quiet = lens(tokens)
+    for name in every_point(lens):
 
         def nudge(x, point):
             noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
             return x + 0.5 * noise
 
-        assert not torch.equal(any_lens.run_with_hooks(tokens, {name: nudge}), quiet), name
+        assert not torch.equal(lens.run_with_hooks(tokens, {name: nudge}), quiet), name
+
+
+def test_an_edit_at_every_point_changes_the_logits(any_lens, tokens):
+    an_edit_at_every_point_changes_the_logits(any_lens, tokens)
+
+
+def test_every_point_is_live_in_every_format_and_with_every_head(every_lens, tokens):
+    an_edit_at_every_point_changes_the_logits(every_lens, tokens)
+    watched, acts = every_lens.run_with_cache(tokens, every_point(every_lens))
+    assert torch.equal(watched, every_lens(tokens))
+    assert list(acts) == every_point(every_lens)
 
 
 def test_what_an_edit_changes_is_what_the_maths_says(tokens):

@@ -11,8 +11,8 @@ import glmlens
 
 PACKAGE = Path(glmlens.__file__).parent
 ORDER = """
-hooks config results tables kv_cache model angles checkpoint generate tokenizer chat prompt derive activations record
-check run weights splice running harvest lens
+hooks config hub results tables kv_cache model losses angles formats checkpoint generate tokenizer chat prompt
+derive activations record check run weights splice running harvest saving lens
 cache.places cache.change cache.move cache.drop cache.graft cache
 tasks.words tasks.task tasks.language tasks.formal tasks
 analysis.rows analysis.pattern analysis.logit_lens analysis.residual analysis.parts analysis.attribution
@@ -28,10 +28,10 @@ plot.graph plot.tokens plot report
 widgets.chart widgets.base widgets.heads widgets.attention widgets.patching
 widgets.runs widgets.cache widgets.rotary widgets.generation widgets
 demo.world demo.vocabulary demo.train demo.circuits demo.history demo.card demo.story
-course.quote course course.verdict cli
+course.quote course course.verdict lab cli
 """.split()
 ORDER += sorted(f"course.{path.stem}" for path in PACKAGE.glob("course/check_*.py"))  # a tutorial brings its own
-ALONE = ["hooks", "config", "results", "tokenizer", "chat", "report", "tasks.words"]  # import nothing of ours
+ALONE = ["hooks", "config", "results", "tokenizer", "chat", "report", "lab", "tasks.words"]  # import nothing of ours
 
 
 def modules():

@@ -236,8 +236,8 @@ def wrong(case, folder):
         index.write_text("{}")
         return ["index.json", "weight_map"]
     if case == "model_type":
-        rewrite_json(folder / "config.json", model_type="llama")
-        return ["config.json", "'llama'", "'glm'"]
+        rewrite_json(folder / "config.json", model_type="mamba")
+        return ["config.json", "'mamba'", "'glm'", "'qwen2'"]
     if case == "rope_type":
         rewrite_json(folder / "config.json", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0})
         return ["config.json", "'yarn'", "'default'"]
@@ -282,6 +282,26 @@ def test_a_tied_checkpoint_may_repeat_its_embedding_but_not_contradict_it(tmp_pa
     broken(tmp_path, tensors, **{"lm_head.weight": tensors["model.embed_tokens.weight"] + 1})
     with pytest.raises(CheckpointError, match="tie_word_embeddings"):
         glmlens.load(tmp_path)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_weight_that_is_no_number_is_named_when_it_is_first_heard_of(tmp_path, bad):
+    write_checkpoint(tmp_path, 2)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][3, 2] = bad
+    broken(tmp_path, tensors)
+    lens = glmlens.load(tmp_path)
+    told = r"blocks\.0\.mlp\.down\.weight: 1 of its .* numbers are nan or infinite"
+    for ask in (lens, lens.generate, lens.run_with_cache, lambda t: lens.generate(t, temperature=1.0)):
+        with pytest.raises(CheckpointError, match=told):
+            ask(TOKENS)
+
+
+def test_logits_that_a_hook_makes_no_numbers_are_what_was_asked_for(checkpoint_folder):
+    lens = glmlens.load(checkpoint_folder)
+    logits = lens.run_with_hooks(TOKENS, {"blocks.0.resid_pre": lambda x, point: x * torch.nan})
+    assert logits.isnan().all()
+    assert lens(TOKENS).isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "nowhere", "a/b/c"])
@@ -355,3 +375,22 @@ assert 13e9 < check.points.bytes < 14e9
 assert check.bytes < 0.4 * check.points.bytes
 """
     assert peak(code) < 1e9
+
+
+def sized(*options):
+    """What `python -m benchmarks.size` measures of a small copy of GLM-4-9B's shapes."""
+    root = Path(__file__).parents[1]
+    if not (root / "benchmarks" / "size.py").exists() or not Path("/proc/self/status").exists():
+        pytest.skip("the benchmark is not here, or memory cannot be measured")
+    command = [sys.executable, "-m", "benchmarks.size", "--tokens", "8", "--threads", "1", *options]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_model_in_shards_is_run_within_the_memory_of_its_weights():
+    """Beside what the same process takes with a model of nothing."""
+    nothing, found = sized("--scale", "16", "--depth", "1"), sized("--scale", "4", "--depth", "3", "--shard", "0.1")
+    assert found["weights"] > 10 * nothing["weights"]
+    assert found["generate"]["peak"] - nothing["generate"]["peak"] < 1.1 * found["weights"]
+    assert found["generate"]["own"] - nothing["generate"]["own"] < 0.2 * found["weights"]  # of the file, no copy
+    assert found["load"]["peak"] - found["import"]["peak"] < 0.1 * found["weights"]  # pages come when they are read

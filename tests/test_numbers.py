@@ -7,7 +7,8 @@ from conftest import reference, small_lens, write_checkpoint
 from torch.testing import assert_close
 
 import glmlens
-from glmlens.model import GLM, loss
+from glmlens.losses import of_next_tokens
+from glmlens.model import GLM
 
 SHAPES = [(1, 1), (1, 7), (2, 13), (3, 33)]
 
@@ -205,7 +206,7 @@ def test_losses_and_log_probs_are_those_of_transformers(tmp_path, dtype):
         expected = theirs(tokens, labels=labels)
         summed = theirs(tokens, labels=labels, num_items_in_batch=torch.tensor(7))
     assert torch.equal(ours.loss(tokens, labels), expected.loss)
-    assert torch.equal(loss(ours(tokens), labels, num_items=7), summed.loss)
+    assert torch.equal(of_next_tokens(ours(tokens), labels, num_items=7), summed.loss)
     each = torch.log_softmax(expected.logits[:, :-1].float(), -1).gather(-1, tokens[:, 1:, None])[..., 0]
     assert torch.equal(ours.log_probs(tokens), each)
     assert_close(ours.loss(tokens), -ours.log_probs(tokens).mean())

@@ -5,9 +5,12 @@ import pytest
 import torch
 from conftest import small_lens
 
+import glmlens
 from glmlens import patch
 from glmlens.patch import Intervention, Site
+from glmlens.patch.attribute import left_out
 from glmlens.patch.gradients import gradients
+from glmlens.tasks import ioi
 
 DRAW = torch.Generator().manual_seed(0)
 CLEAN, CORRUPT = torch.randint(10, 101, (2, 2, 7), generator=DRAW)
@@ -75,6 +78,29 @@ def test_corrected_queries_and_keys_use_the_pattern_that_the_change_makes(model_
         moved = dot(lens, name, {f"blocks.{layer}.kv.k": put}).sum((2, 3)).mean(0)
         np.testing.assert_allclose(single.values[layer, :, pos], moved, rtol=1e-9, atol=1e-12)
         np.testing.assert_allclose(groups.values[layer, :, pos], moved.view(2, 2).sum(1), rtol=1e-9, atol=1e-12)
+
+
+def test_corrections_hold_where_attention_is_saturated():
+    """In the small GLM inside scores lie apart by hundreds: exponentials of their changes are not finite numbers."""
+    lens, exact = (glmlens.load(dtype=name) for name in ("float32", "float64"))
+    examples = ioi.examples(lens, 8, seed="saturated").of_length()
+    for point, over in (("attn.q", ("layer", "head")), ("kv.k", ("layer", "head", "key"))):
+        asked = (examples, "abc", point)
+        found, right = (patch.attribute(one, *asked, over=over, method="atp*").values for one in (lens, exact))
+        assert np.abs(right).max() > 0.5
+        np.testing.assert_allclose(found, right, atol=1e-3 * np.abs(right).max())
+
+
+def test_leaving_a_key_out_is_what_the_other_keys_have_alone():
+    scores = torch.tensor([[300.0, 1.0, 0.5, -200.0], [2.0, 2.0, 1.0, torch.finfo(torch.float64).min]]).double()
+    slope = torch.randn(2, 4, generator=DRAW).double()
+    rest, mean = left_out(scores, slope)
+    for row in range(2):
+        for k in range(4):
+            kept = [j for j in range(4) if j != k]
+            assert float(rest[row, k]) == pytest.approx(float(scores[row, kept].logsumexp(0)), rel=1e-12)
+            alone = float((scores[row, kept].softmax(0) * slope[row, kept]).sum())
+            assert float(mean[row, k]) == pytest.approx(alone, rel=1e-9, abs=1e-12)
 
 
 def test_dropped_gradients_are_the_mean_magnitude_without_each_layer():

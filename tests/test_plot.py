@@ -501,6 +501,27 @@ def test_plain_numbers_say_the_prompt_of_their_labels_and_what_is_given():
     assert figure.layout.title.subtitle.text == "the cat<br>model m"
 
 
+def test_a_circuit_leads_from_keys_and_values_to_the_heads_of_their_group():
+    graph = patch.Graph(2, 4, 2)
+    scores = torch.zeros(graph.mask.shape)
+    for writer, reader in (("embed", "1.v1"), ("1.head2", "logits"), ("1.head3", "logits"), ("1.head1", "logits")):
+        scores[graph.readers.index(reader), graph.writers.index(writer)] = 1
+    figure = plot.circuit(patch.EdgeScores(graph, scores, 0.0, {}), top=4)
+    seats = {plate.text: (plate.x, plate.y) for plate in figure.layout.annotations}
+    (thin,) = (trace for trace in figure.data if trace.mode == "lines" and trace.opacity is None)
+    lines = set(
+        zip(zip(thin.x[::3], thin.y[::3], strict=True), zip(thin.x[1::3], thin.y[1::3], strict=True), strict=True)
+    )
+    assert lines == {(seats["1.v1"], seats["1.head2"]), (seats["1.v1"], seats["1.head3"])}
+
+
+def test_a_comparison_says_only_what_is_true_of_all_that_are_compared():
+    one, other = (Labelled(EYE[0], ("head",), {}, {"metric": name, "model": "m"}) for name in ("shortness", "length"))
+    said = plot.compare({"a": one, "b": other}).to_json()
+    assert "shortness" not in said
+    assert "model m" in said
+
+
 # Tokens.
 
 

@@ -6,8 +6,8 @@ import time
 import pytest
 import torch
 from conftest import small_config
+from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Engine
-from tokenizers import decoders, models, pre_tokenizers
 
 import glmlens
 from glmlens import chat
@@ -245,6 +245,19 @@ def test_a_file_that_is_no_tokenizer_is_an_error_that_names_it(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer.json: not a tokenizer.json"):
         Tokenizer.from_folder(tmp_path)
+
+
+def test_a_tokenizer_of_too_many_values_is_not_read(tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(b'{"model":[' + b"1," * 2_100_000 + b"1]}")
+    with pytest.raises(ValueError, match=r"a tokenizer.json of 2,100,000 values; expected at most 2,000,000"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_tokenizer_whose_rules_come_to_no_end_is_an_error():
+    engine = tokenizer()
+    engine.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+b"), "isolated")
+    with pytest.raises(ValueError, match="broke down at 'aaaa"):
+        Tokenizer(engine).encode("a" * 40)
 
 
 def test_prompts_can_be_tested(lens, capsys):

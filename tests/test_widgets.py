@@ -14,12 +14,12 @@ import pytest
 import torch
 from conftest import small_lens
 from ipywidgets.widgets import widget as registry
-from test_plot import HOSTILE
 
 import glmlens
 from glmlens.tasks import TASKS
 from glmlens.widgets import AttentionExplorer, Chart, Explorer, PatchExplorer
 from glmlens.widgets.heads import Heads, cells, thumbs
+from tests.hostile import HOSTILE
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"
 

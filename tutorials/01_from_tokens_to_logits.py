@@ -29,7 +29,11 @@ lens
 
 # %% [markdown]
 # This is the small GLM inside the package. It has the architecture of GLM-4-9B and is 4,700 times smaller. It was
-# trained on a made-up world of simple English, so it knows a few people, shops and capitals, and nothing else.
+# trained on a made-up world of simple English, and knows nothing else.
+
+# %%
+size = sum(p.numel() for p in lens.model.parameters())
+assert 4_600 < 9_399_951_360 / size < 4_800
 
 # %%
 prompt = "When Mary and John went to the store, John gave a drink to"
@@ -177,7 +181,9 @@ check.exercise_1_1(rms_norm)
 # Every position makes a query ("what do I look for"), a key ("what am I") and a value ("what do I give"). Each is a
 # linear map of the normed vector $n_i$, plus a bias:
 #
-# $$q_i = W_Q\, n_i + b_Q \qquad k_j = W_K\, n_j + b_K \qquad v_j = W_V\, n_j + b_V$$
+# $$q_i = n_i W_Q + b_Q \qquad k_j = n_j W_K + b_K \qquad v_j = n_j W_V + b_V$$
+#
+# Vectors are rows here, as in the code: `n @ W`.
 
 # %%
 source(Attention.forward, "q = hook", "v = hook")
@@ -309,7 +315,7 @@ check.exercise_1_2(attend)
 # The MLP looks at one position at a time. It widens the vector to 512 channels twice, as a gate and as a value,
 # multiplies the two, and maps the product back. This is SwiGLU (Shazeer 2020, section 2):
 #
-# $$\text{MLP}(n) = W_\text{down}\big(\,(W_\text{up}\, n) \odot \text{silu}(W_\text{gate}\, n)\big) \qquad
+# $$\text{MLP}(n) = \big(n W_\text{up} \odot \text{silu}(n W_\text{gate})\big)\, W_\text{down} \qquad
 # \text{silu}(g) = \frac{g}{1 + e^{-g}}$$
 
 # %%
@@ -326,17 +332,16 @@ assert torch.allclose(made, acts["mlp_out", layer], rtol=1e-3, atol=1e-2)
 
 # %%
 mlps = sum(p.numel() for block in lens.model.blocks for p in block.mlp.parameters())
-every = sum(p.numel() for p in lens.model.parameters())
-assert 0.55 < mlps / every < 0.65
-print(f"{mlps / every:.0%} of {every:,} parameters are in the MLPs")
+assert 0.55 < mlps / size < 0.65
+print(f"{mlps / size:.0%} of {size:,} parameters are in the MLPs")
 
 # %% [markdown]
 # ## 6. Vectors become logits
 #
-# After the last layer the stream is normed once more. Its product with every row of the unembedding is a number for
+# After the last layer the stream is normed once more. Its product with every column of the unembedding is a number for
 # every token of the vocabulary: the **logits**. Their softmax are the probabilities of the next token.
 #
-# $$\ell_i = W_U^\top\, \text{norm}(x^{(L)}_i) \qquad p(t \mid t_1 \ldots t_i) = \text{softmax}(\ell_i)_t$$
+# $$\ell_i = \text{norm}(x^{(L)}_i)\, W_U \qquad p(t \mid t_1 \ldots t_i) = \text{softmax}(\ell_i)_t$$
 
 # %%
 last = acts["resid_post", 3]
@@ -391,7 +396,7 @@ check.exercise_1_3(next_token)
 #     return (resid[-1] @ lens.W_U).softmax(-1)
 # ```
 #
-# The norm is missing. The largest logit may well be the same, but the stream is hundreds of times too long, so the
+# The norm is missing. The largest logit may well be the same, but the stream is much too long, so the
 # model seems to be certain of everything.
 #
 # </details>

@@ -61,6 +61,7 @@ assert torch.equal(logits, clean)
 _, acts = lens.run_with_cache(prompt, ["attn.z", "resid_post"])
 assert acts["attn.z", 1].shape == (1, 16, 8, 32)  # layer 1: batch pos head d
 assert acts["resid_post"].shape == (4, 1, 16, 192)  # all layers: layer batch pos model
+assert [name for name in acts if name.endswith("attn.z")] == [f"blocks.{i}.attn.z" for i in range(4)]
 acts
 
 # %% [markdown]
@@ -227,7 +228,7 @@ check.exercise_2_2(read_mary)
 #     return x
 # ```
 #
-# Counted in the words of the text, the second `John` is number 9. But the prefix `[gMASK]<sop>` comes first.
+# Counted in the tokens of the text, the second `John` is number 9. But the prefix `[gMASK]<sop>` comes first.
 #
 # </details>
 

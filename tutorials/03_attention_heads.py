@@ -279,7 +279,7 @@ assert all(value > 1.5 * by_chance for _, value in best)
 # A score is a product of two normed vectors with a matrix between them. The matrix is the head's own, and it turns with
 # the distance $\delta = i - j$. Biases add a few terms more.
 #
-# $$s_{ij} = n_i^\top \, W_{QK}(\delta) \, n_j + \ldots \qquad
+# $$s_{ij} = n_i \, W_{QK}(\delta) \, n_j^\top + \ldots \qquad
 # W_{QK}(\delta) = \frac{W_Q\, R(\delta)\, W_K^\top}{\sqrt{d}}$$
 #
 # `QK` is this matrix, kept as its two factors, and `QK_bias` the rest. Together they are the score, to rounding.

@@ -10,7 +10,7 @@ from glmlens.analysis.leave_out import Droppable, LeftOut, droppable, leave_one_
 from glmlens.analysis.logit_lens import LogitLens, logit_lens
 from glmlens.analysis.probes import Probe, probe
 from glmlens.analysis.residual import accumulated_residual, decomposed_residual
-from glmlens.analysis.rotary import ScoreParts, score_parts
+from glmlens.analysis.rotary import ScoreParts, score_parts, wavelengths
 from glmlens.analysis.selfcheck import SelfCheck, SelfCheckError, selfcheck
 
 __all__ = [
@@ -45,5 +45,6 @@ __all__ = [
     "probe",
     "score_parts",
     "selfcheck",
+    "wavelengths",
     "who_reads",
 ]

@@ -101,12 +101,15 @@ def logit_attribution(
 
     at = At(lens, acts, rows, columns)
     values = torch.stack([split.parts(at, layer, pull) for layer in range(lens.cfg.n_layers)], 1)
-    rest = [along(acts["embed"], pull), *(along(acts[name], pull) for name in split.rest_points(lens))]
+    rest = {"embed": along(acts["embed"], pull)}
+    rest |= zip(split.rest_labels(lens), (along(acts[name], pull) for name in split.rest_points(lens)), strict=True)
+    if goal.bias is not None:
+        rest["bias"] = goal.bias
     if "key" in split.axes:
         values = rearrange(values, "batch layer head key -> batch key layer head")
         values = rearrange(rows.absolute(values), "batch key layer head -> batch layer head key")
     total = goal.total(acts["ln_final.normalized"])
-    return result(rows, columns, split, goal.name, values, torch.stack(rest, 1), total, isinstance(prompt, Examples))
+    return result(rows, columns, split, goal.name, values, rest, total, isinstance(prompt, Examples))
 
 
 def place_of(position: Position | str, prompt: Prompt | Examples) -> Position:
@@ -119,7 +122,14 @@ def place_of(position: Position | str, prompt: Prompt | Examples) -> Position:
 
 
 def result(
-    rows: Rows, columns: Tensor, split: Split, name: str, values: Tensor, rest: Tensor, total: Tensor, mean: bool
+    rows: Rows,
+    columns: Tensor,
+    split: Split,
+    name: str,
+    values: Tensor,
+    rest: dict[str, Tensor],
+    total: Tensor,
+    mean: bool,
 ) -> LogitAttribution:
     about = rows.about(
         metric="logit", direction=name, parts="direct effects: the final norm's scale is the run's own",
@@ -127,9 +137,13 @@ def result(
     )  # fmt: skip
     named = {"layer": layers_of(rows.lens), "sublayer": list(SUBLAYERS), "key": rows.pos_labels()}
     labelled = rows.labelled(values, " ".join(split.axes), {a: named[a] for a in split.axes if a in named}, about)
-    others = rows.labelled(rest, "part", {"part": ["embed", *split.rest_labels(rows.lens)]}, about)
+    others = rows.labelled(torch.stack([*rest.values()], 1), "part", {"part": [*rest]}, about)
     explained = numbers(values).reshape(rows.batch, -1)
-    missing = numbers(total) - np.nansum(explained, 1, dtype=np.float64) - numbers(rest).sum(1, dtype=np.float64)
+    missing = (
+        numbers(total)
+        - np.nansum(explained, 1, dtype=np.float64)
+        - sum(numbers(part).astype(np.float64) for part in rest.values())
+    )
     found = LogitAttribution(
         labelled.values,
         labelled.axes,
@@ -149,6 +163,7 @@ class Goal:
     direction: Float[Tensor, "batch model"]
     name: str
     logits: Float[Tensor, "batch"] | None  # the model's own number, where the direction is one of tokens
+    bias: Float[Tensor, "batch"] | None = None  # of a class head, which no part of the stream explains
 
     def total(self, normalized: Float[Tensor, "batch model"]) -> Float[Tensor, "batch"]:
         return (exact(normalized) * self.direction).sum(-1) if self.logits is None else self.logits
@@ -172,13 +187,15 @@ def goal_of(
             raise TypeError("a direction is already what is attributed: give it alone, without wrong=")
         given = exact(answer.to(rows.tokens.device)).expand(rows.batch, rows.lens.cfg.d_model)
         return Goal(given, "the direction given, of the normalised stream", None)
-    right = rows.tokens_of(answer)
+    right = rows.answers(answer)
     of, direction, name = logits.gather(1, right[:, None]), unembedding(rows.lens, right), rows.said(right)
+    bias = finest(rows.lens.b_U[right]) if rows.lens.cfg.head_bias else None
     if wrong is not None:
-        other = rows.tokens_of(wrong)
+        other = rows.answers(wrong)
         of, direction = of - logits.gather(1, other[:, None]), direction - unembedding(rows.lens, other)
         name = f"{name} - {rows.said(other)}"
-    return Goal(direction, name, of.squeeze(1))
+        bias = None if bias is None else bias - rows.lens.b_U[other]
+    return Goal(direction, name, of.squeeze(1), bias)
 
 
 def best(ids: Sequence[int], logits: Float[Tensor, "vocab"]) -> int:

@@ -102,11 +102,15 @@ def copying_scores(lens: Lens) -> Labelled:
     """sum(λ) / sum(|λ|) over the eigenvalues λ of W_E OV W_U, for every head: 1 copies, -1 suppresses, 0 is chance.
 
     Elhage et al. 2021, "Summarizing OV/QK matrices". With the weights of the norms on the way (ln1, ln1_post, ln_final)
-    and without their scales. The matrix is [vocab, vocab] and of rank d: its eigenvalues are found at [d, d].
+    and without their scales. The matrix is [vocab, vocab] and of rank d: its eigenvalues are found at [d, d]. A model
+    that says no tokens, with a class head or with none, copies nothing: nan.
     """
-    through = vocabulary(lens)
-    heads = range(lens.cfg.n_heads)
-    scores = [[copying(OV(lens, i, head, norms=True), through) for head in heads] for i in range(lens.cfg.n_layers)]
+    heads, layers = range(lens.cfg.n_heads), range(lens.cfg.n_layers)
+    if lens.cfg.head == "vocab":
+        through = vocabulary(lens)
+        scores = [[copying(OV(lens, i, head, norms=True), through) for head in heads] for i in layers]
+    else:
+        scores = [[np.nan for _ in heads] for _ in layers]
     about = {"metric": "copying: sum(λ) / sum(|λ|) of W_E OV W_U", "direction": "1 copies the token that it reads",
              "positions": "none: weights alone", "kv": groups_of(lens), "model": lens.model_hash}  # fmt: skip
     return Labelled(np.array(scores), ("layer", "head"), {}, about)

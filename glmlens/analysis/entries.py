@@ -84,15 +84,13 @@ def who_reads(
 
 def aimed(lens: Lens, logits: Float[Tensor, "vocab"], answer: Token | None, wrong: Token | None) -> tuple[Tensor, str]:
     """The direction of a token's logit, or of a difference of two, and its name."""
-    right = int(logits.argmax()) if answer is None else id_of(lens, answer)
+    right = int(logits.argmax()) if answer is None else lens.to_answer(answer)
     if wrong is None:
-        return exact(lens.W_U.T[right]), label(lens, right)
-    other = id_of(lens, wrong)
-    return exact(lens.W_U.T[right]) - exact(lens.W_U.T[other]), f"{label(lens, right)} - {label(lens, other)}"
-
-
-def id_of(lens: Lens, token: Token) -> int:
-    return lens.to_single_token(token) if isinstance(token, str) else token
+        return exact(lens.W_U.T[right]), lens.answer_label(right)
+    other = lens.to_answer(wrong)
+    return exact(lens.W_U.T[right]) - exact(
+        lens.W_U.T[other]
+    ), f"{lens.answer_label(right)} - {lens.answer_label(other)}"
 
 
 def read(
@@ -112,19 +110,17 @@ def read(
 
 
 def about_step(lens: Lens, memory: Memory, metric: str, direction: str) -> dict[str, str]:
-    at = int(memory.kv.next_positions()[0])
+    at, said = int(memory.kv.next_positions()[0]), memory.kv.tokens[0, : memory.kv.length].tolist()
+    words = [label(lens, token) if token >= 0 else "?" for token in [*said, int(memory.token[0])]]
     return {
         "metric": metric, "direction": direction, "positions": f"the step at position {at} reads {memory.kv.length}",
-        "prompt": f"... {label(lens, int(memory.token[0]))}", "kv": groups_of(lens), "model": lens.model_hash,
+        "prompt": " ".join(words), "kv": groups_of(lens), "model": lens.model_hash,
     }  # fmt: skip
 
 
 def key_labels(lens: Lens, memory: Memory) -> list[str]:
     at, tokens = (t[0, : memory.kv.length].tolist() for t in (memory.kv.positions, memory.kv.tokens))
     return [f"{p} {label(lens, token) if token >= 0 else '?'}" for p, token in zip(at, tokens, strict=True)]
-
-
-# ---- without some entries ----
 
 
 def attended(lens: Lens, prompt: Prompt, *, hooks: Hooks | None = None) -> Float[Tensor, "layer head key"]:

@@ -14,9 +14,9 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from glmlens.analysis.entries import about_step, id_of, key_labels, memory_of
+from glmlens.analysis.entries import about_step, key_labels, memory_of
 from glmlens.analysis.passes import Memory
-from glmlens.analysis.rows import Token, exact, label, layers_of, numbers
+from glmlens.analysis.rows import Token, exact, layers_of, numbers
 from glmlens.hooks import Hooks
 from glmlens.kv_cache import LayerKV
 from glmlens.lens import Lens
@@ -144,7 +144,7 @@ def leave_one_out(
         raise ValueError(f"by is {by!r}; choose from 'entry', 'position'")
     memory = memory_of(lens, of, hooks)
     step, cfg, length = Step.of(lens, memory), lens.cfg, memory.kv.length
-    token = int(step.logits.argmax()) if answer is None else id_of(lens, answer)
+    token = int(step.logits.argmax()) if answer is None else lens.to_answer(answer)
     asked = asked_of(memory, positions)
     shape = (cfg.n_layers, cfg.n_kv_heads, length)
     if by == "position":
@@ -157,12 +157,12 @@ def leave_one_out(
         for layer in range(cfg.n_layers):
             lost = step.measured(number[layer][:, asked].flatten(), Numbered(number), token, layer)
             found[:, layer, :, asked] = lost.view(2, cfg.n_kv_heads, -1)
-    about = about_step(lens, memory, "what is lost with one entry", label(lens, token))
+    about = about_step(lens, memory, "what is lost with one entry", lens.answer_label(token))
     axes = ("layer", "kv", "key") if by == "entry" else ("key",)
     labels = {"key": key_labels(lens, memory), **({"layer": layers_of(lens)} if by == "entry" else {})}
     units = {
         "kl": "KL(with all ‖ without it), nats",
-        "logit": f"logit of {label(lens, token)} with all, less without it",
+        "logit": f"logit of {lens.answer_label(token)} with all, less without it",
     }
     made = {
         name: Labelled(numbers(x), axes, labels, {**about, "metric": units[name]})

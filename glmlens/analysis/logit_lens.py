@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from glmlens.activations import Activations
-from glmlens.analysis.rows import Rows, Token, exact, label, layers_of
+from glmlens.analysis.rows import Rows, Token, exact, layers_of
 from glmlens.hooks import Hooks
 from glmlens.lens import Lens
 from glmlens.prompt import Prompt
@@ -40,7 +40,7 @@ def logit_lens(
     lens: Lens,
     prompt: Prompt,
     *,
-    top: int = 5,
+    top: int | None = None,
     target: Token | Sequence[Token] | None = None,
     mid: bool = False,
     hooks: Hooks | None = None,
@@ -48,13 +48,17 @@ def logit_lens(
     """Read the residual stream after every layer (with `mid`, also before its MLP) as if it were the last.
 
     Each is unembedded through the real final norm: W_U · ln_final(resid) (nostalgebraist 2020, interpreting GPT: the
-    logit lens). `target` is the text of one token or its id, or one for every prompt. KL as in Belrose et al. 2023
-    (arXiv 2303.08112), section 2.
+    logit lens). `top` is 5 by default, or all labels of a class head that has fewer. `target` is the text of one token
+    or its id (of a class head a label), or one for every prompt. KL as in Belrose et al. 2023 (arXiv 2303.08112),
+    section 2.
     """
-    if not 1 <= top <= lens.cfg.d_vocab:
-        raise ValueError(f"top is {top}; expected 1 to {lens.cfg.d_vocab}, the size of the vocabulary")
+    if not lens.cfg.d_logits:
+        raise ValueError("a logit lens reads with the unembedding, and this checkpoint has none")
+    top = min(5, lens.cfg.d_logits) if top is None else top
+    if not 1 <= top <= lens.cfg.d_logits:
+        raise ValueError(f"top is {top}; expected 1 to {lens.cfg.d_logits}, as many as there are logits")
     rows = Rows.of(lens, prompt)
-    wanted = None if target is None else rows.tokens_of(target)
+    wanted = None if target is None else rows.answers(target)
     logits, acts = rows.run(["embed", "resid_post", *(["resid_mid"] if mid else [])], hooks)
     streams = streams_of(lens, acts, mid)
     readings = [read(lens, stream, logits, top, wanted) for stream in [*streams.values()][:-1]]
@@ -113,7 +117,7 @@ def labelled(rows: Rows, sheets: dict[str, Tensor], streams: list[str], target: 
         axes = "layer pos rank" if values.ndim == 4 else "layer pos"
         about = rows.about(metric=metrics[name], direction=target or "the most probable tokens", positions="absolute")
         made[name] = rows.labelled(values, axes, labels, about)
-    names = {-1: ""} | {int(i): label(rows.lens, int(i)) for i in np.unique(made["token"].values) if i >= 0}
+    names = {-1: ""} | {int(i): rows.lens.answer_label(int(i)) for i in np.unique(made["token"].values) if i >= 0}
     words = np.array([names[int(i)] for i in made["token"].values.ravel()]).reshape(made["token"].shape)
     word = Labelled(words, made["token"].axes, made["token"].labels, made["token"].about)
     about = rows.about(metric="logit lens", direction=target or "the most probable tokens", positions="absolute")

@@ -58,8 +58,12 @@ def frequencies_of(lens: Lens) -> Float[Tensor, "pair"]:
 
 
 def part_labels(lens: Lens) -> list[str]:
-    pairs = [f"pair {i} ({length:.3g} tokens)" for i, length in enumerate(wavelengths(lens).tolist())]
+    pairs = [f"pair {i} ({tokens_long(length)} tokens)" for i, length in enumerate(wavelengths(lens).tolist())]
     return [*pairs, "content"] if lens.cfg.d_rotary < lens.cfg.d_head else pairs
+
+
+def tokens_long(length: float) -> str:
+    return f"{length:.3g}" if length < 1000 else f"{float(f'{length:.3g}'):,.0f}"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from glmlens.results import Labelled
 Position = int | Sequence[int] | Tensor
 """An absolute position with the prefix counted, negative from a prompt's end; or one for every prompt."""
 Token = str | int
-"""The text of one token, or its id."""
+"""The text of one token, or its id; for a class head a label, or its number."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,20 +103,17 @@ class Rows:
             out[row, :length] = x[row, x.shape[1] - length :]
         return out
 
-    def tokens_of(self, asked: Token | Sequence[Token] | Tensor) -> Int[Tensor, "batch"]:
-        """One id for every row, from a text or id for all of them or one for each; ValueError for another number."""
+    def answers(self, asked: Token | Sequence[Token] | Tensor) -> Int[Tensor, "batch"]:
+        """One logit for every row, from an answer for all of them or one for each; ValueError for another number."""
         several = asked.tolist() if isinstance(asked, Tensor) else asked
         listed = [several] * self.batch if isinstance(several, str | int) else list(several)
         if len(listed) != self.batch:
-            raise ValueError(f"{len(listed)} tokens for {self.batch} prompts: give one for all, or one for each")
-        ids = torch.tensor([i if isinstance(i, int) else self.lens.to_single_token(i) for i in listed])
-        if not 0 <= int(ids.min()) <= int(ids.max()) < self.lens.cfg.d_vocab:
-            raise ValueError(f"token ids {listed}; this model has 0 to {self.lens.cfg.d_vocab - 1}")
-        return ids.to(self.tokens.device)
+            raise ValueError(f"{len(listed)} answers for {self.batch} prompts: give one for all, or one for each")
+        return torch.tensor([self.lens.to_answer(answer) for answer in listed]).to(self.tokens.device)
 
     def said(self, ids: Tensor) -> str:
-        """The tokens of these ids, one for every row, as people can read them."""
-        return ", ".join(dict.fromkeys(label(self.lens, i) for i in ids.tolist()))
+        """The answers of these logits, one for every row, as people can read them."""
+        return ", ".join(dict.fromkeys(self.lens.answer_label(i) for i in ids.tolist()))
 
     def pos_labels(self) -> list[str]:
         """A label for every absolute position: its number, and its token where there is one prompt."""

@@ -47,7 +47,10 @@ def exercise_2_3(hooks: Hooks) -> str:
     chosen = plain.new_tokens[0].tolist().index(she)
     early = [step for step in range(chosen) if not torch.equal(logits[step], before[step])]
     demand(not early, f"logits of step {early[:1]} changed too: is it the step that chooses 'She'? They count from 0")
-    demand(bool(logits[chosen, she] == -torch.inf), f"in step {chosen}, which chooses 'She', its logit is not -∞")
+    same = torch.equal(logits[chosen], before[chosen])
+    demand(not same, "nothing changes at the step that chooses 'She'. They count from 0, and 0 chooses 'Mary'")
+    found = float(logits[chosen, she])
+    demand(found == -torch.inf, f"the logit of 'She' is {found:.2f} where it is chosen: its probability is not zero")
     others = torch.arange(logits.shape[1]) != she
     equal(logits[chosen][others], before[chosen][others], "the logits of other words should stay")
     demand(bool(logits[chosen + 1 :].isfinite().all()), "the word is banned at later steps too")

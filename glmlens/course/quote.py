@@ -31,7 +31,7 @@ class Quote:
 def source(thing: Any, first: str = "", last: str = "") -> Quote:
     """The source of a function or class, from the line that contains `first` to the next one that contains `last`.
 
-    By default all of it. Raises ValueError for a passage that is not there.
+    With `first` alone that line, by default all of it. Raises ValueError for a passage that is not there.
     """
     lines, number = inspect.getsourcelines(thing)
     start = place_of(first, lines, 0, thing) if first else 0

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, wraps
+from html import escape
 from typing import Any
 
 import torch
@@ -24,8 +25,14 @@ class Verdict:
     said: str
 
     def __repr__(self) -> str:
-        mark = {None: "… no answer yet", True: "✓ right", False: "✗ not yet"}[self.right]
-        return f"{mark} (exercise {self.exercise}): {self.said}"
+        return f"{MARKS[self.right][0]} (exercise {self.exercise}): {self.said}"
+
+    def _repr_html_(self) -> str:
+        style = f"border-left:4px solid {MARKS[self.right][1]};padding:.2em .8em;margin:.3em 0"
+        return f'<div style="{style}">{escape(repr(self))}</div>'
+
+
+MARKS = {None: ("… no answer yet", "#888888"), True: ("✓ right", "#2e8b57"), False: ("✗ not yet", "#d6604d")}
 
 
 def exercise(asked: str) -> Callable[[Callable[..., str]], Callable[..., Verdict]]:

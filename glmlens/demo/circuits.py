@@ -13,7 +13,7 @@ from glmlens.activations import Activations
 from glmlens.analysis.heads import random_words
 from glmlens.hooks import Edit, Point
 from glmlens.lens import Lens
-from glmlens.model import token_log_probs
+from glmlens.losses import token_log_probs
 from glmlens.tasks import TASKS
 from glmlens.tasks.task import Examples
 

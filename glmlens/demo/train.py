@@ -20,11 +20,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from glmlens.checkpoint import NAMES
+from glmlens.checkpoint import checkpoint_names
 from glmlens.config import GLMConfig
 from glmlens.demo import vocabulary
 from glmlens.demo.world import documents
-from glmlens.model import GLM, loss
+from glmlens.losses import of_next_tokens
+from glmlens.model import GLM
 
 EVERY = 100  # steps between the states that are kept
 
@@ -139,7 +140,7 @@ def train(out: Path, recipe: Recipe) -> GLM:
     with tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, desc="training") as bar:
         for step in bar:
             tokens = batch_of(engine, recipe, step)
-            mean = loss(model(tokens), tokens)
+            mean = of_next_tokens(model(tokens), tokens)
             mean.backward()
             for stepper, scheduler in zip(steppers, schedulers, strict=True):
                 stepper.step()
@@ -174,8 +175,8 @@ def resume(out: Path, model: GLM, others: list) -> int:
 def save(out: Path, model: GLM, engine: Tokenizer) -> None:
     """Write an ordinary checkpoint folder, in bfloat16."""
     out.mkdir(parents=True, exist_ok=True)
-    theirs = {name.format(i=i): said.format(i=i) for said, name in NAMES.items() for i in range(model.cfg.n_layers)}
-    tensors = {theirs[name]: p.detach().bfloat16().contiguous() for name, p in model.named_parameters()}
+    ours = {said: model.get_parameter(part.name) for said, [part] in checkpoint_names(model).items()}
+    tensors = {said: p.detach().bfloat16().contiguous() for said, p in ours.items()}
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
     (out / "model.safetensors").chmod(0o644)
     engine.save(str(out / "tokenizer.json"))

@@ -23,6 +23,7 @@ from glmlens.results import Labelled
 from glmlens.tasks.task import Examples
 
 CORRECTED = {"attn.q": "queries", "kv.k": "keys"}
+READ_AGAIN = ("attn.q_rot", "attn.q_pass", "kv.k", "attn.scores")
 QK = "batch query head d, batch key head d -> batch head query key"
 
 
@@ -64,7 +65,7 @@ def attribute(
         estimate, needed = CORRECTIONS[point], [f"blocks.{i}.attn.pattern" for i in range(lens.cfg.n_layers)]
     else:
         estimate, needed = plain, names
-    also = [f"blocks.{i}.{p}" for i in range(lens.cfg.n_layers) for p in ("attn.q_rot", "attn.q_pass", "kv.k", point)]
+    also = [f"blocks.{i}.{p}" for i in range(lens.cfg.n_layers) for p in (*READ_AGAIN, point)]
     also = [n for n in dict.fromkeys(also) if n in {p.name for p in lens.points()} and (method == "atp*" or n in names)]
     _, there = lens.run_with_cache(source, also, logits=False)
     passes: list[Hooks | None] = [None] if not drop else [without(lens, i) for i in range(lens.cfg.n_layers)]
@@ -129,37 +130,47 @@ def keys(lens: Lens, acts: Mapping[str, Any], layer: int) -> Float[Tensor, "batc
     return repeat(acts[f"blocks.{layer}.kv.k"], "batch key kv d -> batch key (kv group) d", group=lens.cfg.n_groups)
 
 
+def scored(lens: Lens, run: Gradients, layer: int) -> Float[Tensor, "batch head query key"]:
+    """The scores, exact enough for a softmax."""
+    scores = run.values[f"blocks.{layer}.attn.scores"]
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+
 def query_fix(lens: Lens, run: Gradients, there: Mapping[str, Any], layer: int, point: str) -> Tensor:
     """(A' - A) · ∂m/∂A with the pattern A' of the other query (AtP*, section 3.1.1): [batch, query, head, one]."""
-    name = f"blocks.{layer}.attn.pattern"
-    pattern, slope = run.values[name], run.slopes[name]
+    slope, scores = run.slopes[f"blocks.{layer}.attn.pattern"], scored(lens, run, layer)
     moved = query(lens, there, layer) - query(lens, run.values, layer)
-    change = einsum(
-        moved, keys(lens, run.values, layer), "batch query head d, batch key head d -> batch head query key"
-    )
-    changed = pattern * (change * lens.cfg.d_head**-0.5).exp()  # the softmax of scores + change, before it is normed
-    changed = changed / changed.sum(-1, keepdim=True)
-    return rearrange(((changed - pattern) * slope).sum(-1), "batch head query -> batch query head 1")
+    change = einsum(moved, keys(lens, run.values, layer), QK) * lens.cfg.d_head**-0.5
+    changed = ((scores + change).softmax(-1) - scores.softmax(-1)) * slope
+    return rearrange(changed.sum(-1), "batch head query -> batch query head 1")
 
 
 def key_fix(lens: Lens, run: Gradients, there: Mapping[str, Any], layer: int, point: str) -> Tensor:
     """Σ over queries of (A' - A) · ∂m/∂A, A' the pattern with one other key (AtP*, section 3.1.2).
 
-    A key moves one score by δ, so that A'ₖ = Aₖ e^δ / Z and A'ⱼ = Aⱼ / Z with Z = 1 - Aₖ + Aₖ e^δ: [batch, key, head,
-    one].
+    A key moves one score by δ, so that A'ₖ = σ(sₖ + δ - log Σⱼ≠ₖ exp sⱼ), and the others share the rest of the
+    attention as before: [batch, key, head, one].
     """
-    name = f"blocks.{layer}.attn.pattern"
-    pattern, slope = run.values[name], run.slopes[name]
+    slope, scores = run.slopes[f"blocks.{layer}.attn.pattern"], scored(lens, run, layer)
     moved = keys(lens, there, layer) - keys(lens, run.values, layer)
-    delta = einsum(
-        query(lens, run.values, layer), moved, "batch query head d, batch key head d -> batch head query key"
-    )
-    grown = (delta * lens.cfg.d_head**-0.5).exp()
-    norm = 1 - pattern + pattern * grown
-    all_slopes = (pattern * slope).sum(-1, keepdim=True)
-    own = pattern * slope
-    change = (all_slopes - own + own * grown) / norm - all_slopes
+    delta = einsum(query(lens, run.values, layer), moved, QK) * lens.cfg.d_head**-0.5
+    rest, others = left_out(scores, slope)
+    taken = (scores + delta - rest).sigmoid()
+    before = (scores.softmax(-1) * slope).sum(-1, keepdim=True)
+    change = taken * slope + (1 - taken) * others - before
     return rearrange(change.sum(2), "batch head key -> batch key head 1")
+
+
+def left_out(scores: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    """Of all keys but one, for every one: log Σ exp of their scores, and the mean of their slopes by attention."""
+    top = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.argmax(-1, keepdim=True), True)
+    grown = (scores - scores.amax(-1, keepdim=True)).exp()
+    many = grown.sum(-1, keepdim=True) - grown  # at least 1, but without the largest, where it may cancel to 0
+    rest = scores.amax(-1, keepdim=True) + many.log()
+    others = ((grown * slope).sum(-1, keepdim=True) - grown * slope) / many
+    without = scores.masked_fill(top, torch.finfo(scores.dtype).min)
+    mean = (without.softmax(-1) * slope).sum(-1, keepdim=True)
+    return torch.where(top, without.logsumexp(-1, keepdim=True), rest), torch.where(top, mean, others)
 
 
 CORRECTIONS = {"attn.q": query_fix, "kv.k": key_fix}

@@ -195,7 +195,9 @@ def ending(
         logits = end("logits", model.unembed(final))
         logits = logits if metric.columns is None else logits[..., metric.columns]
     else:
-        logits = final @ model.unembed.weight[metric.columns].T
+        logits = final @ model.unembed.get_parameter("weight")[metric.columns].T
+        if model.cfg.head_bias:
+            logits = logits + model.unembed.get_parameter("bias")[metric.columns]
     return metric(logits, base.numbers[owner])
 
 

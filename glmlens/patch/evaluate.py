@@ -118,7 +118,7 @@ class Job:
         """Of one run from a layer on over so many positions; of the last layer's, only what the metric can see."""
         layer = sum(p.numel() for p in self.lens.model.blocks[0].parameters() if p.ndim == 2)
         cfg, everywhere = self.lens.cfg, all_logits or self.metric.everywhere
-        columns = cfg.d_vocab if all_logits or self.metric.columns is None else len(self.metric.columns)
+        columns = cfg.d_logits if all_logits or self.metric.columns is None else len(self.metric.columns)
         read = positions if everywhere else 1
         kv_only = 2 * cfg.d_model * cfg.n_kv_heads * cfg.d_head
         unseen = 0 if everywhere or start == cfg.n_layers else (positions - 1) * (layer - kv_only)

@@ -39,14 +39,14 @@ class Metric:
 def as_metric(metric: Any, lens: Lens, n_examples: int) -> Metric:
     """A metric from a pair of tokens, a task's examples, or a function of the last logits [row, vocab].
 
-    A pair is (right, wrong), ids or texts of one token: the logit difference.
+    A pair is (right, wrong), ids or texts of one token, or labels of a class head: the logit difference.
     """
     if isinstance(metric, Metric):
         return metric
     if isinstance(metric, Examples):
         return of_examples(metric, n_examples, lens)
     if isinstance(metric, Sequence) and len(metric) == 2:
-        right, wrong = (lens.to_single_token(t) if isinstance(t, str) else int(t) for t in metric)
+        right, wrong = (lens.to_answer(t if isinstance(t, str) else int(t)) for t in metric)
         return logit_difference([((right,), (wrong,))] * n_examples, lens)
     if callable(metric):
         fn: Callable[..., Any] = metric

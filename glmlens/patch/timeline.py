@@ -62,7 +62,7 @@ class Timeline:
         steps = [f"{m.step} {label(self.lens, m.token)}" for m in self.moments]
         about = {
             "metric": metric, "direction": "the token that each step chose", "positions": "steps of a generation",
-            "prompt": " ".join(label(self.lens, i) for i in self.prompt[0].tolist()[-12:]),
+            "prompt": " ".join(label(self.lens, i) for i in self.prompt[0].tolist()),
             "edits": ", ".join(dict.fromkeys(event.what for event in self.events)) or "none",
             "model": self.lens.model_hash,
         }  # fmt: skip

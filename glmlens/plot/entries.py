@@ -64,18 +64,9 @@ def who_reads(
         data = data.at(layer=layer)
     words = {"attention": "attention", "weighted": "length written", "direct": "logits"}
     name = f"Who reads which entry to say {data.about.get('direction', 'the next token')}: {where}"
-    about = {key: said for key, said in told(data).items() if key != "direction"}
+    about = {key: said for key, said in data.about.items() if key != "direction"}
     plain = Labelled(data.values, data.axes, data.labels, about)
     return drawn(plain, words.get(show, show), show == "direct", most=max_cells, look=look, name=name)
-
-
-def told(data: Labelled) -> dict[str, str]:
-    """What a result says of itself; where its prompt is only the last token ("... ·to"), the entries before it too."""
-    own, before = data.about.get("prompt", ""), [key.partition(" ")[2] for key in data.labels["key"]]
-    if not own.startswith("... "):
-        return dict(data.about)
-    before = before[:-1] if before and before[-1] == "itself" else before
-    return {**data.about, "prompt": " ".join([*before, own.removeprefix("... ")])}
 
 
 def left_out(result: Any, show: str = "kl", *, max_cells: int = MOST_CELLS, **look: Unpack[Look]) -> go.Figure:
@@ -89,11 +80,11 @@ def left_out(result: Any, show: str = "kl", *, max_cells: int = MOST_CELLS, **lo
     data, what = sheets[show], {"kl": "nats", "logit": "logits"}[show]
     name = f"What is lost without one entry: {data.about.get('metric', show)}"
     if data.axes == ("key",):
-        data = Labelled(data.values, data.axes, data.labels, told(data))
+        data = Labelled(data.values, data.axes, data.labels, data.about)
         return bars(data, what=what, top=60, **({"title": name} | look))  # type: ignore[arg-type]
     rows = [f"{layer}.{kv}" for layer in data.labels["layer"] for kv in data.labels["kv"]]
     labels = {"layer.kv": rows, "key": data.labels["key"]}
-    flat = Labelled(array(data.values).reshape(len(rows), -1), ("layer.kv", "key"), labels, told(data))
+    flat = Labelled(array(data.values).reshape(len(rows), -1), ("layer.kv", "key"), labels, data.about)
     return drawn(flat, what, show == "logit", most=max_cells, look=look, text=False, name=name)
 
 

@@ -30,7 +30,8 @@ def circuit(scores: Any, *, top: int = 20, **look: Unpack[Look]) -> go.Figure:
     figure = go.Figure()
     for (writer, reader), score in sorted(edges, key=lambda edge: abs(edge[1])):
         figure.add_scatter(**curve(seats[writer], seats[reader], score, most))
-    figure.add_scatter(**links(seats))
+    graph = getattr(scores, "graph", None)
+    figure.add_scatter(**links(seats, graph.n_heads // graph.n_kv_heads if graph else 0))
     figure.add_scatter(**dots(seats, edges))
     figure.update_layout(annotations=nodes(seats))
     layers = sorted({y for _, y in seats.values()})
@@ -107,17 +108,26 @@ def dots(seats: Mapping[str, tuple[float, int]], edges: Sequence[tuple[Edge, flo
     }
 
 
-def links(seats: Mapping[str, tuple[float, int]]) -> dict[str, Any]:
-    """Thin lines from a query to the head that it is of."""
+def links(seats: Mapping[str, tuple[float, int]], group: int) -> dict[str, Any]:
+    """Thin lines to the heads from their queries and, where a group has a size, from its keys and values."""
     x: list[float | None] = []
     y: list[float | None] = []
     for name, (x0, y0) in seats.items():
         layer, _, part = name.partition(".")
-        head = f"{layer}.head{part[1:]}"
-        if part.startswith("q") and head in seats:
-            x += [x0, seats[head][0], None]
-            y += [y0, seats[head][1], None]
+        for head in heads_of(part, group):
+            if f"{layer}.head{head}" in seats:
+                x1, y1 = seats[f"{layer}.head{head}"]
+                x += [x0, x1, None]
+                y += [y0, y1, None]
     return {"x": x, "y": y, "mode": "lines", "line": {"width": 1, "color": FAINT}, "hoverinfo": "skip"}
+
+
+def heads_of(part: str, group: int) -> list[int]:
+    """The heads that a part, "q3" or "v1", belongs to."""
+    kind, number = part[:1], part[1:]
+    if kind not in ("q", "k", "v") or not number.isdigit():
+        return []
+    return [int(number)] if kind == "q" else list(range(int(number) * group, (int(number) + 1) * group))
 
 
 def nodes(seats: Mapping[str, tuple[float, int]]) -> list[dict[str, Any]]:

@@ -80,7 +80,10 @@ def compare(sweeps: Mapping[str, Numbers], *, what: str = "effect", **look: Unpa
         if (sweep.axes, sweep.labels) != (first.axes, first.labels):
             raise ValueError(f"{name!r} is of other places than {next(iter(found))!r}: {sweep.axes} and {first.axes}")
     figure = beside(found, first, what) if len(first.axes) == 2 else above(sweeps, found, first, what)
-    about = {key: said for key, said in first.about.items() if key in ("metric", "model", "pairs")}
+    shared = set.intersection(*(set(sweep.about.items()) for sweep in found.values()))
+    about = {
+        key: said for key, said in first.about.items() if key in ("metric", "model", "pairs") and (key, said) in shared
+    }
     tall: Look = {"height": 320 if len(first.axes) == 1 else 90 + max(160, 22 * first.shape[0])}
     room = 20 if len(first.axes) == 2 else 0
     return dressed(figure, f"{what.capitalize()} by {' and '.join(first.axes)}", about, room=room, **(tall | look))  # type: ignore[arg-type]

@@ -22,12 +22,13 @@ class Tokens:
     values: np.ndarray
     what: str
     title: str
+    roles: tuple[str, ...] = ()
 
     def to_html(self) -> str:
         """One element, with nothing to run in it and nothing to fetch."""
         most = float(np.abs(self.values[np.isfinite(self.values)]).max(initial=0)) or 1.0
         spans = "".join(
-            self.span(i, label, float(v), most)
+            self.turn(i) + self.span(i, label, float(v), most)
             for i, (label, v) in enumerate(zip(self.labels, self.values, strict=True))
         )
         title = f'<div style="font-weight:600;margin-bottom:.3em">{text(self.title)}</div>' if self.title else ""
@@ -35,12 +36,19 @@ class Tokens:
         style = "font-family:inherit;white-space:normal;background:none;padding:0;margin:.5em 0;line-height:1.9"
         return f'<pre class="tex2jax_ignore mathjax_ignore" style="{style}">{title}{spans}{ends}</pre>'
 
+    def turn(self, i: int) -> str:
+        """Where another begins to speak, a new line and who it is."""
+        if not self.roles or self.roles[i] == (self.roles[i - 1] if i else ""):
+            return ""
+        return f'<br><span style="opacity:.7;font-size:85%;margin-right:.5em">{text(self.roles[i])}</span>'
+
     def span(self, i: int, label: str, value: float, most: float) -> str:
         """One token; half a colour can be read by its number on hover too."""
         known = np.isfinite(value)
         depth = DEEPEST * abs(value) / most if known else 0.0
         color = ",".join(map(str, (*(RED if value > 0 else BLUE), f"{depth:.3f}")))
-        said = escape(f"{i} {visible(label)}: {self.what} {value:.4g}", quote=True)
+        who = f" ({visible(self.roles[i])})" if self.roles and self.roles[i] else ""
+        said = escape(f"{i} {visible(label)}{who}: {self.what} {value:.4g}", quote=True)
         style = f"background:rgba({color});padding:.15em .2em;border-radius:3px;margin-right:1px"
         end = "<br>" if label.endswith(("\n", "↵")) else "<wbr>"
         return f'<span style="{style}" title="{said}">{text(label)}</span>{end}'
@@ -54,8 +62,18 @@ def text(label: str) -> str:
     return escape(visible(label), quote=True)
 
 
-def tokens(data: Numbers, labels: Sequence[str] | None = None, *, what: str = "value", title: str = "") -> Tokens:
-    """Coloured tokens from numbers [pos]; the labels are those of the result, or given."""
+def tokens(
+    data: Numbers,
+    labels: Sequence[str] | None = None,
+    *,
+    roles: Sequence[str] | None = None,
+    what: str = "value",
+    title: str = "",
+) -> Tokens:
+    """Coloured tokens from numbers [pos]; the labels are those of the result, or given.
+
+    `roles`, one for each token as `lens.roles(messages)` gives them, say whose turn begins where.
+    """
     if isinstance(data, Labelled):
         if len(data.axes) != 1:
             raise ValueError(f"expected one axis, got {data.axes}; take one place of the others: data.at(...)")
@@ -64,4 +82,6 @@ def tokens(data: Numbers, labels: Sequence[str] | None = None, *, what: str = "v
     values: Any = array(data.values if isinstance(data, Labelled) else data)
     if labels is None or len(labels) != len(values):
         raise ValueError(f"{len(values)} numbers need as many labels, got {None if labels is None else len(labels)}")
-    return Tokens(tuple(map(str, labels)), values, what, title)
+    if roles is not None and len(roles) != len(values):
+        raise ValueError(f"{len(values)} numbers need as many roles, got {len(roles)}")
+    return Tokens(tuple(map(str, labels)), values, what, title, tuple(roles or ()))

@@ -23,7 +23,7 @@ class Chart:
     def draw(self, figure: go.Figure, cell: tuple[int, int] | None = None) -> None:
         """Show this figure, with a frame around a cell (row, column)."""
         widget = self.widget
-        figure.update_layout(shapes=framed(cell))
+        figure.update_layout(shapes=framed(cell), title=one_title(figure.layout.title), modebar={"orientation": "v"})
         if kinds(widget) == kinds(figure):
             with widget.batch_update():
                 for old, new in zip(widget.data, figure.data, strict=True):
@@ -58,6 +58,12 @@ class Chart:
         if points.point_inds and self.clicked:
             place = points.point_inds[0]
             self.clicked(*map(int, place if isinstance(place, list | tuple) else [place]))
+
+
+def one_title(title: Any) -> dict[str, Any]:
+    """A title with the lines under it in one text: a figure that becomes another writes a subtitle over its title."""
+    lines = f"<br><span style='font-size:12px'>{title.subtitle.text}</span>" if title.subtitle.text else ""
+    return {"text": f"{title.text or ''}{lines}", "subtitle": {"text": None}}
 
 
 def kinds(figure: Any) -> list[str]:

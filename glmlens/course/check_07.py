@@ -1,0 +1,62 @@
+"""Checks of tutorial 7, activation patching."""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from glmlens import patch
+from glmlens.course.verdict import demand, equal, exercise, head, lens, number
+from glmlens.tasks import ioi
+from glmlens.tasks.task import Examples
+
+CLEAN = "When Mary and John went to the store, John gave a drink to"
+CORRUPT = "When Mary and John went to the store, Mary gave a drink to"
+
+
+@exercise("a function of a layer and a position")
+def exercise_7_1(effect: Callable[[int, int], float]) -> str:
+    site, asked = patch.Site("resid_pre"), {"metric": (" Mary", " John"), "progress": False}
+    right = patch.sweep(lens(), CLEAN, CORRUPT, site, over=("layer", "pos"), **asked)
+    for layer, position in ((0, 3), (1, 11), (2, 12), (2, 15), (3, 15)):
+        found, expected = number(effect(layer, position)), right.at(layer=layer, pos=position)
+        demand(abs(found) < 2, f"layer {layer}, position {position}: {found:.2f} is no part of the way: divide by it")
+        where = f"before layer {layer}, at position {position} ({lens().to_labels(CLEAN)[position]})"
+        demand(abs(found - expected) < 2e-3, f"{found:.3f} {where}, where it is {expected:.3f}: what did you change?")
+    return "the same effects as the sweep finds"
+
+
+@cache
+def flipped() -> Examples:
+    return ioi.examples(lens(), 40, "check").of_length()[:8]
+
+
+@exercise("a list of two (layer, head)")
+def exercise_7_2(pair: Sequence[Sequence[int]]) -> str:
+    chosen = sorted({head(one) for one in pair})
+    demand(len(chosen) == 2, f"give two heads; these are {len(chosen)}")
+    examples = flipped()
+    corrupt = examples.counterfactual("flip")
+    sites = [patch.Site("attn.z", layer=layer, head=number) for layer, number in chosen]
+    together = [patch.Intervention(site, patch.Swap()) for site in sites]
+    asked = {"sources": examples.tokens, "allow": "no change", "progress": False}
+    base, found = patch.evaluate(lens(), corrupt, [[], together], examples, **asked).mean(1).tolist()
+    whole = float(examples.measure(lens()(examples)).mean())
+    back = (found - base) / (whole - base)
+    demand(back > 0.8, f"they bring back {back:.0%}: do they stand on two ways, or on one?")
+    return f"on other sentences they bring back {back:.0%}"
+
+
+@exercise("a function of clean and patched logits")
+def exercise_7_3(kl: Callable[[Tensor, Tensor], Tensor]) -> str:
+    examples = flipped()
+    clean, other = (lens()(tokens)[:, -1] for tokens in (examples.tokens, examples.counterfactual("abc")))
+    p, q = clean.log_softmax(-1), other.log_softmax(-1)
+    right, reverse = (p.exp() * (p - q)).sum(-1), (q.exp() * (q - p)).sum(-1)
+    found = kl(clean, other)
+    demand(not (found.shape == reverse.shape and torch.allclose(found, reverse, rtol=1e-3)), "this is KL the other way")
+    shifted = kl(clean, clean + 5)
+    demand(bool((shifted.abs() < 1e-3).all()), "logits that all moved by 5 are the same answer: their KL is 0")
+    equal(found, right, "Σ over tokens of p log(p / q), p and q the softmax of each", within=1e-3)
+    return f"{float(found.mean()):.2f} nats from sentences about three other people"

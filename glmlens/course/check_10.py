@@ -1,0 +1,78 @@
+"""Checks of tutorial 10, your own checkpoint."""
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from glmlens.activations import NotRecorded
+from glmlens.checkpoint import blank
+from glmlens.config import GLMConfig
+from glmlens.course.verdict import demand, exercise, lens, number
+from glmlens.lens import Lens
+from glmlens.running import Names
+
+GLM_4_9B = {
+    "model_type": "glm", "vocab_size": 151552, "hidden_size": 4096, "intermediate_size": 13696,
+    "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 2, "head_dim": 128,
+}  # fmt: skip
+
+
+@cache
+def big() -> Lens:
+    """GLM-4-9B without its numbers."""
+    return Lens(blank(GLMConfig.from_dict(GLM_4_9B), "eager", torch.bfloat16))
+
+
+@exercise("a function of cfg, tokens and size")
+def exercise_10_1(kv_bytes: Callable[[GLMConfig, int, int], int | float]) -> str:
+    for one, size in ((lens(), 4), (big(), 2)):
+        c, kv, found = one.cfg, one.new_kv(1, 100), number(kv_bytes(one.cfg, 100, size))
+        right = kv.keys.nbytes + kv.values.nbytes
+        times = (
+            f"for {c.n_layers} layers and 100 tokens it gives {found:,.0f} bytes, {found / right:g} times what it is"
+        )
+        demand(found != right * c.n_groups, f"{times}: which heads are remembered?")
+        demand(found == right, times)
+    return f"{found:,.0f} bytes for 100 tokens of GLM-4-9B"
+
+
+@exercise("a number of tokens")
+def exercise_10_2(tokens: int | float) -> str:
+    cfg, found = big().cfg, number(tokens)
+    weights = sum(p.nbytes for p in big().model.parameters())
+    right = math.sqrt(weights / (2 * cfg.n_layers * cfg.n_heads))
+    at = big().check(torch.zeros(1, max(1, round(found)), dtype=torch.long), "attn.pattern").bytes
+    said = f"at {found:,.0f} tokens the patterns weigh {at / 1e9:.3g} GB, the weights {weights / 1e9:.1f} GB"
+    demand(abs(found - right) < 0.01 * right, said)
+    return said
+
+
+@exercise("names, or a list of them")
+def exercise_10_3(names: Names) -> str:
+    size = big().check(torch.zeros(1, 1024, dtype=torch.long), names).bytes
+    _, acts = lens().run_with_cache("Mary went to the", names)
+    try:
+        found = acts["attn.result"]
+    except NotRecorded:
+        found = None
+    demand(found is not None, "attn.result does not follow from these: from what would you compute it by hand?")
+    demand(size <= 0.5e9, f"it follows from these, but they weigh {size / 1e9:.1f} GB")
+    return f"{size / 1e9:.2f} GB, and attn.result follows, to rounding"
+
+
+@exercise("a function of a folder and candidates")
+def exercise_10_4(find_theta: Callable[[Path, Sequence[float]], float]) -> str:
+    with tempfile.TemporaryDirectory() as name:
+        folder = lens().save(Path(name) / "lost")
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        del config["rope_parameters"]
+        (folder / "config.json").write_text(json.dumps({**config, "rope_theta": 5e6}), encoding="utf-8")
+        found = number(find_theta(folder, [5e6, 500.0, 10_000.0]))
+    demand(found != 5e6, "this is what its config says, and it was not trained with it")
+    demand(found == 10_000.0, f"it was not trained with {found:,.0f}: ask it what depends on where words stand")
+    return f"trained with {found:,.0f}"

@@ -1,0 +1,118 @@
+"""What `glmlens lab` does: the course and the benches in a folder of your own, and JupyterLab there."""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+INSIDE = Path(__file__).parent / "lab_files"  # in a wheel; a checkout has them beside the package
+PARTS = ("tutorials", "notebooks")
+SUFFIXES = (".ipynb", ".md", ".png")
+MANIFEST = ".glmlens-lab.json"
+
+
+class LabError(Exception):
+    """The folder or JupyterLab cannot be had; the message says what to do."""
+
+
+@dataclass
+class Copied:
+    """What became of each file: new, updated, the same as before, or kept because it is not as it was copied."""
+
+    new: list[str] = field(default_factory=list)
+    updated: list[str] = field(default_factory=list)
+    same: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        counts = f"{len(self.new)} new, {len(self.updated)} updated, {len(self.same)} as they are here"
+        kept = [f"\nkept as you left it: {name} (to have it as it is here, rename yours)" for name in self.kept]
+        return counts + "".join(kept)
+
+
+def originals() -> Iterator[tuple[str, Path]]:
+    """The name of every file in a folder of yours, and where it lies here."""
+    root = INSIDE if INSIDE.exists() else Path(__file__).parents[1]
+    for part in PARTS:
+        if not (root / part / "README.md").exists():
+            raise LabError(f"{root / part}: not here; this glmlens was installed without its notebooks")
+        for path in sorted((root / part).rglob("*")):
+            if path.suffix in SUFFIXES and not any(at.startswith(".") for at in path.relative_to(root).parts):
+                yield path.relative_to(root).as_posix(), path
+
+
+def copy(folder: Path) -> Copied:
+    """Copy tutorials and notebooks to a folder, and overwrite only what is as an earlier copy left it.
+
+    A manifest in the folder knows what was copied. Raises LabError where nothing can be written.
+    """
+    done = Copied()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        known = manifest(folder / MANIFEST)
+        for name, path in originals():
+            data = path.read_bytes()
+            getattr(done, put(folder / name, data, known.get(name))).append(name)
+            if name not in done.kept:
+                known[name] = digest(data)
+        write(folder / MANIFEST, json.dumps({"files": known}, indent=1).encode())
+    except OSError as e:
+        raise LabError(f"{folder}: {e.strerror or e}; give another folder: glmlens lab FOLDER") from e
+    return done
+
+
+def put(target: Path, data: bytes, known: str | None) -> str:
+    """Write a file where there is none, or where there is what is known; what was done, in a word."""
+    if not os.path.lexists(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write(target, data)
+        return "new"
+    if target.is_symlink() or not target.is_file():
+        return "kept"
+    there = digest(target.read_bytes())
+    if there == digest(data):
+        return "same"
+    if there != known:
+        return "kept"
+    write(target, data)
+    return "updated"
+
+
+def write(target: Path, data: bytes) -> None:
+    """Write a file whole or not at all: half a notebook would be taken for an edited one."""
+    half = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        half.write_bytes(data)
+        half.replace(target)
+    finally:
+        half.unlink(missing_ok=True)
+
+
+def manifest(path: Path) -> dict[str, str]:
+    """What was copied to a folder, by name; nothing where that cannot be read, so that everything there is kept."""
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        return {str(name): str(known) for name, known in files.items()}
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def start(folder: Path, *, browser: bool = True, port: int | None = None, options: Sequence[str] = ()) -> None:
+    """Become a JupyterLab in this folder: what is printed and how it ends is from here on its own.
+
+    `options` go to `jupyter lab` as they are. Raises LabError without jupyterlab.
+    """
+    if find_spec("jupyterlab") is None:
+        raise LabError(f'JupyterLab is not installed: pip install "jupyterlab>=4.4" (the files are in {folder})')
+    argv = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={folder.resolve()}"]
+    argv += [] if browser else ["--no-browser"]
+    argv += [] if port is None else [f"--port={port}"]
+    os.execv(sys.executable, [*argv, *options])

@@ -1,0 +1,87 @@
+# %% [markdown]
+# # Bench · Generation
+#
+# What a model said step by step and why, and what it would have said with one change.
+
+# %% tags=["parameters"]
+model = None  # a folder or a hub id, "zai-org/glm-4-9b-chat-hf"; None is the small GLM inside the package
+dtype = None  # None: the checkpoint's own
+device = "cpu"
+prompt = "When Mary and John went to the store, John gave a drink to"
+length = 12
+head = None  # [layer, head] to watch and then take away; None: the best previous-token head
+step = 2  # from where on it is gone
+other = None  # a token to say in the place of the first; None: the second most probable
+positive, negative = ["Tom was very happy", "Anna was very happy"], ["Tom was very sad", "Anna was very sad"]
+strength = 4
+
+# %%
+import glmlens
+from glmlens import analysis, patch, plot
+
+lens = glmlens.load(model, dtype=dtype or (None if model else "float32"), device=device)
+layer, number = head or analysis.head_scores(lens).best("previous", 1)[0][:2]
+line = patch.timeline(lens, prompt, length)
+print(f"{line.text!r}; below: head {layer}.{number}")
+lens
+
+# %% [markdown]
+# ## Step by step
+#
+# How probable each token was, how open the choice, and what else stood there.
+
+# %%
+plot.generation(line)
+
+# %%
+plot.heatmap(line.logit_lens(), what="probability", signed=False, title="When each layer knew it")
+
+# %% [markdown]
+# ## What a head looked at
+#
+# At every step, over all that was remembered then.
+
+# %%
+watched = line.attention(layer, number)
+plot.heatmap(watched, what="attention", down=True, signed=False, title=f"Head {layer}.{number} at every step")
+
+# %% [markdown]
+# ## Another word
+#
+# The first step says something else; the rest follows from it.
+
+# %%
+choice = other or int(line.logits[0].topk(2).indices[1])
+branch = line.rerun(0, token=choice)
+print(f"as it was: {line.text!r}\nthe other: {branch.text!r}")
+patch.parting(line, branch)
+
+# %% [markdown]
+# ## Without the head
+#
+# From the chosen step on. What came before is not computed again.
+
+
+# %%
+def without(z, point):
+    z[:, :, number] = 0
+    return z
+
+
+branch = line.rerun(min(step, len(line.tokens) - 1), hooks={f"blocks.{layer}.attn.z": without})
+print(f"as it was:   {line.text!r}\nwithout it:  {branch.text!r}")
+patch.parting(line, branch)
+
+# %% [markdown]
+# ## Steered
+#
+# The difference of means of what the positive and the negative prompts have at their ends, added at every step.
+
+# %%
+middle = lens.cfg.n_layers // 2
+direction = patch.steering(lens, positive, negative, layers=[middle - 1])
+steered = patch.timeline(lens, prompt, length, interventions=direction.interventions(strength))
+print(f"as it was: {line.text!r}\nsteered:   {steered.text!r}")
+
+# %%
+plot.generation(steered)

@@ -1,0 +1,56 @@
+"""Broken checkpoints: each ends in one of our errors or in a model that runs, never a hang, a crash or much memory."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from conftest import write_checkpoint
+from test_loading import shard
+from test_text import tokenizer
+
+FUZZ = Path(__file__).with_name("fuzz.py")
+MOST_BYTES = 200e6
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Small whole checkpoints to be broken: one file and shards, tied and not, with a tokenizer."""
+    root = tmp_path_factory.mktemp("bases")
+    for name, seed, changes in (("glm", 2, {}), ("glm4", 3, {}), ("tied", 6, {"tie_word_embeddings": True})):
+        write_checkpoint(root / name, seed, vocab_size=320, **changes)
+        tokenizer().save(str(root / name / "tokenizer.json"))
+        stated = {"chat_template": "{{ messages }}", "eos_token": "x", "added_tokens_decoder": {"1": {"content": "a"}}}
+        (root / name / "tokenizer_config.json").write_text(json.dumps(stated))
+    shard(root / "glm4", 2)
+    return root
+
+
+def cases(bases, first, last):
+    """What each case came to; one that ends the process is told of, and the next goes on in another."""
+    while first < last:
+        command = [sys.executable, str(FUZZ), str(bases), str(first), str(last)]
+        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": PACKAGE}, capture_output=True, check=False)
+        lines = [json.loads(line) for line in done.stdout.splitlines()]
+        yield from (case | came for case, came in zip(lines[::2], lines[1::2], strict=False))
+        assert lines, done.stderr.decode()
+        if len(lines) % 2:
+            why = done.stderr.decode(errors="replace")[-2000:]
+            yield lines[-1] | {"outcome": f"NOT OURS: ended the process ({done.returncode}): {why}", "bytes": 0}
+        first = [line["seed"] for line in lines if "seed" in line][-1] + 1
+
+
+PACKAGE = str(FUZZ.parents[1])
+
+
+def test_every_broken_checkpoint_ends_in_one_of_our_errors_or_runs(bases, request):
+    count = request.config.getoption("--fuzz")
+    found = list(cases(bases, 0, count))
+    assert [case["seed"] for case in found] == list(range(count))
+    bad = [case for case in found if case["outcome"].startswith("NOT OURS") or case["bytes"] > MOST_BYTES]
+    assert not bad, "\n".join(map(json.dumps, bad))
+    ran = Counter(case["outcome"] == "ran" for case in found)
+    assert min(ran[True], ran[False]) > count / 10  # neither is everything refused nor is nothing broken
