@@ -165,6 +165,20 @@ explorer.select(layer=2, kv=2, position=12)""",
     "explorer_cache_left_out": """
 explorer = CacheInspector(lens, PROMPT)
 explorer.select(step=5, layer=2, kv=2, position=17, by="logit")""",
+    "explorer_rotary": """
+explorer = RotaryExplorer(lens, PROMPT)
+explorer.select(layer=1, head=7, query=9, key=8, pairs=(0, 1, 2, 4, 5, 6, 7), content=False)""",
+    "explorer_rotary_mean": """
+explorer = RotaryExplorer(lens, PROMPT)
+explorer.select(layer=1, head=7, of="mean", distance=3)""",
+    "explorer_generation": """
+explorer = GenerationExplorer(lens, PROMPT)
+explorer.branch(" John", 0)
+explorer.select(step=2, layer=2)""",
+    "explorer_generation_branch": """
+explorer = GenerationExplorer(lens, PROMPT)
+explorer.branch(" John", 0)
+explorer.select(run="branch", by="chosen")""",
     "explorer_error": """
 explorer = AttentionExplorer(lens, PROMPT)
 explorer.asked(layer=9)""",
@@ -172,7 +186,7 @@ explorer.asked(layer=9)""",
 BEFORE = f"""
 import glmlens
 from glmlens.tasks import TASKS
-from glmlens.widgets import AttentionExplorer, CacheInspector, PatchExplorer
+from glmlens.widgets import AttentionExplorer, CacheInspector, GenerationExplorer, PatchExplorer, RotaryExplorer
 lens, PROMPT = glmlens.load(dtype="float32"), {PROMPT!r}"""
 
 
