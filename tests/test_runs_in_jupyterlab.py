@@ -93,7 +93,9 @@ def test_an_entry_is_dropped_and_both_texts_stand_side_by_side(cache):
     click_cell(cache, GRID, 2, 3)
     reads(cache, "position", 3)
     box = control("this entry", "select")
-    cache.run(f"(e => {{ e.value = 'drop everywhere'; e.dispatchEvent(new Event('change')) }})({box})")
+    cache.run(
+        f"(e => {{ e.value = 'drop everywhere'; e.dispatchEvent(new Event('change', {{bubbles: true}})) }})({box})"
+    )
     cache.click_on(button("Generate on"))
     cache.wait_text("·Bob")
     cache.wait_text("Parting at step 0")
@@ -105,7 +107,9 @@ def test_what_cannot_be_dropped_is_an_error_under_the_figures(cache):
     cache.press(*["ArrowRight"] * 14)
     reads(cache, "position", 14)
     box = control("this entry", "select")
-    cache.run(f"(e => {{ e.value = 'drop everywhere'; e.dispatchEvent(new Event('change')) }})({box})")
+    cache.run(
+        f"(e => {{ e.value = 'drop everywhere'; e.dispatchEvent(new Event('change', {{bubbles: true}})) }})({box})"
+    )
     cache.click_on(button("Generate on"))
     cache.wait_text("the newest entry cannot be dropped", UNDER)
 
@@ -117,7 +121,7 @@ def test_another_prompt_has_another_cache(cache):
 
 def test_what_is_lost_without_entries_shows_how_far_it_is(cache):
     box = control("colour by", "select")
-    cache.run(f"(e => {{ e.value = 'left out: KL'; e.dispatchEvent(new Event('change')) }})({box})")
+    cache.run(f"(e => {{ e.value = 'left out: KL'; e.dispatchEvent(new Event('change', {{bubbles: true}})) }})({box})")
     cache.wait_text("without it: KL")
     cache.wait(f"{GRID}.data[0].z[0].every(x => x !== null)")
 

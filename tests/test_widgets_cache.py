@@ -136,6 +136,9 @@ def test_both_texts_stand_side_by_side_and_undo_takes_the_change_back(inspector)
     assert "Parting at step 0" in inspector.texts.value
     assert "·Mary" in inspector.texts.value
     assert "·Bob" in inspector.texts.value
+    inspector.select(step=0, layer=1, kv=0, position=9)
+    inspector.alter("scale value", 1.0)
+    assert "both the same" in inspector.texts.value
     inspector.undo.click()
     inspector.worker.join(60)
     assert inspector.other is None

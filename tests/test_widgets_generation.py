@@ -86,6 +86,14 @@ def test_a_click_selects_a_step_and_one_on_a_bar_goes_on_with_its_token(generati
     assert generation.other.tokens[2] == second
 
 
+def test_a_branch_has_no_branches(generation):
+    generation.branch(" home", 1)
+    generation.select(run="branch", step=3)
+    click_bar(generation.tokens_chart, 1)
+    assert "goes off the generation as it went" in said(generation)
+    assert generation.state["branch"][0] == 1
+
+
 def test_a_token_is_typed_or_taken_from_those_shown(demo, generation):
     generation.places["step"].value = 1
     for typed, token in ((generation.instead.options[2], None), (" home", demo.to_single_token(" home"))):

@@ -91,7 +91,13 @@ class GenerationExplorer(Generations):
 
     def say_instead(self) -> None:
         with self.caught():
-            self.pressed((self._state["step"], self.named(self.instead.value)))
+            self.branch_off(self.named(self.instead.value))
+
+    def branch_off(self, token: int) -> None:
+        """Branch at the chosen step, in the background; ValueError where a branch is looked at, which has none."""
+        if self._state["run"] != "first":
+            raise ValueError("a branch goes off the generation as it went: look at that, and at the step")
+        self.pressed((self._state["step"], token))
 
     def named(self, said: str) -> int:
         """The token that a label or a text names: a label of those shown is itself."""
@@ -184,7 +190,8 @@ class GenerationExplorer(Generations):
         self.instead.options = [label(self.lens, i) for i in ids]
         chosen = line.tokens[s["step"]]
         names = [f"{'▸ ' if i == chosen else ''}{label(self.lens, i)}" for i in ids]
-        title = f"What layer {s['layer']} says at step {s['step']}; a click goes on with it"
+        more = "; a click goes on with it" if s["run"] == "first" else ""
+        title = f"What layer {s['layer']} says at step {s['step']}{more}"
         return bars(readings.chances[place], {"part": names}, what="probability", title=title, subtitle="")
 
     def about_step(self) -> str:
@@ -206,4 +213,4 @@ class GenerationExplorer(Generations):
     def hit_token(self, i: int) -> None:
         with self.caught():
             _, readings = self.chosen_run()
-            self.pressed((self._state["step"], int(readings.ids[self._state["layer"], self._state["step"], i])))
+            self.branch_off(int(readings.ids[self._state["layer"], self._state["step"], i]))

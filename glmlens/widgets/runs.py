@@ -124,7 +124,7 @@ class Generations(Explorer):
         apart = ""
         if self.other is not None:
             columns.append(column(second, self.other, line, step))
-            apart = repr(parting(line, self.other) or "both say the same")
+            apart = str(parting(line, self.other) or "one says what the other begins with, or both the same")
         below = f'<div style="line-height:1.5">{text(apart)}</div>'
         self.texts.value = f'<div class="tex2jax_ignore"><div style="{COLUMNS}">{"".join(columns)}</div>{below}</div>'
 
