@@ -96,3 +96,13 @@ if lens.cfg.qkv_bias:
 said = (value @ lens.W_O[layer, number].float() * lens.model.ln_final.weight.float()) @ lens.W_U.float()
 rows = [[lens.to_labels(torch.tensor([[int(t)]]))[0] for t in row.topk(5).indices] for row in said]
 pd.DataFrame(rows, index=[f"{i} {label}" for i, label in enumerate(labels)], columns=[f"{n}." for n in range(1, 6)])
+
+# %% [markdown]
+# ## By hand
+#
+# Point at a token to see what it reads and what reads it; click a head to see it whole.
+
+# %%
+from glmlens.widgets import AttentionExplorer
+
+AttentionExplorer(lens, prompt)

@@ -78,11 +78,11 @@ measured = patch.sweep(
     normalise=False,
     progress=False,
 )
-estimate = replace(estimate, labels=measured.labels)  # with the tokens
-plot.compare({"estimated": estimate, "measured": measured}, what="logits")
+change = replace(estimate, values=measured.values - measured.clean, labels=measured.labels)
+plot.compare({"estimated": replace(estimate, labels=measured.labels), "measured": change}, what="logits")
 
 # %%
-each = torch.tensor(estimate.values).flatten(), torch.tensor(measured.values).flatten()
+each = torch.tensor(estimate.values).flatten(), torch.tensor(change.values).flatten()
 print(
     f"correlation of the two over {len(each[0])} places: {float(torch.corrcoef(torch.stack(each).float())[0, 1]):.2f}"
 )

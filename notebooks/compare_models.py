@@ -16,7 +16,7 @@ ablated = [
     [2, 2],
     [2, 5],
 ]  # [layer, head]; in the small GLM, those that look at the token before
-prompt = "the red fox saw the grey cat and the red fox saw the grey"
+prompt = " lasted library store two office mean May horse lasted library store two office"
 length = 8
 
 # %%

@@ -12,10 +12,14 @@ length = 12
 head = None  # [layer, head] to watch and then take away; None: the best previous-token head
 step = 2  # from where on it is gone
 other = None  # a token to say in the place of the first; None: the second most probable
-positive, negative = ["Tom was very happy", "Anna was very happy"], ["Tom was very sad", "Anna was very sad"]
-strength = 4
+positive = ["The coin was sweet", "The map was sweet", "The hat was sweet"]  # what to steer to, by their ends
+negative = ["The coin was awful", "The map was awful", "The hat was awful"]  # and away from
+steered, watched_word = "The coin was tall. It made Alice feel", " happy"
+strengths = [-2, -1, -0.5, 0, 0.5, 1]
 
 # %%
+import pandas as pd
+
 import glmlens
 from glmlens import analysis, patch, plot
 
@@ -42,8 +46,13 @@ plot.heatmap(line.logit_lens(), what="probability", signed=False, title="When ea
 # At every step, over all that was remembered then.
 
 # %%
-watched = line.attention(layer, number)
-plot.heatmap(watched, what="attention", down=True, signed=False, title=f"Head {layer}.{number} at every step")
+plot.heatmap(
+    line.attention(layer, number),
+    what="attention",
+    down=True,
+    signed=False,
+    title=f"Head {layer}.{number} at every step",
+)
 
 # %% [markdown]
 # ## Another word
@@ -75,13 +84,28 @@ patch.parting(line, branch)
 # %% [markdown]
 # ## Steered
 #
-# The difference of means of what the positive and the negative prompts have at their ends, added at every step.
+# The difference of means of what the positive and the negative prompts have at their ends, times a strength, added at
+# every position of every step. Too much of it, and the model talks nonsense.
 
 # %%
-middle = lens.cfg.n_layers // 2
-direction = patch.steering(lens, positive, negative, layers=[middle - 1])
-steered = patch.timeline(lens, prompt, length, interventions=direction.interventions(strength))
-print(f"as it was: {line.text!r}\nsteered:   {steered.text!r}")
+middle = lens.cfg.n_layers // 2 - 1
+direction = patch.steering(lens, positive, negative, layers=[middle])
+lines = [patch.timeline(lens, steered, 6, interventions=direction.interventions(s) if s else ()) for s in strengths]
+columns = {"strength": strengths, "says": [line.text for line in lines]}
+columns[f"probability of {watched_word!r}"] = [line.probability(watched_word).values[0] for line in lines]
+pd.DataFrame(columns).round(3)
 
 # %%
-plot.generation(steered)
+named = {"series": [watched_word], "strength": list(map(str, strengths))}
+chances = [[line.probability(word).values[0] for line in lines] for word in named["series"]]
+plot.lines(chances, named, axes=("series", "strength"), what="probability", title="The next word, steered")
+
+# %% [markdown]
+# ## By hand
+#
+# Go to a step, say something else there, and follow both.
+
+# %%
+from glmlens.widgets import GenerationExplorer
+
+GenerationExplorer(lens, prompt, length)

@@ -89,3 +89,13 @@ for name, operation in operations.items():
     said = lens(last, kv=operation(kv))[0, -1].float().log_softmax(-1)
     costs[name] = float((full.exp() * (full - said)).sum())
 plot.bars(list(costs.values()), {"part": list(costs)}, what="KL, nats", title="What each operation costs")
+
+# %% [markdown]
+# ## By hand
+#
+# Entries by layer and position at every step of a generation: who reads them, and what is said without one.
+
+# %%
+from glmlens.widgets import CacheInspector
+
+CacheInspector(lens, prompt)

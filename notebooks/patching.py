@@ -78,3 +78,13 @@ plot.compare({"denoise": heads, "noise": noised})
 # %%
 print("most is brought back by", heads.top(5))
 print("most is lost with      ", noised.top(5))
+
+# %% [markdown]
+# ## By hand
+#
+# Other prompts, sites and metrics. Click a cell to see what it does to the logits and to attention.
+
+# %%
+from glmlens.widgets import PatchExplorer
+
+PatchExplorer(lens, pairs, other) if clean is None else PatchExplorer(lens, clean, corrupt, tuple(answers))

@@ -89,3 +89,13 @@ plot.breakage(broken, "kl")
 
 # %%
 broken.to_dataframe()
+
+# %% [markdown]
+# ## By hand
+#
+# Switch pairs of channels on and off, and see what a head would attend to.
+
+# %%
+from glmlens.widgets import RotaryExplorer
+
+RotaryExplorer(lens, prompt)

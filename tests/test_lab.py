@@ -175,6 +175,15 @@ def running(server, folder, patience=120):
     raise AssertionError((folder / "log").read_text()[-2000:])
 
 
+def test_links_of_what_is_copied_lead_to_what_is_copied():
+    here = dict(lab.originals())
+    for name, path in here.items():
+        links = re.findall(r"\]\(([^)\s#]+)\)", path.read_text(encoding="utf-8")) if path.suffix != ".png" else []
+        for link in links:
+            aim = os.path.normpath(Path(name).parent / link)
+            assert link.startswith(("http", "\\")) or aim in here, (name, link)
+
+
 # ---- the wheel ----
 
 

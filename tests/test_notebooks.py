@@ -13,12 +13,20 @@ from study import run
 
 import glmlens
 from glmlens.lens import EMBEDDED
+from glmlens.widgets import Explorer
 from tutorials.build import notebook, sources
 
 ROOT = Path(__file__).parents[1]
 BENCHES = sources(ROOT / "notebooks")
 each = pytest.mark.parametrize("path", BENCHES, ids=lambda path: path.stem)
 MEANT = "patching attribution rotary kv_cache generation compare_models attention_heads".split()
+EXPLORERS = {
+    "attention_heads": ["AttentionExplorer"],
+    "patching": ["PatchExplorer"],
+    "rotary": ["RotaryExplorer"],
+    "kv_cache": ["CacheInspector"],
+    "generation": ["GenerationExplorer"],
+}
 OTHER = {  # what is set from outside: the prompts of a stranger's model, and less of everything
     "attention_heads": {"head": [1, 2]},
     "patching": {
@@ -38,7 +46,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def worked_through(path, **parameters):
-    """The world after running a bench's notebook in order, its figures, and what it took in seconds of this process.
+    """The world after running a bench's notebook in order, what it shows, and the seconds of this process that it took.
 
     Parameters are set as papermill does it, in a cell of their own after the one that is tagged.
     """
@@ -49,7 +57,12 @@ def worked_through(path, **parameters):
             if "parameters" in cell["metadata"].get("tags", ()):
                 assert set(parameters) <= set(world), "no such parameter"
                 world.update(parameters)
-    return world, [value for value in shown if hasattr(value, "to_plotly_json")], time.process_time() - began
+    seconds = time.process_time() - began
+    explorers = [value for value in shown if isinstance(value, Explorer)]
+    for explorer in explorers:
+        explorer.close()
+    assert [type(explorer).__name__ for explorer in explorers] == EXPLORERS.get(path.stem, [])
+    return world, [value for value in shown if hasattr(value, "to_plotly_json")], seconds
 
 
 @pytest.fixture(scope="module")

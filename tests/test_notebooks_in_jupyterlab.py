@@ -1,0 +1,45 @@
+"""The benches in a real JupyterLab, opened and run as a hand does it: no cell goes wrong, and nothing leaves."""
+
+import json
+
+import pytest
+from test_notebooks import EXPLORERS, each
+
+import glmlens.lab
+
+RUN_ALL = """(async path => {
+  const {commands, shell} = window.jupyterapp, before = shell.currentWidget;
+  const panel = await commands.execute('docmanager:open', {path, factory: 'Notebook'});
+  await Promise.all([panel.context.ready, panel.revealed, panel.sessionContext.ready]);
+  shell.activateById(panel.id);
+  await commands.execute('notebook:run-all-cells');
+  const cells = panel.content.widgets.filter(cell => cell.model.type === 'code');
+  const outputs = cells.flatMap(cell => cell.model.outputs.toJSON());
+  const found = {
+    run: cells.map(cell => cell.model.executionCount),
+    wrong: outputs.filter(o => o.output_type === 'error' || o.name === 'stderr').map(o => o.evalue || o.text),
+    kinds: outputs.flatMap(o => Object.keys(o.data || {})),
+  };
+  await panel.sessionContext.shutdown();
+  panel.dispose();
+  shell.activateById(before.id);
+  return JSON.stringify(found);
+})"""
+
+
+@pytest.fixture(scope="module")
+def opened(lab):
+    glmlens.lab.copy(lab.folder / "root" / "mine")
+    return lab
+
+
+@each
+def test_a_bench_runs_in_jupyterlab(path, opened):
+    opened.errors = []
+    found = json.loads(opened.run(f"{RUN_ALL}({json.dumps(f'mine/notebooks/{path.stem}.ipynb')})"))
+    assert found["wrong"] == []
+    assert found["run"] == list(range(1, len(found["run"]) + 1))
+    assert found["kinds"].count("application/vnd.plotly.v1+json") >= 4
+    assert found["kinds"].count("application/vnd.jupyter.widget-view+json") == len(EXPLORERS.get(path.stem, []))
+    assert opened.errors == []
+    assert opened.strangers() == []
