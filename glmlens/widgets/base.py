@@ -59,7 +59,7 @@ class Explorer(W.VBox):
         work = [self.run_button, self.stop_button, self.bar, self.note]
         rows = [W.Box([*some], layout=ROW) for some in (self.inputs.values(), work, self.places.values()) if some]
         self.charts = [view for view in views if isinstance(view, Chart)]
-        shown = [view.widget if isinstance(view, Chart) else view for view in views]
+        shown = [view.box if isinstance(view, Chart) else view for view in views]
         super().__init__([*rows, *shown, self.said])
 
     def listen(self) -> None:

@@ -20,8 +20,8 @@ from glmlens.plot import cache_norms, heatmap
 from glmlens.prompt import Prompt
 from glmlens.results import Labelled
 from glmlens.widgets.base import ROW
-from glmlens.widgets.chart import HALO, MARK, MOST, Chart
-from glmlens.widgets.runs import Generations, sendable
+from glmlens.widgets.chart import MOST, Chart
+from glmlens.widgets.runs import Generations
 
 READ = {"attention": "share of attention", "weighted": "length written", "direct": "logits"}
 LOST = {"kl": "nats", "logit": "logits"}
@@ -167,12 +167,9 @@ class CacheInspector(Generations):
         if self.reads is None or self.reads[0] != s["step"]:
             said = self.line.moments[s["step"]].token
             self.reads = s["step"], who_reads(self.lens, self.line.memory(s["step"]), said)
-        self.entries.draw(sendable(self.figure()), (s["layer"], s["position"] // self.block()))
-        self.readers.draw(self.readers_figure())
+        self.entries.draw(self.figure(), (s["layer"], s["position"] // self.block()))
         group = self.lens.cfg.n_groups
-        corners = {"x0": s["kv"] * group - 0.5, "x1": (s["kv"] + 1) * group - 0.5}
-        corners |= {"y0": s["layer"] - 0.5, "y1": s["layer"] + 0.5}
-        self.readers.widget.layout.shapes = [HALO | corners, MARK | corners]
+        self.readers.draw(self.readers_figure(), (s["layer"], (s["kv"] * group, (s["kv"] + 1) * group - 1)))
         self.words.say(*self.about_entry())
         self.tell("as it was", "changed")
 

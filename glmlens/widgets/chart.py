@@ -4,7 +4,11 @@ from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
+import ipywidgets as W
+import numpy as np
 import plotly.graph_objects as go
+
+Cell = tuple[int | tuple[int, int], int | tuple[int, int]]
 
 MARK = {"type": "rect", "line": {"color": "#000000", "width": 3}}
 HALO = {"type": "rect", "line": {"color": "#ffffff", "width": 5}}
@@ -12,46 +16,53 @@ MOST = 256  # cells along an axis: a FigureWidget sends every number as text
 
 
 class Chart:
-    """A FigureWidget of 5 MB that is sent once: `draw` turns it into another figure.
+    """A figure that becomes other figures; `box` is where it stands on the page.
 
+    A FigureWidget weighs 5 MB, and what is sent to one whose page is still loading is lost there. So it is made with a
+    figure in it, takes on others of the same kinds of traces, and makes room for a new one when they differ.
     `clicked(row, column)` is called for a click on a heatmap, `clicked(i)` for one on a bar or a point.
     """
 
     def __init__(self, clicked: Callable[..., Any] | None = None):
-        self.widget, self.clicked = go.FigureWidget(), clicked
+        self.box, self.clicked = W.VBox(), clicked
+        self.widget: go.FigureWidget | None = None
 
-    def draw(self, figure: go.Figure, cell: tuple[int, int] | None = None) -> None:
-        """Show this figure, with a frame around a cell (row, column)."""
-        widget = self.widget
-        figure.update_layout(shapes=framed(cell), title=one_title(figure.layout.title), modebar={"orientation": "v"})
-        if kinds(widget) == kinds(figure):
-            with widget.batch_update():
-                for old, new in zip(widget.data, figure.data, strict=True):
-                    become(old, new)
-                become(widget.layout, figure.layout)
-            self.remember()
+    def draw(self, figure: go.Figure, cell: Cell | None = None) -> None:
+        """Show this figure, with a frame around a cell (row, column), each a number or the two ends of a range."""
+        layout: Any = figure.layout
+        layout.update(shapes=framed(cell), title=one_title(layout.title), modebar={"orientation": "v"})
+        blank_nan(figure)
+        if self.widget is not None and kinds(self.widget) == kinds(figure):
+            self.change(self.widget, figure)
             return
-        widget.data = ()
-        widget.layout = figure.layout
-        widget.add_traces(figure.data)
-        for trace in widget.data:
+        last, self.widget = self.widget, go.FigureWidget(figure)
+        for trace in self.widget.data:
             if hasattr(trace, "on_click") and self.clicked:
                 trace.on_click(self.heard)
-        self.remember()
+        self.box.children = (self.widget,)
+        discard(last)
 
-    def remember(self) -> None:
-        """Put what is drawn into the state that a page begins with: what is sent while it still loads is lost there."""
-        widget: Any = self.widget
-        widget._widget_layout, widget._widget_data = deepcopy(widget._layout_obj._props), deepcopy(widget._data)
+    def change(self, widget: Any, figure: go.Figure) -> None:
+        """Turn the figure on the page into this one; first in the state that a page begins with."""
+        soon: Any = go.Figure(widget)
+        turn(soon, figure)
+        widget._widget_layout, widget._widget_data = deepcopy(soon._layout_obj._props), deepcopy(soon._data)
+        with widget.batch_update():
+            turn(widget, figure)
 
-    def mark(self, cell: tuple[int, int] | None) -> None:
+    def mark(self, cell: Cell | None) -> None:
         """Move the frame to another cell."""
-        self.widget.layout.shapes = framed(cell)
-        self.remember()
+        widget: Any = self.widget
+        soon: Any = go.Figure(widget)
+        soon.layout.shapes = framed(cell)
+        widget._widget_layout = deepcopy(soon._layout_obj._props)
+        widget.layout.shapes = framed(cell)
 
     def close(self) -> None:
-        """Let go of the figure and of who is told of clicks: anywidget itself keeps the empty FigureWidget for ever."""
-        self.clicked, self.widget.data, self.widget.layout = None, (), {}
+        """Let go of the figure and of who is told of clicks."""
+        self.clicked, self.box.children = None, ()
+        discard(self.widget)
+        self.widget = None
 
     def heard(self, trace: Any, points: Any, device: Any) -> None:
         """Every trace is told of a click; the one that was hit has a point."""
@@ -64,6 +75,30 @@ def one_title(title: Any) -> dict[str, Any]:
     """A title with the lines under it in one text: a figure that becomes another writes a subtitle over its title."""
     lines = f"<br><span style='font-size:12px'>{title.subtitle.text}</span>" if title.subtitle.text else ""
     return {"text": f"{title.text or ''}{lines}", "subtitle": {"text": None}}
+
+
+def discard(widget: Any) -> None:
+    """Take a figure away from the page: anywidget itself keeps the empty FigureWidget for ever."""
+    if widget is not None:
+        widget.data, widget.layout = (), {}
+        W.Widget.close(widget)
+
+
+def turn(old: Any, new: Any) -> None:
+    """Make one figure another that has the same kinds of traces."""
+    for mine, wanted in zip(old.data, new.data, strict=True):
+        become(mine, wanted)
+    become(old.layout, new.layout)
+
+
+def blank_nan(figure: Any) -> None:
+    """Put nothing in the place of every nan of a heatmap: a page is sent JSON, which has none."""
+    for trace in figure.data:
+        z = np.asarray(trace.z) if trace.type == "heatmap" else np.zeros(0)
+        if z.dtype.kind == "f" and np.isnan(z).any():
+            sent = z.astype(object)
+            sent[np.isnan(z)] = None
+            trace.z = sent
 
 
 def kinds(figure: Any) -> list[str]:
@@ -82,10 +117,10 @@ def become(old: Any, new: Any) -> None:
         old[name] = value
 
 
-def framed(cell: tuple[int, int] | None) -> list[dict[str, Any]]:
+def framed(cell: Cell | None) -> list[dict[str, Any]]:
     """A frame that is seen on light and on dark cells."""
     if cell is None:
         return []
-    row, column = cell
-    corners = {"x0": column - 0.5, "x1": column + 0.5, "y0": row - 0.5, "y1": row + 0.5}
+    (y0, y1), (x0, x1) = ((at, at) if isinstance(at, int) else at for at in cell)
+    corners = {"x0": x0 - 0.5, "x1": x1 + 0.5, "y0": y0 - 0.5, "y1": y1 + 0.5}
     return [HALO | corners, MARK | corners]

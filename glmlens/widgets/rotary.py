@@ -19,7 +19,7 @@ from glmlens.prompt import Prompt
 from glmlens.results import Labelled
 from glmlens.widgets.base import ROW, Explorer
 from glmlens.widgets.chart import MOST, Chart
-from glmlens.widgets.runs import Lines, sendable
+from glmlens.widgets.runs import Lines
 
 DRAWN = 8  # waves, the largest
 FAR = 64  # tokens that the distances reach at least
@@ -158,7 +158,7 @@ class RotaryExplorer(Explorer):
         if strange:
             raise ValueError(f"pairs {strange} asked for; there is 0 to {len(self.frequencies()) - 1}")
         block = -(-len(self.read.labels) // MOST)
-        self.shape.draw(sendable(self.figure()), (s["query"] // block, s["key"] // block))
+        self.shape.draw(self.figure(), (s["query"] // block, s["key"] // block))
         self.waves.draw(self.waves_figure())
         self.words.say(*self.in_words())
 

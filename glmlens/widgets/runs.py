@@ -5,8 +5,6 @@ from html import escape
 from typing import Any
 
 import ipywidgets as W
-import numpy as np
-import plotly.graph_objects as go
 import torch
 
 from glmlens.analysis.rows import label
@@ -154,16 +152,6 @@ def span(i: int, name: str, chance: float, here: bool, parts: bool) -> str:
     said = text(f"step {i}: {name} {chance:.1%}")
     end = "<br>" if name.endswith(("\n", "↵")) else "<wbr>"
     return f'<span style="{style}" title="{said}">{text(name)}</span>{end}'
-
-
-def sendable(figure: go.Figure) -> go.Figure:
-    """The figure with nothing in the place of every nan of a heatmap: a page is sent JSON, which has none."""
-    for trace in figure.data:
-        if trace.type == "heatmap":
-            z = np.asarray(trace.z).astype(object)
-            z[np.isnan(np.asarray(trace.z))] = None
-            trace.z = z
-    return figure
 
 
 def text(said: str) -> str:
