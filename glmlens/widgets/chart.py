@@ -23,7 +23,8 @@ class Chart:
     def draw(self, figure: go.Figure, cell: tuple[int, int] | None = None) -> None:
         """Show this figure, with a frame around a cell (row, column)."""
         widget = self.widget
-        figure.update_layout(shapes=framed(cell), title=one_title(figure.layout.title), modebar={"orientation": "v"})
+        figure.update_layout(shapes=framed(cell), title=one_title(figure["layout"]["title"]))
+        figure.update_layout(modebar={"orientation": "v"})
         if kinds(widget) == kinds(figure):
             with widget.batch_update():
                 for old, new in zip(widget.data, figure.data, strict=True):
