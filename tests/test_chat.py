@@ -158,7 +158,7 @@ for template in json.load(sys.stdin):
         told = f"came to an end: {chat.render(template, [{'role': 'user'}])[:50]}"
     except chat.TemplateError as e:
         told = f"TemplateError: {e}"
-    most = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of this process it would count its parent's too
     print(json.dumps([told[:200], time.monotonic() - begin, most * 1024]))
 """
 

@@ -115,7 +115,7 @@ def test_what_cannot_be_dropped_is_an_error_under_the_figures(cache):
 
 
 def test_another_prompt_has_another_cache(cache):
-    change(cache, "prompt", "the king of Japan lives in")
+    change(cache, "prompt", "The king of Japan lives in")
     cache.wait(f"{GRID}.data[0].z[0].length === 7")
 
 

@@ -104,7 +104,7 @@ source(Block.forward, "resid_pre = hook", "return hook")
 # The layers are passed one after the other. After the last one comes a norm and the unembedding.
 
 # %%
-source(GLM.forward, "for i in layers", 'hook("logits"')
+source(GLM.forward, "for i in layers", "resid = self.unembed")
 
 # %% [markdown]
 # What a layer adds is recorded too. So we can assert that it only adds.
