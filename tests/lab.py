@@ -23,7 +23,8 @@ SETTINGS = {  # what would pop up, and cells that are taken off the page when no
     "notebook-extension/tracker": {"windowingMode": "none"},
     "application-extension/sidebar": {},
 }
-KEYS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Enter": 13, "Escape": 27, "Tab": 9}
+KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, "End": 35, "Home": 36}
+KEYS |= {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
 RUN = """(async source => {
   const book = window.jupyterapp.shell.currentWidget.content;
   book.widgets[0].model.sharedModel.setSource(source);

@@ -151,7 +151,7 @@ def test_a_key_that_comes_later_is_an_error_under_the_figures(rotary):
 
 
 def test_another_prompt_has_another_pattern(rotary):
-    change(rotary, "prompt", "the king of Japan lives in")
+    change(rotary, "prompt", "The king of Japan lives in")
     rotary.wait(f"{GRID}.data[0].z.length === 8")
 
 
@@ -194,7 +194,7 @@ def test_what_is_not_one_token_is_an_error_under_the_figures(generation):
 
 
 def test_another_prompt_is_generated_from(generation):
-    change(generation, "prompt", "the king of Japan lives in")
+    change(generation, "prompt", "The king of Japan lives in")
     generation.wait_text("·Tokyo")
 
 
