@@ -1,9 +1,10 @@
-"""The benches in a real JupyterLab, opened and run as a hand does it: no cell goes wrong, and nothing leaves."""
+"""The benches and the course in a real JupyterLab, run as by hand: no cell goes wrong, and nothing leaves."""
 
 import json
 
 import pytest
 from test_notebooks import EXPLORERS, each
+from test_tutorials import COURSE
 
 import glmlens.lab
 
@@ -41,5 +42,16 @@ def test_a_bench_runs_in_jupyterlab(path, opened):
     assert found["run"] == list(range(1, len(found["run"]) + 1))
     assert found["kinds"].count("application/vnd.plotly.v1+json") >= 4
     assert found["kinds"].count("application/vnd.jupyter.widget-view+json") == len(EXPLORERS.get(path.stem, []))
+    assert opened.errors == []
+    assert opened.strangers() == []
+
+
+@pytest.mark.parametrize("path", COURSE, ids=lambda path: path.stem)
+def test_a_tutorial_runs_in_jupyterlab(path, opened):
+    opened.errors = []
+    found = json.loads(opened.run(f"{RUN_ALL}({json.dumps(f'mine/tutorials/{path.stem}.ipynb')})"))
+    assert found["wrong"] == []
+    assert found["run"] == list(range(1, len(found["run"]) + 1))
+    assert found["kinds"].count("application/vnd.plotly.v1+json") >= 1
     assert opened.errors == []
     assert opened.strangers() == []
