@@ -101,20 +101,21 @@ def blank_nan(figure: Any) -> None:
             trace.z = sent
 
 
-def kinds(figure: Any) -> list[str]:
-    return [trace.type for trace in figure.data]
+def kinds(figure: Any) -> list[Any]:
+    """The kind of every trace, and all that is set: a page that unsets something before it has drawn does not draw."""
+    return [(trace.type, given(trace)) for trace in figure.data] + [given(figure.layout)]
+
+
+def given(part: Any) -> set[str]:
+    """The properties that are set; asking a figure for one that is not gives an empty one."""
+    return set(part.to_plotly_json()) - {"uid", "type"}
 
 
 def become(old: Any, new: Any) -> None:
-    """Make the properties of one part of a figure those of another; what it no longer has is unset."""
-    wanted = {name: new[name] for name in new if new[name] is not None and name not in ("uid", "type")}
-    for name in old:
-        if name not in ("uid", "type", "template") and name not in wanted and old[name] is not None:
-            old[name] = None
-    if "template" in wanted and old["template"] == wanted["template"]:
-        wanted.pop("template")
-    for name, value in wanted.items():
-        old[name] = value
+    """Make the properties of one part of a figure those of another that has the same ones."""
+    for name in given(new):
+        if name != "template" or old[name] != new[name]:
+            old[name] = new[name]
 
 
 def framed(cell: Cell | None) -> list[dict[str, Any]]:

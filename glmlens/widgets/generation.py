@@ -9,12 +9,13 @@ import numpy as np
 import plotly.graph_objects as go
 import torch
 
-from glmlens.analysis.rows import Token, exact, label, layers_of
+from glmlens.analysis.rows import Token, exact, layers_of
+from glmlens.analysis.rows import label as spelt
 from glmlens.lens import Lens
 from glmlens.patch.timeline import Timeline
 from glmlens.plot.bars import bars
 from glmlens.plot.heatmaps import best, drawn
-from glmlens.plot.style import Look, shown
+from glmlens.plot.style import Look, shown, visible
 from glmlens.prompt import Prompt
 from glmlens.results import Labelled
 from glmlens.widgets.base import ROW
@@ -23,6 +24,11 @@ from glmlens.widgets.runs import Generations
 
 TOP = 8  # tokens of a layer and step
 ROOM = 20  # steps whose words are written in their cells
+
+
+def label(lens: Lens, token: int) -> str:
+    """A token as it can be sent to a page."""
+    return visible(spelt(lens, token))
 
 
 @dataclass(frozen=True, eq=False)
