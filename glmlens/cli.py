@@ -46,8 +46,7 @@ def demo(args: argparse.Namespace) -> None:
         raise CheckpointError(f"{args.model}: without a tokenizer there is nothing to read --prompt with")
     path = story.tell(lens, args.prompt, args.out)
     print(f"the report, with its figures: {path}")
-    print("to go on in a notebook: pip install jupyterlab && jupyter lab")
-    print("and in its first cell: import glmlens; lens = glmlens.load()")
+    print("to go on, with the course and the benches: pip install jupyterlab && glmlens lab my-folder")
 
 
 def open_lab(args: argparse.Namespace) -> None:
