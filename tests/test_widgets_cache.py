@@ -1,17 +1,14 @@
 """CacheInspector without a browser: what is drawn is what the analyses say, and a change is a rerun with it."""
 
-import gc
-import weakref
-
 import numpy as np
 import pytest
 from hostile import HOSTILE
-from ipywidgets.widgets import widget as registry
 from test_widgets import PROMPT, click, said
 
 import glmlens
 from glmlens import analysis, cache, patch
 from glmlens.widgets import CacheInspector
+from tests.closing import leaves_nothing
 
 
 @pytest.fixture(scope="module")
@@ -196,16 +193,7 @@ def test_a_long_generation_can_be_stopped_and_keeps_what_was_there(inspector):
 
 
 def test_a_closed_inspector_leaves_nothing(demo):
-    gc.collect()
-    before = set(registry._instances)
-    explorer = CacheInspector(demo, PROMPT, 3)
-    held, gone = weakref.ref(explorer.line), weakref.ref(explorer)
-    explorer.close()
-    assert set(registry._instances) == before
-    del explorer
-    gc.collect()
-    assert held() is None
-    assert gone() is None
+    leaves_nothing(lambda: CacheInspector(demo, PROMPT, 3), lambda explorer: explorer.line)
 
 
 def test_hostile_tokens_are_text(inspector, monkeypatch):

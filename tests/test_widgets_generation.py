@@ -1,17 +1,14 @@
 """GenerationExplorer without a browser: every layer's reading of every step, and branches that are reruns."""
 
-import gc
-import weakref
-
 import numpy as np
 import pytest
 from hostile import HOSTILE
-from ipywidgets.widgets import widget as registry
 from test_widgets import PROMPT, click, said
 
 import glmlens
 from glmlens import patch
 from glmlens.widgets import GenerationExplorer
+from tests.closing import leaves_nothing
 
 
 @pytest.fixture(scope="module")
@@ -146,16 +143,7 @@ def test_a_state_can_be_asked_again(demo, generation):
 
 
 def test_a_closed_explorer_leaves_nothing(demo):
-    gc.collect()
-    before = set(registry._instances)
-    explorer = GenerationExplorer(demo, PROMPT, 3)
-    held, gone = weakref.ref(explorer.line), weakref.ref(explorer)
-    explorer.close()
-    assert set(registry._instances) == before
-    del explorer
-    gc.collect()
-    assert held() is None
-    assert gone() is None
+    leaves_nothing(lambda: GenerationExplorer(demo, PROMPT, 3), lambda explorer: explorer.line)
 
 
 def test_hostile_tokens_are_text(generation, monkeypatch):

@@ -1,19 +1,16 @@
 """RotaryExplorer without a browser: a pattern of some pairs is a softmax of their parts, and waves sum to scores."""
 
-import gc
-import weakref
-
 import numpy as np
 import pytest
 import torch
 from conftest import small_lens
 from hostile import HOSTILE
-from ipywidgets.widgets import widget as registry
 from test_widgets import PROMPT, click, said
 
 import glmlens
 from glmlens import analysis
 from glmlens.widgets import RotaryExplorer
+from tests.closing import leaves_nothing
 
 
 @pytest.fixture(scope="module")
@@ -147,16 +144,7 @@ def test_nothing_that_is_sent_is_not_a_number(rotary):
 
 
 def test_a_closed_explorer_leaves_nothing(demo):
-    gc.collect()
-    before = set(registry._instances)
-    explorer = RotaryExplorer(demo, PROMPT)
-    held, gone = weakref.ref(explorer.read), weakref.ref(explorer)
-    explorer.close()
-    assert set(registry._instances) == before
-    del explorer
-    gc.collect()
-    assert held() is None
-    assert gone() is None
+    leaves_nothing(lambda: RotaryExplorer(demo, PROMPT), lambda explorer: explorer.read)
 
 
 def test_hostile_tokens_are_text(rotary, monkeypatch):

@@ -20,7 +20,7 @@ from glmlens.plot import cache_norms, heatmap
 from glmlens.prompt import Prompt
 from glmlens.results import Labelled
 from glmlens.widgets.base import ROW
-from glmlens.widgets.chart import MOST, Chart
+from glmlens.widgets.chart import Chart, block
 from glmlens.widgets.runs import Generations
 
 READ = {"attention": "share of attention", "weighted": "length written", "direct": "logits"}
@@ -175,7 +175,7 @@ class CacheInspector(Generations):
 
     def block(self) -> int:
         """How many positions are drawn as one cell."""
-        return -(-(self.places["position"].max + 1) // MOST)
+        return block(self.places["position"].max + 1)
 
     def figure(self) -> go.Figure:
         """The cache that the step begins with, of one key-value head."""

@@ -71,6 +71,11 @@ class Chart:
             self.clicked(*map(int, place if isinstance(place, list | tuple) else [place]))
 
 
+def block(n: int) -> int:
+    """How many of n things in a row are drawn as one cell."""
+    return -(-n // MOST)
+
+
 def one_title(title: Any) -> dict[str, Any]:
     """A title with the lines under it in one text: a figure that becomes another writes a subtitle over its title."""
     lines = f"<br><span style='font-size:12px'>{title.subtitle.text}</span>" if title.subtitle.text else ""

@@ -19,7 +19,7 @@ from glmlens.plot.style import Look, shown, visible
 from glmlens.prompt import Prompt
 from glmlens.results import Labelled
 from glmlens.widgets.base import ROW
-from glmlens.widgets.chart import MOST, Chart
+from glmlens.widgets.chart import MOST, Chart, block
 from glmlens.widgets.runs import Generations
 
 TOP = 8  # tokens of a layer and step
@@ -156,8 +156,8 @@ class GenerationExplorer(Generations):
         line, _ = self.chosen_run()
         self.places["step"].max = len(line.moments) - 1
         s["step"] = min(s["step"], len(line.moments) - 1)
-        block = -(-len(line.moments) // MOST)
-        self.lens_chart.draw(self.figure(), (s["layer"], s["step"] // block))
+        each = block(len(line.moments))
+        self.lens_chart.draw(self.figure(), (s["layer"], s["step"] // each))
         self.tokens_chart.draw(self.tokens_figure())
         self.words.say(self.about_step())
         self.tell("as it went", "branch")
@@ -214,7 +214,7 @@ class GenerationExplorer(Generations):
         return f"{label(self.lens, change[1])} at step {change[0]}"
 
     def hit(self, row: int, column: int) -> None:
-        self.asked(layer=row, step=column * -(-(self.places["step"].max + 1) // MOST))
+        self.asked(layer=row, step=column * block(self.places["step"].max + 1))
 
     def hit_token(self, i: int) -> None:
         with self.caught():

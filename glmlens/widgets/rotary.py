@@ -18,7 +18,7 @@ from glmlens.plot.style import GREY
 from glmlens.prompt import Prompt
 from glmlens.results import Labelled
 from glmlens.widgets.base import ROW, Explorer
-from glmlens.widgets.chart import MOST, Chart
+from glmlens.widgets.chart import Chart, block
 from glmlens.widgets.runs import Lines
 
 DRAWN = 8  # waves, the largest
@@ -157,8 +157,8 @@ class RotaryExplorer(Explorer):
         strange = [i for i in s["pairs"] if i not in range(len(self.frequencies()))]
         if strange:
             raise ValueError(f"pairs {strange} asked for; there is 0 to {len(self.frequencies()) - 1}")
-        block = -(-len(self.read.labels) // MOST)
-        self.shape.draw(self.figure(), (s["query"] // block, s["key"] // block))
+        each = block(len(self.read.labels))
+        self.shape.draw(self.figure(), (s["query"] // each, s["key"] // each))
         self.waves.draw(self.waves_figure())
         self.words.say(*self.in_words())
 
@@ -250,8 +250,8 @@ class RotaryExplorer(Explorer):
         return float(parts[self.chosen()].sum())
 
     def hit(self, row: int, column: int) -> None:
-        block = -(-(self.places["query"].max + 1) // MOST)
-        self.asked(query=row * block, key=min(column, row) * block)
+        each = block(self.places["query"].max + 1)
+        self.asked(query=row * each, key=min(column, row) * each)
 
     def hit_distance(self, distance: int) -> None:
         self.asked(distance=distance)

@@ -1,0 +1,20 @@
+"""What an explorer leaves when it is closed."""
+
+import gc
+import weakref
+
+from ipywidgets.widgets import widget as registry
+
+
+def leaves_nothing(make, result):
+    """Nothing is left of the explorer that `make` makes: no widget, not itself, and not what it had computed."""
+    gc.collect()
+    before = set(registry._instances)
+    explorer = make()
+    held, gone = weakref.ref(result(explorer)), weakref.ref(explorer)
+    explorer.close()
+    assert set(registry._instances) == before
+    del explorer
+    gc.collect()
+    assert held() is None
+    assert gone() is None
