@@ -75,7 +75,7 @@ def test_it_knows_what_its_world_says(inside):
 def test_demo_tells_a_true_story_and_writes_one_self_contained_report(tmp_path, capsys):
     assert main(["demo", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    for part in ("the next token", "who receives?", "what is lost", "comes back", "induction", "jupyter lab"):
+    for part in ("the next token", "who receives?", "what is lost", "comes back", "induction", "glmlens lab my-folder"):
         assert part in said
     assert re.search(r"\n +\d+\.\d%  ' Mary'", said)
     lost = [float(x) for x in re.findall(r"  head \d\.\d +([+-]\d\.\d\d)", said)]

@@ -105,7 +105,7 @@ def test_an_entry_is_dropped_and_both_texts_stand_side_by_side(cache):
 def test_what_cannot_be_dropped_is_an_error_under_the_figures(cache):
     cache.run(f"{control('position', '.noUi-handle')}.focus()")
     cache.press(*["ArrowRight"] * 14)
-    reads(cache, "position", 14)
+    cache.wait_text("entry 14 ·drink")
     box = control("this entry", "select")
     cache.run(
         f"(e => {{ e.value = 'drop everywhere'; e.dispatchEvent(new Event('change', {{bubbles: true}})) }})({box})"

@@ -7,7 +7,7 @@ from test_widgets import PROMPT, click, said
 
 import glmlens
 from glmlens import analysis, cache, patch
-from glmlens.widgets import CacheInspector
+from glmlens.widgets import CacheInspector, base
 from tests.closing import leaves_nothing
 
 
@@ -154,6 +154,15 @@ def test_a_state_with_a_change_can_be_asked_again(demo, inspector):
     assert other.state == state
     assert other.texts.value == inspector.texts.value
     other.close()
+
+
+def test_a_button_acts_on_the_value_of_a_slider_that_arrives_after_it(inspector, monkeypatch):
+    monkeypatch.setattr(base, "SETTLE", 2.0)
+    inspector.select(step=0, position=2)
+    inspector.go_on.click()
+    inspector.places["position"].value = 3
+    inspector.worker.join(60)
+    assert inspector.state["change"][4] == 3
 
 
 def test_what_cannot_be_changed_is_said_under_the_views(inspector):

@@ -87,6 +87,7 @@ def test_a_branch_has_no_branches(generation):
     generation.branch(" home", 1)
     generation.select(run="branch", step=3)
     click_bar(generation.tokens_chart, 1)
+    generation.worker.join(60)
     assert "goes off the generation as it went" in said(generation)
     assert generation.state["branch"][0] == 1
 
@@ -108,6 +109,7 @@ def test_a_token_is_typed_or_taken_from_those_shown(demo, generation):
 def test_what_is_not_one_token_is_said_under_the_views(generation):
     generation.instead.value = "two words"
     generation.go_on.click()
+    generation.worker.join(60)
     assert "two words" in said(generation)
     with pytest.raises(ValueError, match="this model has 0 to 1109"):
         generation.branch(5000)

@@ -18,6 +18,7 @@ from glmlens.lens import Lens
 from glmlens.widgets.chart import Chart
 
 OFTEN = 0.1  # seconds between two signs of progress
+SETTLE = 0.15  # seconds in which a control's last value arrives: a page holds it back until the one before is answered
 ROW = {"flex_flow": "row wrap", "align_items": "center"}
 
 
@@ -134,13 +135,17 @@ class Explorer(W.VBox):
             self.close()
             raise
 
-    def start(self) -> None:
-        """Run in a thread of its own, as the Run button does; what goes wrong appears under the views."""
+    def start(self, want: Callable[[], None] | None = None) -> None:
+        """Run in a thread of its own, as the Run button does; what goes wrong appears under the views.
+
+        A pressed button's message overtakes the last value of a slider. So `want`, which says what is wanted besides
+        the inputs, is called in that thread, when every control has been heard.
+        """
         with self.caught():
             self.alive()
             self.begin()
             context = copy_context()
-            self.worker = threading.Thread(target=context.run, args=(self.work,), daemon=True)
+            self.worker = threading.Thread(target=context.run, args=(self.work, want), daemon=True)
             self.worker.start()
 
     def stop(self) -> None:
@@ -153,9 +158,14 @@ class Explorer(W.VBox):
 
     # ---- working ----
 
-    def work(self) -> None:
+    def work(self, want: Callable[[], None] | None) -> None:
         try:
             with self.caught():
+                if self.stopping.wait(SETTLE):
+                    raise Stopped
+                if want is not None:
+                    with self.lock:
+                        want()
                 self.answer(self.wanted)
         finally:
             self.end()

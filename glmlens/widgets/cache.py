@@ -71,8 +71,8 @@ class CacheInspector(Generations):
         self.reads: tuple[int, Reads] | None = None
         row = W.Box([self.what, self.factor, self.go_on, self.undo], layout=ROW)
         super().__init__(lens, prompt, length, "change", places, [row, self.entries, self.readers])
-        self.go_on.on_click(lambda _: self.pressed(self.chosen(self.what.value, self.factor.value)))
-        self.undo.on_click(lambda _: self.pressed(None))
+        self.go_on.on_click(lambda _: self.start(self.change_this))
+        self.undo.on_click(lambda _: self.start(self.without))
         self.first()
 
     # ---- asking ----
@@ -89,9 +89,8 @@ class CacheInspector(Generations):
         s = self._state
         return what, s["step"], s["layer"], s["kv"], s["position"], float(factor)
 
-    def pressed(self, change: Change | None) -> None:
-        self.wanted["change"] = change
-        self.start()
+    def change_this(self) -> None:
+        self.wanted["change"] = self.chosen(self.what.value, self.factor.value)
 
     def select(self, **places: Any) -> None:
         """Look at another step (step), another entry (layer, kv, position) or by other numbers (by).

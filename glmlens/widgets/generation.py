@@ -76,8 +76,8 @@ class GenerationExplorer(Generations):
         self.go_on.tooltip, self.undo.tooltip = "say this at the chosen step and generate on", "without the branch"
         row = W.Box([self.instead, self.go_on, self.undo], layout=ROW)
         super().__init__(lens, prompt, length, "branch", places, [self.lens_chart, self.tokens_chart, row])
-        self.go_on.on_click(lambda _: self.say_instead())
-        self.undo.on_click(lambda _: self.pressed(None))
+        self.go_on.on_click(lambda _: self.start(self.say_instead))
+        self.undo.on_click(lambda _: self.start(self.without))
         self.first()
 
     # ---- asking ----
@@ -96,14 +96,13 @@ class GenerationExplorer(Generations):
         return found
 
     def say_instead(self) -> None:
-        with self.caught():
-            self.branch_off(self.named(self.instead.value))
+        self.branch_off(self._state["step"], self.named(self.instead.value))
 
-    def branch_off(self, token: int) -> None:
-        """Branch at the chosen step, in the background; ValueError where a branch is looked at, which has none."""
+    def branch_off(self, step: int, token: int) -> None:
+        """Want a branch at this step; ValueError where a branch is looked at, which has none."""
         if self._state["run"] != "first":
             raise ValueError("a branch goes off the generation as it went: look at that, and at the step")
-        self.pressed((self._state["step"], token))
+        self.wanted["branch"] = step, token
 
     def named(self, said: str) -> int:
         """The token that a label or a text names: a label of those shown is itself."""
@@ -111,10 +110,6 @@ class GenerationExplorer(Generations):
         ids = readings.ids[self._state["layer"], self._state["step"]].tolist()
         labels = [label(self.lens, i) for i in ids]
         return ids[labels.index(said)] if said in labels else self.id_of(said)
-
-    def pressed(self, branch: tuple[int, int] | None) -> None:
-        self.wanted["branch"] = branch
-        self.start()
 
     # ---- working ----
 
@@ -218,5 +213,6 @@ class GenerationExplorer(Generations):
 
     def hit_token(self, i: int) -> None:
         with self.caught():
-            _, readings = self.chosen_run()
-            self.branch_off(int(readings.ids[self._state["layer"], self._state["step"], i]))
+            (_, readings), step = self.chosen_run(), self._state["step"]
+            token = int(readings.ids[self._state["layer"], step, i])
+            self.start(lambda: self.branch_off(step, token))

@@ -69,6 +69,10 @@ class Generations(Explorer):
         """Ask the model again, with other inputs if some are given; another prompt is without a change."""
         super().run(**({self.change: None} | inputs if "prompt" in inputs else inputs))
 
+    def without(self) -> None:
+        """Want the generation as it was, without a change."""
+        self.wanted[self.change] = None
+
     def answer(self, wanted: Mapping[str, Any]) -> None:
         try:
             super().answer(wanted)
