@@ -18,8 +18,9 @@ OF_ENTRIES = ("positions", "tokens", "calls")  # what a cache knows of every ent
 class KVCache:
     """The keys (after rotation) and values of every layer, and the absolute position of every entry.
 
-    `keys` and `values` are [layer, batch, capacity, kv, d]; `positions` is [batch, capacity], -1 for padding. Only the
-    first `length` entries count. Writing past the capacity doubles it. `tokens` are the ids that entries are of, -1
+    `keys` and `values` are [layer, batch, capacity, kv, d]; `positions` is [batch, capacity], -1 for padding. A dropped
+    newest entry stands at -2 - position: nobody sees it, and yet the next one comes after it. Only the first `length`
+    entries count. Writing past the capacity doubles it. `tokens` are the ids that entries are of, -1
     where that is unknown, and `calls` the numbers of the calls that wrote them, from 0: in a generation, its steps.
     """
 
@@ -50,8 +51,10 @@ class KVCache:
         return LayerKV(self, index)
 
     def next_positions(self) -> Int[Tensor, "batch"]:
-        """Per row, the absolute position that follows its last entry."""
-        return self.positions[:, : self.length].amax(1) + 1 if self.length else self.positions.new_zeros(self.batch)
+        """Per row, the absolute position that follows its last entry, also where that was dropped."""
+        if not self.length:
+            return self.positions.new_zeros(self.batch)
+        return stood(self.positions[:, : self.length]).amax(1) + 1
 
     def with_positions(self, positions: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch key"]:
         """The positions of all entries once those of a call at these positions are among them."""
@@ -143,6 +146,11 @@ class KVCache:
         layers, batch, capacity, kv, d = self.keys.shape
         sizes = f"{layers} layers, batch {batch}, {kv} kv heads, d {d}"
         return f"KVCache({self.length} entries of {capacity}; {sizes}, {self.bytes / 2**20:.1f} MiB)"
+
+
+def stood(positions: Int[Tensor, "*batch key"]) -> Int[Tensor, "*batch key"]:
+    """Where entries stand or, of those that were dropped, stood; -1 for padding."""
+    return torch.where(positions < -1, -2 - positions, positions)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from torch.testing import assert_close
 import glmlens
 from glmlens import cache, only, patch
 from glmlens.cache import CacheError
+from glmlens.cache.places import listed
+from glmlens.hooks import HookError
 from glmlens.model import rotary_angles, turn
 
 
@@ -157,6 +159,34 @@ def test_a_window_as_a_hook_is_the_window_of_the_cache_and_what_the_step_writes(
     close(eager.run_with_hooks(tokens[:, 6:8], op.hooks(eager, own=False), kv=kv.fork()), expected)
 
 
+def test_what_comes_after_a_dropped_newest_entry_stands_where_it_would_have_stood(lens, tokens, tmp_path):
+    kv = filled(lens, tokens)
+    lens(tokens[:, :1], kv=kv)
+    small = cache.evict(position=[4, 9])(kv)
+    again = cache.evict(position=2)(small)
+    small.save(tmp_path / "kv")
+    for same in (small.fork(), cache.quantise(8)(small), type(kv).load(tmp_path / "kv"), again):
+        lens(tokens[:, :1], kv=same)
+        assert same.next_positions().tolist() == [11, 11]
+        at, calls = same.positions[0, : same.length].tolist(), same.calls[0, : same.length].tolist()
+        assert (at[-1], calls[-1]) == (10, 2)
+        assert not {4, 9} & set(at)
+    assert cache.reposition(lens, 5)(small).next_positions().tolist() == [15, 15]
+    assert small.next_positions().tolist() == [10, 10]
+    source = filled(lens, tokens[:1])
+    longer = cache.graft(lens, source, of=[1, 2, 3], at=[1])(cache.evict(position=8)(source))
+    assert longer.next_positions().tolist() == [11]
+
+
+def test_a_query_from_which_everything_is_hidden_sees_itself_and_never_what_comes_later(eager, tokens):
+    for op, seen in [(cache.evict(position=0), 1), (cache.evict(cache.window(2)), 7)]:
+        _, acts = eager.run_with_cache(tokens, "attn.pattern", op.hooks(eager))
+        pattern = acts["attn.pattern"]
+        assert torch.equal(pattern, pattern.tril())
+        assert torch.equal(pattern[..., :seen, :], torch.eye(9, dtype=pattern.dtype)[:seen].expand(3, 2, 4, seen, 9))
+        assert not bool(pattern[..., seen:, :seen].any())
+
+
 def test_rows_that_drop_different_entries_keep_their_own(lens, tokens):
     kv = filled(lens, tokens[:, :6])
     attention = torch.rand(2, 6, generator=torch.Generator().manual_seed(3))
@@ -181,6 +211,26 @@ def test_quantised_numbers_are_those_that_whole_numbers_of_that_size_hold(lens, 
             for start in (0, 4, 8):
                 here = slice(start, min(start + 4, 9))
                 check(keys[here, channel], made.keys[layer, row, here, head, channel], bits)
+
+
+@pytest.mark.parametrize("side", ["keys", "values"])
+def test_groups_are_of_the_entries_that_are_meant_alone(lens, tokens, side):
+    op = cache.quantise(3, keys="channel", values="channel", group=4, position=[1, 2, 5, 6, 7])
+    kv = filled(lens, tokens)
+    made, x = getattr(op(kv), side), getattr(kv, side)
+    for group in ([1, 2, 5, 6], [7]):
+        for channel in range(16):
+            check(x[1, 0, group, 1, channel], made[1, 0, group, 1, channel], 3)
+    assert torch.equal(made[:, :, [0, 3, 4, 8]], x[:, :, [0, 3, 4, 8]])
+
+
+def test_padding_is_in_no_group(lens, tokens):
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, :3] = 0
+    kv, op = lens.new_kv(batch=2), cache.quantise(3, values="channel", group=4)
+    lens(tokens, kv=kv, attention_mask=mask)
+    alone = filled(lens, tokens[:1, 3:])
+    close(lens(tokens[:, :2], kv=op(kv))[:1], lens(tokens[:1, :2], kv=op(alone)))
 
 
 def check(x, found, bits):
@@ -228,8 +278,10 @@ def test_repositioning_as_a_hook_is_repositioning_the_cache(lens, tokens):
     close(run.acts["logits"][:, -2:], then.acts["logits"][:, -2:])
 
 
-def test_eviction_as_a_hook_at_later_steps_is_eviction_between_steps(eager, tokens):
-    op = cache.evict(position=[2, 3, 7])
+@pytest.mark.parametrize("gone", [[2, 3, 7], [2, 10], [9, 10], range(11)], ids=str)
+def test_eviction_as_a_hook_at_later_steps_is_eviction_between_steps(eager, tokens, gone):
+    """Also of the newest entry, at 10."""
+    op = cache.evict(position=gone)
     first = eager.generate(tokens, 3, stop_ids=())
     then = eager.generate(first.tokens[:, -1:], 4, kv=op(first.kv), names="logits", stop_ids=())
     run = eager.generate(tokens, 7, hooks=op.hooks(eager, steps=range(3, 7)), names="logits", stop_ids=())
@@ -353,14 +405,39 @@ def test_what_is_not_there_is_an_error_that_says_what_is(lens, tokens):
         (lambda: cache.ablate(kv=2)(kv), "kv 2 asked for"),
         (lambda: cache.ablate(position=9)(kv), "no entry at position 9; there are 0 to 8"),
         (lambda: cache.ablate(position=-1), "whole numbers from 0"),
-        (lambda: cache.evict(position=8)(kv), "newest entry"),
+        (lambda: cache.evict(position=9)(kv), "no entry at position 9; there are 0 to 8"),
+        (lambda: cache.evict(lambda kv: torch.ones(2, 3))(kv), r"torch.float32 \(2, 3\); expected bool \(2, 9\)"),
+        (lambda: cache.evict(position=1).hooks(small_lens(attention="sdpa")), "between steps"),
+        (lambda: listed(" France", "position"), r"cache.find\(lens, kv, ' France'\)"),
+        (lambda: listed([1.5], "position"), "whole numbers, 3 or "),
+        (lambda: cache.quantise(4, group=0), "at least 1 entry"),
         (lambda: cache.evict(), "give position="),
         (lambda: cache.edit(), "give keys= or values="),
         (lambda: cache.edit(keys=lambda x, at, layer: x[:1])(kv), "expected"),
         (lambda: cache.reposition(lens, -1)(kv), "before position 0"),
+        (lambda: cache.reposition(lens, 1, position=9)(kv), "no entry at position 9"),
+        (lambda: lens.run_with_hooks(tokens, cache.reposition(lens, -1).hooks(lens)), "before position 0"),
         (lambda: cache.read(kv, 0, 0, 40), "not every row"),
         (lambda: cache.quantise(0), "expected 1 to 16"),
         (lambda: cache.graft(lens, kv, of=[1], at=[2])(kv), "one row"),
     ]:
         with pytest.raises(CacheError, match=said):
             make()
+
+
+@pytest.mark.parametrize("op", [cache.evict(position=20), cache.ablate(position=20)], ids=["evict", "ablate"])
+def test_a_hook_on_entries_that_never_come_is_an_error(eager, tokens, op):
+    with pytest.raises(HookError, match="asked for position 20"):
+        eager.generate(tokens[:1], 3, hooks=op.hooks(eager))
+    with pytest.raises(HookError, match="never came"):
+        patch.timeline(eager, tokens[:1], 3, hooks=op.hooks(eager))
+    moved = cache.reposition(eager, 1, position=20).hooks(eager)
+    with pytest.raises(HookError, match="20"):
+        eager.run_with_hooks(tokens, moved)
+
+
+def test_operations_on_an_empty_cache_leave_it_empty(lens):
+    for op in (*OPERATIONS.values(), cache.reposition(lens, 1), cache.close_up(lens), cache.evict(cache.window(3))):
+        places = getattr(op, "places", None)
+        if places is None or places.position is None:
+            assert op(lens.new_kv()).length == 0

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from glmlens.cache.places import CacheError, Edits, Places, Which, entries_of, past_of, scheduled
@@ -35,9 +36,12 @@ class Edited:
         return made
 
     def changed(self, x: Tensor, at: Int[Tensor, "batch key"], layer: int, change: Change) -> Tensor:
-        new = change(x.clone(), at, layer)
-        if new.shape != x.shape or new.dtype != x.dtype:
-            raise CacheError(f"the edit returned {new.dtype} {tuple(new.shape)}; expected {x.dtype} {tuple(x.shape)}")
+        new: Any = change(x.clone(), at, layer)
+        if not isinstance(new, Tensor):
+            raise CacheError(f"the edit returned {type(new).__name__}; expected a tensor of shape {tuple(x.shape)}")
+        if (new.shape, new.dtype, new.device) != (x.shape, x.dtype, x.device):
+            found, expected = (f"{t.dtype} {tuple(t.shape)} on {t.device}" for t in (new, x))
+            raise CacheError(f"the edit returned {found}; expected {expected}")
         meant = self.places.entries(at)[:, :, None] & self.places.heads(x.shape[2], x.device)
         return torch.where(meant.unsqueeze(-1), new, x)
 
@@ -102,7 +106,7 @@ def swap(other: KVCache, *, layer: Which = None, kv: Which = None, position: Whi
                 raise CacheError(f"the other cache has {theirs.shape[0]} rows, this one {at.shape[0]}")
             there = at[:, :, None] == theirs[:, None]
             if not bool(there.any(2)[asked].all()):
-                raise CacheError(f"the other cache has entries at {entries_of(other)} alone: give position=")
+                raise CacheError(f"the other cache has entries at {entries_of(theirs)} alone: give position=")
             columns = there.int().argmax(2)[:, :, None, None].expand(x.shape)
             return memory[layer].gather(1, columns)
 
@@ -126,30 +130,42 @@ def quantise(
 
     Asymmetric, per key-value head: round((x - min) / step) with step = (max - min) / (2^bits - 1), over the channels
     of a "token" or over a "channel" of `group` entries in a row (Liu et al. 2024, KIVI, arXiv 2402.02750, sections 2.1
-    and 3: keys by channel, values by token). None leaves them alone. A last group that is not full is a group.
+    and 3: keys by channel, values by token). None leaves them alone. Groups are of the entries meant, counted from the
+    first of each row, without padding; a last group that is not full is a group.
     """
-    if bits not in range(1, 17):
-        raise CacheError(f"bits is {bits}; expected 1 to 16")
+    if bits not in range(1, 17) or group < 1:
+        raise CacheError(f"bits is {bits}, group {group}; expected 1 to 16 bits and groups of at least 1 entry")
     for side in (keys, values):
         if side not in ("channel", "token", None):
             raise CacheError(f"numbers are rounded by 'channel' or by 'token', not by {side!r}")
-    made = [None if by is None else rounded_by(by, bits, group) for by in (keys, values)]
-    return Edited(Places.at(layer, kv, position), *made)
+    places = Places.at(layer, kv, position)
+
+    def by_token(x: Tensor, at: Tensor, layer: int) -> Tensor:
+        exact = exactly(x)
+        return rounded(x, bits, exact.amin(3, keepdim=True), exact.amax(3, keepdim=True))
+
+    def by_channel(x: Tensor, at: Tensor, layer: int) -> Tensor:
+        return rounded(x, bits, *ranges(exactly(x), places.entries(at), group))
+
+    rules = {"token": by_token, "channel": by_channel, None: None}
+    return Edited(places, rules[keys], rules[values])
 
 
-def rounded_by(by: str, bits: int, group: int) -> Change:
-    def change(x: Tensor, at: Tensor, layer: int) -> Tensor:
-        if by == "token":
-            return rounded(x, bits, 3)
-        return torch.cat([rounded(part, bits, 1) for part in x.split(group, 1)], 1)
-
-    return change
+def exactly(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def rounded(x: Tensor, bits: int, along: int) -> Tensor:
-    """x as whole numbers from 0 to 2^bits - 1 hold it, one scale and zero along an axis, read again."""
-    exact = x.to(torch.promote_types(x.dtype, torch.float32))
-    low, high = exact.amin(along, keepdim=True), exact.amax(along, keepdim=True)
-    step = (high - low) / (2**bits - 1)
+def ranges(x: Tensor, meant: Bool[Tensor, "batch key"], group: int) -> tuple[Tensor, Tensor]:
+    """Of every entry and channel, the least and the largest number in its group of so many that are meant."""
+    number = torch.where(meant, (meant.cumsum(1) - 1) // group + 1, 0)[:, :, None, None].expand(x.shape)
+    room = x.new_zeros(x.shape[0], 2 + x.shape[1] // group, *x.shape[2:])
+    sides = (room.scatter_reduce(1, number, x, how, include_self=False) for how in ("amin", "amax"))
+    low, high = (side.gather(1, number) for side in sides)
+    return low, high
+
+
+def rounded(x: Tensor, bits: int, low: Tensor, high: Tensor) -> Tensor:
+    """x as whole numbers from 0 to 2^bits - 1 hold it, from `low` to `high`, read again."""
+    exact, step = exactly(x), (high - low) / (2**bits - 1)
     stored = ((exact - low) / torch.where(step > 0, step, 1)).round()
     return (stored * step + low).to(x.dtype)

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from glmlens.cache.places import CacheError, Edits, Places, Which, past_of, scheduled
+from glmlens.cache.places import CacheError, Edits, Places, Which, past_of, recalled
 from glmlens.hooks import Point
-from glmlens.kv_cache import OF_ENTRIES, KVCache
+from glmlens.kv_cache import OF_ENTRIES, KVCache, stood
 from glmlens.lens import Lens
 
 Keep = Callable[[KVCache], Bool[Tensor, "batch key"]]
@@ -53,38 +53,54 @@ class Evicted:
     places: Places
 
     def __call__(self, kv: KVCache) -> KVCache:
-        if self.places != Places():
+        if self.places.layer is not None or self.places.kv is not None:
             raise CacheError("layers and heads share a cache's entries: .hooks(lens) hides them from some at a step")
+        self.places.there(kv)
         at = kv.positions[:, : kv.length]
-        kept = self.keep(kv) & (at >= 0)
-        if kept.shape != at.shape:
-            raise CacheError(f"keep made {tuple(kept.shape)}; expected one per entry, {tuple(at.shape)}")
-        newest = torch.where(kept, at, -1).amax(1) == at.amax(1)
-        if not bool(newest.all()):
-            raise CacheError("the newest entry cannot be dropped: the next token would take its position")
-        made = kv.fork()
-        made.positions[:, : kv.length] = torch.where(kept, at, -1)
-        return columns(made, kept.any(0))
+        newest = stood(at) == kv.next_positions().unsqueeze(1) - 1
+        left = torch.where(self.kept(kv), at, torch.where(newest, -2 - stood(at), -1))
+        stays = (left != -1).any(0)
+        return replace(columns(kv, stays), positions=left[:, stays])
+
+    def kept(self, kv: KVCache) -> Bool[Tensor, "batch key"]:
+        at, kept = kv.positions[:, : kv.length], self.keep(kv)
+        if kept.shape != at.shape or kept.dtype != torch.bool:
+            raise CacheError(f"keep made {kept.dtype} {tuple(kept.shape)}; expected bool {tuple(at.shape)}, by entry")
+        return kept & (at >= 0)
 
     def hooks(self, lens: Lens, *, steps: Which = None, own: bool = True) -> Edits:
         """The same for what a run can attend to: scores of dropped entries are as if they were not there.
 
         `keep` is asked about a cache that knows positions alone, those that this step writes among them unless
-        own=False, and all queries of the step lack the same. Needs attention="eager", which writes scores.
+        own=False. All queries of the step lack the same; one to which nothing would be left sees itself. CacheError
+        unless attention="eager", which alone has scores to hide.
         """
         layers = self.places.layers(lens.cfg.n_layers, lens.cfg.n_kv_heads)
+        if lens.model.attention != "eager":
+            raise CacheError(
+                "entries are hidden in scores, which attention='sdpa' never writes: load with attention='eager', or "
+                "drop them from the cache between steps, patch.timeline(..., at={step: this})"
+            )
 
         def hide(x: Tensor, point: Point) -> Tensor:
             assert point.key_positions is not None
             past = past_of(point, own)
-            at = point.key_positions[:, :past]
+            at, least = point.key_positions[:, :past], torch.finfo(x.dtype).min
             blank = x.new_empty(0, at.shape[0], past, 0, 0)
-            hidden = ~self.keep(KVCache(blank, blank, at, past)) if past else at < 0
+            hidden = ~self.kept(KVCache(blank, blank, at, past)) if past else at < 0
             heads = self.places.heads(lens.cfg.n_kv_heads, x.device).repeat_interleave(lens.cfg.n_groups)
             hidden = torch.nn.functional.pad(hidden, (0, x.shape[-1] - past))
-            return x.masked_fill(hidden[:, None, None] & heads[:, None, None], torch.finfo(x.dtype).min)
+            new = x.masked_fill(hidden[:, None, None] & heads[:, None, None], least)
+            blind = new.amax(-1, keepdim=True) <= least / 2
+            return torch.where(blind & itself(x.shape[2], x.shape[3], x.device), x, new)
 
-        return [(f"blocks.{layer}.attn.scores", scheduled(hide, steps)) for layer in layers]
+        edit = recalled(hide, steps, self.places.position)
+        return [(f"blocks.{layer}.attn.scores", edit) for layer in layers]
+
+
+def itself(queries: int, keys: int, device: torch.device) -> Bool[Tensor, "query key"]:
+    """Where the entry is that each of the last queries wrote itself."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries).triu(keys - queries)
 
 
 def columns(kv: KVCache, kept: Bool[Tensor, "key"]) -> KVCache:
@@ -103,16 +119,14 @@ def evict(keep: Keep | None = None, *, position: Which = None, layer: Which = No
     """Drop the entries at these positions, or all but those that `keep(kv)` [batch, key] says.
 
     `window(n, sinks)` and `heavy_hitters(attention, n, recent)` are such functions. Entries keep their positions; what
-    comes after them sees the rest as before. CacheError where a row would lose its newest entry. From some layers and
-    key-value heads alone, as each head of H2O drops its own, entries are hidden by `.hooks(lens)`.
+    comes after them stands where it would have stood, the newest dropped or not, and sees the rest as before. From some
+    layers and key-value heads alone, as each head of H2O drops its own, entries are hidden by `.hooks(lens)`.
     """
     if (keep is None) == (position is None):
         raise CacheError("give position=, what to drop, or a function that says what to keep: window(64, sinks=4)")
-    if keep is not None:
-        return Evicted(keep, Places.at(layer, kv))
-    places = Places.at(position=position)
+    places = Places.at(layer, kv, position)
 
     def others(kv: KVCache) -> Bool[Tensor, "batch key"]:
         return ~places.entries(kv.positions[:, : kv.length])
 
-    return Evicted(others, Places.at(layer, kv))
+    return Evicted(keep or others, places)

@@ -9,8 +9,8 @@ from torch import Tensor
 from glmlens.cache.change import swap
 from glmlens.cache.drop import columns
 from glmlens.cache.move import reposition
-from glmlens.cache.places import CacheError, Edits, Places, Which, entries_of
-from glmlens.kv_cache import OF_ENTRIES, KVCache
+from glmlens.cache.places import CacheError, Edits, Places, Which, entries_of, listed
+from glmlens.kv_cache import OF_ENTRIES, KVCache, stood
 from glmlens.lens import Lens
 
 
@@ -19,7 +19,9 @@ def read(kv: KVCache, layer: int, head: int, position: int) -> tuple[Tensor, Ten
     Places.at(layer, head, position).layers(kv.keys.shape[0], kv.keys.shape[3])
     there = kv.positions[:, : kv.length] == position
     if not bool(there.any(1).all()):
-        raise CacheError(f"not every row has an entry at position {position}; there are {entries_of(kv)}")
+        raise CacheError(
+            f"not every row has an entry at position {position}; there are {entries_of(kv.positions[:, : kv.length])}"
+        )
     rows, at = torch.arange(kv.batch, device=there.device), there.int().argmax(1)
     return kv.keys[layer, rows, at, head], kv.values[layer, rows, at, head]
 
@@ -69,14 +71,14 @@ class Grafted:
     def __call__(self, kv: KVCache) -> KVCache:
         here, theirs = run_of(self.lens, kv, self.at), self.theirs()
         place, more = kv.positions[0, : kv.length], theirs.length - len(here)
-        before, after = columns(kv, (place >= 0) & (place < here[0])), columns(kv, place > here[-1])
+        before, after = columns(kv, (place >= 0) & (place < here[0])), columns(kv, stood(place) > here[-1])
         return joined([before, self.moved(theirs, here[0]), reposition(self.lens, more)(after)])
 
     def hooks(self, lens: Lens, *, steps: Which = None, own: bool = True) -> Edits:
         """The same for what a run recalls, where as many entries come as go. See `Operation` for `own`."""
         if isinstance(self.at, str):
             raise CacheError(f"{self.at!r}: a hook has no text to find it in; give at=, its positions")
-        here, theirs = sorted(self.at), self.theirs()
+        here, theirs = sorted(listed(self.at, "position") or ()), self.theirs()
         if len(here) != theirs.length:
             raise CacheError(
                 f"{theirs.length} entries in the place of {len(here)}: what a step recalls cannot change its length; "
@@ -103,7 +105,7 @@ def graft(lens: Lens, source: KVCache, *, of: Where, at: Where) -> Grafted:
 
 
 def run_of(lens: Lens, kv: KVCache, where: Where) -> list[int]:
-    found = find(lens, kv, where) if isinstance(where, str) else sorted(where)
+    found = find(lens, kv, where) if isinstance(where, str) else sorted(listed(where, "position") or ())
     if kv.batch != 1 or not found or found != list(range(found[0], found[0] + len(found))):
         raise CacheError(f"a graft is of adjacent positions in a cache of one row; got {found} of {kv.batch} rows")
     Places.at(position=found).there(kv)

@@ -2,17 +2,19 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from operator import index
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from glmlens.hooks import Edit, Point, only
+from glmlens.hooks import Edit, Only, Point, only
 from glmlens.kv_cache import KVCache
 from glmlens.lens import Lens
 
 Which = int | Iterable[int] | None
+"""Whole numbers from 0: of layers, of key-value heads, absolute positions, steps; None means all."""
 Edits = list[tuple[str, Edit]]
 
 
@@ -63,23 +65,37 @@ class Places:
 
     def there(self, kv: KVCache) -> None:
         """Raise CacheError for a position of which no row has an entry."""
+        at = kv.positions[:, : kv.length]
         for position in self.position or ():
-            if not bool((kv.positions[:, : kv.length] == position).any()):
-                raise CacheError(f"no entry at position {position}; there are {entries_of(kv)}")
+            if not bool((at == position).any()):
+                raise CacheError(f"no entry at position {position}; there are {entries_of(at)}")
 
 
-def listed(asked: Which, what: str) -> tuple[int, ...] | None:
-    if asked is None:
-        return None
-    found = (asked,) if isinstance(asked, int) else tuple(int(i) for i in asked)
-    if not found or min(found) < 0:
+def listed(asked: Any, what: str) -> tuple[int, ...] | None:
+    """The whole numbers asked for; CacheError for what is none, for none at all, and for one below 0."""
+    try:
+        found = None if asked is None else numbers(asked)
+    except TypeError:
+        text = f"; those of a text are cache.find(lens, kv, {asked!r})" if isinstance(asked, str) else ""
+        raise CacheError(f"{what} is {asked!r}: give whole numbers, 3 or [3, 5] or range(3, 9){text}") from None
+    if found is not None and (not found or min(found) < 0):
         raise CacheError(f"{what} is {found}: give whole numbers from 0, or leave {what}= out to mean all")
     return found
 
 
-def entries_of(kv: KVCache) -> str:
-    there = kv.positions[:, : kv.length]
-    return f"{int(there.min())} to {int(there.max())}" if kv.length else "none"
+def numbers(asked: Any) -> tuple[int, ...]:
+    if isinstance(asked, bool):
+        raise TypeError
+    try:
+        return (index(asked),)
+    except TypeError:
+        return tuple(index(i) for i in asked)
+
+
+def entries_of(at: Int[Tensor, "batch key"]) -> str:
+    """Where there are entries, for people."""
+    there = at[at >= 0]
+    return f"{int(there.min())} to {int(there.max())}" if len(there) else "none"
 
 
 def past_of(point: Point, own: bool) -> int:
@@ -89,6 +105,28 @@ def past_of(point: Point, own: bool) -> int:
     return point.key_positions.shape[1] - (0 if own else point.positions.shape[1])
 
 
+@dataclass(frozen=True)
+class Recalled(Only):
+    """An edit of all of a tensor, at the steps that recall an entry at one of its positions."""
+
+    def selects(self, point: Point) -> Tensor | None:
+        assert point.key_positions is not None
+        if self.steps is not None and point.step not in self.steps:
+            return None
+        wanted = sorted(self.positions or ())
+        there = torch.isin(point.key_positions, torch.tensor(wanted, device=point.key_positions.device))
+        return there if self.positions is None or bool(there.any()) else None
+
+    def merged(self, new: Tensor, x: Tensor, point: Point, where: Tensor | None) -> Tensor:
+        return x if where is None else new
+
+
 def scheduled(edit: Edit, steps: Which, positions: Which = None) -> Edit:
     """The edit at these steps and positions alone, so that a run that never comes to them says so."""
     return edit if steps is None and positions is None else only(edit, steps=steps, positions=positions)
+
+
+def recalled(edit: Edit, steps: Which, positions: Which) -> Edit:
+    """The edit, of a whole tensor, at these steps alone and where entries at these positions are recalled."""
+    held = scheduled(edit, steps, positions)
+    return Recalled(edit, held.steps, held.positions) if isinstance(held, Only) else held

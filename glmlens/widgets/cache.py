@@ -13,7 +13,6 @@ from glmlens import cache
 from glmlens.analysis.entries import Reads, key_labels, who_reads
 from glmlens.analysis.leave_out import leave_one_out
 from glmlens.analysis.rows import label, layers_of
-from glmlens.hooks import only
 from glmlens.lens import Lens
 from glmlens.patch.timeline import Timeline
 from glmlens.plot import cache_norms, heatmap
@@ -128,10 +127,7 @@ class CacheInspector(Generations):
         what, step, layer, kv, position, factor = change
         upto = min(step + 1, length)
         if what == "drop":
-            start = int(line.memory(step).kv.next_positions()[0])
-            hidden = cache.evict(position=position, layer=layer, kv=kv).hooks(self.lens)
-            later = range(start, start + length)
-            hooks = [(name, only(fn, positions=later)) for name, fn in hidden]
+            hooks = cache.evict(position=position, layer=layer, kv=kv).hooks(self.lens, steps=range(step, length))
             return self.grown(line.rerun(step, hooks=hooks, at={}, max_new_tokens=upto), length)
         op = operation(what, layer, kv, position, factor)
         return self.grown(line.rerun(step, at={step: op}, max_new_tokens=upto), length)
