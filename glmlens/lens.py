@@ -160,7 +160,7 @@ class Lens(Running, Weights):
         as it was. Interrupting returns what there is. Raises HookError (with what there is as its `.run`) for an edit
         at a step or position that was never reached.
         """
-        going = self._start(
+        return self._start(
             prompt,
             max_new_tokens,
             names,
@@ -175,16 +175,7 @@ class Lens(Running, Weights):
             min_p=min_p,
             repetition_penalty=repetition_penalty,
             seed=seed,
-        )
-        try:
-            for _ in going:
-                pass
-        except KeyboardInterrupt:
-            return going.run("interrupted")
-        except Exception as e:
-            setattr(e, "run", going.run("failed"))  # noqa: B010 - nothing already computed is lost
-            raise
-        return going.run()
+        ).whole()
 
     def stream(self, prompt: Prompt, max_new_tokens: int = 20, **options: Unpack[Options]) -> Iterator[Step]:
         """The steps of `generate`, which has the same options, as they happen, each with the text that it completes."""
@@ -222,14 +213,7 @@ class Lens(Running, Weights):
         kv = self.new_kv(tokens.shape[0], room) if kv is None else kv.fork(room)
         plan = Plan.of(self._passed(tokens, {}), names, hooks)
         plan.reachable(max_new_tokens - 1, int(kv.next_positions().max()) + room - 1)
-        stop_ids = self.stop_ids if stop_ids is None else tuple(stop_ids)
-        strings = (
-            () if stop_strings is None else (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
-        )
-        if strings:
-            self._text()  # raises without a tokenizer
-        if not all(strings):
-            raise ValueError("an empty stop string would stop everything at once")
+        stop_ids, strings = self.stops(stop_ids, stop_strings)
         mask, recorder = forward.get("attention_mask"), Recorder(plan)
         if mask is not None and not bool(mask[:, -1].all()):
             raise ValueError("a prompt is padded on the left: the last column of attention_mask must be all 1")
@@ -249,6 +233,17 @@ class Lens(Running, Weights):
             pad_id=self.pad_id,
         )
         return going
+
+    def stops(
+        self, stop_ids: Sequence[int] | None = None, stop_strings: str | Sequence[str] | None = None
+    ) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """The stop ids and strings of a generation that is asked for with these; ValueError for an empty string."""
+        strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings or ()
+        if strings:
+            self._text()  # raises without a tokenizer
+        if not all(strings):
+            raise ValueError("an empty stop string would stop everything at once")
+        return self.stop_ids if stop_ids is None else tuple(stop_ids), tuple(strings)
 
     def _choosing(self, how: Sampling, kv: KVCache, padding: Tensor | None) -> Choose:
         """What chooses the next tokens, which may depend on those that the cache is of."""

@@ -1,6 +1,6 @@
 """A generation, under way and done."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -48,6 +48,7 @@ class Going:
     stop_strings: tuple[str, ...]
     tokenizer: Tokenizer | None
     last: int = 0  # how many tokens there can be at most
+    said: tuple[int, ...] = ()  # by its one row before it began, where a stop string may have begun
     of: Of | None = None
 
     def __iter__(self) -> Iterator[Step]:
@@ -67,9 +68,7 @@ class Going:
         if self.tokenizer is None:
             return []
         new = self.tokens[:, self.prompt_length :].tolist()
-        ends = [next((i for i, token in enumerate(row) if token in self.stop_ids), len(row)) for row in new]
-        texts = [self.tokenizer.decode(row[:end], special=False) for row, end in zip(new, ends, strict=True)]
-        texts = [text[: min((text.find(s) for s in self.stop_strings if s in text), default=None)] for text in texts]
+        texts = [without_end(self.tokenizer, row, self.stop_ids, self.stop_strings) for row in new]
         if whole or self.tokens.shape[1] == self.last or bool(self.stopped().all()):
             return texts
         return [self.settled(text.rstrip("\ufffd")) for text in texts]
@@ -88,8 +87,20 @@ class Going:
     def said_enough(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch"]:
         """Where a row has said one of the stop strings."""
         assert self.tokenizer is not None
-        texts = [self.tokenizer.decode(row) for row in tokens[:, self.prompt_length :].tolist()]
+        texts = [self.tokenizer.decode([*self.said, *row]) for row in tokens[:, self.prompt_length :].tolist()]
         return torch.tensor([any(s in text for s in self.stop_strings) for text in texts], device=tokens.device)
+
+    def whole(self) -> Run:
+        """All of it, or what there is when it is interrupted; an error has what there is as its `.run`."""
+        try:
+            for _ in self:
+                pass
+        except KeyboardInterrupt:
+            return self.run("interrupted")
+        except Exception as e:
+            setattr(e, "run", self.run("failed"))  # noqa: B010 - nothing already computed is lost
+            raise
+        return self.run()
 
     def run(self, stopped: str | None = None) -> Run:
         """What there is."""
@@ -108,3 +119,10 @@ class Going:
         at = self.kv.positions[:, self.start : self.start + ran]
         keys = self.kv.positions[:, : self.start + ran]
         return replace(self.of, tokens=self.tokens[:, :ran], positions=at, key_positions=keys, by_steps=True)
+
+
+def without_end(tokenizer: Tokenizer, row: Sequence[int], stop_ids: Sequence[int], stop_strings: Sequence[str]) -> str:
+    """The text of what a row has said, without the stop token or string that ended it and without special tokens."""
+    end = next((i for i, token in enumerate(row) if token in stop_ids), len(row))
+    text = tokenizer.decode(row[:end], special=False)
+    return text[: min((text.find(s) for s in stop_strings if s in text), default=None)]

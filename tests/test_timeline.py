@@ -8,6 +8,7 @@ import torch
 from conftest import small_lens
 from torch.testing import assert_close
 
+import glmlens
 from glmlens import analysis, cache, only, patch
 from glmlens.hooks import HookError
 from glmlens.patch import Intervention, Site, parting, scheduled, timeline
@@ -155,9 +156,8 @@ def test_interventions_in_generation_are_those_of_a_forward(lens, tokens, change
     line = timeline(lens, tokens[:1], 5, interventions=one, stop_ids=())
     logits = patch.run(lens, whole(line)[:, :-1], one)
     close(line.logits, logits[0, 8:])
-    applied = [event for event in line.events if event.changed]
-    assert [event.step for event in applied] == [0, 2]
-    assert {event.what for event in applied} == {str(one)}
+    assert [(event.step, event.changed) for event in line.events] == [(0, True), (2, True)]
+    assert {event.what for event in line.events} == {str(one)}
 
 
 def test_a_schedule_restricts_any_change_to_steps_and_positions(lens, tokens):
@@ -232,6 +232,77 @@ def test_it_stops_where_a_generation_stops(lens, tokens):
     assert line.tokens == said[: said.index(stop) + 1]
 
 
+@pytest.fixture(scope="module")
+def demo():
+    return glmlens.load(dtype="float32")
+
+
+STORY = "The capital of France is"
+
+
+def test_it_stops_at_a_string_where_a_generation_stops_wherever_it_is_cut(demo):
+    """Also at one that begins before a step at which the cache is operated on, or in what a rerun goes on from."""
+    plain = timeline(demo, STORY, 9, stop_ids=())
+    whole, options = plain.text, {"stop_ids": (), "stop_strings": [plain.text[4:13]]}
+    run = demo.generate(STORY, 9, **options)
+    assert 2 < run.new_tokens.shape[1] < 9
+    for at in ({}, *({step: cache.reposition(demo, 0)} for step in range(1, run.new_tokens.shape[1]))):
+        line = timeline(demo, STORY, 9, at=at, **options)
+        assert line.tokens == run.new_tokens[0].tolist()
+        assert line.text == run.text == whole[:4]
+    for step in range(len(line.tokens)):
+        assert line.rerun(step).tokens == line.rerun(step, token=line.tokens[step]).tokens == line.tokens
+    with pytest.raises(ValueError, match="empty stop string"):
+        timeline(demo, STORY, 3, stop_strings="")
+
+
+def test_its_text_is_that_of_a_generation(demo):
+    for stop_ids in (None, (), [demo.generate(STORY, 3, stop_ids=()).new_tokens[0, 1].item()]):
+        line, run = timeline(demo, STORY, 6, stop_ids=stop_ids), demo.generate(STORY, 6, stop_ids=stop_ids)
+        assert (line.tokens, line.text) == (run.new_tokens[0].tolist(), run.text)
+
+
+def test_attention_names_the_tokens_at_its_keys(demo):
+    said = demo.to_labels(demo.generate(STORY, 4, stop_ids=()).tokens)
+    line = timeline(demo, STORY, 4, stop_ids=())
+    assert list(line.attention(1, 0).labels["key"]) == [f"{i} {word}" for i, word in enumerate(said[:-1])]
+    moved = timeline(demo, STORY, 4, at={2: cache.reposition(demo, 2)}, stop_ids=())
+    labels = moved.attention(1, 0).labels["key"]  # of two caches
+    assert [labels[i] for i in (1, 3, 8)] == [f"1 {said[1]}", f"3 {said[3]} / {said[1]}", f"8 {said[6]}"]
+
+
+def test_an_operation_that_writes_in_place_reaches_no_other_run(lens, tokens):
+    line = timeline(lens, tokens[:1], 5, stop_ids=())
+
+    def empty(kv):
+        kv.keys.zero_()
+        kv.values.zero_()
+        return kv
+
+    changed = line.rerun(2, at={3: empty})
+    assert [event.what for event in changed.events] == ["empty"]
+    assert timeline(lens, tokens[:1], 5, at={3: empty}, stop_ids=()).tokens == changed.tokens
+    assert line.rerun(2).tokens == line.tokens
+    close(changed.rerun(2, at={}).logits, line.logits)
+
+
+@pytest.mark.parametrize("at", [{}, {0: cache.ablate()}], ids=["plain", "in pieces"])
+def test_interrupting_gives_what_there_is_and_where_there_is_nothing_goes_through(lens, tokens, at):
+    def interrupt(step):
+        def edit(x, point):
+            if point.step == step:
+                raise KeyboardInterrupt
+            return x
+
+        return {"blocks.1.attn_out": edit}
+
+    line = timeline(lens, tokens[:1], 5, hooks=interrupt(3), at=at, stop_ids=())
+    assert line.tokens == timeline(lens, tokens[:1], 5, at=at, stop_ids=()).tokens[:3]
+    assert line.attention(1, 1).shape[0] == 3
+    with pytest.raises(KeyboardInterrupt):
+        timeline(lens, tokens[:1], 5, hooks=interrupt(0), at=at, stop_ids=())
+
+
 def test_what_cannot_be_is_an_error_that_says_so(lens, tokens):
     line = timeline(lens, tokens[:1], 3, stop_ids=())
     with pytest.raises(IndexError, match="0 to 2"):
@@ -240,8 +311,17 @@ def test_what_cannot_be_is_an_error_that_says_so(lens, tokens):
         timeline(lens, tokens, 3)
     with pytest.raises(ValueError, match="this run has 0 to 2"):
         timeline(lens, tokens[:1], 3, at={3: cache.evict(position=1)})
-    with pytest.raises(TypeError, match="stop_strings"):
-        timeline(lens, tokens[:1], 3, stop_strings="end")
+    with pytest.raises(ValueError, match=r"operations at steps \[1\]; this run has 2 to 2"):
+        line.rerun(2, at={1: cache.reposition(lens, 0)})
+    with pytest.raises(ValueError, match=r"this run has 2 to 2"):
+        line.rerun(1, token=3, at={1: cache.reposition(lens, 0)})
+    with pytest.raises(patch.PatchError, match="returned NoneType"):
+        timeline(lens, tokens[:1], 3, at={1: lambda kv: None}, stop_ids=())
+    for layer, head in [(3, 0), (-1, 0), (0, 4)]:
+        with pytest.raises(IndexError, match="there are 3 layers of 4 heads"):
+            line.attention(layer, head)
+    with pytest.raises(ValueError, match="this model has 0 to 100"):
+        line.probability(101)
     with pytest.raises(TypeError, match="use rerun"):
         timeline(lens, tokens[:1], 3, kv=lens.new_kv())
     hooked = timeline(lens, tokens[:1], 3, hooks={"blocks.1.kv.k": double}, stop_ids=())

@@ -72,10 +72,7 @@ plot.heatmap(by_layer, what="probability", title="What each layer gives to the w
 
 # %%
 attention = line.attention(3, 4)
-whole = torch.cat([line.prompt, torch.tensor([line.tokens])], 1)
-keys = [f"{i} {label}" for i, label in enumerate(lens.to_labels(whole)[:-1])]  # nobody reads the last token
-looks = {"step": attention.labels["step"], "key": keys}
-plot.heatmap(attention.values, looks, axes=("step", "key"), what="attention", title="Where head 3.4 looks at each step")
+plot.heatmap(attention, what="attention", signed=False, title="Where head 3.4 looks at each step")
 
 # %%
 ball = len(lens.to_labels(prompt))  # the first token that was said stands right behind the prompt
@@ -363,11 +360,11 @@ assert clean.text.strip() == "It made Nora feel happy."
 assert steered.text.strip() == "It made Nora feel sad."
 
 # %% [markdown]
-# Look at the events. There was one edit that changed anything, in step 0: the adjective is in the prompt, and the
-# prompt runs only once. In step 4, when the model says *sad*, nobody is steering. Yet it does.
+# Look at the events. There was one edit, in step 0: the adjective is in the prompt, and the prompt runs only once. In
+# step 4, when the model says *sad*, nobody is steering. Yet it does.
 
 # %%
-assert [event.step for event in steered.events if event.changed] == [0]
+assert [event.step for event in steered.events] == [0]
 feel = 4  # the step that says how she feels
 said = [float(run.probability(" sad").at(step=feel)) for run in (clean, steered)]
 print(f"probability of sad in step {feel}: {said[0]:.2f} without, {said[1]:.2f} with")

@@ -15,7 +15,7 @@ from glmlens.hooks import Edit, HookError, Hooks, Only, Point, called, only, pai
 from glmlens.kv_cache import KVCache
 from glmlens.lens import Lens
 from glmlens.patch.interventions import Intervention
-from glmlens.patch.running import Applied
+from glmlens.patch.running import Applied, Applying
 from glmlens.patch.sites import PatchError
 from glmlens.run import Run
 
@@ -45,12 +45,19 @@ class Noted:
 
     def __call__(self, x: Tensor, point: Point) -> Tensor:
         point = replace(point, step=point.step + self.start)
-        if isinstance(self.fn, Only) and self.fn.selects(point) is None:
+        if not holds(self.fn, point):
             return x
         new = self.fn(x.clone(), point)
         changed = not (isinstance(new, Tensor) and torch.equal(new, x))
         self.events.append(Event(point.step, point.name, called(self.fn), changed))
         return new
+
+
+def holds(fn: Edit, point: Point) -> bool:
+    """Whether an edit has anything to do at a point: one that says where it holds, and does not hold here, has not."""
+    if isinstance(fn, Only):
+        return fn.selects(point) is not None and holds(fn.fn, point)
+    return fn.holds(point) if isinstance(fn, Applying) else True
 
 
 @dataclass
@@ -108,6 +115,18 @@ class Recording:
     held: set[int] = field(default_factory=set)
     draw: torch.Generator | None = None
 
+    def possible(self, first: int) -> None:
+        """Raise ValueError for an operation at a step that does not come, TypeError for what is no operation."""
+        wrong = [step for step in self.at if not first <= step < self.last]
+        if wrong:
+            raise ValueError(f"operations at steps {wrong}; this run has {first} to {self.last - 1}")
+        for step, op in self.at.items():
+            if not callable(op):
+                raise TypeError(
+                    f"the operation at step {step} is a {type(op).__name__}; expected a function from a cache to a new "
+                    f"one; two of them are lambda kv: second(first(kv))"
+                )
+
     def begin(self, tokens: Int[Tensor, "one pos"]) -> None:
         """Run the prompt, a long one in pieces, and go on from there."""
         if tokens.shape[1] <= PIECE and 0 not in self.at:
@@ -125,10 +144,10 @@ class Recording:
     def segment(self, tokens: Int[Tensor, "one pos"], kv: KVCache | None) -> None:
         """Generate up to the next operation on the cache or the end, then on from there."""
         start = len(self.moments)
-        if start >= self.last:
+        if start >= self.last or self.said_enough():
             return
         if kv is not None and start in self.at:
-            kv = self.at[start](kv)
+            kv = operated(self.at[start], kv)
             self.events.append(Event(start, CACHE, named(self.at[start]), True))
         stops = [step for step in self.at if step > start]
         until = min([*stops, self.last])
@@ -140,12 +159,23 @@ class Recording:
         ]
         edits = [*noted, *((name, watch) for name in [*points, "logits"])]
         options = {**self.options, **({} if self.draw is None else {"seed": self.draw})}
-        run = self.lens.generate(tokens, until - start, hooks=edits, kv=kv, **options)
+        going = self.lens._start(tokens, until - start, options.pop("names", ()), hooks=edits, kv=kv, **options)
+        going.said = tuple(moment.token for moment in self.moments)
+        run = going.whole()
         self.note(noted)
         self.runs.append(run)
         self.moments += moments(self.lens, run, watch, start, tokens.shape[1], 0 if kv is None else kv.length)
+        if not self.moments:
+            raise KeyboardInterrupt  # before the first token: there is nothing to give back
         if len(self.moments) == until < self.last and run.stopped == "max_new_tokens":
             self.go(run.kv, int(run.tokens[0, -1]))
+
+    def said_enough(self) -> bool:
+        """Whether what was said has ended with a stop id or a stop string."""
+        said = [moment.token for moment in self.moments]
+        ids, strings = self.lens.stops(self.options.get("stop_ids"), self.options.get("stop_strings"))
+        text = self.lens.to_string(said) if strings else ""
+        return bool(said) and (said[-1] in ids or any(s in text for s in strings))
 
     def noted(self, start: int) -> list[tuple[str, Edit]]:
         return [(name, Noted(fn, start)) for name, fn in pairs(self.hooks)]
@@ -200,6 +230,14 @@ def moments(lens: Lens, run: Run, watch: Last, start: int, ran: int, past: int) 
             )
         )
     return found
+
+
+def operated(op: OnCache, kv: KVCache) -> KVCache:
+    """The cache that an operation makes, of a copy: one that writes in place reaches no other run."""
+    made: Any = op(kv.fork())
+    if not isinstance(made, KVCache):
+        raise PatchError(f"{named(op)} returned {type(made).__name__}; expected a KVCache, end it with 'return kv'")
+    return made
 
 
 def named(op: OnCache) -> str:

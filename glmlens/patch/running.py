@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -36,27 +36,8 @@ class Applied:
         compiler.prepare(interventions, length)
         for i, one in enumerate(interventions):
             for write in compiler.writes(one, length, names or {}):
-                applied.hooks.append((write.name, applied.edit(i, write)))
+                applied.hooks.append((write.name, Applying(applied, i, write)))
         return applied
-
-    def edit(self, i: int, write: Write) -> Edit:
-        def edit(x: Tensor, point: Point) -> Tensor:
-            if write.ungrouped and x.shape[2] != self.lens.cfg.n_heads:
-                raise PatchError(f"{write.name} by query head needs a cache that is not grouped: use patch.run")
-            assert point.positions is not None
-            assert point.key_positions is not None
-            view, where = seated(point.name, x), point.key_positions if write.by_key else point.positions
-            for row, here, keys in zip(view, where, point.key_positions, strict=True):
-                reached = here >= 0 if write.positions is None else torch.isin(here, write.positions)
-                slots = reached.nonzero().squeeze(1)
-                if len(slots):
-                    self.fired.add(i)
-                    if bool(write.into(row, slots, here[slots], lambda k, keys=keys: columns(k, keys))):
-                        self.changed.add(i)
-            return x
-
-        edit.__name__ = str(self.interventions[i])
-        return edit
 
     def finish(self, allow: Sequence[str]) -> None:
         """Raise PatchError for an intervention that never fired or changed nothing, unless that is allowed by name."""
@@ -75,6 +56,41 @@ class Applied:
             raise PatchError(f"{', '.join(mixed)} both by query head and by group: say all of it in heads")
         kv = self.lens.new_kv(batch, capacity)
         return Ungrouped(**{f.name: getattr(kv, f.name) for f in fields(kv)}, group=self.lens.cfg.n_groups)
+
+
+@dataclass
+class Applying:
+    """One write of an intervention as an edit, which notes whether it fired and whether it changed anything."""
+
+    applied: Applied
+    i: int
+    write: Write
+
+    def __post_init__(self) -> None:
+        self.__name__ = str(self.applied.interventions[self.i])
+
+    def __call__(self, x: Tensor, point: Point) -> Tensor:
+        write, applied = self.write, self.applied
+        if write.ungrouped and x.shape[2] != applied.lens.cfg.n_heads:
+            raise PatchError(f"{write.name} by query head needs a cache that is not grouped: use patch.run")
+        where, keys_of = self.where(point), cast(Tensor, point.key_positions)
+        for row, here, reached, keys in zip(seated(point.name, x), where, self.reached(where), keys_of, strict=True):
+            slots = reached.nonzero().squeeze(1)
+            if len(slots):
+                applied.fired.add(self.i)
+                if bool(write.into(row, slots, here[slots], lambda k, keys=keys: columns(k, keys))):
+                    applied.changed.add(self.i)
+        return x
+
+    def holds(self, point: Point) -> bool:
+        """Whether this call has any of the positions that are meant."""
+        return bool(self.reached(self.where(point)).any())
+
+    def where(self, point: Point) -> Tensor:
+        return cast(Tensor, point.key_positions if self.write.by_key else point.positions)
+
+    def reached(self, where: Tensor) -> Tensor:
+        return where >= 0 if self.write.positions is None else torch.isin(where, self.write.positions)
 
 
 def columns(asked: Tensor, keys: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from glmlens.patch.interventions import Intervention
 from glmlens.patch.moments import CACHE, Event, Moment, OnCache, Recording, compiled
 from glmlens.prompt import Prompt
 from glmlens.results import Labelled
-from glmlens.run import Run
+from glmlens.run import Run, without_end
 
 UNSEEN = ("kv.k", "attn.scores", "attn.pattern")  # edits there change attention, and neither queries nor the cache
 
@@ -52,7 +52,9 @@ class Timeline:
 
     @property
     def text(self) -> str:
-        return self.lens.to_string(self.tokens)
+        """What was said, as that of `lens.generate`: without the stop token or string that ended it."""
+        stops = self.lens.stops(self.options.get("stop_ids"), self.options.get("stop_strings"))
+        return without_end(self.lens._text(), self.tokens, *stops)
 
     @property
     def logits(self) -> Float[Tensor, "step vocab"]:
@@ -74,7 +76,7 @@ class Timeline:
         if token is None:
             ids = torch.tensor(self.tokens, device=probs.device)
             return self.labelled(probs.gather(1, ids[:, None]).squeeze(1), "step", "probability")
-        i = token if isinstance(token, int) else self.lens.to_single_token(token)
+        i = self.lens.to_answer(token)
         return self.labelled(probs[:, i], "step", f"probability of {label(self.lens, i)}")
 
     def entropy(self) -> Labelled:
@@ -99,6 +101,9 @@ class Timeline:
 
         Raises HookError where an edit changed what attention reads after the cache: record "attn.pattern" then.
         """
+        layers, heads = self.lens.cfg.n_layers, self.lens.cfg.n_heads
+        if not (0 <= layer < layers and 0 <= head < heads):
+            raise IndexError(f"layer {layer}, head {head}; there are {layers} layers of {heads} heads")
         for event in self.events:
             if event.point.endswith(UNSEEN) and event.point.startswith(f"blocks.{layer}."):
                 raise HookError(f"{event.what} at {event.point} changed this: record it, names='attn.pattern'")
@@ -108,8 +113,16 @@ class Timeline:
             at = moment.kv.positions[:, : moment.before + 1]
             real = at[0] >= 0
             row[at[0, real]] = self.attended(moment, layer, head, at)[real]
-        places = [str(i) for i in range(n_keys)]
-        return self.labelled(found, "step key", f"attention of layer {layer}, head {head}", key=places)
+        return self.labelled(found, "step key", f"attention of layer {layer}, head {head}", key=self.keys(n_keys))
+
+    def keys(self, n_keys: int) -> list[str]:
+        """A label for every absolute position: its number and its token, of an edited cache all that stood there."""
+        words: list[dict[str, None]] = [{} for _ in range(n_keys)]
+        for kv, upto in {id(m.kv): (m.kv, m.before + 1) for m in self.moments}.values():
+            for at, token in zip(kv.positions[0, :upto].tolist(), kv.tokens[0, :upto].tolist(), strict=True):
+                if at >= 0:
+                    words[at][label(self.lens, token) if token >= 0 else "?"] = None
+        return [" ".join([str(at), " / ".join(said)]).strip() for at, said in enumerate(words)]
 
     def attended(self, moment: Moment, layer: int, head: int, at: Int[Tensor, "one key"]) -> Float[Tensor, "key"]:
         keys = moment.kv.keys[layer, :, : moment.before + 1, head // self.lens.cfg.n_groups].unsqueeze(2)
@@ -154,6 +167,8 @@ class Timeline:
         later = {i: op for i, op in self.at.items() if anew or i > step}
         going = Recording(self.lens, compiled(self.lens, given, interventions), later if at is None else at, last)
         going.options, going.held = self.options, set(range(len(pairs(self.hooks)))) if hooks is None else set()
+        if at is not None:
+            going.possible(step + (token is not None))
         going.draw_from(moment)
         going.moments = list(self.moments[:step])
         if token is not None:
@@ -209,12 +224,8 @@ def timeline(
     unknown = sorted({"kv", "attention_mask"} & set(options))
     if unknown:
         raise TypeError(f"{' and '.join(unknown)}: a timeline begins with its prompt; to go on, use rerun(step)")
-    if "stop_strings" in options:
-        raise TypeError("stop_strings: not in a timeline, which may go on from any step; use stop_ids or lens.generate")
-    wrong = [step for step in at or {} if not 0 <= step < max_new_tokens]
-    if wrong:
-        raise ValueError(f"operations at steps {wrong}; this run has 0 to {max_new_tokens - 1}")
     going = Recording(lens, compiled(lens, hooks, interventions), at or {}, max_new_tokens, options)
+    going.possible(0)
     going.draw_from(None)
     going.begin(tokens)
     return told(going, tokens)
