@@ -68,7 +68,9 @@ class Going:
         if self.tokenizer is None:
             return []
         new = self.tokens[:, self.prompt_length :].tolist()
-        texts = [without_end(self.tokenizer, row, self.stop_ids, self.stop_strings) for row in new]
+        ends = [next((i for i, token in enumerate(row) if token in self.stop_ids), len(row)) for row in new]
+        texts = [self.tokenizer.decode(row[:end], special=False) for row, end in zip(new, ends, strict=True)]
+        texts = [up_to(self.stop_strings, text) for text in texts]
         if whole or self.tokens.shape[1] == self.last or bool(self.stopped().all()):
             return texts
         return [self.settled(text.rstrip("\ufffd")) for text in texts]
@@ -121,8 +123,6 @@ class Going:
         return replace(self.of, tokens=self.tokens[:, :ran], positions=at, key_positions=keys, by_steps=True)
 
 
-def without_end(tokenizer: Tokenizer, row: Sequence[int], stop_ids: Sequence[int], stop_strings: Sequence[str]) -> str:
-    """The text of what a row has said, without the stop token or string that ended it and without special tokens."""
-    end = next((i for i, token in enumerate(row) if token in stop_ids), len(row))
-    text = tokenizer.decode(row[:end], special=False)
+def up_to(stop_strings: Sequence[str], text: str) -> str:
+    """The text before the first of these strings that is in it."""
     return text[: min((text.find(s) for s in stop_strings if s in text), default=None)]

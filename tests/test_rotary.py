@@ -203,6 +203,27 @@ def test_moving_one_token_equals_building_its_angles_by_hand(any_lens, tokens):
     assert torch.equal(found, logits_with(any_lens, tokens, by_hand))
 
 
+@pytest.mark.parametrize("place", [{}, {"head": 2}, {"of": "q"}, {"kv": 1}], ids=str)
+def test_surgeries_of_several_tokens_or_pairs_add_up(tokens, place):
+    lens = exact_lens()
+    shifts = [*surgery.shift(lens, {4: 3}, **place), *surgery.shift(lens, {6: 1}, **place)]
+    freezes = [*surgery.freeze(lens, pair=0, **place), *surgery.freeze(lens, pair=2, **place)]
+    if place != {"head": 2}:  # its scores are made anew: of two tokens moved alone is none with both moved
+        close(logits_with(lens, tokens, shifts), logits_with(lens, tokens, surgery.shift(lens, {4: 3, 6: 1}, **place)))
+    close(logits_with(lens, tokens, freezes), logits_with(lens, tokens, surgery.freeze(lens, pair=[0, 2], **place)))
+
+
+@pytest.mark.parametrize("place", [{}, {"head": 2}, {"of": "q"}, {"kv": 1}], ids=str)
+def test_a_token_is_moved_where_it_stands_alone_and_one_that_never_comes_is_an_error(tokens, place):
+    lens = exact_lens()
+    line = patch.timeline(lens, tokens[:1], 4, hooks=surgery.shift(lens, {10: 3}, layer=1, **place), stop_ids=())
+    whole = torch.cat([tokens[:1], torch.tensor([line.tokens])], 1)[:, :-1]
+    close(line.logits, logits_with(lens, whole, surgery.shift(lens, {10: 3}, layer=1, **place))[0, 8:])
+    assert {event.step for event in line.events if event.changed} == ({2, 3} if place == {"head": 2} else {2})
+    with pytest.raises(HookError, match="position 9"):
+        logits_with(lens, tokens, surgery.shift(lens, {9: 3}, **place))
+
+
 def test_surgery_in_bfloat16_turns_by_angles_rounded_once(tokens):
     """What stays where it is keeps every bit; what moves is as near as two roundings to 8 bits allow."""
     lens, exact = small_lens(dtype=torch.bfloat16), exact_lens()

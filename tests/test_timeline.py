@@ -256,12 +256,6 @@ def test_it_stops_at_a_string_where_a_generation_stops_wherever_it_is_cut(demo):
         timeline(demo, STORY, 3, stop_strings="")
 
 
-def test_its_text_is_that_of_a_generation(demo):
-    for stop_ids in (None, (), [demo.generate(STORY, 3, stop_ids=()).new_tokens[0, 1].item()]):
-        line, run = timeline(demo, STORY, 6, stop_ids=stop_ids), demo.generate(STORY, 6, stop_ids=stop_ids)
-        assert (line.tokens, line.text) == (run.new_tokens[0].tolist(), run.text)
-
-
 def test_attention_names_the_tokens_at_its_keys(demo):
     said = demo.to_labels(demo.generate(STORY, 4, stop_ids=()).tokens)
     line = timeline(demo, STORY, 4, stop_ids=())

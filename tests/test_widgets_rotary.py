@@ -97,6 +97,11 @@ def test_buttons_turn_pairs_on_and_off(rotary):
     assert said(rotary) == ""
 
 
+def test_a_button_names_its_pair_as_the_parts_of_a_score_do(rotary, parts):
+    named = [f"pair {b.description.replace(')', ' tokens)')}" for b in rotary.places["pairs"].buttons]
+    assert named == list(parts.part.labels["part"])[:8]
+
+
 def test_a_query_takes_its_key_along_and_a_later_key_is_refused(rotary):
     rotary.places["query"].value = 2
     assert (rotary.state["key"], rotary.state["distance"]) == (2, 0)

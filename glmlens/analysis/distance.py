@@ -40,7 +40,8 @@ class PairUse(Sheets):
     """By how much each part lifts the score of what a kind of head looks for [layer, head, part].
 
     The part at the token sought, less its mean over all words that the query sees. The parts add up to what the whole
-    score has there above its mean.
+    score has there above its mean. A lift says where the score of a head is high, not what the head looks for: other
+    tokens may lift as much, and then attention goes there (`head_scores` tells).
     """
 
     previous: Labelled
@@ -96,6 +97,10 @@ def pair_use(
     """Which pairs of channels make heads look at the previous token, the same word, or what followed it.
 
     On the rows of `head_scores`: random words, said twice. In units of scores. Raises ValueError as that does.
+
+    What is sought is always as far away: 1, `length` and `length` - 1 tokens. A pair that turns a whole number of times
+    between lifts it whatever the word is: with 20 words a head that looks 1 token back by pair 0 is lifted 19 back too,
+    three turns further. What is left with another `length` is the word's.
     """
     ids, prefix = random_words(lens, rows, length, seed, words), lens.tokenizer.prefix if lens.tokenizer else ()
     tokens = torch.cat([torch.tensor(prefix, dtype=torch.long).expand(rows, -1), ids.repeat(1, 2)], 1)

@@ -63,6 +63,7 @@ def part_labels(lens: Lens) -> list[str]:
 
 
 def tokens_long(length: float) -> str:
+    """A wavelength for people, with three digits that count: 6.28, 1,990."""
     return f"{length:.3g}" if length < 1000 else f"{float(f'{length:.3g}'):,.0f}"
 
 

@@ -5,6 +5,10 @@ and one of `head=` (query heads) and `kv=` (a key-value head with all the heads 
 "both", "q" or "k". What is turned otherwise by `of="k"`, or for whole groups, is remembered so. One query head of
 several on a key-value head cannot have keys of its own: for `head=` with `of="both"` its scores are made anew instead,
 which needs attention="eager".
+
+Lists of other pairs or other tokens add up, [*freeze(lens, pair=0), *shift(lens, {4: 3}, pair=1)]; for one head of a
+group with `of="both"` of other pairs alone: give its tokens in one call. Of two that turn the same pair of the same
+token the second holds, unless they are of queries or keys alone: those turn on from where they are.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,7 +23,7 @@ from glmlens.analysis.passes import pieces
 from glmlens.analysis.rows import Rows, numbers
 from glmlens.angles import Rule, frequencies, frozen, moved, silent, stretched, turned_by, turned_on
 from glmlens.config import GLMConfig
-from glmlens.hooks import Edit, Hooks, Point
+from glmlens.hooks import Edit, Hooks, Point, only
 from glmlens.lens import Lens
 from glmlens.model import Angles
 from glmlens.patch.sites import PatchError, listed
@@ -63,9 +67,14 @@ def shift(
 ) -> Edits:
     """Tokens turn as if they stood `by` positions later: all, or {absolute position: by how many}.
 
-    They stay where they are: who may see whom does not change.
+    They stay where they are: who may see whom does not change. HookError (when it is run) for positions that never
+    come.
     """
-    return turning(lens, moved(by), layer=layer, head=head, kv=kv, pair=pair, of=of)
+    edits = turning(lens, moved(by), layer=layer, head=head, kv=kv, pair=pair, of=of)
+    if isinstance(by, int):
+        return edits
+    of_keys = any(name.endswith("attn.scores") for name, _ in edits)  # made anew wherever such a key is recalled
+    return [(name, only(fn, positions=by) if name.endswith("kv.k") or not of_keys else fn) for name, fn in edits]
 
 
 def stretch(
@@ -156,10 +165,10 @@ class Turning:
         return published, (mixed[0], mixed[1])
 
     def cos(self, x: Tensor, point: Point) -> Tensor:
-        return torch.where(self.pairs, self.edited(x, point)[0].to(x.dtype), x)
+        return torch.where(self.otherwise(x, point), self.edited(x, point)[0].to(x.dtype), x)
 
     def sin(self, x: Tensor, point: Point) -> Tensor:
-        return torch.where(self.pairs, self.edited(x, point)[1].to(x.dtype), x)
+        return torch.where(self.otherwise(x, point), self.edited(x, point)[1].to(x.dtype), x)
 
     def edited(self, x: Tensor, point: Point) -> Angles:
         assert point.positions is not None
@@ -175,6 +184,12 @@ class Turning:
             return x
 
         return turn_on
+
+    def otherwise(self, x: Tensor, point: Point) -> Bool[Tensor, "batch pos pair"]:
+        """Where the angles are not as published; elsewhere stays what is there, of other surgery too."""
+        assert point.positions is not None
+        (cos, sin), (new_cos, new_sin) = self.angles(point.positions, x.dtype)
+        return (cos != new_cos) | (sin != new_sin)
 
     def turned(self, x: Float[Tensor, "batch pos head rotated"], positions: Tensor) -> Tensor:
         return turned_on(x, *self.angles(positions, x.dtype))
@@ -201,6 +216,8 @@ class Rescored:
         return x
 
     def scores(self, x: Tensor, point: Point) -> Tensor:
+        if not self.k:  # no entry here whose key is meant to turn otherwise
+            return x
         (q, new_q), (k, new_k) = self.q.pop(), self.k.pop()
         difference = self.compared(new_q, new_k) - self.compared(q, k)
         return torch.where(self.heads[:, None, None], x + difference.to(x.dtype), x)

@@ -23,7 +23,7 @@ from glmlens.patch.interventions import Intervention
 from glmlens.patch.moments import CACHE, Event, Moment, OnCache, Recording, compiled
 from glmlens.prompt import Prompt
 from glmlens.results import Labelled
-from glmlens.run import Run, without_end
+from glmlens.run import Run, up_to
 
 UNSEEN = ("kv.k", "attn.scores", "attn.pattern")  # edits there change attention, and neither queries nor the cache
 
@@ -52,9 +52,9 @@ class Timeline:
 
     @property
     def text(self) -> str:
-        """What was said, as that of `lens.generate`: without the stop token or string that ended it."""
-        stops = self.lens.stops(self.options.get("stop_ids"), self.options.get("stop_strings"))
-        return without_end(self.lens._text(), self.tokens, *stops)
+        """What was said, with the stop token, if one ended it, and without the stop string."""
+        _, strings = self.lens.stops(stop_strings=self.options.get("stop_strings"))
+        return up_to(strings, self.lens.to_string(self.tokens))
 
     @property
     def logits(self) -> Float[Tensor, "step vocab"]:

@@ -123,7 +123,7 @@ def pair_use(use: Any, kind: str = "induction", *, top: int = 24, **look: Unpack
     """By how much each frequency pair lifts the score of what heads look for [head, part], of the `top` heads.
 
     `use` is the result of `pair_use`, `kind` is "previous", "duplicate" or "induction". The heads whose parts sum to
-    most stand on top.
+    most stand on top; they need not be those that attend there, see `analysis.pair_use`.
     """
     sheets = use.sheets()
     if kind not in sheets:

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 import traitlets as T
 
 from glmlens.analysis.distance import DistanceProfile, distance_profile
-from glmlens.analysis.rotary import ScoreParts, frequencies_of, score_parts, wavelengths
+from glmlens.analysis.rotary import ScoreParts, frequencies_of, score_parts, tokens_long, wavelengths
 from glmlens.analysis.rows import label, numbers
 from glmlens.lens import Lens
 from glmlens.plot import attention_pattern, lines
@@ -93,9 +93,9 @@ class RotaryExplorer(Explorer):
             said, description="prompt", rows=2, layout={"width": "min(680px, 95%)"}, continuous_update=True
         )
         box.placeholder = "" if said else "given as token ids"
-        lengths = wavelengths(lens).tolist()
-        names = [f"{i} ({length:.3g})" for i, length in enumerate(lengths)]
-        tips = [f"pair {i} turns once in {length:.3g} tokens" for i, length in enumerate(lengths)]
+        lengths = [tokens_long(length) for length in wavelengths(lens).tolist()]
+        names = [f"{i} ({length})" for i, length in enumerate(lengths)]
+        tips = [f"pair {i} turns once in {length} tokens" for i, length in enumerate(lengths)]
         content = lens.cfg.d_rotary < lens.cfg.d_head
         places = {
             "layer": W.IntSlider(0, 0, lens.cfg.n_layers - 1, description="layer"),
