@@ -114,6 +114,19 @@ def test_attention_in_sum_is_that_of_the_whole_pattern(lens, tokens):
     assert cache.evict(keep)(kv).length == 4
 
 
+def test_a_step_behind_a_dropped_newest_entry_stands_where_it_stood(tokens):
+    lens = small_lens(dtype=torch.float64)
+    memory = Memory.of(Rows.of(lens, tokens[:1]))
+    less = Memory(cache.evict(position=7)(memory.kv), memory.token)
+    found = analysis.who_reads(lens, less)
+    hooks = cache.evict(position=7).hooks(lens)
+    _, acts = lens.run_with_cache(memory.token[:, None], "attn.pattern", hooks, kv=memory.kv.fork())
+    assert np.allclose(found.attention.values, torch.stack([acts["attn.pattern", i][0, :, 0] for i in range(3)]))
+    assert found.attention.labels["key"][-2:] == [f"7 ⟨{int(tokens[0, 7])}⟩ (dropped)", "8 itself"]
+    alone = analysis.leave_one_out(lens, less, by="position").kl.values
+    assert np.isnan(alone).tolist() == [False] * 7 + [True]
+
+
 def test_what_cannot_be_asked_is_an_error_that_says_so(lens, tokens):
     with pytest.raises(ValueError, match="one prompt at a time"):
         analysis.leave_one_out(lens, tokens)
@@ -121,6 +134,8 @@ def test_what_cannot_be_asked_is_an_error_that_says_so(lens, tokens):
         analysis.leave_one_out(lens, tokens[:1], by="layer")
     with pytest.raises(IndexError, match=r"no entry at positions \[8\]; there are 0 to 7"):
         analysis.leave_one_out(lens, tokens[:1], positions=[8])
+    with pytest.raises(ValueError, match="positions came out empty"):
+        analysis.leave_one_out(lens, tokens[:1], positions=[])
     with pytest.raises(ValueError, match="there are 8 entries to drop"):
         analysis.droppable(lens, tokens[:1], counts=[9])
     with pytest.raises(ValueError, match="nothing to remember"):

@@ -13,6 +13,7 @@ from glmlens.analysis.passes import Memory, pieces
 from glmlens.analysis.pattern import pattern, pattern_points
 from glmlens.analysis.rows import Rows, Token, exact, finest, groups_of, label, layers_of, numbers
 from glmlens.hooks import Hooks
+from glmlens.kv_cache import stood
 from glmlens.lens import Lens
 from glmlens.model import RMSNorm
 from glmlens.prompt import Prompt
@@ -119,8 +120,10 @@ def about_step(lens: Lens, memory: Memory, metric: str, direction: str) -> dict[
 
 
 def key_labels(lens: Lens, memory: Memory) -> list[str]:
-    at, tokens = (t[0, : memory.kv.length].tolist() for t in (memory.kv.positions, memory.kv.tokens))
-    return [f"{p} {label(lens, token) if token >= 0 else '?'}" for p, token in zip(at, tokens, strict=True)]
+    at, tokens = memory.kv.positions[0, : memory.kv.length], memory.kv.tokens[0, : memory.kv.length].tolist()
+    words = [label(lens, token) if token >= 0 else "?" for token in tokens]
+    gone = ["" if p >= 0 else " (dropped)" for p in at.tolist()]
+    return [f"{p} {word}{end}" for p, word, end in zip(stood(at).tolist(), words, gone, strict=True)]
 
 
 def attended(lens: Lens, prompt: Prompt, *, hooks: Hooks | None = None) -> Float[Tensor, "layer head key"]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from glmlens.analysis.entries import about_step, key_labels, memory_of
 from glmlens.analysis.passes import Memory
 from glmlens.analysis.rows import Token, exact, layers_of, numbers
+from glmlens.cache.places import entries_of
 from glmlens.hooks import Hooks
 from glmlens.kv_cache import LayerKV
 from glmlens.lens import Lens
@@ -172,14 +173,16 @@ def leave_one_out(
 
 
 def asked_of(memory: Memory, positions: Sequence[int] | None) -> Int[Tensor, "column"]:
-    """The columns of entries at these positions; IndexError for one that is not there."""
+    """The columns of entries at these positions; IndexError for one that is not there, ValueError for none at all."""
     at = memory.kv.positions[0, : memory.kv.length]
     if positions is None:
         return (at >= 0).nonzero().squeeze(1)
     wanted = torch.tensor(list(positions), dtype=torch.long, device=at.device)
-    missing = wanted[~torch.isin(wanted, at)].tolist()
+    if not len(wanted):
+        raise ValueError("positions came out empty: leave positions= out to mean all")
+    missing = wanted[(wanted < 0) | ~torch.isin(wanted, at)].tolist()
     if missing:
-        raise IndexError(f"no entry at positions {missing}; there are {int(at.min())} to {int(at.max())}")
+        raise IndexError(f"no entry at positions {missing}; there are {entries_of(at[None])}")
     return torch.isin(at, wanted).nonzero().squeeze(1)
 
 
