@@ -93,9 +93,9 @@ class RotaryExplorer(Explorer):
             said, description="prompt", rows=2, layout={"width": "min(680px, 95%)"}, continuous_update=True
         )
         box.placeholder = "" if said else "given as token ids"
-        lengths = [tokens_long(length) for length in wavelengths(lens).tolist()]
-        names = [f"{i} ({length})" for i, length in enumerate(lengths)]
-        tips = [f"pair {i} turns once in {length} tokens" for i, length in enumerate(lengths)]
+        lengths = wavelengths(lens).tolist()
+        names = [f"{i} ({tokens_long(length)})" for i, length in enumerate(lengths)]
+        tips = [f"pair {i} turns once in {tokens_long(length)} tokens" for i, length in enumerate(lengths)]
         content = lens.cfg.d_rotary < lens.cfg.d_head
         places = {
             "layer": W.IntSlider(0, 0, lens.cfg.n_layers - 1, description="layer"),
