@@ -239,8 +239,8 @@ def wrong(case, folder):
         rewrite_json(folder / "config.json", model_type="mamba")
         return ["config.json", "'mamba'", "'glm'", "'qwen2'"]
     if case == "rope_type":
-        rewrite_json(folder / "config.json", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0})
-        return ["config.json", "'yarn'", "'default'"]
+        rewrite_json(folder / "config.json", rope_parameters={"rope_type": "longrope", "factor": 4.0})
+        return ["config.json", "'longrope'", "'default', 'linear', 'llama3', 'yarn'"]
     if case == "hidden_act":
         rewrite_json(folder / "config.json", hidden_act="gelu")
         return ["config.json", "'gelu'"]
