@@ -31,7 +31,8 @@ ABSURD = [
     [{}], [10**30], [-1], {"rope_type": 1}, {"content": None}, {"type": "yarn", "factor": 4},
 ]  # fmt: skip
 FIELDS = [  # that a config.json may have besides those of the bases
-    "torch_dtype", "dtype", "rope_theta", "partial_rotary_factor", "rope_scaling", "rope_parameters", "quantization_config", "hidden_act",
+    "torch_dtype", "dtype", "rope_theta", "partial_rotary_factor", "rope_scaling", "rope_parameters",
+    "quantization_config", "hidden_act",
     "architectures", "id2label", "num_labels", "attention_bias", "tie_word_embeddings", "layer_types", "eos_token_id",
     "rope_ratio", "sliding_window", "transformers_version",
 ]  # fmt: skip

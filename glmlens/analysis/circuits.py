@@ -10,7 +10,7 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from glmlens.analysis.factored import Factored
+from glmlens.analysis.factored import Factored, eigenvalues
 from glmlens.analysis.rows import exact, groups_of, numbers
 from glmlens.lens import Lens
 from glmlens.model import RMSNorm, rotary_angles, turn
@@ -118,8 +118,8 @@ def copying_scores(lens: Lens) -> Labelled:
 
 
 def copying(ov: Factored, through: Float[Tensor, "model model"]) -> float:
-    eigenvalues = torch.linalg.eigvals((ov.B @ through @ ov.A).cpu())
-    return float(eigenvalues.real.sum() / eigenvalues.abs().sum())
+    found = eigenvalues(ov.B @ through @ ov.A)
+    return float(found.real.sum() / found.abs().sum())
 
 
 def vocabulary(lens: Lens) -> Float[Tensor, "model model"]:
