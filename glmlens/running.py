@@ -106,9 +106,10 @@ class Running(Prompts):
         except Enough:
             out = None
         kept = watch.recorded()
-        last = out[:, -1:] if out is not None else next(reversed(kept.values()), None)
-        if last is not None:
-            self.blame_weights(last)
+        if out is not None and out.shape[1]:
+            self.blame_weights(out[:, -1:])
+        elif kept:  # the run ended early, or was asked for the logits of no position
+            self.blame_weights(next(reversed(kept.values())))
         return out if logits else None, Activations(kept, plan.named, of)
 
     def blame_weights(self, out: Tensor) -> None:

@@ -305,13 +305,13 @@ def test_a_weight_that_is_no_number_is_named_when_it_is_first_heard_of(tmp_path,
         lambda lens: lens.run_with_cache(TOKENS, "resid_post", gradients_of=lambda logits: logits[:, -1, 3]),
         lambda lens: lens.loss(TOKENS),
         lambda lens: patch.sweep(lens, TOKENS, TOKENS.flip(1), "resid_pre", over=("layer",), metric=(3, 6)),
-        lambda lens: patch.run(lens, TOKENS, patch.zero(patch.Site("attn.z", layer=0))),
-        lambda lens: patch.attribution_patch(lens, TOKENS, TOKENS.flip(1), "resid_pre", over=("layer",), metric=(3, 6)),
-        lambda lens: patch.edge_attribution(lens, TOKENS, TOKENS.flip(1), metric=(3, 6)),
+        lambda lens: patch.run(lens, TOKENS, patch.Intervention(patch.Site("attn.z", layer=0), patch.Zero())),
+        lambda lens: patch.attribute(lens, TOKENS, TOKENS.flip(1), "resid_pre", over=("layer",), metric=(3, 6)),
+        lambda lens: analysis.distance_profile(lens, TOKENS),
         lambda lens: analysis.logit_lens(lens, TOKENS),
         lambda lens: analysis.score_parts(lens, TOKENS, 2, 0),
     ],
-    ids=["recording", "gradients", "loss", "sweep", "run", "attribution", "edges", "logit lens", "score parts"],
+    ids=["recording", "gradients", "loss", "sweep", "run", "attribution", "profile", "logit lens", "score parts"],
 )
 def test_every_instrument_hears_of_a_weight_that_is_no_number(ask):
     lens = small_lens()
