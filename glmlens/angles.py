@@ -1,14 +1,15 @@
 """Rotary angles: how far each pair of channels turns per position, and the rules by which they turn otherwise."""
 
-import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from glmlens.config import GLMConfig
+from glmlens.config import GLMConfig, Scaling
 from glmlens.model import Angles, turn
+from glmlens.rope import RULES, Turns, turning
 
 Rule = Callable[[Int[Tensor, "batch pos"], Float[Tensor, "pair"]], Angles]
 """From absolute positions and the model's frequencies to cos and sin [batch, pos, pair]."""
@@ -16,12 +17,17 @@ STRETCHES = ("theta", "linear", "ntk", "yarn")
 
 
 def frequencies(cfg: GLMConfig, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "pair"]:
-    """theta^(-2 pair / rotated): radians per token (Su et al. 2021, arXiv 2104.09864, section 3.2.2)."""
-    return 1.0 / cfg.rope_theta ** (torch.arange(0, cfg.d_rotary, 2, dtype=dtype, device=device) / cfg.d_rotary)
+    """Radians per token of every pair; see `rope` for the formulas."""
+    return turning(cfg, dtype, device)[0]
+
+
+def magnitude(cfg: GLMConfig) -> float:
+    """What cos and sin are multiplied by in this model: 1 but for YaRN."""
+    return turning(cfg, torch.float32, torch.device("cpu"))[1]
 
 
 def turned_by(positions: Int[Tensor, "batch pos"], frequency: Float[Tensor, "pair"]) -> Angles:
-    """The published rule: every pair turns by position · frequency; padding, at -1, as position 0."""
+    """As published, but for YaRN's factor: a pair turns by position · frequency; padding, at -1, as position 0."""
     angle = positions.clamp(min=0).to(frequency.dtype).unsqueeze(-1) * frequency
     return angle.cos(), angle.sin()
 
@@ -51,45 +57,36 @@ def moved(by: int | Mapping[int, int]) -> Rule:
 
 
 def stretched(cfg: GLMConfig, kind: str, factor: float | int, context: int | None = None) -> Rule:
-    """Tokens turn by the frequencies of a rule that extends contexts; see `stretched_frequencies`.
-
-    With "yarn" cos and sin are also larger by sqrt(1/t) = 0.1 ln(factor) + 1 (Peng et al. 2023, arXiv 2309.00071,
-    section 3.4), which makes the scores of the rotated channels sharper by its square.
-    """
-    longer = 0.1 * math.log(factor) + 1 if kind == "yarn" else 1.0
+    """Tokens turn by a rule that extends contexts; see `stretched_turning`."""
     check_stretch(kind, factor)
 
     def rule(positions: Int[Tensor, "batch pos"], frequency: Float[Tensor, "pair"]) -> Angles:
-        cos, sin = turned_by(positions, stretched_frequencies(cfg, kind, factor, frequency, context))
-        return cos * longer, sin * longer
+        slower, larger = stretched_turning(cfg, kind, factor, frequency, context)
+        cos, sin = turned_by(positions, slower)
+        return cos * larger, sin * larger
 
     return rule
 
 
-def stretched_frequencies(
+def stretched_turning(
     cfg: GLMConfig, kind: str, factor: float | int, frequency: Float[Tensor, "pair"], context: int | None = None
-) -> Float[Tensor, "pair"]:
-    """The frequencies with which a context of `context` tokens (default: the model's) becomes `factor` times longer.
+) -> Turns:
+    """Frequencies, and a factor on cos and sin, by which a context of `context` tokens becomes `factor` times longer.
 
-    "theta": the base is `factor` times the model's. "linear": every frequency is divided (Chen et al. 2023, arXiv
-    2306.15595). "ntk": the base grows by factor^(rotated / (rotated - 2)), so that the fastest pair stays and the
-    slowest is divided (bloc97 2023; arXiv 2309.00071, section 3.1). "yarn": a pair that turns more than 32 times in
-    the context stays, one that turns less than once is divided, and what lies between is mixed in proportion to its
-    number of turns (arXiv 2309.00071, section 3.2, with alpha 1 and beta 32).
+    `context` is the model's unless given. "theta": the base is `factor` times the model's. "ntk": the base grows by
+    factor^(rotated / (rotated - 2)), so that the fastest pair stays and the slowest is divided (bloc97 2023; arXiv
+    2309.00071, section 3.1). "linear" and "yarn" are those of `rope`, as if config.json said so.
     """
     check_stretch(kind, factor)
     exponent = -torch.arange(0, cfg.d_rotary, 2, dtype=frequency.dtype, device=frequency.device) / cfg.d_rotary
     if kind == "theta":
-        return frequency * factor**exponent
-    if kind == "linear":
-        return frequency / factor
+        return frequency * factor**exponent, 1.0
     if kind == "ntk":
         if cfg.d_rotary < 4:
             raise ValueError("'ntk' needs at least two pairs, of which one stays and one is divided: take 'linear'")
-        return frequency * factor ** (exponent * cfg.d_rotary / (cfg.d_rotary - 2))
-    turns = (context or cfg.n_ctx) * frequency / (2 * math.pi)
-    stays = ((turns - 1) / (32 - 1)).clamp(0, 1)
-    return stays * frequency + (1 - stays) * frequency / factor
+        return frequency * factor ** (exponent * cfg.d_rotary / (cfg.d_rotary - 2)), 1.0
+    scaling = Scaling(kind, float(factor), context or cfg.n_ctx)
+    return RULES[kind](replace(cfg, rope_scaling=scaling), 1.0 / frequency)
 
 
 def check_stretch(kind: str, factor: float | int) -> None:

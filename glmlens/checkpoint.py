@@ -76,8 +76,9 @@ def turned_by(cfg: GLMConfig, rope_theta: float | int | None, folder: Path) -> G
     glm-4-9b-chat and 10,000 in glm-4-9b-chat-1m.
     """
     if rope_theta is not None:
-        if not 0 < rope_theta < float("inf"):
-            raise CheckpointError(f"rope_theta is {rope_theta}; expected a number above 0")
+        least = 1 if cfg.rope_scaling.kind == "yarn" else 0
+        if not least < rope_theta < float("inf"):
+            raise CheckpointError(f"rope_theta is {rope_theta}; expected a number above {least}")
         return replace(cfg, rope_theta=float(rope_theta))
     if cfg.model_type == "glm" and cfg.n_ctx >= 131072 and cfg.rope_theta == 10000.0:
         right = "1e8" if cfg.n_ctx >= 1 << 20 else "5e6"

@@ -1,15 +1,35 @@
 """The shape of a GLM, read from the config.json of every format that glmlens opens, by transformers 4.x or 5.x."""
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+MANY = 1e6  # by which no context is stretched
 MOST_LAYERS = 1000  # they are made before the file is seen: the deepest GLM has 92
 
 
 class CheckpointError(Exception):
     """What lies on disk cannot be opened; the message names the file, what was expected and what was found."""
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """By which rule of `rope` pairs of channels turn slower than trained, and its numbers.
+
+    `context` is how many positions were trained on. Pairs that turn more than `fast` times in it stay, those that turn
+    less than `slow` times are slower by `factor`. cos and sin are larger by `attention`, where None leaves it to the
+    rule. With `truncate`, the first and last of the pairs between are whole numbers.
+    """
+
+    kind: str = "default"
+    factor: float = 1.0
+    context: int = 0
+    slow: float = 1.0
+    fast: float = 32.0
+    attention: float | None = None
+    truncate: bool = True
 
 
 @dataclass(frozen=True)
@@ -41,6 +61,7 @@ class GLMConfig:
     labels: tuple[str, ...] = field(default=(), repr=False)  # of a class head
     head_bias: bool = field(default=False, repr=False)
     problem_type: str | None = field(default=None, repr=False)
+    rope_scaling: Scaling = field(default=Scaling(), repr=False)
 
     @property
     def d_logits(self) -> int:
@@ -73,6 +94,18 @@ CHATGLM_SPELLING = {
     "vocab_size": "padded_vocab_size", "num_hidden_layers": "num_layers", "intermediate_size": "ffn_hidden_size",
     "head_dim": "kv_channels", "num_key_value_heads": "multi_query_group_num", "attention_bias": "add_qkv_bias",
     "max_position_embeddings": "seq_length", "rms_norm_eps": "layernorm_epsilon",
+}  # fmt: skip
+SCALINGS: dict[str, dict[str, str]] = {  # what config.json calls the numbers of each rule
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor", "context": "original_max_position_embeddings",
+        "slow": "low_freq_factor", "fast": "high_freq_factor",
+    },
+    "yarn": {
+        "factor": "factor", "context": "original_max_position_embeddings", "slow": "beta_slow", "fast": "beta_fast",
+        "attention": "attention_factor", "truncate": "truncate",
+    },
 }  # fmt: skip
 CHATGLM_ONLY = {
     "position_encoding_2d": (False, False, "this is the first ChatGLM-6B, of another kind: LayerNorm, two positions"),
@@ -151,7 +184,8 @@ class Reader:
         if n_heads % n_kv_heads:
             stated = f"{self.spelt('num_attention_heads')} {n_heads}"
             raise self.error(f"{stated} is not a multiple of {self.spelt('num_key_value_heads')} {n_kv_heads}")
-        (theta, d_rotary), fixed = self.rope(d_head), self.format.qkv_bias
+        n_ctx, fixed = self.whole("max_position_embeddings", default["max_position_embeddings"]), self.format.qkv_bias
+        theta, d_rotary, scaling = self.rope(d_head, n_ctx)
         head = self.head(model_type)
         labels = self.labels() if head in HEADS.values() else ()
         return GLMConfig(
@@ -163,7 +197,7 @@ class Reader:
             d_head=d_head,
             d_mlp=self.whole("intermediate_size"),
             d_vocab=self.whole("vocab_size"),
-            n_ctx=self.whole("max_position_embeddings", default["max_position_embeddings"]),
+            n_ctx=n_ctx,
             rms_eps=self.number("rms_norm_eps", default["rms_norm_eps"]),
             rope_theta=theta,
             d_rotary=d_rotary,
@@ -177,6 +211,7 @@ class Reader:
             labels=labels,
             head_bias=head == "token" and self.flag("token_classification_bias", True),
             problem_type=self.one_of("problem_type", PROBLEMS) if labels else None,
+            rope_scaling=scaling,
         )
 
     def refuse_what_no_glm_has(self) -> None:
@@ -192,17 +227,17 @@ class Reader:
         said = self.spelt("num_key_value_heads") in self.raw
         return n_heads if said else self.format.defaults.get("num_key_value_heads", n_heads)
 
-    def rope(self, d_head: int) -> tuple[float, int]:
-        """theta and the number of rotated channels: nested fields (5.x) win over top-level ones (4.x)."""
-        nested: dict[str, Any] = {}
-        for name in ("rope_scaling", "rope_parameters"):
-            stated = self.raw.get(name) or {}
-            if not isinstance(stated, Mapping):
-                raise self.error(f"{name} is {said(stated)}; expected an object")
-            nested |= stated
-        kind = nested.get("rope_type", nested.get("type", "default"))
-        if kind != "default":
-            raise self.error(f"rope_type is {said(kind)}; glmlens turns by 'default' rotary angles only")
+    def rope(self, d_head: int, n_ctx: int) -> tuple[float, int, Scaling]:
+        """theta, the number of rotated channels and the scaling: nested fields win over top-level ones.
+
+        Of the nested ones transformers 4.x writes `rope_scaling` and 5.x `rope_parameters`; the first wins, as there.
+        """
+        name = "rope_scaling" if self.raw.get("rope_scaling") else "rope_parameters"
+        nested = self.raw.get(name) or {}
+        if not isinstance(nested, Mapping):
+            raise self.error(f"{name} is {said(nested)}; expected an object")
+        if several := next((key for key, value in nested.items() if isinstance(value, Mapping)), None):
+            raise self.error(f"{name} has an object of its own for {several!r}; the layers of a GLM all turn alike")
         field, fixed = replace(self, raw={**self.raw, **nested}), self.format.rotated
         factor = field.number("partial_rotary_factor", fixed or self.format.defaults["partial_rotary_factor"])
         if fixed not in (None, factor):
@@ -210,9 +245,45 @@ class Reader:
         d_rotary = int(d_head * factor)
         if d_rotary < 2 or d_rotary % 2 or d_rotary > d_head:
             raise self.error(f"partial_rotary_factor {factor} turns {d_rotary} of {d_head} channels, not pairs of them")
-        if self.format.rope_ratio:
-            return 10000.0 * self.number("rope_ratio", 1.0, most=1e12), d_rotary
-        return field.number("rope_theta", 10000.0), d_rotary
+        ratio = self.format.rope_ratio
+        theta = 10000.0 * self.number("rope_ratio", 1.0, most=1e12) if ratio else field.number("rope_theta", 10000.0)
+        top = {name: self.raw[name] for name in self.raw.keys() & {"original_max_position_embeddings"}}
+        scaling = replace(self, raw={**nested, **top}).scaling(n_ctx)
+        if scaling.kind == "yarn" and theta <= 1:
+            raise self.error(f"rope_theta is {theta}; with 'yarn' expected a number above 1")
+        return theta, d_rotary, scaling
+
+    def scaling(self, n_ctx: int) -> Scaling:
+        """The rule by which pairs turn slower than trained, the same for prompts of every length."""
+        kind = self.raw.get("rope_type", self.raw.get("type", "default"))
+        if kind == "dynamic":
+            why = "rope_type 'dynamic' turns every token by the length of the prompt, and glmlens by its position alone"
+            raise self.error(f"{why}; take it out of config.json: up to {n_ctx:,} positions nothing is lost")
+        if not isinstance(kind, str) or kind not in SCALINGS:
+            raise self.error(f"rope_type is {said(kind)}; glmlens turns by {', '.join(map(repr, SCALINGS))}")
+        if kind == "default":
+            return Scaling()
+        yarn, stated = kind == "yarn", replace(self, format=Fields(spelling=SCALINGS[kind]))
+        if kind == "linear":
+            return Scaling(kind, stated.number("factor", None, 1.0, MANY))
+        context = stated.whole("context", n_ctx)
+        factor = stated.number("factor", max(1.0, n_ctx / context) if yarn else None, 1.0, MANY)
+        slow = stated.number("slow", 1.0 if yarn else None, 1 / MANY, MANY)
+        fast = stated.number("fast", 32.0 if yarn else None, 1 / MANY, MANY)
+        if slow >= fast:
+            raise self.error(f"{stated.spelt('fast')} is {fast}; expected more than {stated.spelt('slow')}, {slow}")
+        if not yarn:
+            return Scaling(kind, factor, context, slow, fast)
+        return Scaling(kind, factor, context, slow, fast, stated.attention(factor), stated.flag("truncate", True))
+
+    def attention(self, factor: float) -> float | None:
+        """What YaRN multiplies cos and sin by, where it is said: itself, or the quotient of two of its formula."""
+        if self.raw.get("attention_factor") is not None:
+            return self.number("attention", None, 1 / MANY, MANY)
+        if not (self.raw.get("mscale") and self.raw.get("mscale_all_dim")):
+            return None
+        one, all_ = (self.number(name, None, 1 / MANY, MANY) for name in ("mscale", "mscale_all_dim"))
+        return (0.1 * one * math.log(factor) + 1.0) / (0.1 * all_ * math.log(factor) + 1.0)
 
     def head(self, model_type: str) -> str:
         """What reads the final norm, by the name of the class that was saved; a tied embedding is an unembedding."""
@@ -262,10 +333,14 @@ class Reader:
             raise self.error(f"{name} is {said(value)}; expected a whole number from 1 to {most:,}")
         return int(value)
 
-    def number(self, name: str, default: float, most: float = sys.float_info.max) -> float:
+    def number(self, name: str, default: float | None, least: float = 0.0, most: float = sys.float_info.max) -> float:
         name, value = self.value(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= most:
-            raise self.error(f"{name} is {said(value)}; expected a number above 0")
+        if value is None:
+            raise self.error(f"{name} is missing")
+        real = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not real or not 0 < value <= most or value < least:
+            limits = f"from {least:g} to {most:,.0f}" if least else "above 0"
+            raise self.error(f"{name} is {said(value)}; expected a number {limits}")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:

@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Iterable
-from glob import escape
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from glmlens.config import CheckpointError
 
@@ -35,7 +36,8 @@ def find(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
 def downloaded(name: str, revision: str | None = None) -> Path:
     """The folder in the hub's cache of a repository at a revision: a branch, a tag or a commit.
 
-    Files that have arrived whole are not asked for again. HF_TOKEN, HF_HUB_OFFLINE, HF_HUB_CACHE and HF_ENDPOINT are
+    A connection that breaks is taken up where it broke. Whatever else ends a download, files that have arrived whole
+    are not asked for again. HF_TOKEN, HF_HUB_OFFLINE, HF_HUB_CACHE and HF_ENDPOINT are
     obeyed; without a network, what is in the cache is opened. Raises CheckpointError that says what to type.
     """
     from huggingface_hub import HfApi
@@ -58,11 +60,15 @@ def downloaded(name: str, revision: str | None = None) -> Path:
 
 
 def fetched(name: str, revision: str | None, needed: list[str], files: Iterable[str]) -> Path:
-    from huggingface_hub import hf_hub_download, snapshot_download
+    """Fetch files one after another: huggingface_hub keeps whole ones, so that a stop costs the one under way alone."""
+    from huggingface_hub import hf_hub_download
 
-    if INDEX in needed:
-        needed = needed + shards(Path(hf_hub_download(name, INDEX, revision=revision)), files)
-    return Path(snapshot_download(name, revision=revision, allow_patterns=[escape(file) for file in needed]))
+    many = INDEX in needed
+    folder = Path(hf_hub_download(name, INDEX if many else "config.json", revision=revision)).parent
+    needed = needed + shards(folder / INDEX, files) if many else needed
+    for file in tqdm(needed, desc=f"fetching {name}", unit="file"):
+        hf_hub_download(name, file, revision=folder.name)  # of one commit, though its branch may move on meanwhile
+    return folder
 
 
 def cached(name: str, revision: str | None, why: Exception) -> Path:

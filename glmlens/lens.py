@@ -259,7 +259,7 @@ class Lens(Running, Weights):
         """Choosing, which asks for numbers to choose by."""
 
         def chosen(logits: Tensor, tokens: Tensor) -> Tensor:
-            self._blame_weights(logits)
+            self.blame_weights(logits)
             return choose(logits, tokens)
 
         return chosen

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from glmlens.config import GLMConfig
 from glmlens.hooks import Hook, at, off, wanted
 from glmlens.kv_cache import KVCache, LayerKV
+from glmlens.rope import turning
 
 Angles = tuple[Float[Tensor, "batch pos pair"], Float[Tensor, "batch pos pair"]]
 
@@ -68,7 +69,7 @@ class GLM(nn.Module):
         key_positions = positions if kv is None else kv.reserve(positions, ids_of(tokens))
         plain = self.attention == "sdpa" and kv is None and position_ids is None and attention_mask is None
         mask = None if plain else additive_mask(positions, key_positions, resid.dtype)  # the kernel knows plain causal
-        angles = rotary_angles(positions, self.cfg.d_rotary, self.cfg.rope_theta, resid.dtype)
+        angles = rotary_angles(positions, self.cfg, resid.dtype)
 
         for i in layers:
             resid = self.blocks[i](resid, angles, mask, kv and kv.layer(i), at(hook, f"blocks.{i}"))
@@ -225,13 +226,12 @@ def additive_mask(
 ATTENTION = {"eager": eager, "sdpa": sdpa}
 
 
-def rotary_angles(positions: Int[Tensor, "batch pos"], d_rotary: int, theta: float, dtype: torch.dtype) -> Angles:
-    """cos and sin of position · theta^(-2 pair / d_rotary), in at least float32 and then rounded to dtype."""
+def rotary_angles(positions: Int[Tensor, "batch pos"], cfg: GLMConfig, dtype: torch.dtype) -> Angles:
+    """cos and sin of position · frequency, in at least float32 and then rounded to dtype; see `rope` for both."""
     exact = torch.promote_types(dtype, torch.float32)
-    pair = torch.arange(0, d_rotary, 2, dtype=exact, device=positions.device)
-    frequency = 1.0 / theta ** (pair / d_rotary)
+    frequency, factor = turning(cfg, exact, positions.device)
     angles = rearrange(positions.clamp(min=0).to(exact), "batch pos -> batch pos 1") * frequency
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
 def turn(

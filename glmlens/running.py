@@ -50,7 +50,7 @@ class Running(Prompts):
     def __call__(self, prompt: Prompt | None = None, **forward: Unpack[Forward]) -> Float[Tensor, "batch kept vocab"]:
         """The logits of the published model; with stop_layer, the residual stream that enters that layer."""
         out = self.model(self._inputs(prompt, forward), **forward)
-        self._blame_weights(out[:, -1:])
+        self.blame_weights(out[:, -1:])
         return out
 
     def run_with_cache(
@@ -105,15 +105,19 @@ class Running(Prompts):
             out = self.model(tokens, hook=self._spliced(watch), **forward)
         except Enough:
             out = None
-        if out is not None:
-            self._blame_weights(out[:, -1:])
-        return out if logits else None, Activations(watch.recorded(), plan.named, of)
+        kept = watch.recorded()
+        if out is not None and out.shape[1]:
+            self.blame_weights(out[:, -1:])
+        elif kept:  # the run ended early, or was asked for the logits of no position
+            self.blame_weights(next(reversed(kept.values())))
+        return out if logits else None, Activations(kept, plan.named, of)
 
-    def _blame_weights(self, out: Tensor) -> None:
+    def blame_weights(self, out: Tensor) -> None:
         """Raise CheckpointError naming a weight that is not finite, if there is one and `out` is not finite either.
 
         A weight is a number for all that loading knows: looking at each would read the whole file. What a run comes to
-        at its last position shows it for nothing. Where the weights are sound, an overflow or a hook did it.
+        at its last position, or the last that it records, shows it for nothing. Where the weights are sound, an
+        overflow or a hook did it.
         """
         if self._weights_are_sound or out.is_meta or bool(out.isfinite().all()):
             return
@@ -138,6 +142,7 @@ class Running(Prompts):
                 logits = self.model(entering, hook=self._spliced(watch), **forward)
             else:
                 logits = self.model(hook=self._spliced(watch), **{**forward, "inputs_embeds": entering})
+            self.blame_weights(logits[:, -1:])
             value = metric(logits)
             if not isinstance(value, Tensor) or not value.requires_grad:
                 raise HookError(f"gradients_of must give a number that follows from the logits; it gave {value!r:.80}")

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer as Engine
 from tokenizers import processors
 from torch import Tensor
 
-from glmlens.config import GLMConfig
+from glmlens.config import SCALINGS, GLMConfig
 from glmlens.formats import BASE, names_of
 from glmlens.model import GLM
 from glmlens.tokenizer import PREFIX, Tokenizer
@@ -53,7 +53,7 @@ def all_or_nothing(folder: Path) -> Iterator[Path]:
 
 def config_json(model: GLM) -> dict[str, Any]:
     """The config.json of a model, with rotary fields where transformers 4.x and where 5.x looks for them."""
-    c = model.cfg
+    c, rule = model.cfg, scaling_json(model.cfg)
     turning = {"rope_theta": c.rope_theta, "partial_rotary_factor": rotated(c)}
     sandwich = "Glm4" if c.sandwich else "Glm"
     raw = {
@@ -62,15 +62,24 @@ def config_json(model: GLM) -> dict[str, Any]:
         "num_hidden_layers": c.n_layers, "num_attention_heads": c.n_heads, "num_key_value_heads": c.n_kv_heads,
         "head_dim": c.d_head, "attention_bias": c.qkv_bias, "tie_word_embeddings": c.tied, "hidden_act": "silu",
         "rms_norm_eps": c.rms_eps, "max_position_embeddings": c.n_ctx,
-        **turning, "rope_parameters": {"rope_type": "default", **turning},
+        **turning, "rope_parameters": {**rule, **turning},
         "dtype": str(model.ln_final.weight.dtype).removeprefix("torch."),
         "bos_token_id": None, "eos_token_id": list(c.eos_token_ids) or None, "pad_token_id": c.pad_token_id,
     }  # fmt: skip
+    if c.rope_scaling.kind != "default":
+        raw["rope_scaling"] = rule
     if c.labels:
         raw["id2label"] = {str(i): label for i, label in enumerate(c.labels)}
         raw["label2id"] = {label: i for i, label in enumerate(c.labels)}
         raw |= {"problem_type": c.problem_type, "token_classification_bias": c.head_bias or c.head != "token"}
     return raw
+
+
+def scaling_json(cfg: GLMConfig) -> dict[str, Any]:
+    """The rule by which pairs turn, as config.json says it: the numbers that it has."""
+    s = cfg.rope_scaling
+    said = {theirs: getattr(s, ours) for ours, theirs in SCALINGS[s.kind].items()}
+    return {"rope_type": s.kind, **{name: value for name, value in said.items() if value is not None}}
 
 
 def rotated(cfg: GLMConfig) -> float:

@@ -9,6 +9,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from glmlens.config import Scaling
 from glmlens.model import GLM
 
 
@@ -123,7 +124,8 @@ class Weights:
 
 def fingerprint(model: GLM) -> str:
     """12 hex digits that tell this model from others: of its config and at most 65,536 numbers of every parameter."""
-    found = hashlib.sha256(repr(model.cfg).encode())
+    stretched = "" if model.cfg.rope_scaling == Scaling() else repr(model.cfg.rope_scaling)
+    found = hashlib.sha256(f"{model.cfg!r}{stretched}".encode())
     for name, p in model.named_parameters():
         some = p.detach().flatten()[:: max(1, p.numel() // 65_536)].contiguous().cpu()
         found.update(f"{name} {tuple(p.shape)} {p.dtype}".encode() + some.view(torch.uint8).numpy().tobytes())

@@ -80,13 +80,32 @@ HEADED = {
     "token": {"architectures": ["GlmForTokenClassification"], "id2label": {"0": "bad", "1": "so", "2": "good"}},
     "none": {"architectures": ["GlmModel"]},
 }
-ARCHITECTURES = ["glm", "glm4", "chatglm", "llama", "qwen2", *HEADED]
+STRETCHED = {
+    "yarn": {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
+    "llama3": {
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
+}  # fmt: skip
+KINDS = HEADED | STRETCHED
+ARCHITECTURES = ["glm", "glm4", "chatglm", "llama", "qwen2", *KINDS]
+
+
+def lens_of(architecture, attention="eager"):
+    return small_lens("glm" if architecture in KINDS else architecture, attention, **KINDS.get(architecture, {}))
 
 
 @pytest.fixture(params=ARCHITECTURES)
 def every_lens(request):
-    """A lens of every format, and a GLM with every other head."""
-    return small_lens(request.param if request.param not in HEADED else "glm", **HEADED.get(request.param, {}))
+    """A lens of every format, and a GLM with every other head and by every rule of slower turning."""
+    return lens_of(request.param)
+
+
+@pytest.fixture(params=[(a, b) for a in ARCHITECTURES for b in ("eager", "sdpa")], ids="-".join)
+def every_lens_by_both_paths(request):
+    return lens_of(*request.param)
 
 
 @pytest.fixture
@@ -140,6 +159,17 @@ def reference(folder, attention="eager", dtype="auto"):
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=dtype).eval()
+
+
+def padded_prompts(d_vocab, seed, start=0):
+    """Random prompts of several shapes, padded on the left: tokens, their mask, and positions counted from `start`."""
+    draw = torch.Generator().manual_seed(seed)
+    for batch, pos in [(1, 1), (1, 7), (2, 13), (3, 33)]:
+        tokens = torch.randint(0, d_vocab, (batch, pos), generator=draw)
+        mask = torch.ones_like(tokens)
+        for row in range(1, batch):
+            mask[row, : int(torch.randint(0, pos - 1, (), generator=draw))] = 0
+        yield tokens, mask, (mask.cumsum(1) - 1).clamp(min=0) + start
 
 
 @pytest.fixture

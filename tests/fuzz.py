@@ -28,10 +28,11 @@ LIMIT = 4 << 30  # of address space beyond what the process has before: a brake,
 ABSURD = [
     None, True, False, 0, -1, 1, 2, 3, 7, 1000, 2**31 - 1, 2**31, 2**63, 10**18, 10**4000, 1e18, 0.5, -0.5, 1e308,
     5e-324, float("nan"), float("inf"), "", "x", "4", "\ud800", "[" * 3000, [], [1], [[1]], ["x"], [None], {}, {"a": 1},
-    [{}], [10**30], [-1], {"rope_type": 1}, {"content": None},
+    [{}], [10**30], [-1], {"rope_type": 1}, {"content": None}, {"type": "yarn", "factor": 4},
 ]  # fmt: skip
 FIELDS = [  # that a config.json may have besides those of the bases
-    "torch_dtype", "dtype", "rope_theta", "partial_rotary_factor", "rope_scaling", "quantization_config", "hidden_act",
+    "torch_dtype", "dtype", "rope_theta", "partial_rotary_factor", "rope_scaling", "rope_parameters",
+    "quantization_config", "hidden_act",
     "architectures", "id2label", "num_labels", "attention_bias", "tie_word_embeddings", "layer_types", "eos_token_id",
     "rope_ratio", "sliding_window", "transformers_version",
 ]  # fmt: skip

@@ -261,7 +261,7 @@ def test_one_entry_repositioned_turns_by_hand_and_no_other_moves(lens, tokens):
     kv = filled(lens, tokens)
     moved = cache.reposition(lens, 5, position=3)(kv)
     _, acts = lens.run_with_cache(tokens, "blocks.1.attn.k")
-    cos, sin = rotary_angles(torch.full((2, 1), 8), 8, 10000.0, torch.float64)
+    cos, sin = rotary_angles(torch.full((2, 1), 8), lens.cfg, torch.float64)
     close(moved.keys[1, :, 3:4, :, :8], turn(acts["attn.k", 1][:, 3:4, :, :8], cos, sin))
     others = [i for i in range(9) if i != 3]
     assert torch.equal(moved.keys[:, :, others], kv.keys[:, :, others])

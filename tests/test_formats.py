@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from conftest import HEADED, reference, rewrite_json, small_config, small_lens, write_checkpoint
+from conftest import HEADED, padded_prompts, reference, rewrite_json, small_config, small_lens, write_checkpoint
 from safetensors.torch import load_file, save_file
 from test_loading import TOKENS, shard
 from test_numbers import recorded
@@ -21,7 +21,6 @@ from glmlens import analysis, checkpoint
 from glmlens.config import CheckpointError
 from glmlens.saving import tensors_of
 
-SHAPES = [(1, 1), (1, 7), (2, 13), (3, 33)]
 CHATGLM = {
     "model_type": "chatglm", "architectures": ["ChatGLMModel"], "add_bias_linear": False, "add_qkv_bias": True,
     "apply_query_key_layer_scaling": True, "apply_residual_connection_post_layernorm": False,
@@ -63,18 +62,13 @@ def as_chatglm(folder, ratio=1, dtype="float32"):
     (folder / "config.json").write_text(json.dumps(CHATGLM | fields))
 
 
-def runs(lens, theirs, seed, equal):
-    """Compare the logits of prompts of several shapes, padded on the left."""
-    draw = torch.Generator().manual_seed(seed)
-    for batch, pos in SHAPES:
-        tokens = torch.randint(0, lens.cfg.d_vocab, (batch, pos), generator=draw)
-        mask = torch.ones_like(tokens)
-        for row in range(1, batch):
-            mask[row, : int(torch.randint(0, pos - 1, (), generator=draw))] = 0
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
+def runs(lens, theirs, seed, equal, start=0):
+    """Compare the logits of prompts of several shapes, padded on the left, whose positions count from `start`."""
+    for tokens, mask, positions in padded_prompts(lens.cfg.d_vocab, seed, start):
         with torch.no_grad():
             expected = theirs(tokens, attention_mask=mask, position_ids=positions).logits
-        found = lens(tokens, **({"attention_mask": mask} if batch > 1 else {}))
+        options = {"position_ids": positions} if start else {}
+        found = lens(tokens, **options, **({"attention_mask": mask} if len(tokens) > 1 else {}))
         equal(found[mask.bool()], expected[mask.bool()])
 
 
@@ -321,8 +315,6 @@ REFUSED = [
     ("chatglm", {"architectures": ["ChatGLMForSequenceClassification"]}, "the language model alone"),
     ("llama", {"attention_bias": True}, "attention's output a bias"),
     ("llama", {"mlp_bias": True}, "no biases"),
-    ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}}, "rope_type is 'llama3'"),
-    ("llama", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; in this format it is always 1.0"),
     ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ("qwen2", {"use_sliding_window": True}, "use_sliding_window is True"),

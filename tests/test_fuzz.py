@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import write_checkpoint
+from conftest import STRETCHED, write_checkpoint
 from test_formats import as_chatglm, write_llama
 from test_loading import shard
 from test_text import tokenizer
@@ -22,10 +22,12 @@ def bases(tmp_path_factory):
     """Small whole checkpoints to be broken: every way of naming tensors, one file and shards, with a tokenizer."""
     root = tmp_path_factory.mktemp("bases")
     tied, own = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
-    kinds = [("glm", 2, {}), ("glm4", 3, {}), ("tied", 6, tied), ("chatglm", 2, own), ("llama", 1, {})]
+    yarn = {"rope_parameters": {"rope_theta": 1e4, **STRETCHED["yarn"]["rope_scaling"]}}
+    llama3 = {"rope_parameters": {"rope_theta": 1e4, **STRETCHED["llama3"]["rope_scaling"]}}
+    kinds = [("glm", 2, {}), ("glm4", 3, yarn), ("tied", 6, tied), ("chatglm", 2, own), ("llama", 1, llama3)]
     for name, seed, changes in kinds:
         if name == "llama":
-            write_llama(root / name, name, seed, vocab_size=320)
+            write_llama(root / name, name, seed, vocab_size=320, **changes)
         else:
             write_checkpoint(root / name, seed, vocab_size=320, **changes)
         tokenizer().save(str(root / name / "tokenizer.json"))

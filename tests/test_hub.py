@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -55,7 +56,7 @@ class Hub(BaseHTTPRequestHandler):
         if api:
             told = {"id": name, "sha": sha, "siblings": [{"rfilename": file} for file in files]}
             return self.send(json.dumps(told).encode())
-        return self.file("/".join(rest[1:]), files, rest[0])
+        return self.file("/".join(rest[1:]), files, sha)
 
     def file(self, name, files, sha):
         if self.command == "GET" and name in self.server.broken:
@@ -64,8 +65,24 @@ class Hub(BaseHTTPRequestHandler):
         headers = {"ETag": f'"{etag(data)}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        if self.command == "GET" and name in self.server.stalls:
+            return self.stall(name, data, headers)
         cut = self.server.cut.pop(name, None) if self.command == "GET" else None
         return self.send(data[start:], 206 if start else 200, headers, cut)
+
+    def stall(self, name, data, headers):
+        """Say a half, and then nothing until the other side has gone."""
+        half = len(data) // 2
+        self.send_response(200)
+        for key, value in {**headers, "Content-Length": str(len(data))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(data[:half])
+        self.wfile.flush()
+        self.server.stalls.pop(name).set()
+        self.connection.settimeout(120)
+        self.connection.recv(1)
+        self.close_connection = True
 
     def send(self, body, status=200, headers=None, cut=None):
         self.send_response(status)
@@ -93,7 +110,7 @@ def sha_of(name, revision):
 def hub():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.daemon_threads = True
-    server.repos, server.refuses, server.asked, server.cut, server.broken = {}, {}, [], {}, set()
+    server.repos, server.refuses, server.asked, server.cut, server.broken, server.stalls = {}, {}, [], {}, set(), {}
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.shutdown()
@@ -110,13 +127,17 @@ for name, revision in json.loads(sys.argv[1]):
 """
 
 
-def loads(hub, cache, *names, **env):
-    """What loading these, each a name or a name and a revision, comes to: the sum of some logits, or what is wrong."""
+def client(hub, cache, *names, **env):
+    """The command that loads these, each a name or a name and a revision, and its environment."""
     calls = [[name, None] if isinstance(name, str) else name for name in names]
     env = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_CACHE": str(cache), **env}
     known = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    command = [sys.executable, "-c", CLIENT, json.dumps(calls)]
-    done = subprocess.run(command, env=known | env, capture_output=True, text=True, check=False, timeout=120)
+    return {"args": [sys.executable, "-c", CLIENT, json.dumps(calls)], "env": known | env}
+
+
+def loads(hub, cache, *names, **env):
+    """What loading these comes to: the sum of some logits, or what is wrong."""
+    done = subprocess.run(**client(hub, cache, *names, **env), capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     hub.shown = done.stderr
     return [float(line) if line.removeprefix("-")[:1].isdigit() else line for line in done.stdout.splitlines()]
@@ -141,7 +162,7 @@ def test_only_what_a_glm_is_read_from_is_downloaded_once_and_with_the_token(hub,
     assert loads(hub, cache, "some-org/glm", HF_TOKEN="hf_ours") == [expected]
     assert got(hub) == {"config.json": 1, "generation_config.json": 1, "model.safetensors": 1}
     assert {token for _, path, token, _ in hub.asked if "some-org" in path} == {"Bearer hf_ours"}
-    assert "100%" in hub.shown  # how far it is was shown
+    assert "fetching some-org/glm: 100%" in hub.shown
     before = got(hub)
     assert loads(hub, cache, "some-org/glm") == [expected]
     assert got(hub) == before
@@ -168,10 +189,39 @@ def test_a_download_goes_on_where_it_stopped(hub, tmp_path):
     hub.asked.clear()
     hub.cut[large] = 12_000_000  # the connection ends early
     assert loads(hub, cache, "some-org/glm") == [expected]
-    assert set(got(hub)) == {large}  # what had arrived whole is not asked for again
+    assert set(got(hub)) == {file for file in files if file >= large}  # what had arrived is not asked for again
     ranges = [asked for method, _, _, asked in hub.asked if method == "GET" and asked]
     assert len(ranges) == 1
     assert 0 < int(ranges[0].removeprefix("bytes=").split("-")[0]) <= 12_000_000
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
+def test_a_download_that_was_ended_costs_the_file_under_way_and_no_other(hub, tmp_path, how):
+    folder, cache = tmp_path / "folder", tmp_path / "cache"
+    write_checkpoint(folder, 2)
+    first, second, third = sorted(set(shard(folder).values()))
+    expected = publish(hub, "some-org/glm", folder)
+    hub.stalls[second] = stalled = threading.Event()
+    with subprocess.Popen(**client(hub, cache, "some-org/glm"), stderr=subprocess.DEVNULL) as ended:
+        assert stalled.wait(300)
+        ended.send_signal(how)
+        assert ended.wait(300) != 0
+    assert got(hub)[first] == got(hub)[second] == 1
+    assert third not in got(hub)
+    hub.asked.clear()
+    assert loads(hub, cache, "some-org/glm") == [expected]
+    assert got(hub) == {second: 1, third: 1}
+
+
+def test_a_branch_that_moves_on_meanwhile_is_not_mixed(hub, tmp_path):
+    for seed, version in ((2, "main"), (4, "next")):
+        write_checkpoint(tmp_path / version, seed)
+        shard(tmp_path / version)
+        publish(hub, "some-org/glm", tmp_path / version, version)
+    loads(hub, tmp_path / "cache", "some-org/glm")
+    asked = [path.split("/resolve/")[1].split("/")[0] for _, path, *_ in hub.asked if "/resolve/" in path]
+    assert asked.count("main") <= 2  # the head and the content of the first file: the others are of its commit
+    assert set(asked[2:]) == {sha_of("some-org/glm", "main")}
 
 
 def test_a_revision_is_pinned(hub, tmp_path):

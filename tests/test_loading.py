@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import reference, rewrite_json, write_checkpoint
+from conftest import reference, rewrite_json, small_lens, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 import glmlens
+from glmlens import analysis, patch
 from glmlens.config import CheckpointError
 
 
@@ -239,8 +240,8 @@ def wrong(case, folder):
         rewrite_json(folder / "config.json", model_type="mamba")
         return ["config.json", "'mamba'", "'glm'", "'qwen2'"]
     if case == "rope_type":
-        rewrite_json(folder / "config.json", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0})
-        return ["config.json", "'yarn'", "'default'"]
+        rewrite_json(folder / "config.json", rope_parameters={"rope_type": "longrope", "factor": 4.0})
+        return ["config.json", "'longrope'", "'default', 'linear', 'llama3', 'yarn'"]
     if case == "hidden_act":
         rewrite_json(folder / "config.json", hidden_act="gelu")
         return ["config.json", "'gelu'"]
@@ -295,6 +296,55 @@ def test_a_weight_that_is_no_number_is_named_when_it_is_first_heard_of(tmp_path,
     for ask in (lens, lens.generate, lens.run_with_cache, lambda t: lens.generate(t, temperature=1.0)):
         with pytest.raises(CheckpointError, match=told):
             ask(TOKENS)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda lens: lens.run_with_cache(TOKENS, "blocks.2.attn.pattern", logits=False),
+        lambda lens: lens.run_with_cache(TOKENS, "resid_post", gradients_of=lambda logits: logits[:, -1, 3]),
+        lambda lens: lens.loss(TOKENS),
+        lambda lens: patch.sweep(lens, TOKENS, TOKENS.flip(1), "resid_pre", over=("layer",), metric=(3, 6)),
+        lambda lens: patch.run(lens, TOKENS, patch.Intervention(patch.Site("attn.z", layer=0), patch.Zero())),
+        lambda lens: patch.attribute(lens, TOKENS, TOKENS.flip(1), "resid_pre", over=("layer",), metric=(3, 6)),
+        lambda lens: analysis.distance_profile(lens, TOKENS),
+        lambda lens: analysis.logit_lens(lens, TOKENS),
+        lambda lens: analysis.score_parts(lens, TOKENS, 2, 0),
+    ],
+    ids=["recording", "gradients", "loss", "sweep", "run", "attribution", "profile", "logit lens", "score parts"],
+)
+def test_every_instrument_hears_of_a_weight_that_is_no_number(ask):
+    lens = small_lens()
+    lens.model.blocks[1].mlp.down.weight[3, 2] = torch.nan
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.mlp\.down\.weight: 1 of its"):
+        ask(lens)
+
+
+def test_a_sweep_hears_of_an_unembedding_that_is_no_number():
+    lens = small_lens()
+    lens.model.unembed.weight[3, 2] = torch.nan
+    with pytest.raises(CheckpointError, match=r"unembed\.weight: 1 of its"):
+        patch.sweep(lens, TOKENS, TOKENS.flip(1), "resid_pre", over=("layer",), metric=(3, 6))
+
+
+def test_weights_that_are_no_numbers_have_no_eigenvalues():
+    """In a process of its own: LAPACK can end it."""
+    code = """
+import torch
+from conftest import small_lens
+from glmlens import analysis
+lens = small_lens()
+lens.model.unembed.weight[3, 2] = torch.nan
+for ask in (lambda: analysis.copying_scores(lens), lambda: analysis.head_scores(lens)):
+    try:
+        ask()
+    except ValueError as e:
+        print(e)
+"""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("nan or infinite") == 2
 
 
 def test_logits_that_a_hook_makes_no_numbers_are_what_was_asked_for(checkpoint_folder):

@@ -3,14 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from conftest import reference, small_lens, write_checkpoint
+from conftest import padded_prompts, reference, small_lens, write_checkpoint
 from torch.testing import assert_close
 
 import glmlens
 from glmlens.losses import of_next_tokens
 from glmlens.model import GLM
-
-SHAPES = [(1, 1), (1, 7), (2, 13), (3, 33)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -19,17 +17,11 @@ def test_residuals_patterns_and_logits_equal_transformers_bit_for_bit(tmp_path, 
     write_checkpoint(tmp_path, seed, dtype)
     theirs, ours = reference(tmp_path), glmlens.load(tmp_path)
     assert ours.dtype == theirs.dtype == dtype
-    draw = torch.Generator().manual_seed(seed)
-    for batch, pos in SHAPES:
-        tokens = torch.randint(0, theirs.config.vocab_size, (batch, pos), generator=draw)
-        mask = torch.ones_like(tokens)
-        for row in range(1, batch):
-            mask[row, : int(torch.randint(0, pos - 1, (), generator=draw))] = 0
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
+    for tokens, mask, positions in padded_prompts(theirs.config.vocab_size, seed):
         options = {"position_ids": positions, "output_hidden_states": True, "output_attentions": True}
         with torch.no_grad():
             expected = theirs(tokens, attention_mask=mask, **options)
-        padding = {"attention_mask": mask} if batch > 1 else {}
+        padding = {"attention_mask": mask} if len(tokens) > 1 else {}
         logits, acts = ours.run_with_cache(tokens, ["resid_pre", "attn.pattern", "ln_final.normalized"], **padding)
         real = mask.bool()
         assert torch.equal(logits[real], expected.logits[real])

@@ -28,7 +28,7 @@ def written_apart(lens, embed, offsets=None):
     cfg, graph = lens.cfg, Graph.of(lens.cfg)
     names = {name: i for i, name in enumerate(graph.readers)}
     positions = torch.arange(embed.shape[1]).expand(len(embed), -1)
-    cos, sin = rotary_angles(positions, cfg.d_rotary, cfg.rope_theta, embed.dtype)
+    cos, sin = rotary_angles(positions, cfg, embed.dtype)
     mask = additive_mask(positions, positions, embed.dtype)
     resid, out = embed, [embed]
 

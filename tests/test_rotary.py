@@ -11,7 +11,7 @@ from torch.testing import assert_close
 import glmlens
 from glmlens import analysis, patch
 from glmlens.analysis import rotary
-from glmlens.angles import frequencies, stretched_frequencies
+from glmlens.angles import frequencies, stretched_turning
 from glmlens.hooks import HookError
 from glmlens.model import rotary_angles, turn
 from glmlens.patch import rotary as surgery
@@ -196,7 +196,7 @@ def test_silencing_all_pairs_of_a_head_of_content_alone_changes_nothing(tokens):
 def test_moving_one_token_equals_building_its_angles_by_hand(any_lens, tokens):
     ids = torch.arange(9).expand(2, 9).clone()
     ids[:, 4] += 3
-    cos, sin = rotary_angles(ids, 8, 10000.0, torch.float32)
+    cos, sin = rotary_angles(ids, any_lens.cfg, torch.float32)
     by_hand = {f"blocks.{i}.rotary.cos": lambda x, point: cos for i in range(3)}
     by_hand |= {f"blocks.{i}.rotary.sin": lambda x, point: sin for i in range(3)}
     found = logits_with(any_lens, tokens, surgery.shift(any_lens, {4: 3}))
@@ -317,32 +317,30 @@ def test_stretched_frequencies_are_those_of_transformers_where_it_has_the_same_r
     lens = small_lens(head_dim=64, max_position_embeddings=512)
     theirs = {"linear": "linear", "ntk": "dynamic", "yarn": "yarn"}[kind]
     rope = {"rope_type": theirs, "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "factor": 4.0}
-    length = 512 if kind != "ntk" else 2048
     if kind == "ntk":
         rope["factor"] = 1.0  # "dynamic" stretches by factor · length / context - (factor - 1)
     config = transformers.GlmConfig(head_dim=64, max_position_embeddings=512, rope_parameters=rope)
     if kind == "yarn":
         config.rope_parameters["original_max_position_embeddings"] = 512
-    expected, scale = ROPE_INIT_FUNCTIONS[theirs](config, torch.device("cpu"), seq_len=length)
+    expected = ROPE_INIT_FUNCTIONS[theirs](config, torch.device("cpu"), seq_len=2048)
     plain = frequencies(lens.cfg, torch.float32, lens.device)
-    found = stretched_frequencies(lens.cfg, kind, 4.0, plain)
-    if kind == "yarn":  # theirs mixes along the number of the pair, the paper along its turns: alike at the ends
-        assert scale == pytest.approx(0.1 * math.log(4) + 1)
-        turns = 512 * plain / (2 * math.pi)
-        ends = (turns > 33) | (turns < 0.5)
-        assert 2 < int(ends.sum()) < 16
-        found, expected = found[ends], expected[ends]
-    assert_close(found, expected.float())
+    found = stretched_turning(lens.cfg, kind, 4.0, plain)
+    assert_close(found[0], expected[0].float())
+    assert found[1] == expected[1]
 
 
-def test_yarn_is_the_formula_of_its_paper():
+def test_yarn_is_the_formula_of_its_paper_but_for_what_lies_between():
+    """Published models mix along the number of the pair, the paper along its turns: alike at both ends."""
     lens = small_lens(head_dim=64)
     plain = frequencies(lens.cfg, torch.float64, lens.device)
-    found = stretched_frequencies(lens.cfg, "yarn", 8.0, plain, context=200)
-    for theta, new in zip(plain.tolist(), found.tolist(), strict=True):
-        r = 200 / (2 * math.pi / theta)
-        gamma = 0 if r < 1 else 1 if r > 32 else (r - 1) / 31
-        assert math.isclose(new, (1 - gamma) * theta / 8 + gamma * theta)
+    found, _ = stretched_turning(lens.cfg, "yarn", 8.0, plain, context=200)
+    turns = 200 * plain / (2 * math.pi)
+    stay, slow = turns > 32, turns < 0.5
+    assert_close(found[stay], plain[stay])
+    assert_close(found[slow], plain[slow] / 8)
+    between = found[~stay & ~slow] / plain[~stay & ~slow]
+    assert (between.diff() < 0).all()
+    assert ((between <= 1) & (between >= 1 / 8)).all()
     _, acts = lens.run_with_cache(torch.arange(9)[None], "rotary.cos", surgery.stretch(lens, "yarn", 8.0, context=200))
     assert_close(acts["rotary.cos", 0][0, 0], torch.full((16,), 0.1 * math.log(8) + 1))
 

@@ -412,7 +412,7 @@ from glmlens.hooks import off
 from glmlens.model import additive_mask, rotary_angles
 
 positions = torch.arange(16)[None]
-angles = rotary_angles(positions, lens.cfg.d_rotary, lens.cfg.rope_theta, torch.float32)
+angles = rotary_angles(positions, lens.cfg, torch.float32)
 mask = additive_mask(positions, positions, torch.float32)
 
 resid = lens.model.embed(tokens)

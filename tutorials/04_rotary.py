@@ -19,6 +19,7 @@ from glmlens.course import check_04 as check
 from glmlens.course import source
 from glmlens.model import rotary_angles, turn
 from glmlens.patch import rotary as surgery
+from glmlens.rope import default
 
 lens = glmlens.load(dtype="float32")
 prompt = "When Mary and John went to the store, John gave a drink to"
@@ -34,6 +35,12 @@ prompt = "When Mary and John went to the store, John gave a drink to"
 
 # %%
 source(rotary_angles)
+
+# %% [markdown]
+# `turning` knows $\omega_i$. The factor is 1 here. Only models whose contexts were stretched have another rule.
+
+# %%
+source(default)
 
 # %%
 source(turn)

@@ -10,7 +10,7 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from glmlens.analysis.factored import Factored
+from glmlens.analysis.factored import Factored, eigenvalues
 from glmlens.analysis.rows import exact, groups_of, numbers
 from glmlens.lens import Lens
 from glmlens.model import RMSNorm, rotary_angles, turn
@@ -46,7 +46,8 @@ def QK(lens: Lens, layer: int, head: int, distance: int = 0, *, part: str = "all
         weight = norm_weight(lens, layer, "ln1")[:, None]
         W_Q, W_K = weight * W_Q, weight * W_K
     kept = channels(lens, part)
-    return Factored(turned(lens, W_Q, distance)[:, kept] * lens.cfg.d_head**-0.5, W_K[:, kept].T)
+    W_Q, W_K = turned(lens, W_Q, distance), turned(lens, W_K, 0)
+    return Factored(W_Q[:, kept] * lens.cfg.d_head**-0.5, W_K[:, kept].T)
 
 
 def QK_bias(
@@ -60,15 +61,15 @@ def QK_bias(
     if not lens.cfg.qkv_bias:
         return W_Q.new_zeros(len(W_Q)), W_Q.new_zeros(len(W_Q)), 0.0
     b_Q, b_K = exact(lens.b_Q[layer, head]), exact(lens.b_K[layer, kv_of(lens, head)])
-    query, bias = turned(lens, W_Q, distance), turned(lens, b_Q[None], distance)[0]
-    scale = lens.cfg.d_head**-0.5
-    return query @ b_K * scale, W_K @ bias * scale, float(bias @ b_K) * scale
+    query, b_Q = turned(lens, W_Q, distance), turned(lens, b_Q[None], distance)[0]
+    key, b_K, scale = turned(lens, W_K, 0), turned(lens, b_K[None], 0)[0], lens.cfg.d_head**-0.5
+    return query @ b_K * scale, key @ b_Q * scale, float(b_Q @ b_K) * scale
 
 
-def turned(lens: Lens, rows: Float[Tensor, "row d"], distance: int) -> Float[Tensor, "row d"]:
-    """Every row turned as a query that stands `distance` positions after its key."""
-    here = torch.tensor([[distance]], device=rows.device)
-    cos, sin = rotary_angles(here, lens.cfg.d_rotary, lens.cfg.rope_theta, rows.dtype)
+def turned(lens: Lens, rows: Float[Tensor, "row d"], position: int) -> Float[Tensor, "row d"]:
+    """Every row turned as at this position."""
+    here = torch.tensor([[position]], device=rows.device)
+    cos, sin = rotary_angles(here, lens.cfg, rows.dtype)
     r = lens.cfg.d_rotary
     return torch.cat([turn(rows[None, None, :, :r], cos, sin)[0, 0], rows[:, r:]], -1)
 
@@ -117,8 +118,8 @@ def copying_scores(lens: Lens) -> Labelled:
 
 
 def copying(ov: Factored, through: Float[Tensor, "model model"]) -> float:
-    eigenvalues = torch.linalg.eigvals((ov.B @ through @ ov.A).cpu())
-    return float(eigenvalues.real.sum() / eigenvalues.abs().sum())
+    found = eigenvalues(ov.B @ through @ ov.A)
+    return float(found.real.sum() / found.abs().sum())
 
 
 def vocabulary(lens: Lens) -> Float[Tensor, "model model"]:

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from glmlens.analysis.heads import Said, random_words
 from glmlens.analysis.passes import recorded
-from glmlens.analysis.rotary import as_complex, frequencies_of, head_points, part_labels, parts_of, waved, wavelengths
+from glmlens.analysis.rotary import (
+    as_complex,
+    frequencies_of,
+    head_points,
+    part_labels,
+    parts_of,
+    scale_of,
+    waved,
+    wavelengths,
+)
 from glmlens.analysis.rows import Rows, finest, groups_of, layers_of, numbers
 from glmlens.hooks import Hooks
 from glmlens.lens import Lens
@@ -66,7 +75,7 @@ def distance_profile(
     k = torch.stack([finest(acts[f"blocks.{i}.attn.k"])[real].mean(0) for i in range(lens.cfg.n_layers)])
     k = repeat(k, "layer kv d -> layer (kv group) d", group=lens.cfg.n_groups)
     rotated, w, scale = lens.cfg.d_rotary, frequencies_of(lens), lens.cfg.d_head**-0.5
-    waves = as_complex(q[..., :rotated]) * as_complex(k[..., :rotated]).conj() * scale
+    waves = as_complex(q[..., :rotated]) * as_complex(k[..., :rotated]).conj() * scale_of(lens)
     content = (q[..., rotated:] * k[..., rotated:]).sum(-1) * scale
     many = torch.arange(int(rows.lengths.max()) if distances is None else distances, device=lens.device)
     score = waved(waves, many, w) + content.unsqueeze(-1)

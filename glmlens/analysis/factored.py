@@ -59,7 +59,7 @@ class Factored:
         """The eigenvalues of a square A B that are not zero by rank: those of B A, largest magnitude first."""
         if self.shape[0] != self.shape[1]:
             raise ValueError(f"eigenvalues are of a square matrix; this one is {self.shape}")
-        found = torch.linalg.eigvals((self.B @ self.A).cpu())
+        found = eigenvalues(self.B @ self.A)
         return found[found.abs().argsort(descending=True)]
 
     def norm(self) -> Float[Tensor, ""]:
@@ -72,3 +72,10 @@ class Factored:
 
     def __array__(self, *_: Any) -> Any:
         raise TypeError("a factored matrix is not multiplied out: use @, .svd(), .eigenvalues() or its factors A and B")
+
+
+def eigenvalues(x: Float[Tensor, "*rest rank rank"]) -> Complex[Tensor, "*rest rank"]:
+    """Those of a square matrix, on the CPU; ValueError for one with nan or infinite numbers, which can crash LAPACK."""
+    if not bool(x.isfinite().all()):
+        raise ValueError("numbers that are nan or infinite have no eigenvalues: selfcheck(lens) says which weights")
+    return torch.linalg.eigvals(x.cpu())

@@ -86,7 +86,7 @@ class Step:
         model, kv, many = self.lens.model, self.memory.kv, len(rows)
         resid = self.resid[start].expand(1, many, -1)
         at = kv.next_positions()[:, None].expand(1, many)
-        angles = rotary_angles(at, model.cfg.d_rotary, model.cfg.rope_theta, resid.dtype)
+        angles = rotary_angles(at, model.cfg, resid.dtype)
         for i in range(start, model.cfg.n_layers):
             mask = self.mask(hidden(i, rows), resid.dtype)
             resid = model.blocks[i](resid, angles, mask, Behind(kv, i), lambda name, x: x)

@@ -5,6 +5,8 @@ by p · w, where w is the pair's frequency. So a score is a sum of waves over di
 arXiv 2104.09864, sections 3.2 and 3.4.2):
 
     score · sqrt(d) = sum over pairs of  |q| |k| cos(arg q - arg k + w · distance)  +  q_pass · k_pass
+
+Where YaRN lengthens queries and keys as they turn, |q| and |k| are what they are then.
 """
 
 import math
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from glmlens.analysis.passes import recorded
 from glmlens.analysis.rows import Rows, finest, numbers
-from glmlens.angles import frequencies
+from glmlens.angles import frequencies, magnitude
 from glmlens.hooks import Hooks
 from glmlens.lens import Lens
 from glmlens.prompt import Prompt
@@ -55,6 +57,11 @@ def wavelengths(lens: Lens) -> Float[Tensor, "pair"]:
 def frequencies_of(lens: Lens) -> Float[Tensor, "pair"]:
     dtype = torch.float32 if lens.device.type == "mps" else torch.float64
     return frequencies(lens.cfg, dtype, lens.device)
+
+
+def scale_of(lens: Lens) -> float:
+    """What a product of rotated channels is multiplied by on its way to a score."""
+    return magnitude(lens.cfg) ** 2 * lens.cfg.d_head**-0.5
 
 
 def part_labels(lens: Lens) -> list[str]:
@@ -143,7 +150,7 @@ def score_parts(
     rotary = parts.sum(-1) - content
     alone = position_alone(lens, mine, position[at], position)
     w, apart = frequencies_of(lens), position[at, None] - position[keys]
-    size = mine.q_before[at, None].abs() * mine.k_before[keys].abs() * lens.cfg.d_head**-0.5
+    size = mine.q_before[at, None].abs() * mine.k_before[keys].abs() * scale_of(lens)
     phase = mine.q_before[at, None].angle() - mine.k_before[keys].angle()
     sheets = {
         "part": (parts[:, keys], "part of the score"), "score": (parts[:, keys].sum(-1), "score"),
@@ -190,7 +197,7 @@ def softened(scores: Float[Tensor, "query key"], seen: Bool[Tensor, "query key"]
 
 def position_alone(lens: Lens, head: Head, at: Tensor, keys: Tensor) -> Float[Tensor, "query key"]:
     """The score of the rotated channels of the mean query and key at every distance."""
-    waves = head.q_before.mean(0) * head.k_before.mean(0).conj() * lens.cfg.d_head**-0.5
+    waves = head.q_before.mean(0) * head.k_before.mean(0).conj() * scale_of(lens)
     by_distance = waved(waves, torch.arange(int(keys.max()) + 1, device=keys.device), frequencies_of(lens))
     return by_distance[(at[:, None] - keys).clamp(min=0)]
 

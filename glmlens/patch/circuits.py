@@ -156,7 +156,7 @@ class Exact:
         live = torch.zeros_like(self.ablated)
         live[0] = lens.model.embed(self.tokens)
         positions = absolute_positions(self.tokens.shape, lens.device)
-        angles = rotary_angles(positions, lens.cfg.d_rotary, lens.cfg.rope_theta, live.dtype)
+        angles = rotary_angles(positions, lens.cfg, live.dtype)
         causal = additive_mask(positions, positions, live.dtype)
         for i in range(lens.cfg.n_layers):
             n, rows = graph.before(i), graph.rows(i)

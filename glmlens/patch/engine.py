@@ -134,7 +134,7 @@ def through(model: GLM, base: Base, wave: Wave, metric: Metric) -> tuple[Float[T
     hook = Editing(wave, changed, cfg.n_groups)
     position, cell = layout(wave, base.tokens.shape[1], device)
     mask = segments_mask(position, cell, wave, base.resid[0].dtype)
-    angles = rotary_angles(position, cfg.d_rotary, cfg.rope_theta, base.resid[0].dtype)
+    angles = rotary_angles(position, cfg, base.resid[0].dtype)
     owner = torch.tensor([c.example for c in wave.cells], device=device)
     examples = owner[cell.amax(1)] if wave.starts else owner[:0]
     one = base.tokens.shape[0] == 1

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from glmlens.analysis.passes import pieces
 from glmlens.analysis.rows import Rows, numbers
-from glmlens.angles import Rule, frequencies, frozen, moved, silent, stretched, turned_by, turned_on
+from glmlens.angles import Rule, frequencies, frozen, magnitude, moved, silent, stretched, turned_by, turned_on
 from glmlens.config import GLMConfig
 from glmlens.hooks import Edit, Hooks, Point, only
 from glmlens.lens import Lens
@@ -89,7 +89,7 @@ def stretch(
     pair: Which = None,
     of: str = "both",
 ) -> Edits:
-    """Pairs turn by a rule that extends contexts: "theta", "linear", "ntk" or "yarn"; see `stretched_frequencies`."""
+    """Pairs turn by a rule that extends contexts: "theta", "linear", "ntk" or "yarn"; see `stretched_turning`."""
     rule = stretched(lens.cfg, kind, factor, context)
     return turning(lens, rule, layer=layer, head=head, kv=kv, pair=pair, of=of)
 
@@ -172,7 +172,8 @@ class Turning:
 
     def edited(self, x: Tensor, point: Point) -> Angles:
         assert point.positions is not None
-        return self.angles(point.positions, x.dtype)[1]
+        (cos, sin), factor = self.angles(point.positions, x.dtype)[1], magnitude(self.cfg)
+        return cos * factor, sin * factor
 
     def at(self, heads: Iterable[int]) -> Edit:
         """The edit that turns these heads' channels on, where they have turned as published."""
