@@ -101,8 +101,9 @@ def test_who_receives_is_found_as_the_card_says(inside, said):
     assert found["left with only these heads"] > 0.7 * found["clean"]
 
     def looking(look):
-        worth = {head: max(abs(part[name]) for name in card.LOST) for head, part in found["heads"].items()}
-        return [head for head, part in found["heads"].items() if part[look] > 0.8 and worth[head] > 0.2 * found["clean"]]
+        there = {head: part for head, part in found["heads"].items() if part[look] > 0.8}
+        least = card.MATTERS * found["clean"]
+        return [head for head, part in there.items() if max(abs(part[name]) for name in card.LOST) > least]
 
     for look in ("end to S2", "end to verb", "verb to S2", "end to first name", "end to second name"):
         assert looking(look), look

@@ -179,15 +179,17 @@ def page(card: dict[str, Any]) -> str:
     ]
 
     unlearned = [
-        f"| {text} | {said} | {p:.0%} | {right} | {rank} |" for text, said, p, right, rank in card["from the first word"]
+        f"| {text} | {said} | {p:.0%} | {right} | {rank} |"
+        for text, said, p, right, rank in card["from the first word"]
     ]
 
     clean = ioi["clean"]
 
     def looking(look: str) -> str:
         """The heads that look from there to there and are worth something."""
-        matter = (head for head, part in ioi["heads"].items() if max(abs(part[name]) for name in LOST) > MATTERS * clean)
-        return ", ".join(head for head in matter if ioi["heads"][head][look] > 0.8) or "no head"
+        there = {head: part for head, part in ioi["heads"].items() if part[look] > 0.8}
+        matter = [head for head, part in there.items() if max(abs(part[name]) for name in LOST) > MATTERS * clean]
+        return ", ".join(matter) or "no head"
 
     return PAGE.format(
         parameters=card["parameters"] / 1e6,

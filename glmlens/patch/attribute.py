@@ -96,8 +96,9 @@ def point_in_layers(lens: Lens, point: str) -> bool:
 
 
 def labelled(
-    lens: Lens, found: Tensor, over: Sequence[str], clean: Tensor, metric: Metric, point: str, direction: str, method: str
-) -> Labelled:
+    lens: Lens, found: Tensor, over: Sequence[str], clean: Tensor, metric: Metric, point: str, direction: str,
+    method: str,
+) -> Labelled:  # fmt: skip
     """The estimate with the labels that a sweep over the same places has."""
     prompts = [tuple(row) for row in clean.tolist()]
     labels = {
