@@ -128,7 +128,7 @@ def from_the_first_word(lens: Lens, shown: int = 3) -> list[tuple[str, str, floa
         text, right = ", ".join(series[:shown]) + ",", f" {series[shown]}"
         p = lens(text, logits_to_keep=1)[0, -1].softmax(-1)
         said, rank = int(p.argmax()), int((p > p[lens.to_single_token(right)]).sum())
-        rows.append((text, lens.to_str_tokens(torch.tensor([[said]]))[0].strip(), float(p[said]), right.strip(), rank))
+        rows.append((text, lens.to_string([said]).strip(), float(p[said]), right.strip(), rank))
     return rows
 
 
