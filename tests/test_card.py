@@ -65,7 +65,7 @@ def test_the_card_says_which_series_it_cannot_go_on_with(inside, said):
     found = card.from_the_first_word(inside)
     days = found[0]
     assert days[0] == "Monday, Tuesday, Wednesday,"
-    assert (days[1], days[3]) == ("December", "Thursday")
+    assert (days[1], days[3]) == ("December", "Thursday")  # the README says so too
     page = (EMBEDDED / "README.md").read_text()
     for (text, word, p, right, rank), line in zip(found, said["from the first word"], strict=True):
         assert [text, word, right, rank] == [*line[:2], *line[3:]]

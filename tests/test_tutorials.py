@@ -24,20 +24,22 @@ each = pytest.mark.parametrize("path", COURSE, ids=lambda path: path.stem)
 
 
 @pytest.fixture(scope="module")
-def studied(tmp_path_factory):
+def studied(tmp_path_factory, request):
     """What working through a tutorial came to; its notebook alone in a folder elsewhere, in a process of its own."""
-    done = {}
+    asked = {item.callspec.params["path"] for item in request.session.items if "studied" in item.fixturenames}
+    copies = []
+    for path in sorted(asked):
+        copies.append(tmp_path_factory.mktemp(path.stem) / f"{path.stem}.ipynb")
+        copies[-1].write_bytes(path.with_suffix(".ipynb").read_bytes())
+    argv = [sys.executable, "-W", "error", ROOT / "tests" / "study.py", "--apart", *copies]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}  # threads that wait for each other count as work
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
 
     def study(path):
-        if path not in done:
-            folder = tmp_path_factory.mktemp(path.stem)
-            copy = folder / f"{path.stem}.ipynb"
-            copy.write_bytes(path.with_suffix(".ipynb").read_bytes())
-            argv = [sys.executable, "-W", "error", ROOT / "tests" / "study.py", copy]
-            env = os.environ | {"OMP_NUM_THREADS": "1"}  # threads that wait for each other count as work
-            done[path] = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, check=False)
-        assert done[path].returncode == 0, done[path].stderr[-3000:]
-        return json.loads(done[path].stdout)
+        assert "error" not in found[path.stem], found[path.stem]["error"][-3000:]
+        return found[path.stem]
 
     return study
 
@@ -77,7 +79,7 @@ def test_a_tutorial_has_formulas_claims_that_are_asserted_and_sources(path):
     assert re.search(r"^## Sources$", text, re.MULTILINE)
 
 
-@each
+@pytest.mark.parametrize("path", [*COURSE, *sources(ROOT / "notebooks")], ids=lambda path: path.stem)
 def test_a_notebook_is_what_its_source_says_and_holds_no_output(path):
     built = path.with_suffix(".ipynb").read_text(encoding="utf-8")
     assert built == notebook(path), "run python -m tutorials.build"
