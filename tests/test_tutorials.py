@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from glmlens.course import source
-from glmlens.course.verdict import Wrong, demand, described, equal, exercise, head, number
+from glmlens.course.verdict import Wrong, demand, described, equal, exercise, head, hooked, number
 from glmlens.model import GLM, Block, RMSNorm, turn
 from tutorials.build import notebook, sources
 
@@ -114,6 +114,16 @@ def test_a_cell_keeps_its_id_when_another_is_put_before_it(tmp_path):
 def exercise_0_1(answer):
     demand(number(answer) > 2, "larger")
     return "good"
+
+
+def test_what_is_no_hook_is_told_from_hooks():
+    hooks = {"blocks.0.attn.z": print}
+    assert hooked(hooks) is hooks
+    with pytest.raises(Wrong, match=r"expected hooks, .* got the function 'print'$"):
+        hooked(print)
+    for answer in (-2, "attn.z"):
+        with pytest.raises(Wrong, match=rf"got {answer!r}$"):
+            hooked(answer)
 
 
 def test_an_answer_that_is_not_there_yet_is_asked_for():

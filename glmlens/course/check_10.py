@@ -38,7 +38,8 @@ def exercise_10_1(longest: Callable[[GLMConfig, int, int, int], int | float]) ->
         said = f"of {memory / 1e9:g} GB the weights take {weights / 1e9:.3g}: {found:,.0f} tokens"
         demand(found >= 0, f"{said}? There is room for none")
         demand(abs(found * c.n_groups - right) > c.n_groups or not right, f"{said}: which heads are remembered?")
-        demand(abs(found - right) <= 1, f"{said}; it is {'more' if found < right else 'fewer'}")
+        other = f"it is {'more' if found < right else 'fewer'}"
+        demand(abs(found - right) <= 1, f"{said}; {other}. What stands beside the cache, and what is an entry?")
     return "126,955 tokens of GLM-4-9B on a card of 24 GB, none on one of 16 GB"
 
 
