@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from glmlens.config import GLMConfig
+from glmlens.tables import size
 
 OF_ENTRIES = ("positions", "tokens", "calls")  # what a cache knows of every entry of a row
 
@@ -145,7 +146,7 @@ class KVCache:
     def __repr__(self) -> str:
         layers, batch, capacity, kv, d = self.keys.shape
         sizes = f"{layers} layers, batch {batch}, {kv} kv heads, d {d}"
-        return f"KVCache({self.length} entries of {capacity}; {sizes}, {self.bytes / 2**20:.1f} MiB)"
+        return f"KVCache({self.length} entries of {capacity}; {sizes}, {size(self.bytes)})"
 
 
 def stood(positions: Int[Tensor, "*batch key"]) -> Int[Tensor, "*batch key"]:

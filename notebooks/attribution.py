@@ -78,8 +78,8 @@ measured = patch.sweep(
     normalise=False,
     progress=False,
 )
-change = replace(estimate, values=measured.values - measured.clean, labels=measured.labels)
-plot.compare({"estimated": replace(estimate, labels=measured.labels), "measured": change}, what="logits")
+change = replace(estimate, values=measured.values - measured.clean)
+plot.compare({"estimated": estimate, "measured": change}, what="logits")
 
 # %%
 each = torch.tensor(estimate.values).flatten(), torch.tensor(change.values).flatten()

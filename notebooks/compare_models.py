@@ -36,7 +36,7 @@ if other is None:
             second.model.blocks[layer].attn.out.weight[:, columns] = 0
 tokens, labels = lens.to_tokens(prompt), lens.to_labels(prompt)
 assert torch.equal(tokens.cpu(), second.to_tokens(prompt).cpu()), "the models read this prompt as different tokens"
-pd.DataFrame({"first": vars(lens.cfg), "second": vars(second.cfg)})
+pd.DataFrame({"first": vars(lens.cfg), "second": vars(second.cfg)}).astype(str)
 
 # %% [markdown]
 # ## What they say

@@ -9,7 +9,7 @@ dtype = None  # None: the checkpoint's own
 device = "cpu"
 task = "ioi"  # one of glmlens.tasks.TASKS ...
 counterfactual = "flip"
-n = 20
+n = 20  # of which those of the commonest length are taken
 clean, corrupt, answers = None, None, None  # ... or two prompts of one length, and [right, wrong] next tokens
 
 # %%
@@ -76,8 +76,8 @@ noised = patch.sweep(
 plot.compare({"denoise": heads, "noise": noised})
 
 # %%
-print("most is brought back by", heads.top(5))
-print("most is lost with      ", noised.top(5))
+for said, found in (("most is brought back by", heads), ("most is lost with", noised)):
+    print(f"{said:23}", ", ".join(f"{layer}.{head} {effect:+.2f}" for (layer, head), effect in found.top(5)))
 
 # %% [markdown]
 # ## By hand

@@ -1,7 +1,9 @@
-"""Works through a notebook as a learner would: python -W error tests/study.py NOTEBOOK [PAGE.html].
+"""Works through notebooks as a learner would: python -W error tests/study.py NOTEBOOK [PAGE.html].
 
 Cell by cell, in one world, with the answers left as they are. At every exercise the hidden solution and the hidden
 wrong turns are tried too, each in a world of its own. Says in JSON what came of it; PAGE is all of it, to look at.
+With --apart before them any number of notebooks, each in a process of its own and in its own folder; what all of them
+need is imported once.
 """
 
 import ast
@@ -9,6 +11,8 @@ import contextlib
 import io
 import json
 import linecache
+import multiprocessing
+import os
 import re
 import sys
 import time
@@ -68,14 +72,56 @@ def study(notebook):
     return {"exercises": exercises, "figures": figures}, page
 
 
-def main(notebook, page=None):
-    sys.stdout.reconfigure(encoding="utf-8")
-    found, parts = study(Path(notebook))
-    found["seconds"] = time.process_time()  # of work: this machine may have other things to do
-    if page:
-        from glmlens import save_html
+def timed(notebook):
+    found, page = study(notebook)
+    return {**found, "seconds": time.process_time()}, page  # of work: this machine may have other things to do
 
-        save_html(page, Path(notebook).stem, parts)
+
+def report(notebook, out):
+    os.chdir(notebook.parent)
+    try:
+        out.send(timed(notebook)[0])
+    except Exception:
+        out.send({"error": traceback.format_exc()})  # knows the lines of cells
+
+
+def apart(notebook):
+    """What `study` finds in a process of its own, a copy of this one; or the error that ended it."""
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe(duplex=False)
+    child = fork.Process(target=report, args=(notebook, theirs))
+    child.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        return {"error": "its process was ended"}
+    finally:
+        child.join()
+
+
+def warm():
+    """Import what every notebook needs: a first recording has torch import its compiler."""
+    from tqdm import tqdm
+
+    import glmlens
+    from glmlens import analysis, plot
+
+    tqdm.monitor_interval = 0  # no thread: a process that has some should not be copied
+    plot.residual_norms(analysis.accumulated_residual(glmlens.load(dtype="float32"), "Mary"))
+
+
+def main(notebook, *more):
+    sys.stdout.reconfigure(encoding="utf-8")
+    if notebook == "--apart":
+        warm()
+        found = {Path(path).stem: apart(Path(path).resolve()) for path in more}
+    else:
+        found, parts = timed(Path(notebook))
+        if more:
+            from glmlens import save_html
+
+            save_html(more[0], Path(notebook).stem, parts)
     print(json.dumps(found, ensure_ascii=False, indent=1))
 
 

@@ -61,6 +61,18 @@ def test_sentiment_is_steered_monotonically_across_zero(inside, said):
     assert felt == pytest.approx(list(said["steering"].values()), abs=0.1)
 
 
+def test_the_card_says_which_series_it_cannot_go_on_with(inside, said):
+    found = card.from_the_first_word(inside)
+    days = found[0]
+    assert days[0] == "Monday, Tuesday, Wednesday,"
+    assert (days[1], days[3]) == ("December", "Thursday")  # the README says so too
+    page = (EMBEDDED / "README.md").read_text()
+    for (text, word, p, right, rank), line in zip(found, said["from the first word"], strict=True):
+        assert [text, word, right, rank] == [*line[:2], *line[3:]]
+        assert p == pytest.approx(line[2], abs=0.01)
+        assert f"| {text} | {word} |" in page
+
+
 def test_without_its_induction_heads_it_copies_by_chance(inside, said):
     found = circuits.induction(inside)
     assert found["accuracy"] >= 0.95
@@ -89,11 +101,19 @@ def test_who_receives_is_found_as_the_card_says(inside, said):
     assert found["left with only these heads"] > 0.7 * found["clean"]
 
     def looking(look):
-        return [head for head, part in found["heads"].items() if part[look] > 0.8]
+        there = {head: part for head, part in found["heads"].items() if part[look] > 0.8}
+        least = card.MATTERS * found["clean"]
+        return [head for head, part in there.items() if max(abs(part[name]) for name in card.LOST) > least]
 
     for look in ("end to S2", "end to verb", "verb to S2", "end to first name", "end to second name"):
         assert looking(look), look
     giver = looking("end to S2") + looking("end to verb") + looking("verb to S2")
     assert all(found["heads"][head]["lost without"] > 0.2 * found["clean"] for head in giver)
+    for order in ("receiver first", "receiver second"):
+        assert all(found["heads"][head][order] > 0.2 * found["clean"] for head in giver), order
+    for look, sign in (("end to first name", 1), ("end to second name", -1)):  # by where they stand, whoever gives
+        for head in looking(look):
+            assert sign * found["heads"][head]["receiver first"] > 0.2 * found["clean"], head
+            assert sign * found["heads"][head]["receiver second"] < -0.2 * found["clean"], head
     assert abs(found["direct of all heads"]) < 0.1 * found["clean"]
     assert found["mlps"]["3"]["direct"] > 0.8 * found["clean"]

@@ -379,11 +379,10 @@ def test_no_other_checkpoint_is_suspected(tmp_path):
         glmlens.load(tmp_path)  # a warning would be an error here
 
 
-def test_every_format_and_head_passes_the_checks_of_a_glm(every_lens, capsys):
+def test_every_format_and_head_passes_the_checks_of_a_glm(every_lens):
     found = analysis.selfcheck(every_lens)
     assert all(row.holds for row in found.rows)
     assert len(found.rows) == (14 if every_lens.cfg.d_logits else 9)
-    assert "FAILED" not in capsys.readouterr().out
 
 
 def test_heads_are_scored_with_every_head(every_lens):

@@ -6,7 +6,6 @@ import shutil
 import time
 from pathlib import Path
 
-import nbformat
 import pytest
 from conftest import rewrite_json, write_checkpoint
 from study import run
@@ -112,16 +111,6 @@ def test_the_first_cell_of_code_is_parameters_alone(path):
     del world["__builtins__"]
     assert {"model", "dtype", "device"} <= set(world)
     assert json.loads(json.dumps(world)) == {k: list(v) if isinstance(v, tuple) else v for k, v in world.items()}
-
-
-@each
-def test_a_notebook_is_what_its_source_says_and_holds_no_output(path):
-    built = path.with_suffix(".ipynb").read_text(encoding="utf-8")
-    assert built == notebook(path), "run python -m tutorials.build"
-    assert len(built) < 1_000_000
-    read = nbformat.reads(built, 4)
-    assert "widgets" not in read.metadata
-    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in read.cells)
 
 
 def test_only_tags_of_a_cell_are_stored(tmp_path):

@@ -8,10 +8,13 @@ from test_tutorials import COURSE
 
 import glmlens.lab
 
-RUN_ALL = """(async path => {
+RUN_ALL = """(async (path, kernel) => {
   const {commands, shell} = window.jupyterapp, before = shell.currentWidget;
-  const panel = await commands.execute('docmanager:open', {path, factory: 'Notebook'});
+  const options = kernel ? {kernel: {id: kernel}} : {};
+  const panel = await commands.execute('docmanager:open', {path, factory: 'Notebook', ...options});
   await Promise.all([panel.context.ready, panel.revealed, panel.sessionContext.ready]);
+  const here = panel.sessionContext.session.kernel;
+  if (kernel) await here.requestExecute({code: 'get_ipython().reset(new_session=True)', silent: true}).done;
   shell.activateById(panel.id);
   await commands.execute('notebook:run-all-cells');
   const cells = panel.content.widgets.filter(cell => cell.model.type === 'code');
@@ -20,8 +23,9 @@ RUN_ALL = """(async path => {
     run: cells.map(cell => cell.model.executionCount),
     wrong: outputs.filter(o => o.output_type === 'error' || o.name === 'stderr').map(o => o.evalue || o.text),
     kinds: outputs.flatMap(o => Object.keys(o.data || {})),
+    kernel: here.id,
   };
-  await panel.sessionContext.shutdown();
+  if (kernel === undefined) await panel.sessionContext.shutdown();
   panel.dispose();
   shell.activateById(before.id);
   return JSON.stringify(found);
@@ -32,6 +36,12 @@ RUN_ALL = """(async path => {
 def opened(lab):
     glmlens.lab.copy(lab.folder / "root" / "mine")
     return lab
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """The kernel that the tutorials share, emptied before each: they have run alone elsewhere, and imports are long."""
+    return {"kernel": None}
 
 
 @each
@@ -47,9 +57,12 @@ def test_a_bench_runs_in_jupyterlab(path, opened):
 
 
 @pytest.mark.parametrize("path", COURSE, ids=lambda path: path.stem)
-def test_a_tutorial_runs_in_jupyterlab(path, opened):
+def test_a_tutorial_runs_in_jupyterlab(path, opened, shared):
     opened.errors = []
-    found = json.loads(opened.run(f"{RUN_ALL}({json.dumps(f'mine/tutorials/{path.stem}.ipynb')})"))
+    where = json.dumps(f"mine/tutorials/{path.stem}.ipynb")
+    found = json.loads(opened.run(f"{RUN_ALL}({where}, {json.dumps(shared['kernel'])})"))
+    assert shared["kernel"] in (None, found["kernel"])
+    shared["kernel"] = found["kernel"]
     assert [said for said in found["wrong"] if said.strip() and not said.startswith("harvesting")] == []  # its bar
     assert found["run"] == list(range(1, len(found["run"]) + 1))
     assert found["kinds"].count("application/vnd.plotly.v1+json") >= 1

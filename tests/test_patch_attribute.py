@@ -138,6 +138,18 @@ def test_attribution_points_to_what_a_sweep_finds():
     assert np.sign(estimated.at(layer=2, pos=6)) == np.sign(change)
 
 
+@pytest.mark.parametrize("over", [("layer", "pos"), ("pos",)])
+def test_places_are_called_as_a_sweep_calls_them(over):
+    lens = glmlens.load(dtype="float32")
+    clean, corrupt = ("When Mary and John went to the store, John", "When Mary and John went to the store, Mary")
+    asked = {"over": over, "metric": (" gave", " sent")}
+    found = patch.attribute(lens, clean, corrupt, "resid_pre", **asked)
+    site = Site("resid_pre", layer=None if "layer" in over else 0)
+    swept = patch.sweep(lens, clean, corrupt, site, **asked, progress=False)
+    assert found.labels == swept.labels
+    assert found.labels["pos"][-1] == "11 ·John"
+
+
 def test_what_cannot_be_attributed_is_said(lens):
     for asked in ({"point": "attn.v", "method": "atp*"}, {"point": "attn.q", "over": ("kv",)}, {"direction": "both"}):
         with pytest.raises(patch.PatchError):

@@ -36,9 +36,9 @@ def test_a_real_model_passes(real_model, dtype):
     analysis.selfcheck(glmlens.load(real_model, dtype=dtype), "The capital of France is the city of Paris.")
 
 
-def test_it_prints_what_it_measured(capsys):
-    analysis.selfcheck(small_lens())
-    shown = capsys.readouterr().out
+def test_it_shows_what_it_measured_once(capsys):
+    shown = repr(analysis.selfcheck(small_lens()))
+    assert capsys.readouterr().out == ""  # a notebook shows the result of a cell
     assert "looking and putting back changes nothing" in shown
     assert "(at most 1e-05)" in shown
     assert "FAILED" not in shown

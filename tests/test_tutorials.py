@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from glmlens.course import source
-from glmlens.course.verdict import Wrong, demand, described, equal, exercise, head, number
+from glmlens.course.verdict import Wrong, demand, described, equal, exercise, head, hooked, number
 from glmlens.model import GLM, Block, RMSNorm, turn
 from tutorials.build import notebook, sources
 
@@ -24,20 +24,22 @@ each = pytest.mark.parametrize("path", COURSE, ids=lambda path: path.stem)
 
 
 @pytest.fixture(scope="module")
-def studied(tmp_path_factory):
+def studied(tmp_path_factory, request):
     """What working through a tutorial came to; its notebook alone in a folder elsewhere, in a process of its own."""
-    done = {}
+    asked = {item.callspec.params["path"] for item in request.session.items if "studied" in item.fixturenames}
+    copies = []
+    for path in sorted(asked):
+        copies.append(tmp_path_factory.mktemp(path.stem) / f"{path.stem}.ipynb")
+        copies[-1].write_bytes(path.with_suffix(".ipynb").read_bytes())
+    argv = [sys.executable, "-W", "error", ROOT / "tests" / "study.py", "--apart", *copies]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}  # threads that wait for each other count as work
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
 
     def study(path):
-        if path not in done:
-            folder = tmp_path_factory.mktemp(path.stem)
-            copy = folder / f"{path.stem}.ipynb"
-            copy.write_bytes(path.with_suffix(".ipynb").read_bytes())
-            argv = [sys.executable, "-W", "error", ROOT / "tests" / "study.py", copy]
-            env = os.environ | {"OMP_NUM_THREADS": "1"}  # threads that wait for each other count as work
-            done[path] = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, check=False)
-        assert done[path].returncode == 0, done[path].stderr[-3000:]
-        return json.loads(done[path].stdout)
+        assert "error" not in found[path.stem], found[path.stem]["error"][-3000:]
+        return found[path.stem]
 
     return study
 
@@ -77,7 +79,7 @@ def test_a_tutorial_has_formulas_claims_that_are_asserted_and_sources(path):
     assert re.search(r"^## Sources$", text, re.MULTILINE)
 
 
-@each
+@pytest.mark.parametrize("path", [*COURSE, *sources(ROOT / "notebooks")], ids=lambda path: path.stem)
 def test_a_notebook_is_what_its_source_says_and_holds_no_output(path):
     built = path.with_suffix(".ipynb").read_text(encoding="utf-8")
     assert built == notebook(path), "run python -m tutorials.build"
@@ -112,6 +114,16 @@ def test_a_cell_keeps_its_id_when_another_is_put_before_it(tmp_path):
 def exercise_0_1(answer):
     demand(number(answer) > 2, "larger")
     return "good"
+
+
+def test_what_is_no_hook_is_told_from_hooks():
+    hooks = {"blocks.0.attn.z": print}
+    assert hooked(hooks) is hooks
+    with pytest.raises(Wrong, match=r"expected hooks, .* got the function 'print'$"):
+        hooked(print)
+    for answer in (-2, "attn.z"):
+        with pytest.raises(Wrong, match=rf"got {answer!r}$"):
+            hooked(answer)
 
 
 def test_an_answer_that_is_not_there_yet_is_asked_for():

@@ -29,11 +29,15 @@ lens
 
 # %% [markdown]
 # This is the small GLM inside the package. It has the architecture of GLM-4-9B and is 4,700 times smaller. It was
-# trained on a made-up world of simple English, and knows nothing else.
+# trained on a made-up world of simple English, and knows nothing else. Outside of it, it is wrong with confidence.
 
 # %%
 size = sum(p.numel() for p in lens.model.parameters())
 assert 4_600 < 9_399_951_360 / size < 4_800
+
+# %% [markdown]
+# Here is what it says after our prompt. The first line asks: after the last token, `to`, how likely is `Mary`? A rank
+# of 0 means that nothing is more probable.
 
 # %%
 prompt = "When Mary and John went to the store, John gave a drink to"
@@ -43,7 +47,7 @@ lens.test_prompt(prompt, " Mary", top=3)
 # ## 1. Text becomes numbers
 #
 # A tokenizer cuts text into pieces that it knows and gives each its number. A space belongs to the word after it: `·`
-# stands for it below. Every GLM prompt begins with the same two tokens, `[gMASK]` and `<sop>`.
+# stands for it, above and below. Every GLM prompt begins with the same two tokens, `[gMASK]` and `<sop>`.
 
 # %%
 tokens = lens.to_tokens(prompt)
@@ -57,7 +61,8 @@ print(list(zip(labels, tokens[0].tolist(), strict=True)))
 # The axes have names, and the names are always the same. `tokens` is `[batch, pos]`: prompts, and positions in them.
 #
 # Now we run the model once and keep what is at every named point. `acts` is the recording. We hold all that follows
-# against it.
+# against it. (Of the points marked "derived" nothing is stored: they are computed from others when you ask, to the same
+# bits. `acts["attn.q", 1]` is a point of layer 1, `acts["attn.q"]` that of all layers.)
 
 # %%
 logits, acts = lens.run_with_cache(prompt)
@@ -101,6 +106,11 @@ assert torch.equal(x[0, 5], x[0, 11])
 source(Block.forward, "resid_pre = hook", "return hook")
 
 # %% [markdown]
+# Read the lines of `attn_out`, `resid_mid`, `mlp_out` and the last one first: attention, sum, MLP, sum. `ln1` is the
+# norm, and soon has a passage of its own. `at(hook, "ln1")` only puts `ln1.` before the names inside. `angles`, `mask`
+# and `kv` belong to attention. `ln1_post` and `ln2_post` do nothing here: newer GLMs have one more norm at these
+# places.
+#
 # The layers are passed one after the other. After the last one comes a norm and the unembedding.
 
 # %%
@@ -122,14 +132,16 @@ assert torch.equal(acts["resid_pre", 1], acts["resid_post", 0])
 #
 # $$\text{norm}(x) = g \odot \frac{x}{\sqrt{\frac{1}{d}\sum_j x_j^2 + \epsilon}}$$
 #
-# There is no mean to subtract and no bias to add (Zhang and Sennrich 2019).
+# There is no mean to subtract and no bias to add (Zhang and Sennrich 2019). `exact` is `x` in float32, since a sum of
+# squares needs more digits than bfloat16 has. `scale` is one over the root.
 
 # %%
 source(RMSNorm.forward)
 
 # %% [markdown]
-# Why is it needed? Look at how long the vectors of the stream become. In this model they grow from about 8 to many
-# thousands.
+# Why is it needed? Look at how long the vectors of the stream become. In this model they grow from about 9 to many
+# thousands. Each layer adds to vectors that are longer than those before. With the norm, all layers read the same
+# length.
 
 # %%
 stream = analysis.accumulated_residual(lens, prompt)
@@ -139,6 +151,8 @@ plot.residual_norms(stream, title="The residual stream grows")
 lengths = acts["resid_post"].norm(dim=-1)
 assert 7 < acts["embed"].norm(dim=-1).min() < acts["embed"].norm(dim=-1).max() < 10
 assert lengths[3].min() > 2_000
+read = acts["ln1.normalized", 3] / lens.model.blocks[3].ln1.weight
+assert torch.allclose(read.norm(dim=-1), torch.tensor(192.0).sqrt(), rtol=1e-3)  # the same length at every position
 
 # %% [markdown]
 # ### Exercise 1.1 · RMSNorm
@@ -226,7 +240,7 @@ assert not torch.equal(acts["kv.k_new", layer][0, 5, :, :16], acts["attn.k", lay
 # $$s_{ij} = \frac{q_i \cdot k_j}{\sqrt{d}} \;\;(j \le i) \qquad a_{ij} = \frac{e^{s_{ij}}}{\sum_{l \le i} e^{s_{il}}}
 # \qquad z_i = \sum_{j \le i} a_{ij}\, v_j$$
 #
-# A query does not see what comes after it: there the score is the smallest number that there is.
+# A query does not see what comes after it: there the mask makes the score the smallest number that there is.
 
 # %%
 source(eager)
@@ -313,7 +327,7 @@ check.exercise_1_2(attend)
 # ## 5. The MLP: each position by itself
 #
 # The MLP looks at one position at a time. It widens the vector to 512 channels twice, as a gate and as a value,
-# multiplies the two, and maps the product back. This is SwiGLU (Shazeer 2020, section 2):
+# multiplies the two, and maps the product back. This is SwiGLU (Shazeer 2020):
 #
 # $$\text{MLP}(n) = \big(n W_\text{up} \odot \text{silu}(n W_\text{gate})\big)\, W_\text{down} \qquad
 # \text{silu}(g) = \frac{g}{1 + e^{-g}}$$
@@ -448,11 +462,11 @@ print(prompt + said)
 #
 # ## Sources
 #
-# - Vaswani et al. 2017, *Attention Is All You Need*, arXiv 1706.03762, section 3.2: scores, pattern, mixture.
-# - Zhang and Sennrich 2019, *Root Mean Square Layer Normalization*, arXiv 1910.07467, section 4.
-# - Shazeer 2020, *GLU Variants Improve Transformer*, arXiv 2002.05202, section 2.
-# - Su et al. 2021, *RoFormer*, arXiv 2104.09864, section 3.2: turning queries and keys.
-# - Ainslie et al. 2023, *GQA*, arXiv 2305.13245, section 2: grouped queries.
+# - Vaswani et al. 2017, *Attention Is All You Need*, arXiv 1706.03762: scores, pattern, mixture.
+# - Zhang and Sennrich 2019, *Root Mean Square Layer Normalization*, arXiv 1910.07467.
+# - Shazeer 2020, *GLU Variants Improve Transformer*, arXiv 2002.05202: SwiGLU.
+# - Su et al. 2021, *RoFormer*, arXiv 2104.09864: turning queries and keys.
+# - Ainslie et al. 2023, *GQA*, arXiv 2305.13245: grouped queries.
 # - Elhage et al. 2021, *A Mathematical Framework for Transformer Circuits*, transformer-circuits.pub: the residual
 #   stream as a sum.
 # - GLM Team 2024, *ChatGLM: A Family of Large Language Models from GLM-130B to GLM-4 All Tools*, arXiv 2406.12793.

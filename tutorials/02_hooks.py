@@ -427,12 +427,13 @@ assert acts["resid_post", 0].abs().max() > 100  # the recording is whole
 # Some mistakes are good Python and good tensors. Here are the two that cost most time.
 #
 # **Functions made in a loop.** A function looks its variables up when it runs, not when it is made. These hooks are
-# meant for heads 0 to 7 in turn, but when they run the loop is over, and `head` is 7 for all of them.
+# meant for heads 0 to 7 in turn, but when they run the loop is over, and `head` is 7 for all of them. (The linter ruff
+# knows this mistake as B023. Here it is made on purpose, so the line says `noqa`.)
 
 # %%
 hooks = []
 for head in range(8):
-    hooks.append(lambda z, point: z.index_fill(2, torch.tensor(head), 0))  # noqa: B023, PERF401 - the mistake itself
+    hooks.append(lambda z, point: z.index_fill(2, torch.tensor(head), 0))  # noqa: B023, PERF401
 
 lost = [difference(lens.run_with_hooks(prompt, {"blocks.1.attn.z": hook})) for hook in hooks]
 assert len(set(lost)) == 1  # eight times head 1.7
@@ -446,9 +447,8 @@ assert len(set(lost)) == 8
 
 # %% [markdown]
 # **Zero is not nothing.** A head that always writes the same vector is a constant, and later layers count on it. To set
-# it to zero breaks more than to take away what the head *says*. A fairer stand-in is what the head writes on average.
-# Even then the numbers are others, and a result that holds for only one of the two is not yet one (Wang et al. 2022,
-# section 2.1).
+# it to zero breaks more than to take away what the head *says*. A fairer stand-in is what the head writes on average
+# (Wang et al. 2022). The two give different numbers. A result that holds for only one of them is not yet one.
 
 
 # %%
@@ -485,7 +485,7 @@ for layer, head in ((1, 3), (0, 3), (3, 4)):
 #
 # - Nanda and Bloom 2022, *TransformerLens*, github.com/TransformerLensOrg/TransformerLens: named hook points, and most
 #   of the names.
-# - Wang et al. 2022, *Interpretability in the Wild*, arXiv 2211.00593, section 2: the prompt, the logit difference, and
+# - Wang et al. 2022, *Interpretability in the Wild*, arXiv 2211.00593: the prompt, the logit difference, and
 #   knocking out by the mean.
 # - Elhage et al. 2021, *A Mathematical Framework for Transformer Circuits*, transformer-circuits.pub: heads as parts
 #   that can be taken out one by one.

@@ -50,8 +50,8 @@ assert first < 0.02
 assert again(logits) > 0.97
 
 # %% [markdown]
-# Here is where the heads of the last layer look in the first of these texts. Queries go down, keys to the right. Bright
-# stripes in the lower half belong to the second time.
+# Here is where the heads of the last layer look in the first of these texts. Queries go down, keys to the right. Look
+# at the lower half, the second time: there most heads have a bright stripe. It stands 19 tokens below the diagonal.
 
 # %%
 plot.attention_heads(acts["attn.pattern", 3][0], labels, n_kv_heads=lens.cfg.n_kv_heads, title="Attention of layer 3")
@@ -66,7 +66,7 @@ plot.attention_heads(acts["attn.pattern", 3][0], labels, n_kv_heads=lens.cfg.n_k
 # - **duplicate**: when a word is said again, how much goes to where it stood before?
 # - **induction**: how much goes to what came *after* it before?
 #
-# All heads put some attention on the prefix, where nothing is said. So the share is taken of the rest:
+# Some heads put much of their attention on the prefix, where nothing is said. So the share is taken of the rest:
 #
 # $$\text{previous} = \frac{\sum_i a_{i,i-1}}{\sum_i \sum_{j \notin \text{prefix}} a_{ij}} \qquad
 # \text{induction} = \frac{\sum_i a_{i,i-n+1}}{\sum_i \sum_{j \notin \text{prefix}} a_{ij}}$$
@@ -80,9 +80,15 @@ previous = a[:, queries, queries - 1].sum() / a[:, queries, prefix:].sum()
 print(f"head 1.7: {previous:.3f}")
 assert previous > 0.98
 
+_, first_layer = lens.run_with_cache(tokens, "blocks.0.attn.pattern", logits=False)
+resting = first_layer["attn.pattern", 0][:, :, prefix:, :prefix].sum(-1).mean((0, 2))  # head
+print("heads of layer 0, on the prefix:", [f"{share:.0%}" for share in resting])
+assert resting.min() > 0.15
+
 # %% [markdown]
 # `head_scores` does this for every head. Beside each score stands what a head has by chance: one that attends alike to
-# all that it sees. Without this number a score says nothing.
+# all that it sees. Without this number a score says nothing. (Three rows of the table come later or not at all: copying
+# is in section 6, `prefix_matching` is induction on texts said four times, `on_prefix` is what rests on the prefix.)
 
 # %%
 scores = analysis.head_scores(lens)
@@ -99,7 +105,8 @@ plot.head_scores(scores, "induction", n_kv_heads=lens.cfg.n_kv_heads)
 
 # %% [markdown]
 # The two pictures fit together. Heads that look at the token before are in layers 1 and 2. Heads that look at what came
-# next are in layer 3, above them. It is the same in large models (Olsson et al. 2022).
+# next are in layer 3, above them. It is the same in large models (Olsson et al. 2022). Of the third kind there is none:
+# no head gives much to where the word itself stood before.
 
 # %%
 before = [(i, h) for i in range(4) for h in range(8) if scores.previous.at(layer=i, head=h) > 0.9]
@@ -109,6 +116,7 @@ print("induction heads:     ", inducing)
 assert {layer for layer, _ in before} == {1, 2}
 assert {layer for layer, _ in inducing} == {3}
 assert len(inducing) == 7
+assert scores.duplicate.values.max() < 0.2
 
 # %% [markdown]
 # ### Exercise 3.1 · The induction score
@@ -182,14 +190,16 @@ def without(heads):
 
 
 for head in inducing:
-    print(f"without {head}: {again(lens.run_with_hooks(tokens, without([head]))):.0%}")
-    assert again(lens.run_with_hooks(tokens, without([head]))) > 0.95
+    left = again(lens.run_with_hooks(tokens, without([head])))
+    print(f"without {head}: {left:.0%}")
+    assert left > 0.95
 
 # %% [markdown]
 # Nothing happens! Is none of them needed? There are seven, and they do the same. When one is gone the others are
-# enough. An ablation of one head proves that a head is needed. It never proves that it is *not*.
+# enough (McGrath et al. 2023 found the same in large models). An ablation of one head can prove that it is needed. It
+# never proves that it is *not*.
 #
-# So take all of them. And take as many others, from the layers below, to see that it is not the number that counts.
+# So take all of them. And take as many others, which are of neither kind, to see that it is not the number that counts.
 
 # %%
 others = [(2, 3), (2, 4), (2, 6), (2, 7), (1, 2), (1, 3), (1, 6)]
@@ -202,7 +212,7 @@ assert lost < 0.05
 assert kept > 0.95
 
 # %% [markdown]
-# That is the proof: without these heads no word is repeated, and without as many others nearly all are.
+# That is the proof: without these heads hardly a word is repeated, and without as many others nearly all are.
 #
 # ## 4. What induction heads rest on
 #
@@ -259,11 +269,13 @@ check.exercise_3_2(heads)
 # %% [markdown]
 # Composition can also be read in the weights, without any text. How much of what a head writes falls where a later head
 # reads its keys? Two random circuits have $1/\sqrt{d_\text{model}}$ (Elhage et al. 2021, "Three Kinds of Composition").
+# $W_{OV} = W_V W_O$ is all that a head does from reading to writing, and $W_{QK} = W_Q W_K^\top$ all that makes a
+# score. Both have a section below.
 #
 # $$\text{composition} = \frac{\lVert W_{OV}\, W_{QK}^\top \rVert}{\lVert W_{OV} \rVert\, \lVert W_{QK} \rVert}$$
 
 # %%
-composition = analysis.composition(lens, "K")
+composition = analysis.composition(lens, "K")  # the reader "3.kv2" is the key that heads 3.4 and 3.5 share
 best = composition.top(8)
 for (writer, reader), value in best:
     print(f"{writer} is read by {reader}: {value:.3f}")
@@ -342,7 +354,8 @@ source(analysis.OV)
 # ### Exercise 3.3 · What is written
 #
 # Write a function of a normed vector `x` `[model]`, a layer and a head, that gives what the head adds if all its
-# attention goes there: `[model]`. Use `lens.W_V[layer, kv]`, `lens.b_V[layer, kv]` and `lens.W_O[layer, head]`.
+# attention goes there: `[model]`. Use `lens.W_V[layer, kv]`, `lens.b_V[layer, kv]` and `lens.W_O[layer, head]`. Values
+# are shared, as keys are: there are 8 heads, and `kv` is 0 to 3. `lens.cfg.n_groups` heads share one.
 
 # %%
 written = ...  # def written(x, layer, head): ...
@@ -425,7 +438,7 @@ for head in (4, 5):
 # the heads bring the word, and the MLP says it. [Tutorial 6](06_residual_stream.ipynb) is about this sum.
 
 # %%
-at = -5
+at = -5  # one word of the second time, the fifth from the end: asked of the text before it
 parts = analysis.logit_attribution(lens, tokens[:, :at], tokens[:, at]).mean()
 heads_add, mlp_adds = parts.at(layer=3, sublayer="attn"), parts.at(layer=3, sublayer="mlp")
 print(f"of {float(parts.total):.1f} logits, the heads of layer 3 add {heads_add:.1f} and its MLP {mlp_adds:.1f}")
@@ -448,4 +461,4 @@ assert mlp_adds > 5 * heads_add > 0
 # - Olsson et al. 2022, *In-context Learning and Induction Heads*, arXiv 2209.11895: random words said again, and heads
 #   of large models.
 # - McGrath et al. 2023, *The Hydra Effect*, arXiv 2307.15771: parts that stand in for others.
-# - Wang et al. 2022, *Interpretability in the Wild*, arXiv 2211.00593, section 2: the mean in place of a head.
+# - Wang et al. 2022, *Interpretability in the Wild*, arXiv 2211.00593: the mean in place of a head.

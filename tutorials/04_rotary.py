@@ -131,10 +131,10 @@ check.exercise_4_1(rotate)
 # %% [markdown]
 # ## 2. A score is a sum of waves
 #
-# Now a query at position $p$ meets a key at position $s$. Both have turned. In their product only the difference of the
-# angles is left (Su et al. 2021, section 3.2):
+# Now a query at position $p$ meets a key at position $r$. Both have turned. In their product only the difference of the
+# angles is left (Su et al. 2021). Here $q_i$ and $k_i$ are the pairs before they turn, as complex numbers:
 #
-# $$s\sqrt{d} \;=\; \sum_{i} |q_i|\,|k_i| \cos\big(\varphi_i + \omega_i\,(p - s)\big) \;+\; q_\text{content} \cdot
+# $$s_{pr}\sqrt{d} \;=\; \sum_{i} |q_i|\,|k_i| \cos\big(\varphi_i + \omega_i\,(p - r)\big) \;+\; q_\text{content} \cdot
 # k_\text{content} \qquad \varphi_i = \arg q_i - \arg k_i$$
 #
 # Eight waves over the distance, and one part that no distance changes. `score_parts` gives all of them. It is not an
@@ -342,6 +342,9 @@ assert previous[:4].sum() > 0.99 * previous.sum()  # and head 1.7 uses fast pair
 # all? Pair 4 needs 628 tokens to go round. Over 42 tokens it hardly moves. So here is a claim that we can test: the
 # slow pairs are content too. To **freeze** a pair is to turn it as at position 0 wherever it stands. To **silence** it
 # is to take it away. If slow pairs are content, freezing costs nothing and silencing does.
+#
+# `breakage` says what a surgery costs: how far the probabilities of the next token move, in the mean over all
+# positions. The distance is the KL divergence, in nats. It is 0 if nothing has changed, and 1 is much.
 
 # %%
 
@@ -487,7 +490,7 @@ assert shares[0, at[120]] < 0.1
 assert shares[0, at[200]] > 0.15
 frozen = again(200, surgery.freeze(lens, layer=3, pair=3))
 print(f"lists of 200: {shares[0, at[200]]:.0%}, with pair 3 of layer 3 frozen {frozen:.0%}")
-assert frozen < 0.6 * shares[0, at[200]]
+assert frozen < 0.5 * shares[0, at[200]]
 
 # %% [markdown]
 # This is why contexts are not made longer by just asking for more. Models whose contexts are extended get other
@@ -506,9 +509,9 @@ assert frozen < 0.6 * shares[0, at[200]]
 #
 # ## Sources
 #
-# - Su et al. 2021, *RoFormer*, arXiv 2104.09864, sections 3.2 and 3.4.2: the rotation, and scores of relative position.
+# - Su et al. 2021, *RoFormer*, arXiv 2104.09864: the rotation, and scores of relative position.
 # - Barbero et al. 2024, *Round and Round We Go! What makes Rotary Positional Encodings useful?*, arXiv 2410.06205: fast
 #   pairs for position, slow pairs for content.
 # - Chen et al. 2023, *Extending Context Window of Large Language Models via Positional Interpolation*, arXiv
 #   2306.15595.
-# - Peng et al. 2023, *YaRN*, arXiv 2309.00071, sections 3.1 and 3.2.
+# - Peng et al. 2023, *YaRN*, arXiv 2309.00071: fast pairs are left alone.

@@ -281,7 +281,7 @@ check.exercise_5_2(layers)
 # layers = (0, 1)
 # ```
 #
-# It says Tokyo, with 60 %. The last layer still reads of France and disagrees.
+# It says Tokyo, with 59 %. The last layer still reads of France and disagrees.
 #
 # </details>
 
@@ -341,7 +341,7 @@ assert best.alone.labels["entry"][-2:] == ["4 ·and", "3 ·Mary"]
 # %% [markdown]
 # The one who gives is not among them. So how can the model know who receives? Let us ask the same memory about the
 # other story, in which Mary gives and the answer is John. (The newest entry, 14, stays in both: the next token stands
-# behind it.)
+# behind it.) `cache.evict` takes a policy: a function of a cache that says which entries stay, `[batch, key]`.
 
 
 # %%
@@ -571,10 +571,10 @@ assert torch.allclose(lens(last, kv=moved)[0, -1], lens(last, kv=memory.fork())[
 #
 # ## Sources
 #
-# - Ainslie et al. 2023, *GQA*, arXiv 2305.13245, section 2.2: groups of heads that share keys and values.
-# - Xiao et al. 2023, *Efficient Streaming Language Models with Attention Sinks*, arXiv 2309.17453, sections 3.1 and
-#   3.2: sinks, and positions inside the cache.
-# - Zhang et al. 2023, *H2O: Heavy-Hitter Oracle*, arXiv 2306.14048, section 4.
-# - Liu et al. 2024, *KIVI*, arXiv 2402.02750, sections 2.1 and 3: keys by channel, values by token.
-# - Kobayashi et al. 2020, *Attention is Not Only a Weight*, arXiv 2004.10102, section 2.3: attention times the length
-#   of what is written.
+# - Ainslie et al. 2023, *GQA*, arXiv 2305.13245: groups of heads that share keys and values.
+# - Xiao et al. 2023, *Efficient Streaming Language Models with Attention Sinks*, arXiv 2309.17453:
+#   sinks, and positions inside the cache.
+# - Zhang et al. 2023, *H2O: Heavy-Hitter Oracle*, arXiv 2306.14048: keep what was attended to most.
+# - Liu et al. 2024, *KIVI*, arXiv 2402.02750: keys by channel, values by token.
+# - Kobayashi et al. 2020, *Attention is Not Only a Weight*, arXiv 2004.10102: attention times the length of
+#   what is written.

@@ -91,7 +91,7 @@ assert read.word.at(layer="embed", pos=-1, rank=0) == "·to"
 
 # %% [markdown]
 # How far is a layer from what the model says in the end? The distance of two distributions is measured in nats. $p$ is
-# the model's output, $q$ the layer's (Belrose et al. 2023, section 2):
+# the model's output, $q$ the layer's (Belrose et al. 2023):
 #
 # $$\text{KL}(p \,\Vert\, q) = \sum_t p_t\, (\log p_t - \log q_t)$$
 
@@ -390,11 +390,10 @@ assert abs(directly[1, 3]) < 0.3
 # ## 7. Exactness, for any model
 #
 # All these identities hold for any GLM. `selfcheck` tries them on the model that you have, and raises when one fails.
-# Run it on a checkpoint before you believe what you read in it.
+# Run it on a checkpoint before you believe what you read in it. Beside each number stands the largest that it may be.
 
 # %%
-checked = analysis.selfcheck(lens, prompt)
-assert all(row.holds for row in checked.rows)
+analysis.selfcheck(lens, prompt)
 
 # %% [markdown]
 # ## What to keep
@@ -409,10 +408,10 @@ assert all(row.holds for row in checked.rows)
 # ## Sources
 #
 # - nostalgebraist 2020, *interpreting GPT: the logit lens*, LessWrong.
-# - Belrose et al. 2023, *Eliciting Latent Predictions from Transformers with the Tuned Lens*, arXiv 2303.08112, section
-#   2: where the logit lens fails, and KL to the output.
+# - Belrose et al. 2023, *Eliciting Latent Predictions from Transformers with the Tuned Lens*, arXiv 2303.08112:
+#   where the logit lens fails, and KL to the output.
 # - Elhage et al. 2021, *A Mathematical Framework for Transformer Circuits*, transformer-circuits.pub: the residual
 #   stream as a sum, and direct paths to the logits.
-# - Wang et al. 2022, *Interpretability in the Wild*, arXiv 2211.00593, section 3: the logit difference, and direct
+# - Wang et al. 2022, *Interpretability in the Wild*, arXiv 2211.00593: the logit difference, and direct
 #   effects on it.
 # - Zhang and Sennrich 2019, *Root Mean Square Layer Normalization*, arXiv 1910.07467: the norm.

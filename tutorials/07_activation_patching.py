@@ -154,7 +154,7 @@ assert examples.accuracy(lens(examples)) == 1
 # %%
 site = Site("resid_pre", pos=("IO", "S1", "S2", "verb", "thing", "end"))
 grid = patch.sweep(lens, examples, "flip", site, over=("layer", "pos"), progress=False)
-plot.patch_grid(grid)
+plot.patch_grid(grid, title="Who gives, in the residual stream before each layer")
 
 # %% [markdown]
 # Read it from below. Before layers 0 and 1 everything is at `S2`. Before layer 3 everything is at the end of the
@@ -204,7 +204,8 @@ heads = patch.sweep(lens, examples, "flip", "attn.z", over=("layer", "head"), di
 plot.patch_grid(heads.at(direction="denoise"), title="Heads, denoised")
 
 # %% [markdown]
-# Three heads above layer 0 stand out, and the two directions agree about them.
+# Three heads above layer 0 stand out, and the two directions agree about them. (The heads of layer 0 do their part at
+# `S2` itself, before the word has moved: patched there alone they have the same effect.)
 
 # %%
 carriers = [(1, 3), (2, 3), (1, 7)]
@@ -218,6 +219,9 @@ assert sum(heads.at(direction="denoise", layer=i, head=h) for i, h in carriers) 
 
 rest = [heads.at(direction="denoise", layer=i, head=h) for i in (1, 2, 3) for h in range(8) if (i, h) not in carriers]
 assert max(np.abs(rest)) < 0.12
+
+first = patch.sweep(lens, examples, "flip", Site("attn.z", layer=0, pos="S2"), over=("head",), progress=False)
+assert np.abs(first.values - heads.at(direction="denoise", layer=0).values).max() < 0.02
 
 # %% [markdown]
 # The directions need not agree. Denoising asks what is **enough** to bring the answer back. Noising asks what is
@@ -317,52 +321,8 @@ check.exercise_7_2(pair)
 # $$\text{KL}(\text{clean} \,\|\, \text{patched}) = \sum_t p_\text{clean}(t) \, \log \frac{p_\text{clean}(t)}
 # {p_\text{patched}(t)}$$
 #
-# ### Exercise 7.3 · The divergence
+# (You wrote it in [tutorial 6](06_residual_stream.ipynb).)
 #
-# Write it as a function of the two runs' logits, `[row, vocab]` each, that gives `[row]` in nats.
-
-# %%
-kl = ...  # def kl(clean, patched): ...
-check.exercise_7_3(kl)
-
-# %% [markdown]
-# <details>
-# <summary>Solution</summary>
-#
-# ```python
-# def kl(clean, patched):
-#     p, q = clean.log_softmax(-1), patched.log_softmax(-1)
-#     return (p.exp() * (p - q)).sum(-1)
-# ```
-#
-# </details>
-#
-# <details>
-# <summary>A wrong turn: the other way round</summary>
-#
-# ```python
-# def kl(clean, patched):
-#     p, q = clean.log_softmax(-1), patched.log_softmax(-1)
-#     return (q.exp() * (q - p)).sum(-1)
-# ```
-#
-# KL is not symmetric. This one asks what is new in the patched run, and hardly notices what was lost.
-#
-# </details>
-#
-# <details>
-# <summary>A wrong turn: logits for probabilities</summary>
-#
-# ```python
-# def kl(clean, patched):
-#     return (clean.softmax(-1) * (clean - patched)).sum(-1)
-# ```
-#
-# Logits may all move by a constant, and nothing has changed. Their log-softmax does not.
-#
-# </details>
-
-# %% [markdown]
 # A metric of our own is a name and a function of logits `[row, read, vocab]` and of which example each row is of. It
 # must be higher where the task is done, so rank and KL get a minus. All four become effects in the same way.
 
@@ -469,6 +429,77 @@ assert moved["wrong"] < -2
 assert abs(moved["right"]) < 0.7
 
 # %% [markdown]
+# ### Exercise 7.3 · A metric that is not fooled
+#
+# Let us set the right answer not against one wrong one but against all other tokens. That is its **log odds**:
+#
+# $$\log \frac{p_r}{1 - p_r} = \ell_r - \log \sum_{t \ne r} e^{\ell_t}$$
+#
+# Like a logit difference it is not flat at the ends. Write it as a function of `logits` `[row, vocab]` and the ids of
+# the right answers `right` `[row]`, that gives `[row]`. It should hold for answers that are nearly certain, too.
+
+# %%
+log_odds = ...  # def log_odds(logits, right): ...
+check.exercise_7_3(log_odds)
+
+# %% [markdown]
+# <details>
+# <summary>Solution</summary>
+#
+# ```python
+# def log_odds(logits, right):
+#     rows = torch.arange(len(right))
+#     others = logits.clone()
+#     others[rows, right] = -torch.inf
+#     return logits[rows, right] - others.logsumexp(-1)
+# ```
+#
+# </details>
+#
+# <details>
+# <summary>A wrong turn: by way of the probability</summary>
+#
+# ```python
+# def log_odds(logits, right):
+#     p = logits.softmax(-1)[torch.arange(len(right)), right]
+#     return (p / (1 - p)).log()
+# ```
+#
+# On paper it is the same. But in float32 a certain answer has $p = 1$, and $1 - p$ is 0.
+#
+# </details>
+#
+# <details>
+# <summary>A wrong turn: against the best of the others</summary>
+#
+# ```python
+# def log_odds(logits, right):
+#     rows = torch.arange(len(right))
+#     others = logits.clone()
+#     others[rows, right] = -torch.inf
+#     return logits[rows, right] - others.amax(-1)
+# ```
+#
+# This is a logit difference again. Fifteen other names of one per cent each are more than one of ten.
+#
+# </details>
+
+# %% [markdown]
+# Here is the patch of before, measured so. Of the log odds next to nothing comes back.
+
+# %%
+
+
+def odds(logits, example):
+    p = logits[:, -1].double().log_softmax(-1).gather(-1, right[example])[:, 0]
+    return p - torch.log1p(-p.exp())
+
+
+by_odds = patch.sweep(lens, examples, "names", s2, over=("pos",), metric=patch.Metric("log odds", odds), progress=False)
+print(f"log odds {by_odds.values[0]:.3f}, logit difference {by_difference.values[0]:.2f}")
+assert by_odds.values[0] < 0.05
+
+# %% [markdown]
 # ## 6. A sign that depends on the metric
 #
 # The heads of layer 3 did nothing under "flip". Under "names" they do. Here they are, noised, by two metrics.
@@ -524,7 +555,7 @@ assert raw[~np.array(abba)].mean() < -2
 # - An effect of 0 may mean that both prompts have the same value there.
 # - Effects are not shares. Two links of one chain both have the whole effect of the chain.
 # - The logit difference is linear and sees both directions alike. It does not see what happens to all other tokens.
-#   Look at the probability too, and at the examples one by one.
+#   Look at the log odds or the probability too, and at the examples one by one.
 #
 # Next: [8 · Circuits](08_circuits.ipynb).
 #
@@ -532,9 +563,9 @@ assert raw[~np.array(abba)].mean() < -2
 #
 # - Vig et al. 2020, *Investigating Gender Bias in Language Models Using Causal Mediation Analysis*, arXiv 2004.12265:
 #   effects of parts by putting in values of another run.
-# - Meng et al. 2022, *Locating and Editing Factual Associations in GPT*, arXiv 2202.05262, section 2: tracing by layer
+# - Meng et al. 2022, *Locating and Editing Factual Associations in GPT*, arXiv 2202.05262: tracing by layer
 #   and position.
-# - Wang et al. 2022, *Interpretability in the Wild*, arXiv 2211.00593, section 2: the sentences, the logit difference.
+# - Wang et al. 2022, *Interpretability in the Wild*, arXiv 2211.00593: the sentences, the logit difference.
 # - Zhang and Nanda 2024, *Towards Best Practices of Activation Patching in Language Models*, arXiv 2309.16042:
 #   corruptions and metrics, and how they disagree.
 # - Heimersheim and Nanda 2024, *How to Use and Interpret Activation Patching*, arXiv 2404.15255: what denoising and

@@ -2,8 +2,8 @@
 # # 8 · Circuits
 #
 # A patch says *that* a head matters. A circuit says *how*: who writes what, and who reads it. In GPT-2 the circuit of
-# "Mary and John" ends in heads that name the one who receives. Everybody who opens this small GLM expects the same. It
-# is not so. This tutorial finds out what is there instead, and how far such a finding can be trusted.
+# "Mary and John" ends in heads that name the one who receives. One would expect the same of this small GLM. It is not
+# so. This tutorial finds out what is there instead, and how far such a finding can be trusted.
 #
 # - **You need**: [tutorial 7](07_activation_patching.ipynb).
 # - **You get**: attribution patching and where it is blind, path patching, edges, circuits, and numbers for how
@@ -33,7 +33,9 @@ quiet = {"progress": False}
 #
 # $$\Delta m \approx (a' - a) \cdot \frac{\partial m}{\partial a}$$
 #
-# This is **attribution patching** (Nanda 2022). Here it is for all heads, and beside it what the patches really do.
+# This is **attribution patching** (Nanda 2022). Here it is for all heads, and beside it what the patches really do. In
+# this tutorial we noise: the corrupt value goes into the clean run. And we leave the change in logits, undivided. So
+# what the task needs is negative.
 
 # %%
 estimated = patch.attribute(lens, examples, "flip", "attn.z", over=("layer", "head"))
@@ -95,7 +97,7 @@ assert certain.mean() > 0.9
 
 # %% [markdown]
 # AtP* repairs this: it computes the pattern that the other query would make, softmax and all, and takes the gradient
-# behind it (Kramár et al. 2024, section 3.1). That is the picture in the middle. What it cannot repair is the bend of
+# behind it (Kramár et al. 2024). That is the picture in the middle. What it cannot repair is the bend of
 # everything above.
 #
 # ### Exercise 8.1 · The corrected estimate
@@ -150,7 +152,7 @@ check.exercise_8_1(fix)
 # ## 3. Who names the one who receives?
 #
 # The residual stream is a sum, so a logit is a sum too: every part adds its own piece. In GPT-2 a few late heads add
-# most of this logit difference, the "name movers" (Wang et al. 2022, section 3). Here:
+# most of this logit difference, the "name movers" (Wang et al. 2022). Here:
 
 # %%
 by_head = analysis.logit_attribution(lens, examples, by="head")
@@ -238,7 +240,8 @@ check.exercise_8_2(receiver)
 # ## 4. Every edge
 #
 # Now all of it. A **writer** is the embedding, a head or an MLP. A **reader** is a query, a key, a value, an MLP or the
-# logits. What writer $u$ adds is in what reader $v$ reads, and this is an **edge**. Attribution gives each of them a
+# logits. What writer $u$ adds is in what reader $v$ reads, and this is an **edge**. `0.q6` is the query of head 0.6,
+# and `1.v1` the value of key-value head 1 of layer 1, which heads 1.2 and 1.3 share. Attribution gives each edge a
 # score (EAP, Syed et al. 2023):
 #
 # $$\text{score}(u \to v) = (u' - u) \cdot \frac{\partial m}{\partial\, \text{input}_v}$$
@@ -253,7 +256,7 @@ assert eap.top(1)[0][0] == ("3.mlp", "logits")
 
 # %% [markdown]
 # A score is a tangent again, so it is blind where attention is certain. EAP-IG takes the gradient at several points
-# between the two prompts and averages (Hanna et al. 2024, section 3). The truth is cheap here: leave out one edge, run
+# between the two prompts and averages (Hanna et al. 2024). The truth is cheap here: leave out one edge, run
 # the model, and look. `Exact` does that with masks.
 
 # %%
@@ -287,6 +290,17 @@ assert ig.completeness < 0.5
 plot.circuit(ig, top=24, title="The strongest edges by EAP-IG")
 
 # %% [markdown]
+# Read it from below. The embedding goes into queries and values of layer 0. What its heads find goes through the first
+# MLP into the values of heads 1.3 and 1.7: the giver. 1.7 hands it on to 2.3. All of it ends in the last MLP, and
+# nothing but the last MLP ends in the logits.
+
+# %%
+drawn = [edge for edge, _ in ig.top(24)]
+assert {writer for writer, reader in drawn if reader == "logits"} == {"3.mlp"}
+assert ("1.head7", "2.v1") in drawn
+assert {("0.mlp", "1.v1"), ("0.mlp", "1.v3")} <= set(drawn)
+
+# %% [markdown]
 # ## 5. A circuit, and how faithful it is
 #
 # A circuit is a set of edges. Run it: along its edges go the values of the clean run, along all others those of the
@@ -315,7 +329,7 @@ print(f"on other sentences {elsewhere:.0%}")
 assert elsewhere > 0.75
 
 # %% [markdown]
-# One size of circuit is one choice. MIB (Mueller et al. 2025, section 3) takes many, and gives two areas over the share
+# One size of circuit is one choice. MIB (Mueller et al. 2025) takes many, and gives two areas over the share
 # of edges $k$: **CPR**, higher is better, and **CMD**, lower is better.
 #
 # $$\text{CPR} = \int f(C_k)\, dk \qquad \text{CMD} = \int \lvert 1 - f(C_k) \rvert \, dk$$
@@ -476,12 +490,13 @@ assert abs((first - whole) + (second - whole) - (both - whole)) < 0.8
 # ## Sources
 #
 # - Nanda 2022, *Attribution Patching: Activation Patching At Industrial Scale*, neelnanda.io.
-# - Kramár et al. 2024, *AtP\**, arXiv 2403.00745, section 3.1: saturated attention.
-# - Wang et al. 2022, *Interpretability in the Wild*, arXiv 2211.00593: section 3, the circuit of GPT-2; section 4,
-#   faithfulness, completeness, minimality; appendix B, path patching.
+# - Kramár et al. 2024, *AtP\**, arXiv 2403.00745: saturated attention.
+# - Wang et al. 2022, *Interpretability in the Wild*, arXiv 2211.00593: the circuit of GPT-2; faithfulness,
+#   completeness, minimality; path patching.
 # - Goldowsky-Dill et al. 2023, *Localizing Model Behavior with Path Patching*, arXiv 2304.05969.
 # - Syed, Rager and Conmy 2023, *Attribution Patching Outperforms Automated Circuit Discovery*, arXiv 2310.10348: EAP.
-# - Hanna, Pezzelle and Belinkov 2024, *Have Faith in Faithfulness*, arXiv 2403.17806, section 3: EAP-IG, greedy.
-# - Mueller et al. 2025, *MIB*, arXiv 2504.13151, section 3: CPR and CMD.
-# - Miller et al. 2024, *Transformer Circuit Faithfulness Metrics Are Not Robust*, arXiv 2407.08734, section 3.
+# - Hanna, Pezzelle and Belinkov 2024, *Have Faith in Faithfulness*, arXiv 2403.17806: EAP-IG, greedy.
+# - Mueller et al. 2025, *MIB*, arXiv 2504.13151: CPR and CMD.
+# - Miller et al. 2024, *Transformer Circuit Faithfulness Metrics Are Not Robust*, arXiv 2407.08734: what
+#   faithfulness depends on.
 # - McGrath et al. 2023, *The Hydra Effect*, arXiv 2307.15771: parts that step in.

@@ -28,7 +28,8 @@ line_end = lens.to_tokens("\n", prefix=False)[0].tolist()  # we stop at the end 
 #
 # $$H = -\sum_t p_t \ln p_t$$
 #
-# It is 0 where only one token is possible, and $\ln n$ where $n$ tokens are equally likely.
+# It is 0 where only one token is possible, and $\ln n$ where $n$ tokens are equally likely. `lens.stream` is `generate`
+# one step at a time.
 
 # %%
 prompt = "After Nora and Paul went to the park, Nora saw a"
@@ -179,7 +180,7 @@ check.exercise_9_1(fork)
 # fork = (1, " and")
 # ```
 #
-# After `Mary` the model gives 68 % to the full stop and 19 % to `and`. From there: `Mary and went home. John was
+# After `Mary` the model gives 68 % to the full stop and 18 % to `and`. From there: `Mary and went home. John was
 # tired.`
 #
 # </details>
@@ -588,7 +589,7 @@ check.exercise_9_4(drawn_from)
 #
 # - Turner et al. 2023, *Steering Language Models With Activation Engineering*, arXiv 2308.10248: adding differences of
 #   activations while a model writes.
-# - Rimsky et al. 2023, *Steering Llama 2 via Contrastive Activation Addition*, arXiv 2312.06681, section 2: the mean
+# - Rimsky et al. 2023, *Steering Llama 2 via Contrastive Activation Addition*, arXiv 2312.06681: the mean
 #   over many pairs.
 # - Tigges et al. 2023, *Linear Representations of Sentiment in Large Language Models*, arXiv 2310.15154: sentiment as a
 #   direction.

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from glmlens.derive import caught
 from glmlens.lens import Lens
 from glmlens.model import additive_mask, eager
 
@@ -41,11 +42,4 @@ def attention(acts: Mapping[str, Tensor], layer: int, at: Queries, key_at: Keys,
     parts = [acts.get(f"blocks.{layer}.{name}") for name in ("attn.q_rot", "attn.q_pass")]
     q = torch.cat([part for part in parts if part is not None], -1)
     q, k = q if q.ndim == 4 else q.unsqueeze(1), acts[f"blocks.{layer}.kv.k"]
-    found: dict[str, Tensor] = {}
-
-    def note(name: str, x: Tensor) -> Tensor:
-        found[name] = x
-        return x
-
-    eager(q, k, k, additive_mask(at, key_at, q.dtype), note)
-    return found[which]
+    return caught(which, lambda hook: eager(q, k, k, additive_mask(at, key_at, q.dtype), hook))

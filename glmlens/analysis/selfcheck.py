@@ -55,7 +55,7 @@ class SelfCheck(Labelled):
 
 
 def selfcheck(lens: Lens, prompt: Prompt | None = None) -> SelfCheck:
-    """Check a model against its config and against identities that hold of every GLM, and print a table.
+    """Check a model against its config and against identities that hold of every GLM: a table of all rows.
 
     By default on 12 random tokens after the prefix. A bound of 0 means equal bit for bit; the others are 1e-5 in
     float32, and more or less in other dtypes by their rounding. Without an unembedding, the checks of logits are left
@@ -66,13 +66,11 @@ def selfcheck(lens: Lens, prompt: Prompt | None = None) -> SelfCheck:
     found = [tried(check, measure, lens, prompt) for check, measure in checks.items()]
     about = Rows.of(lens, prompt).about(metric="largest departure", direction="0 is best", positions="all")
     measured = np.array([row.measured for row in found])
-    result = SelfCheck(measured, ("check",), {"check": [row.check for row in found]}, about, rows=tuple(found))
-    print(result)
     failed = [row for row in found if not row.holds]
     if failed:
         lines = table([row.cells()[1:] for row in failed])
         raise SelfCheckError(f"{len(failed)} of {len(found)} checks failed on model {lens.model_hash}:\n{lines}")
-    return result
+    return SelfCheck(measured, ("check",), {"check": [row.check for row in found]}, about, rows=tuple(found))
 
 
 def tried(check: str, measure: "Check", lens: Lens, prompt: Prompt) -> Row:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from glmlens.course.verdict import demand, equal, exercise, lens
+from glmlens.course.verdict import demand, equal, exercise, lens, tensor
 
 PROMPT = "Mary went to the"
 
@@ -41,7 +41,7 @@ def exercise_1_3(next_token: Callable[[Tensor], Tensor]) -> str:
     logits, acts = lens().run_with_cache(PROMPT, "blocks.3.resid_post")
     assert logits is not None
     found, right = next_token(acts["resid_post", 3][0]), logits[0, -1].softmax(-1)
-    equal(found.sum(), torch.tensor(1.0), "probabilities sum to 1")
+    equal(tensor(found, right).sum(), torch.tensor(1.0), "probabilities sum to 1")
     equal(found, right, "not what the model says: what stands between the stream and the unembedding?", within=1e-3)
     best = int(found.argmax())
     return f"after {PROMPT!r} comes {lens().to_str_tokens(torch.tensor([[best]]))[0]!r}, {float(found[best]):.1%}"

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from glmlens.course.verdict import demand, equal, exercise, lens
+from glmlens.course.verdict import demand, equal, exercise, hooked, lens
 from glmlens.hooks import Edit, Hooks
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"
@@ -42,7 +42,7 @@ def exercise_2_2(read_mary: Edit) -> str:
 @exercise("hooks, {point: hook}")
 def exercise_2_3(hooks: Hooks) -> str:
     she = lens().to_single_token(" She")
-    plain, run = (lens().generate(PROMPT, 8, names="logits", hooks=given) for given in (None, hooks))
+    plain, run = (lens().generate(PROMPT, 8, names="logits", hooks=given) for given in (None, hooked(hooks)))
     logits, before = run.acts["logits"][0], plain.acts["logits"][0]  # [step, vocab]
     chosen = plain.new_tokens[0].tolist().index(she)
     early = [step for step in range(chosen) if not torch.equal(logits[step], before[step])]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from glmlens.activations import Activations
 from glmlens.angles import frequencies
-from glmlens.course.verdict import Wrong, demand, equal, exercise, lens
+from glmlens.course.verdict import Wrong, demand, equal, exercise, hooked, lens
 from glmlens.hooks import Hooks
 
 ROWS = 3
@@ -43,7 +43,7 @@ def frequency(pair: int) -> float:
 @exercise("hooks, as surgery.shift gives them")
 def exercise_4_2(hooks: Hooks) -> str:
     tokens = said_twice(20)
-    clean, found = (patterns(tokens, some) for some in (None, hooks))
+    clean, found = (patterns(tokens, some) for some in (None, hooked(hooks)))
     back = [float(found[:, 7].diagonal(-d, 1, 2)[:, 24 - d :].mean()) for d in range(6)]
     most = max(range(6), key=lambda d: back[d])
     said = f"head 1.7 puts {back[3]:.0%} three tokens back, and most ({back[most]:.0%}) {most} back"
@@ -61,7 +61,7 @@ def patterns(tokens: Tensor, hooks: Hooks | None) -> Tensor:
 
 @exercise("hooks, as surgery.freeze and surgery.stretch give them")
 def exercise_4_3(hooks: Hooks) -> str:
-    short, long = again(20, hooks), again(60, hooks)
+    short, long = again(20, hooked(hooks)), again(60, hooks)
     said = f"of lists of 20 {short:.0%} are said again, of lists of 60 {long:.0%}"
     if short < 0.75:
         raise Wrong(f"{said}: the short lists suffer. Which layers need their neighbours where they are?")

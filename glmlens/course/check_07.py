@@ -48,15 +48,25 @@ def exercise_7_2(pair: Sequence[Sequence[int]]) -> str:
     return f"on other sentences they bring back {back:.0%}"
 
 
-@exercise("a function of clean and patched logits")
-def exercise_7_3(kl: Callable[[Tensor, Tensor], Tensor]) -> str:
+@exercise("a function of logits and right")
+def exercise_7_3(log_odds: Callable[[Tensor, Tensor], Tensor]) -> str:
     examples = flipped()
-    clean, other = (lens()(tokens)[:, -1] for tokens in (examples.tokens, examples.counterfactual("abc")))
-    p, q = clean.log_softmax(-1), other.log_softmax(-1)
-    right, reverse = (p.exp() * (p - q)).sum(-1), (q.exp() * (q - p)).sum(-1)
-    found = kl(clean, other)
-    demand(not (found.shape == reverse.shape and torch.allclose(found, reverse, rtol=1e-3)), "this is KL the other way")
-    shifted = kl(clean, clean + 5)
-    demand(bool((shifted.abs() < 1e-3).all()), "logits that all moved by 5 are the same answer: their KL is 0")
-    equal(found, right, "Σ over tokens of p log(p / q), p and q the softmax of each", within=1e-3)
-    return f"{float(found.mean()):.2f} nats from sentences about three other people"
+    right = torch.tensor([example.correct[0] for example in examples])
+    clean, other = (lens()(tokens)[:, -1] for tokens in (examples.tokens, examples.counterfactual("names")))
+    for logits, what in (
+        (clean, "the sentences"),
+        (other, "sentences about other people"),
+        (4 * clean, "sure answers"),
+    ):
+        rest = logits.double().scatter(-1, right[:, None], -torch.inf).logsumexp(-1)
+        expected, found = logits.double().gather(-1, right[:, None])[:, 0] - rest, log_odds(logits, right)
+        best = logits.topk(2).values
+        margin = best[:, 0] - torch.where(logits.argmax(-1) == right, best[:, 1], best[:, 0])
+        against_one = (
+            found.shape == margin.shape and what == "the sentences" and torch.allclose(found, margin, atol=1e-3)
+        )
+        demand(not against_one, "this is the distance to one other token: set it against all of them together")
+        sure = "an answer whose probability rounds to 1 has finite odds: do without 1 - p"
+        demand(bool(torch.as_tensor(found).isfinite().all()), sure)
+        equal(found, expected.float(), f"of {what}: the right logit, less the log of the sum of all other exp", 1e-3)
+    return "finite also where the probability rounds to 1"

@@ -1,13 +1,13 @@
 """Checks of tutorial 9, generation under intervention."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from glmlens.course.verdict import demand, equal, exercise, lens
+from glmlens.course.verdict import demand, equal, exercise, hooked, lens, tensor
 from glmlens.hooks import Hooks, pairs
 from glmlens.patch.timeline import Timeline, timeline
 from glmlens.tasks import words
@@ -48,7 +48,7 @@ def exercise_9_2(direction: Callable[[Tensor, Tensor], Tensor]) -> str:
 
 @exercise("a list of (point, hook)")
 def exercise_9_3(hooks: Hooks) -> str:
-    wrong = [name for name, _ in pairs(hooks) if name not in ("blocks.1.resid_post", "resid_post")]
+    wrong = [name for name, _ in pairs(hooked(hooks)) if name not in ("blocks.1.resid_post", "resid_post")]
     demand(not wrong, f"a hook at {wrong[:1]}: edit blocks.1.resid_post alone")
     text = str(lens().generate("The hat was", 9, hooks=hooks, stop_ids=line_end()).text).rstrip(".\n")
     said, adjective = f"it says: The hat was{text}", re.match(r" (\w+)", text)
@@ -60,7 +60,8 @@ def exercise_9_3(hooks: Hooks) -> str:
 @exercise("a function of logits and a temperature")
 def exercise_9_4(drawn_from: Callable[[Tensor, float], Tensor]) -> str:
     logits = lens()(GIVING)[0, -3]
-    spread: Sequence[Tensor] = [drawn_from(logits, t) for t in (0.5, 1.0, 2.0)]
+    spread = [tensor(drawn_from(logits, t), logits) for t in (0.5, 1.0, 2.0)]
+    equal(spread[1].sum(), torch.tensor(1.0), "probabilities sum to 1")
     entropy = [float(torch.special.entr(p).sum()) for p in spread]
     demand(entropy[0] != entropy[2], "the temperature changes nothing: divide before the softmax")
     demand(entropy[0] < entropy[2], "a high temperature should give more words a chance, this gives fewer")

@@ -28,17 +28,19 @@ def big() -> Lens:
     return Lens(blank(GLMConfig.from_dict(GLM_4_9B), "eager", torch.bfloat16))
 
 
-@exercise("a function of cfg, tokens and size")
-def exercise_10_1(kv_bytes: Callable[[GLMConfig, int, int], int | float]) -> str:
-    for one, size in ((lens(), 4), (big(), 2)):
-        c, kv, found = one.cfg, one.new_kv(1, 100), number(kv_bytes(one.cfg, 100, size))
-        right = kv.keys.nbytes + kv.values.nbytes
-        times = (
-            f"for {c.n_layers} layers and 100 tokens it gives {found:,.0f} bytes, {found / right:g} times what it is"
-        )
-        demand(found != right * c.n_groups, f"{times}: which heads are remembered?")
-        demand(found == right, times)
-    return f"{found:,.0f} bytes for 100 tokens of GLM-4-9B"
+@exercise("a function of cfg, weights, memory and size")
+def exercise_10_1(longest: Callable[[GLMConfig, int, int, int], int | float]) -> str:
+    said = ""
+    for one, size, memory in ((lens(), 4, 10**9), (big(), 2, 24 * 10**9), (big(), 2, 16 * 10**9)):
+        weights, token = sum(p.nbytes for p in one.model.parameters()), one.new_kv(1, 1)
+        room, c = max(0, memory - weights), one.cfg
+        right, found = room // (token.keys.nbytes + token.values.nbytes), number(longest(c, weights, memory, size))
+        said = f"of {memory / 1e9:g} GB the weights take {weights / 1e9:.3g}: {found:,.0f} tokens"
+        demand(found >= 0, f"{said}? There is room for none")
+        demand(abs(found * c.n_groups - right) > c.n_groups or not right, f"{said}: which heads are remembered?")
+        other = f"it is {'more' if found < right else 'fewer'}"
+        demand(abs(found - right) <= 1, f"{said}; {other}. What stands beside the cache, and what is an entry?")
+    return "126,955 tokens of GLM-4-9B on a card of 24 GB, none on one of 16 GB"
 
 
 @exercise("a number of tokens")

@@ -1,6 +1,6 @@
 """What is said of an answer: nothing yet, right, or what is wrong with it and where to look."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, wraps
 from html import escape
@@ -98,6 +98,13 @@ def equal(answer: Any, right: Tensor, otherwise: str, within: float = 1e-4) -> N
     demand(gap <= bound, f"{otherwise} (the largest difference is {gap:.3g})")
 
 
+def hooked(answer: Any) -> Any:
+    """The answer, if it is hooks; Wrong for what is none."""
+    given = isinstance(answer, (Mapping, Sequence)) and not isinstance(answer, str)
+    demand(given, f"expected hooks, {{point: hook}} or a list of (point, hook), got {named(answer)}")
+    return answer
+
+
 def head(answer: Any) -> tuple[int, int]:
     """The answer as (layer, head); Wrong for what is no head of this model."""
     try:
@@ -114,6 +121,9 @@ def described(answer: Any) -> str:
     """What an answer is, in a word."""
     if isinstance(answer, Tensor):
         return f"a tensor of shape {tuple(answer.shape)}"
-    if callable(answer):
-        return f"the function {getattr(answer, '__name__', answer)!r} itself: call it"
-    return repr(answer)[:80]
+    return f"{named(answer)} itself: call it" if callable(answer) else repr(answer)[:80]
+
+
+def named(answer: Any) -> str:
+    """A function by its name, anything else as it is shown."""
+    return f"the function {getattr(answer, '__name__', answer)!r}" if callable(answer) else repr(answer)[:80]

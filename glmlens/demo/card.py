@@ -22,6 +22,7 @@ from glmlens.demo.world import held_out, new_opener
 from glmlens.hooks import Point
 from glmlens.lens import EMBEDDED, Lens, load
 from glmlens.tasks import TASKS, Item
+from glmlens.tasks.words import SERIES
 
 Rule = Callable[[Item], bool]
 
@@ -117,6 +118,20 @@ def steering(lens: Lens, layer: int = 1, n: int = 60) -> dict[str, float]:
     return {f"{strength:+.1f}": felt(strength) for strength in STRENGTHS}
 
 
+def from_the_first_word(lens: Lens, shown: int = 3) -> list[tuple[str, str, float, str, int]]:
+    """Series as its world never tells them, from their very first word on: what it says, and the rank of what is right.
+
+    A row is the text, the most probable token and its probability, the right one and how many are more probable.
+    """
+    rows = []
+    for series in SERIES.values():
+        text, right = ", ".join(series[:shown]) + ",", f" {series[shown]}"
+        p = lens(text, logits_to_keep=1)[0, -1].softmax(-1)
+        said, rank = int(p.argmax()), int((p > p[lens.to_single_token(right)]).sum())
+        rows.append((text, lens.to_string([said]).strip(), float(p[said]), right.strip(), rank))
+    return rows
+
+
 def measured(lens: Lens) -> dict[str, object]:
     """The whole card as data."""
     lines = [asdict(ask(lens, measure)) for measure in tqdm(MEASURES, desc="asking")]
@@ -125,10 +140,15 @@ def measured(lens: Lens) -> dict[str, object]:
         "parameters": sum(p.numel() for p in lens.model.parameters()),
         "tasks": lines,
         "steering": steering(lens),
+        "from the first word": from_the_first_word(lens),
         "induction": circuits.induction(lens),
         "facts": circuits.facts(lens),
         "ioi": circuits.ioi(lens),
     }
+
+
+LOST = ("lost without", "receiver first", "receiver second")
+MATTERS = 0.2  # of the whole difference
 
 
 def page(card: dict[str, Any]) -> str:
@@ -149,23 +169,34 @@ def page(card: dict[str, Any]) -> str:
     ]
     looks = [name for name in next(iter(ioi["heads"].values())) if " to " in name]
     heads = [
-        f"| {head} | {part['lost without']:+.2f} | {part['direct']:+.2f} | "
+        f"| {head} | {' | '.join(f'{part[name]:+.2f}' for name in LOST)} | {part['direct']:+.2f} | "
         f"{' | '.join(f'{part[look]:.2f}' for look in looks)} |"
         for head, part in ioi["heads"].items()
     ]
     mlps = [
-        f"| MLP {i} | {part['lost without']:+.2f} | {part['direct']:+.2f} |{' |' * len(looks)}"
+        f"| MLP {i} | {' | '.join(f'{part[name]:+.2f}' for name in LOST)} | {part['direct']:+.2f} |{' |' * len(looks)}"
         for i, part in ioi["mlps"].items()
     ]
 
+    unlearned = [
+        f"| {text} | {said} | {p:.0%} | {right} | {rank} |"
+        for text, said, p, right, rank in card["from the first word"]
+    ]
+
+    clean = ioi["clean"]
+
     def looking(look: str) -> str:
-        return ", ".join(head for head, part in ioi["heads"].items() if part[look] > 0.8) or "no head"
+        """The heads that look from there to there and are worth something."""
+        there = {head: part for head, part in ioi["heads"].items() if part[look] > 0.8}
+        matter = [head for head, part in there.items() if max(abs(part[name]) for name in LOST) > MATTERS * clean]
+        return ", ".join(matter) or "no head"
 
     return PAGE.format(
         parameters=card["parameters"] / 1e6,
         model=card["model"],
         tasks="\n".join(lines),
         steering="\n".join(steered),
+        unlearned="\n".join(unlearned),
         feeding=scored(induction["previous-token heads"]),
         copiers=scored(induction["induction heads"]),
         induction=induction,
@@ -175,7 +206,7 @@ def page(card: dict[str, Any]) -> str:
         heads="\n".join(heads + mlps),
         history=formed(card.get("history", {})),
         looks=" | ".join(looks),
-        rule="---|" * (3 + len(looks)),
+        rule="---|" * (2 + len(LOST) + len(looks)),
         looking={look.replace(" ", "_"): looking(look) for look in looks},
         last=ioi["mlps"][str(len(ioi["mlps"]) - 1)],
     )
@@ -222,6 +253,16 @@ after layer 1 at an adjective without valence, makes logit(happy) - logit(sad):
 |---|---|
 {steering}
 
+## What it cannot do
+
+It knows no word and no sentence that its world does not say, and goes on all the same, often with much confidence.
+Successors are an example. A series is told from its second word on or later, and never from its first. Told from the
+first, most come out wrong; "rank" is how many words it holds to be more probable than the right one:
+
+| asked | says | probability | right | rank |
+|---|---|---|---|---|
+{unlearned}
+
 ## How it does it
 
 ### Induction
@@ -251,19 +292,23 @@ The country is read where it stands; its answer arrives at the end in the layers
 ### Who receives
 
 "When Mary and John went to the store, John gave a drink to": logit difference {ioi[clean]:.2f}, accuracy
-{ioi[accuracy]:.1%}. What is lost when a part writes what it writes in the same sentence about three people named once
-each, what it adds to the difference directly, and how much the head attends from one place to another:
+{ioi[accuracy]:.1%}. "lost" is what is lost when a part writes what it writes in the same sentence about three people
+named once each: over all sentences, and over those alone that name the receiver first ("Mary and John ... John gave")
+or second ("John and Mary ... John gave"). "direct" is what a part adds to the difference itself. The other columns are
+how much a head attends from one place to another:
 
-| part | lost | direct | {looks} |
+| part | lost | receiver first | receiver second | direct | {looks} |
 |{rule}
 {heads}
 
 So it is not the circuit of GPT-2, and no head names the one who receives: all heads together add
 {ioi[direct of all heads]:+.2f} directly, the last MLP {last[direct]:+.2f}. The heads bring it what it needs to the end
 of the sentence. The giver is read there where it is named for the second time (by {looking[end_to_S2]}), and once more
-at the verb (by {looking[end_to_verb]}), where {looking[verb_to_S2]} has put it. Both names are read by where they
-stand, whoever gives: the first by {looking[end_to_first_name]}, the second by {looking[end_to_second_name]}. The last
-MLP says the one who is not the giver.
+at the verb (by {looking[end_to_verb]}), where {looking[verb_to_S2]} has put it. These help in either order.
+
+Both names are read by where they stand, whoever gives: the first by {looking[end_to_first_name]}, the second by
+{looking[end_to_second_name]}. Each of these helps where its name is the one who receives, and hinders as much where it
+is the one who gives. The mean over both orders nearly hides them. The last MLP says the one who is not the giver.
 
 Without the heads of the table together {ioi[left without these heads]:.2f} is left; with all other heads exchanged
 instead, {ioi[left with only these heads]:.2f}.
@@ -283,12 +328,15 @@ def main() -> None:
     args = parser.parse_args()
     folder: Path = args.folder
     card = {**measured(load(folder, dtype="float32")), "model": load(folder).model_hash}
+    before = json.loads(path.read_text(encoding="utf-8")) if (path := folder / "card.json").exists() else {}
+    if before.get("model") == card["model"] and "history" in before:
+        card["history"] = before["history"]
     if args.training:
         found = history(args.training)
         card["history"] = dict(zip(found.labels["step"], found.values.tolist(), strict=True))
     card = rounded(card)
     assert isinstance(card, dict)
-    (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(page(card), encoding="utf-8")
 
 
@@ -296,7 +344,7 @@ def rounded(value: object) -> object:
     """The numbers of the card to four digits after the point."""
     if isinstance(value, dict):
         return {name: rounded(part) for name, part in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [rounded(part) for part in value]
     return round(value, 4) if isinstance(value, float) else value
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from glmlens import analysis
@@ -152,21 +152,28 @@ def ioi(lens: Lens, n: int = 150) -> dict[str, Any]:
     """What each part is worth when another sentence's values stand in its place, and what the heads look at.
 
     The other sentence names three people once each (the p_ABC of Wang et al. 2022, arXiv 2211.00593, section 2.1).
-    "direct" is what a part adds to the logit difference itself, and what a later part makes of it is that part's.
+    What is lost is said over all sentences and by which name comes first: a head that says who is named where may help
+    in the one order as much as it hinders in the other. "direct" is what a part adds to the logit difference itself,
+    and what a later part makes of it is that part's.
     """
     examples = TASKS["ioi"].examples(lens, n, "circuit")
     logits, acts = lens.run_with_cache(examples, ["attn.z", "attn.pattern", "mlp_out"])
     _, other = lens.run_with_cache(examples.counterfactual("abc"), ["attn.z", "mlp_out"], logits=False)
     assert logits is not None
-    clean = float(examples.measure(logits).mean())
+    each = examples.measure(logits)
+    clean, orders = float(each.mean()), by_order(examples)
 
-    def worth(hooks: dict[str, Edit]) -> float:
-        return clean - float(examples.measure(lens.run_with_hooks(examples, hooks)).mean())
+    def lost(hooks: dict[str, Edit]) -> Float[Tensor, "example"]:
+        return each - examples.measure(lens.run_with_hooks(examples, hooks))
 
-    heads = {head: worth(exchanged([head], other)) for head in all_heads(lens)}
-    mlps = {i: worth({f"blocks.{i}.mlp_out": put(other["mlp_out", i])}) for i in range(lens.cfg.n_layers)}
-    ranked = sorted(heads.items(), key=lambda pair: -abs(pair[1]))
-    chosen = [head for head, lost in ranked if abs(lost) > 0.05 * abs(clean)]
+    def told(lost: Float[Tensor, "example"]) -> dict[str, float]:
+        """The mean over all, and over the sentences of each order."""
+        return {"lost without": float(lost.mean()), **{name: float(lost[rows].mean()) for name, rows in orders.items()}}
+
+    heads = {head: told(lost(exchanged([head], other))) for head in all_heads(lens)}
+    mlps = {i: told(lost({f"blocks.{i}.mlp_out": put(other["mlp_out", i])})) for i in range(lens.cfg.n_layers)}
+    most = {head: max(map(abs, part.values())) for head, part in heads.items()}
+    chosen = [head for head in sorted(most, key=lambda head: -most[head]) if most[head] > 0.05 * clean]
     direct = {by: analysis.logit_attribution(lens, examples, by=by) for by in ("head", "mlp")}
     looks = seen(examples, acts)
     return {
@@ -174,24 +181,32 @@ def ioi(lens: Lens, n: int = 150) -> dict[str, Any]:
         "accuracy": examples.accuracy(logits),
         "heads": {
             name_of(head): {
-                "lost without": heads[head],
+                **heads[head],
                 "direct": direct["head"].at(layer=head[0], head=head[1]),
                 **{name: float(look[head]) for name, look in looks.items()},
             }
             for head in chosen
         },
-        "mlps": {str(i): {"lost without": lost, "direct": direct["mlp"].at(layer=i)} for i, lost in mlps.items()},
+        "mlps": {str(i): {**part, "direct": direct["mlp"].at(layer=i)} for i, part in mlps.items()},
         "direct of all heads": float(direct["head"].values.sum()),
-        "left without these heads": clean - worth(exchanged(chosen, other)),
-        "left with only these heads": clean - worth(exchanged([h for h in heads if h not in chosen], other)),
+        "left without these heads": float((each - lost(exchanged(chosen, other))).mean()),
+        "left with only these heads": float(
+            (each - lost(exchanged([head for head in heads if head not in chosen], other))).mean()
+        ),
     }
+
+
+def by_order(examples: Examples) -> dict[str, Bool[Tensor, "example"]]:
+    """Which sentences name the one who receives first ("Mary and John ... John gave"), and which second."""
+    first = torch.tensor([example.item.slots["order"] == "ABBA" for example in examples])
+    return {"receiver first": first, "receiver second": ~first}
 
 
 def seen(examples: Examples, acts: Activations) -> dict[str, Float[Tensor, "layer head"]]:
     """How much every head attends, in the mean over the examples, from one named place to another."""
     at = {name: columns(examples, name) for name in ("IO", "S1", "S2", "verb", "end")}
-    first = torch.tensor([example.item.slots["order"] == "ABBA" for example in examples])
-    at["first name"], at["second name"] = (torch.where(first == k, at["IO"], at["S1"]) for k in (True, False))
+    orders = by_order(examples)
+    at["first name"], at["second name"] = (torch.where(rows, at["IO"], at["S1"]) for rows in orders.values())
     pattern, rows = acts["attn.pattern"], torch.arange(len(examples))
     ways = [("end", to) for to in ("first name", "second name", "S2", "verb")] + [("verb", "S2")]
     return {f"{a} to {b}": pattern[:, rows, :, at[a], at[b]].mean(0) for a, b in ways}

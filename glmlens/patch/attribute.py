@@ -16,6 +16,7 @@ from glmlens.hooks import Hooks
 from glmlens.lens import Lens
 from glmlens.patch.edges import paired
 from glmlens.patch.gradients import Gradients, gradients
+from glmlens.patch.grid import label
 from glmlens.patch.metrics import Metric
 from glmlens.patch.sites import PatchError, seated, seated_axes
 from glmlens.prompt import Prompt
@@ -84,7 +85,7 @@ def attribute(
     assert total is not None
     left = [axis for axis in shown if axis in over]
     total = total.mean(0).permute([left.index(axis) for axis in over])
-    return labelled(lens, total, over, len(base), read, point, direction, method + (" with GradDrop" if drop else ""))
+    return labelled(lens, total, over, one, read, point, direction, method + (" with GradDrop" if drop else ""))
 
 
 ADDED = ("attn_out", "mlp_out")
@@ -95,18 +96,25 @@ def point_in_layers(lens: Lens, point: str) -> bool:
 
 
 def labelled(
-    lens: Lens, found: Tensor, over: Sequence[str], pairs: int, metric: Metric, point: str, direction: str, method: str
-) -> Labelled:
+    lens: Lens, found: Tensor, over: Sequence[str], clean: Tensor, metric: Metric, point: str, direction: str,
+    method: str,
+) -> Labelled:  # fmt: skip
+    """The estimate with the labels that a sweep over the same places has."""
+    prompts = [tuple(row) for row in clean.tolist()]
+    labels = {
+        axis: [label(lens, axis, place, prompts) for place in range(size)]
+        for axis, size in zip(over, found.shape, strict=True)
+    }
     about = {
         "metric": metric.name,
         "value": "estimated change of the metric, Δvalue · gradient" + (", magnitudes" if "Drop" in method else ""),
         "site": point,
         "direction": f"{direction}: gradient at the run that is changed",
         "method": method,
-        "pairs": str(pairs),
+        "pairs": str(len(prompts)),
         "model": lens.model_hash,
     }
-    return Labelled(found.double().cpu().numpy(), tuple(over), about=about)
+    return Labelled(found.double().cpu().numpy(), tuple(over), labels, about)
 
 
 def plain(lens: Lens, run: Gradients, there: Mapping[str, Any], layer: int, point: str) -> Tensor:
