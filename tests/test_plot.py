@@ -265,6 +265,13 @@ def test_every_place_of_many_has_its_label_on_hover():
     assert figure.layout.yaxis2.matches == "y"
 
 
+@pytest.mark.parametrize(
+    ("most", "said"), [(250, "250"), (25, "25.0"), (2.5, "2.50"), (0.25, "0.25"), (0.00025, "0.00025")]
+)
+def test_what_is_written_in_cells_has_as_many_digits_as_the_largest_number_needs(most, said):
+    assert plot.heatmap([[most, 0]]).data[1].text[0] == said
+
+
 # Views.
 
 

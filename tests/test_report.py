@@ -1,5 +1,6 @@
 """Reports: one file that opens from disk, asks for nothing, and shows hostile text as text."""
 
+import json
 import re
 
 import numpy as np
@@ -104,9 +105,8 @@ def test_a_hostile_token_is_whole_and_harmless_on_hover(browser, hostile_page):
     browser.open(hostile_page)
     box = browser.run(BOX % "#figure-0 .nsewdrag")
     for i in (0, 1, 3, 4):
-        said = browser.hover(box[0] + (i + 0.5) * box[2] / N, box[1] + (i + 0.5) * box[3] / N)
-        assert f"query {i} {HOSTILE[i]}, key {i} {HOSTILE[i]}" in said
-        assert "attention 1" in said
+        at = box[0] + (i + 0.5) * box[2] / N, box[1] + (i + 0.5) * box[3] / N
+        assert "attention 1" in browser.hover(*at, f"query {i} {HOSTILE[i]}, key {i} {HOSTILE[i]}")
     assert browser.run("window.ran === undefined")
 
 
@@ -120,7 +120,7 @@ def test_hostile_names_of_lines_are_literal_in_the_legend_the_title_and_on_hover
         "(r => [r.x + r.width / 2, r.y + r.height / 2])([...document.querySelectorAll('.trace')][10]"
         ".querySelector('.point').getBoundingClientRect())"
     )
-    assert HOSTILE[10] in browser.hover(*point)
+    browser.hover(*point, HOSTILE[10])
     assert browser.run("window.ran === undefined")
 
 
@@ -132,8 +132,8 @@ def test_the_slider_of_a_saved_generation_goes_through_its_steps(browser, tmp_pa
     x, y, width, height = browser.run(BOX % ".slider-rail-touch-rect")
     for share in (0.36, 0.66, 0.97):
         browser.click(x + share * width, y + height / 2)
+        browser.wait(f"!{json.dumps(seen)}.includes({bars})")
         seen.append(browser.run(bars))
-    assert len(set(seen)) == 4
     assert browser.errors == []
 
 

@@ -4,9 +4,13 @@ import pytest
 from test_widgets_in_jupyterlab import (
     DETAIL,
     GRID,
+    IDS,
     LENS,
+    NAMED,
     button,
+    choose,
     control,
+    harmless,
     nothing_went_wrong_on_the_page,  # noqa: F401
 )
 
@@ -14,19 +18,6 @@ BEFORE = LENS.replace(
     "import AttentionExplorer, PatchExplorer", "import CacheInspector, GenerationExplorer, RotaryExplorer"
 )
 PROMPT = "When Mary and John went to the store, John gave a drink to"
-HOSTILE = """
-HOSTILE = ["<script>window.ran=1</script>", "<img src=x onerror=window.ran=1>", "</script><b>", "<b>bold</b>", "$x^2$",
-           "\\ud83d", "&lt;", '" onmouseover="window.ran=1', "<a href='https://example.com'>a</a>", "\\u202eabc"]
-kind = type(lens.tokenizer)
-known, kind.label = kind.label, lambda self, i: HOSTILE[i % len(HOSTILE)]
-try:
-    {}
-finally:
-    kind.label = known
-explorer
-"""
-IDS = "[[2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]"
-STRANGE = "document.querySelectorAll('.jp-OutputArea :is(img, script, a[href*=example], mjx-container)').length"
 UNDER = ".jp-OutputArea .jp-OutputArea"
 
 
@@ -92,10 +83,7 @@ def test_a_slider_goes_through_the_steps_of_a_cache(cache):
 def test_an_entry_is_dropped_and_both_texts_stand_side_by_side(cache):
     click_cell(cache, GRID, 2, 3)
     reads(cache, "position", 3)
-    box = control("this entry", "select")
-    cache.run(
-        f"(e => {{ e.value = 'drop everywhere'; e.dispatchEvent(new Event('change', {{bubbles: true}})) }})({box})"
-    )
+    cache.run(choose("this entry", "drop everywhere"))
     cache.click_on(button("Generate on"))
     cache.wait_text("·Bob")
     cache.wait_text("Parting at step 0")
@@ -106,10 +94,7 @@ def test_what_cannot_be_dropped_is_an_error_under_the_figures(cache):
     cache.run(f"{control('position', '.noUi-handle')}.focus()")
     cache.press(*["ArrowRight"] * 14)
     cache.wait_text("entry 14 ·drink")
-    box = control("this entry", "select")
-    cache.run(
-        f"(e => {{ e.value = 'drop everywhere'; e.dispatchEvent(new Event('change', {{bubbles: true}})) }})({box})"
-    )
+    cache.run(choose("this entry", "drop everywhere"))
     cache.click_on(button("Generate on"))
     cache.wait_text("the newest entry cannot be dropped", UNDER)
 
@@ -120,8 +105,7 @@ def test_another_prompt_has_another_cache(cache):
 
 
 def test_what_is_lost_without_entries_shows_how_far_it_is(cache):
-    box = control("colour by", "select")
-    cache.run(f"(e => {{ e.value = 'left out: KL'; e.dispatchEvent(new Event('change', {{bubbles: true}})) }})({box})")
+    cache.run(choose("colour by", "left out: KL"))
     cache.wait_text("without it: KL")
     cache.wait(f"{GRID}.data[0].z[0].every(x => x !== null)")
 
@@ -144,7 +128,7 @@ def test_a_pair_is_turned_off_and_the_pattern_changes(rotary):
 
 def test_a_key_that_comes_later_is_an_error_under_the_figures(rotary):
     slide(rotary, "query", "ArrowLeft")
-    reads(rotary, "query", 14)
+    rotary.wait_text("query 14 ·drink →")  # the page says so before the kernel has heard of it
     slide(rotary, "key", "End")
     rotary.wait_text("key 15 comes after query 14", UNDER)
     reads(rotary, "key", 0)
@@ -208,8 +192,7 @@ def test_another_prompt_is_generated_from(generation):
     ids=["cache", "rotary", "generation"],
 )
 def test_hostile_tokens_are_shown_as_they_are(lab, code):
-    lab.cell(BEFORE + HOSTILE.format(code))
+    lab.cell(BEFORE + NAMED.format(code))
     lab.wait(f"{GRID}.querySelector('.heatmaplayer image') && {DETAIL}.querySelector('.main-svg')")
     lab.wait_text("<")
-    assert lab.run("window.ran === undefined")
-    assert lab.run(STRANGE) == 0
+    harmless(lab)

@@ -391,6 +391,13 @@ def test_another_example_is_run(patching):
     assert patching.state["clean"] == patching.examples[2].item.text
 
 
+def test_an_example_and_a_cell_of_its_grid_are_selected_at_once(patching):
+    patching.select(example=1)
+    cell = {"row": 0, "column": 0, "view": "heads"}
+    patching.select(**cell, example=2)
+    assert patching.state == patching.state | cell | {"example": 2, "clean": patching.examples[2].item.text}
+
+
 def test_a_metric_of_ones_own_is_called_and_what_it_prints_is_seen(demo):
     def mine(logits):
         print("measured", logits.shape[0])
@@ -430,6 +437,18 @@ def test_what_a_patch_explorer_is_given_must_be_pairs(demo):
         PatchExplorer(demo, "a", "b")
     with pytest.raises(ValueError, match="no counterfactual 'x'"):
         PatchExplorer(demo, TASKS["ioi"].examples(demo, 1, "widgets"), "x")
+
+
+def test_a_page_hears_of_a_chart_when_it_is_whole(monkeypatch):
+    told, tell = [], registry.Widget.open
+    monkeypatch.setattr(registry.Widget, "open", lambda self: (told.append(self.get_state()), tell(self)))
+    chart = Chart()
+    chart.draw(go.Figure(go.Heatmap(z=np.eye(3)), {"title": {"text": "one"}}))
+    chart.close()
+    (state,) = [state for state in told if state["_model_module"] == "anywidget"]
+    assert state["_widget_data"][0]["type"] == "heatmap"
+    assert state["_widget_layout"]["title"]["text"] == "one"
+    assert state["_config"]["showSendToCloud"] is False
 
 
 def test_a_chart_becomes_another_figure_and_leaves_nothing_of_the_last():

@@ -64,6 +64,16 @@ def test_the_cache_grows_with_the_steps(inspector):
     assert inspector.state["position"] == before - 1
 
 
+def test_a_step_and_an_entry_that_is_there_by_then_are_selected_at_once(inspector):
+    last = inspector.places["position"].max
+    inspector.select(step=5, position=last + 5)
+    assert (inspector.state["step"], inspector.state["position"]) == (5, last + 5)
+    with pytest.raises(ValueError, match=f"position {last + 5} asked for; there is 0 to {last}"):
+        inspector.select(step=0, position=last + 5)
+    assert (inspector.state["step"], inspector.state["position"]) == (5, last + 5)
+    assert inspector.places["position"].max == last + 5
+
+
 def test_what_is_lost_without_an_entry_is_run_when_it_is_asked_for(demo, inspector, line):
     assert inspector.lost == {}
     inspector.select(step=2, by="kl")

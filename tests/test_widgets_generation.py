@@ -48,6 +48,18 @@ def test_the_picture_is_the_logit_lens_of_every_step(generation, line):
     assert np.allclose(drawn(generation.lens_chart), line.logit_lens().values, atol=1e-4)
 
 
+def test_a_run_and_a_step_that_only_it_has_are_selected_at_once(demo, generation):
+    short = patch.timeline(demo, PROMPT, 2)
+    generation.read = {**generation.read, "branch": (short, generation.readings(short))}
+    generation.select(run="branch")
+    assert generation.places["step"].max == 1
+    generation.select(run="first", step=5)
+    assert (generation.state["run"], generation.state["step"]) == ("first", 5)
+    with pytest.raises(ValueError, match="there is 0 to 1"):
+        generation.select(run="branch", step=5)
+    assert generation.places["step"].max == 5
+
+
 def test_the_bars_are_the_most_probable_tokens_of_a_layer_and_step(generation, line):
     generation.select(layer=2, step=3)
     wanted = line.readings().softmax(-1)[2, 3].topk(8).values
@@ -153,7 +165,7 @@ def test_hostile_tokens_are_text(generation, monkeypatch):
     generation.run(prompt=[[2, 3, 4, 5, 6, 7, 8, 9, 10, 11]])
     generation.branch(7, 1)
     figure = generation.figure()
-    drawn = [*np.ravel(figure.data[0].text), *np.ravel(figure.data[0].customdata)]
+    drawn = [*figure.data[1].text, *np.ravel(figure.data[0].customdata)]
     for page in (generation.texts.value, generation.words.value, *figure.layout.xaxis.ticktext, *drawn):
         assert "<script" not in page
         assert "<img" not in page

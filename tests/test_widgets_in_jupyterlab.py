@@ -1,6 +1,9 @@
 """Explorers in a real JupyterLab: drawn, clicked, slid, typed into, wrong, stopped, hostile; and nothing leaves."""
 
 import pytest
+from hostile import HOSTILE
+
+from glmlens.plot.style import visible
 
 LENS = """
 import glmlens
@@ -23,8 +26,7 @@ PATCHING = (
     + """
 from glmlens.tasks import TASKS
 def slow(logits):
-    import time
-    time.sleep(0.2)
+    explorer.stopping.wait()
     return logits[:, 5]
 def wrong(logits):
     print("measuring")
@@ -33,19 +35,33 @@ explorer = PatchExplorer(lens, TASKS["ioi"].examples(lens, 2, "lab"), metrics={"
 explorer
 """
 )
-HOSTILE = (
-    LENS
-    + """
-HOSTILE = ["<script>window.ran=1</script>", "<img src=x onerror=window.ran=1>", "</script><b>", "<b>bold</b>", "$x^2$",
-           "\\ud83d", "&lt;", '" onmouseover="window.ran=1', "<a href='https://example.com'>a</a>", "\\u202eabc"]
-explorer = AttentionExplorer(lens, [2, 3, 4, 5, 6, 7, 8, 9, 10, 11])
-lens.to_labels = lambda tokens, *_: (HOSTILE * 3)[:len(tokens.flatten())]
+NAMED = """
+from tests.hostile import HOSTILE
+kind = type(lens.tokenizer)
+known, kind.label = kind.label, lambda self, i: HOSTILE[i % len(HOSTILE)]
 try:
     {}
 finally:
-    del lens.to_labels
+    kind.label = known
 explorer
 """
+SHOWN = """
+import numpy as np
+from IPython.display import display
+from glmlens import plot
+from glmlens.plot.style import visible
+from glmlens.results import Labelled
+from tests.hostile import HOSTILE
+n = len(HOSTILE)
+result = Labelled(np.eye(n), ("row", "column"), {"row": [visible(t) for t in HOSTILE]}, {"prompt": HOSTILE[1]})
+display(plot.attention_pattern(np.eye(n), HOSTILE, title=HOSTILE[0]))
+display(plot.tokens(np.linspace(-1, 1, n), HOSTILE, title=HOSTILE[1]))
+display(result.to_dataframe().iloc[::n + 1])
+result
+"""
+IDS = [[*range(len(HOSTILE), 2 * len(HOSTILE))]]  # the first of them is named as the first of these
+STRANGE = (
+    "document.querySelectorAll('.jp-OutputArea :is(img, script, b, [onmouseover], a[href*=example], mjx-container)')"
 )
 DRAWN = "document.querySelector('.glmlens-heads').dataset.drawn > 0"
 HEADS = "document.querySelectorAll('.glmlens-heads figure')"
@@ -153,17 +169,44 @@ def test_the_prompt_can_be_changed_and_run_again(attention):
 
 
 def test_hostile_tokens_are_shown_as_they_are(lab):
-    lab.cell(HOSTILE.format("explorer.run(prompt=[2, 3, 4, 5, 6, 7, 8, 9, 10, 11]); explorer.select(query=6, key=1)"))
-    lab.wait(DRAWN)
-    lab.wait("document.querySelectorAll('.tokens span').length === 10")
+    code = f"explorer = AttentionExplorer(lens, {IDS}); explorer.select(query=6, key=1)"
+    lab.cell(LENS + NAMED.format(code))
+    lab.wait(f"document.querySelectorAll('.tokens span').length === {len(HOSTILE)}")
     shown = lab.run("[...document.querySelectorAll('.tokens span')].map(s => s.textContent)")
-    assert shown[:5] == ["<script>window.ran=1</script>", "<img src=x onerror=window.ran=1>", "</script><b>",
-                         "<b>bold</b>", "$x^2$"]  # fmt: skip
-    assert shown[5] == "⟨D83D⟩"
+    assert shown == [visible(token) for token in HOSTILE]
     lab.wait_text("key 1 <img src=x onerror=window.ran=1>")
+    harmless(lab)
+
+
+def harmless(lab):
+    """No token has been run, and none has become more than text."""
     assert lab.run("window.ran === undefined")
-    strange = "document.querySelectorAll('.jp-OutputArea :is(img, b, a[href*=example], mjx-container)').length"
-    assert lab.run(strange) == 0
+    assert lab.run(f"{STRANGE}.length") == 0
+
+
+def test_hostile_tokens_of_patched_prompts_are_shown_as_they_are(lab):
+    code = """explorer = PatchExplorer(lens, "Mary likes <b>bold</b>", "John likes <b>bold</b>", (" Mary", " John"))
+    explorer.select(view="head")"""
+    lab.cell(LENS + NAMED.format(code))
+    lab.wait(f"{DETAIL}.querySelector('.heatmaplayer image')")
+    names = "[...document.querySelectorAll('.jp-OutputArea :is(.xtick, .x2tick) text')].map(t => t.textContent)"
+    assert any("<" in name for name in lab.run(names))
+    assert lab.run(f"{control('clean')}.value") == "Mary likes <b>bold</b>"
+    harmless(lab)
+
+
+def test_hostile_text_in_what_a_notebook_shows_is_shown_as_it_is(lab):
+    lab.cell(LENS + SHOWN)
+    lab.wait("document.querySelector('.jp-OutputArea .js-plotly-plot .heatmaplayer image')")
+    tokens = lab.run("document.querySelector('.jp-OutputArea pre.mathjax_ignore').textContent")
+    cells = lab.run("[...document.querySelectorAll('.jp-OutputArea td:nth-child(2)')].map(t => t.textContent)")
+    figure = lab.run("document.querySelector('.jp-OutputArea .gtitle').textContent")
+    said = lab.run("document.querySelector('.jp-OutputArea').innerText")
+    assert all(visible(token) in tokens for token in HOSTILE)
+    assert cells == [visible(token) for token in HOSTILE]
+    assert figure == HOSTILE[0]
+    assert "prompt: <img src=x onerror=window.ran=1>" in said  # a result
+    harmless(lab)
 
 
 def test_patching_is_drawn_and_a_click_on_a_cell_runs_it_again(patching):
@@ -187,6 +230,15 @@ def test_a_slider_moves_the_frame_and_another_view_is_shown(patching):
     patching.wait(f"{GRID}.layout.shapes[1].y0 !== {before}")
 
 
+def test_what_was_run_and_selected_before_it_is_shown_is_drawn(lab):
+    code = """explorer.run(site="attn.z", over="head")
+explorer.select(view="heads")
+explorer.run(site="mlp_out", over="pos")
+explorer"""
+    lab.cell(PATCHING.removesuffix("explorer\n") + code)
+    lab.wait(f"{GRID}.querySelector('.heatmaplayer image') && {DETAIL}.querySelector('.heatmaplayer image')")
+
+
 def test_a_prompt_of_another_length_is_an_error_under_the_figures(patching):
     patching.write(control("corrupt"), "too short")
     patching.click_on(button("Run"))
@@ -208,6 +260,7 @@ def test_long_work_shows_how_far_it_is_and_can_be_stopped(patching):
     assert patching.run(f"{button('Run')}.disabled")
     patching.click_on(button("Stop"))
     patching.wait(f"!{button('Run')}.disabled")
+    patching.wait_text("stopped", ".jp-OutputArea .jp-OutputArea")
 
 
 def test_a_changed_pair_of_prompts_is_run(patching):

@@ -98,7 +98,8 @@ def numbers(values: np.ndarray) -> np.ndarray | None:
     if values.shape[1] > 16 or values.size > WRITTEN:
         return None
     most = np.nanmax(np.abs(values), initial=0)
-    form = "{:.2f}" if most < 10 else "{:.1f}" if most < 100 else "{:.0f}"
+    first = int(np.floor(np.log10(most))) if most else 0  # the place of the largest number's first digit
+    form = f"{{:.{max(0, (2 if first >= 0 else 1) - max(first, -5))}f}}"
     return np.array([[signed_number(form, v) for v in row] for row in values.tolist()], dtype=object)
 
 

@@ -193,7 +193,8 @@ def signed_number(form: str, value: float) -> str:
 def bar_of(what: str) -> dict[str, Any]:
     """The bar that tells what the colours stand for."""
     lines = [*map(shown, wrap(what, 12)), "\u00a0"]  # an empty line keeps the highest number free
-    return {"title": {"text": "<br>".join(lines)}, "thickness": 12, "outlinewidth": 0}
+    small = {"exponentformat": "power", "minexponent": 5}
+    return {"title": {"text": "<br>".join(lines)}, "thickness": 12, "outlinewidth": 0, **small}
 
 
 def colors(values: Any, signed: bool) -> dict[str, Any]:
@@ -206,7 +207,7 @@ def colors(values: Any, signed: bool) -> dict[str, Any]:
     return {"colorscale": MAGNITUDE, "zmin": min(low, 0.0), "zmax": high if high > min(low, 0.0) else 1.0}
 
 
-def ink(values: np.ndarray, colorscale: Any, zmin: float, zmax: float) -> list[str]:
+def ink(values: np.ndarray, colorscale: Any, zmin: int | float, zmax: int | float) -> list[str]:
     """Black or white for every number, whichever is read better on its colour (luminance as in WCAG 2.2)."""
     at, names = zip(
         *plotly.colors.get_colorscale(colorscale) if isinstance(colorscale, str) else colorscale, strict=True
