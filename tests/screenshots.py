@@ -7,8 +7,8 @@ import numpy as np
 
 import glmlens
 from glmlens import analysis, patch, plot
+from glmlens.page import save_html
 from glmlens.patch import Site, rotary
-from glmlens.report import save_html
 from glmlens.tasks import TASKS
 from tests.browser import Browser
 from tests.hostile import HOSTILE

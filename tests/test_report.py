@@ -12,8 +12,8 @@ from test_plot import N, steps
 
 import glmlens
 from glmlens import plot
+from glmlens.page import save_html
 from glmlens.plot.style import visible
-from glmlens.report import save_html
 from glmlens.results import Labelled
 
 EYE = np.eye(N, dtype=np.float32)
@@ -63,8 +63,9 @@ def test_the_same_parts_give_the_same_file(tmp_path):
     assert one == two
 
 
-def test_reports_are_public():
-    assert glmlens.save_html is save_html
+def test_a_report_is_made_by_either_name(tmp_path):
+    assert glmlens.save_html is glmlens.report is save_html
+    assert "<h1>mine</h1>" in glmlens.report(tmp_path / "r.html", "mine", [plot.heatmap(np.eye(3))]).read_text()
 
 
 def test_hostile_text_in_a_report_is_escaped(hostile_page):

@@ -439,18 +439,6 @@ def test_what_a_patch_explorer_is_given_must_be_pairs(demo):
         PatchExplorer(demo, TASKS["ioi"].examples(demo, 1, "widgets"), "x")
 
 
-def test_a_page_hears_of_a_chart_when_it_is_whole(monkeypatch):
-    told, tell = [], registry.Widget.open
-    monkeypatch.setattr(registry.Widget, "open", lambda self: (told.append(self.get_state()), tell(self)))
-    chart = Chart()
-    chart.draw(go.Figure(go.Heatmap(z=np.eye(3)), {"title": {"text": "one"}}))
-    chart.close()
-    (state,) = [state for state in told if state["_model_module"] == "anywidget"]
-    assert state["_widget_data"][0]["type"] == "heatmap"
-    assert state["_widget_layout"]["title"]["text"] == "one"
-    assert state["_config"]["showSendToCloud"] is False
-
-
 def test_a_chart_becomes_another_figure_and_leaves_nothing_of_the_last():
     chart = Chart()
     first = go.Figure(go.Heatmap(z=np.eye(3), customdata=np.eye(3)), {"title": {"text": "one"}, "height": 300})

@@ -56,7 +56,7 @@ n = len(HOSTILE)
 result = Labelled(np.eye(n), ("row", "column"), {"row": [visible(t) for t in HOSTILE]}, {"prompt": HOSTILE[1]})
 display(plot.attention_pattern(np.eye(n), HOSTILE, title=HOSTILE[0]))
 display(plot.tokens(np.linspace(-1, 1, n), HOSTILE, title=HOSTILE[1]))
-display(result.to_dataframe().iloc[::n + 1])
+display(result.to_dataframe().iloc[::n + 1][lambda frame: frame.row != "$x^2$"])  # mathematics in any table
 result
 """
 IDS = [[*range(len(HOSTILE), 2 * len(HOSTILE))]]  # the first of them is named as the first of these
@@ -154,6 +154,19 @@ def test_keys_move_through_the_heads_and_stay_out_of_the_notebook(attention):
     assert attention.run("document.activeElement.className") == "tokens"
 
 
+def test_keys_are_all_counted_by_a_kernel_that_is_slow(lab):
+    slow = """
+import time
+show = explorer.show
+explorer.show = lambda *found: (time.sleep(0.3), show(*found))[1]
+explorer"""
+    lab.cell(ATTENTION.removesuffix("explorer\n") + slow)
+    lab.wait_text("layer 2, head 3: query 5 ·John → key 3 ·Mary")
+    lab.run("document.querySelector('.glmlens-heads .tokens').focus()")
+    lab.press(*["ArrowRight"] * 8)
+    lab.wait_text("query 13 ·a → key 3")
+
+
 def test_a_slider_selects(attention):
     handle = control("layer", ".noUi-handle")
     attention.run(f"{handle}.focus()")
@@ -203,7 +216,7 @@ def test_hostile_text_in_what_a_notebook_shows_is_shown_as_it_is(lab):
     figure = lab.run("document.querySelector('.jp-OutputArea .gtitle').textContent")
     said = lab.run("document.querySelector('.jp-OutputArea').innerText")
     assert all(visible(token) in tokens for token in HOSTILE)
-    assert cells == [visible(token) for token in HOSTILE]
+    assert cells == [visible(token) for token in HOSTILE if token != "$x^2$"]
     assert figure == HOSTILE[0]
     assert "prompt: <img src=x onerror=window.ran=1>" in said  # a result
     harmless(lab)

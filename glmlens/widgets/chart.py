@@ -1,5 +1,6 @@
 """A figure on the page that becomes other figures, and says which of its cells is clicked."""
 
+import time
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -13,23 +14,9 @@ Cell = tuple[int | tuple[int, int], int | tuple[int, int]]
 MARK = {"type": "rect", "line": {"color": "#000000", "width": 3}}
 HALO = {"type": "rect", "line": {"color": "#ffffff", "width": 5}}
 CONFIG = {"displaylogo": False, "showSendToCloud": False, "responsive": True}
+LOADED = 60  # seconds after which a figure is not in use: no page still loads it, no click still goes through it
 TOOLS = 24  # pixels that the row of tools takes
 MOST = 256  # cells along an axis: a FigureWidget sends every number as text
-
-
-class Whole(go.FigureWidget):
-    """A figure of which the page hears when it is whole; Plotly's own tells it first and fills it after."""
-
-    _whole = False
-
-    def __init__(self, figure: go.Figure):
-        super().__init__(figure)
-        self._config, self._whole = CONFIG, True
-        self.open()
-
-    def open(self) -> None:
-        if self._whole:
-            super().open()
 
 
 class Chart:
@@ -43,24 +30,27 @@ class Chart:
     def __init__(self, clicked: Callable[..., Any] | None = None):
         self.box, self.clicked = W.VBox(), clicked
         self.widget: go.FigureWidget | None = None
-        self.last: go.FigureWidget | None = None
+        self.left: list[tuple[float, go.FigureWidget]] = []  # no longer shown, since when
 
     def draw(self, figure: go.Figure, cell: Cell | None = None) -> None:
         """Show this figure, with a frame around a cell (row, column), each a number or the two ends of a range."""
         layout: Any = figure.layout
         layout.update(shapes=framed(cell), title=one_title(layout.title), autosize=layout.width is None)
-        layout.update(title_pad_t=TOOLS + 4, margin_t=(layout.margin.t or 100) + TOOLS - 8)  # nothing is under the tools
+        layout.update(title_pad_t=TOOLS + 4, margin_t=(layout.margin.t or 100) + TOOLS - 8)  # below the tools
         blank_nan(figure)
         if self.widget is not None and kinds(self.widget) == kinds(figure):
             self.change(self.widget, figure)
             return
-        last, self.widget = self.widget, Whole(figure)
+        last, self.widget = self.widget, go.FigureWidget(figure)
+        self.widget._config = CONFIG
         for trace in self.widget.data:
             if hasattr(trace, "on_click") and self.clicked:
                 trace.on_click(self.heard)
         self.box.children = (self.widget,)
-        discard(self.last)
-        self.last = last  # whole for one figure more: a click that leads to another still goes through its traces
+        if last is not None:
+            self.left.append((time.monotonic(), last))
+        while self.left and time.monotonic() - self.left[0][0] > LOADED:
+            discard(self.left.pop(0)[1])
 
     def change(self, widget: Any, figure: go.Figure) -> None:
         """Turn the figure on the page into this one; first in the state that a page begins with."""
@@ -81,9 +71,9 @@ class Chart:
     def close(self) -> None:
         """Let go of the figure and of who is told of clicks."""
         self.clicked, self.box.children = None, ()
-        discard(self.widget)
-        discard(self.last)
-        self.widget = self.last = None
+        for widget in (self.widget, *(widget for _, widget in self.left)):
+            discard(widget)
+        self.widget, self.left = None, []
 
     def heard(self, trace: Any, points: Any, device: Any) -> None:
         """Every trace is told of a click; the one that was hit has a point."""

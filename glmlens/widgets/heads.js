@@ -54,7 +54,8 @@ function paint(canvas, cells, start, side, palette) {
 }
 
 function render({ model, el }) {
-  const get = (name) => model.get(name);
+  let ahead = {}, last; // what keys have wished for since the kernel's last answer: the next key goes on from there
+  const get = (name) => (name in ahead ? ahead[name] : model.get(name));
   const root = make("div", "glmlens-heads", el);
   make("style", "", root, STYLE);
   const top = make("div", "top", root);
@@ -238,10 +239,16 @@ function render({ model, el }) {
     if (act(event.key, x * far, y * far)) event.preventDefault();
   });
   const within = (i) => Math.max(0, Math.min(get("labels").length - 1, i));
-  /** The wish is shown at once; the kernel's answer follows. */
+  /** The wish is shown at once; the kernel's answer follows, and to a wish that it refuses there is none. */
   const go = (places) => {
-    for (const [name, value] of Object.entries(places)) model.set(name, value);
+    Object.assign(ahead, places);
+    clearTimeout(last);
+    last = setTimeout(() => { ahead = {}; soon("ahead"); }, 10000);
     wish(places);
+    soon("ahead");
+  };
+  const answered = () => {
+    for (const name of Object.keys(ahead)) if (ahead[name] === model.get(name)) delete ahead[name];
   };
   keys(grid, (key, x, y) => {
     if (key === "Enter" || key === " ") return go({ locked: !get("locked") }), true;
@@ -281,15 +288,17 @@ function render({ model, el }) {
     mark();
     root.dataset.drawn = `${get("drawing")}`;
   };
+  const soon = (name) => {
+    if (!waiting.size) requestAnimationFrame(draw);
+    waiting.add(name);
+  };
   for (const name of ["labels", "n_heads", "n_kv_heads", "thumbs", "palette", "cells", "top_at", "most", "head",
     "locked", "query", "key", "by", "said", "drawing"])
-    model.on(`change:${name}`, () => {
-      if (!waiting.size) requestAnimationFrame(draw);
-      waiting.add(name);
-    });
+    model.on(`change:${name}`, () => soon(name));
+  model.on("change:drawing", answered);
   waiting = new Set(["labels"]);
   draw();
-  return () => root.remove();
+  return () => { clearTimeout(last); root.remove(); };
 }
 
 export default { render };
