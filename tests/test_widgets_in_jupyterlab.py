@@ -198,13 +198,12 @@ def harmless(lab):
 
 
 def test_hostile_tokens_of_patched_prompts_are_shown_as_they_are(lab):
-    code = """explorer = PatchExplorer(lens, "Mary likes <b>bold</b>", "John likes <b>bold</b>", (" Mary", " John"))
-    explorer.select(view="head")"""
-    lab.cell(LENS + NAMED.format(code))
-    lab.wait(f"{DETAIL}.querySelector('.heatmaplayer image')")
-    names = "[...document.querySelectorAll('.jp-OutputArea :is(.xtick, .x2tick) text')].map(t => t.textContent)"
+    clean, corrupt = "Mary likes <b>bold</b>", "John likes <b>bold</b>"
+    lab.cell(LENS + NAMED.format(f"explorer = PatchExplorer(lens, {clean!r}, {corrupt!r}, (' Mary', ' John'))"))
+    lab.wait(f"{GRID}.querySelector('.heatmaplayer image') && {DETAIL}.querySelector('.barlayer path')")
+    names = "[...document.querySelectorAll('.jp-OutputArea .js-plotly-plot text')].map(t => t.textContent)"
     assert any("<" in name for name in lab.run(names))
-    assert lab.run(f"{control('clean')}.value") == "Mary likes <b>bold</b>"
+    assert lab.run(f"{control('clean')}.value") == clean
     harmless(lab)
 
 
@@ -241,15 +240,6 @@ def test_a_slider_moves_the_frame_and_another_view_is_shown(patching):
     patching.run(f"{control('row', '.noUi-handle')}.focus()")
     patching.press("ArrowRight" if before < 2 else "ArrowLeft")
     patching.wait(f"{GRID}.layout.shapes[1].y0 !== {before}")
-
-
-def test_what_was_run_and_selected_before_it_is_shown_is_drawn(lab):
-    code = """explorer.run(site="attn.z", over="head")
-explorer.select(view="heads")
-explorer.run(site="mlp_out", over="pos")
-explorer"""
-    lab.cell(PATCHING.removesuffix("explorer\n") + code)
-    lab.wait(f"{GRID}.querySelector('.heatmaplayer image') && {DETAIL}.querySelector('.heatmaplayer image')")
 
 
 def test_a_prompt_of_another_length_is_an_error_under_the_figures(patching):
