@@ -121,7 +121,7 @@ def test_an_altered_entry_is_a_rerun_with_the_operation(inspector, line, what, o
     assert inspector.other.tokens == wanted.tokens
     assert np.allclose(inspector.other.logits, wanted.logits, atol=1e-4)
     assert inspector.state["change"] == (what, 2, 2, 1, 5, 3.0)
-    assert inspector.inputs["change"].value.startswith(what)
+    assert inspector.inputs["change"].value.startswith(f"change: {what} ")
 
 
 @pytest.mark.parametrize("step", [0, 2])

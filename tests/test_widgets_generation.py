@@ -73,7 +73,7 @@ def test_a_branch_is_a_rerun_with_another_token(demo, generation, line):
     assert generation.other.tokens == wanted.tokens
     assert np.allclose(generation.other.logits, wanted.logits, atol=1e-4)
     assert generation.state["branch"] == (1, demo.to_single_token(" and"))
-    assert generation.inputs["branch"].value == "·and at step 1"
+    assert generation.inputs["branch"].value == "branch: ·and at step 1"
     generation.select(run="branch", layer=3)
     assert np.allclose(drawn(generation.lens_chart)[-1], wanted.logits.softmax(-1).amax(-1), atol=1e-4)
     assert "Parting at step 1: &#x27;.&#x27;" in generation.texts.value
