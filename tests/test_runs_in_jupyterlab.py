@@ -45,7 +45,7 @@ def generation(lab):
 
 def click_cell(lab, figure, row, column, down=False):
     """Click a cell of a heatmap, as a hand does."""
-    rows, columns = lab.run(f"[{figure}.data[0].z.length, {figure}.data[0].z[0].length]")
+    rows, columns = lab.run(f"[{figure}._fullData[0].z.length, {figure}._fullData[0].z[0].length]")
     y = (row + 0.5) / rows
     x, y = lab.middle(f"{figure}.querySelector('.nsewdrag')", (column + 0.5) / columns, y if down else 1 - y)
     lab.move(x, y)
@@ -76,7 +76,7 @@ def test_a_click_on_an_entry_of_the_cache_selects_it(cache):
 
 def test_a_slider_goes_through_the_steps_of_a_cache(cache):
     slide(cache, "step")
-    cache.wait(f"{GRID}.data[0].z[0].length === 16")
+    cache.wait(f"{GRID}._fullData[0].z[0].length === 16")
     cache.wait(f"{GRID}.querySelector('.gtitle').textContent.includes('before step 1 says .')")
 
 
@@ -101,13 +101,13 @@ def test_what_cannot_be_dropped_is_an_error_under_the_figures(cache):
 
 def test_another_prompt_has_another_cache(cache):
     change(cache, "prompt", "The king of Japan lives in")
-    cache.wait(f"{GRID}.data[0].z[0].length === 7")
+    cache.wait(f"{GRID}._fullData[0].z[0].length === 7")
 
 
 def test_what_is_lost_without_entries_shows_how_far_it_is(cache):
     cache.run(choose("colour by", "left out: KL"))
     cache.wait_text("without it: KL")
-    cache.wait(f"{GRID}.data[0].z[0].every(x => x !== null)")
+    cache.wait(f"{GRID}._fullData[0].z[0].every(isFinite)")
 
 
 def test_a_click_in_a_rotary_pattern_and_sliders_select(rotary):
@@ -120,10 +120,10 @@ def test_a_click_in_a_rotary_pattern_and_sliders_select(rotary):
 
 
 def test_a_pair_is_turned_off_and_the_pattern_changes(rotary):
-    before = rotary.run(f"{GRID}.data[0].z[15][0]")
+    before = rotary.run(f"{GRID}._fullData[0].z[15][0]")
     rotary.click_on(button("0 (6.28)"))
     rotary.wait(f"{GRID}.querySelector('.gtitle').textContent.includes('with 7 of 8 pairs')")
-    rotary.wait(f"{GRID}.data[0].z[15][0] !== {before}")
+    rotary.wait(f"{GRID}._fullData[0].z[15][0] !== {before}")
 
 
 def test_a_key_that_comes_later_is_an_error_under_the_figures(rotary):
@@ -136,7 +136,7 @@ def test_a_key_that_comes_later_is_an_error_under_the_figures(rotary):
 
 def test_another_prompt_has_another_pattern(rotary):
     change(rotary, "prompt", "The king of Japan lives in")
-    rotary.wait(f"{GRID}.data[0].z.length === 8")
+    rotary.wait(f"{GRID}._fullData[0].z.length === 8")
 
 
 def test_a_click_in_the_lens_selects_and_a_slider_steps_through(generation):

@@ -29,7 +29,7 @@ def inspector(demo):
 
 
 def drawn(chart):
-    return np.array(chart.widget.data[0].z)
+    return np.array(chart.figure.data[0].z)
 
 
 def test_a_run_in_slices_is_the_run_in_one_piece(inspector, line):
@@ -101,7 +101,7 @@ def test_a_click_selects_an_entry_and_a_head_its_readers(inspector):
     assert (inspector.state["layer"], inspector.state["position"]) == (2, 5)
     click(inspector.readers, 1, 7)
     assert (inspector.state["layer"], inspector.state["kv"]) == (1, 3)
-    frame = inspector.readers.widget.layout.shapes[-1]
+    frame = inspector.readers.figure.layout.shapes[-1]
     assert (frame.x0, frame.x1, frame.y0) == (5.5, 7.5, 0.5)
 
 

@@ -29,16 +29,11 @@ def generation(demo):
 
 
 def drawn(chart, axis="z"):
-    return np.array(next(trace for trace in chart.widget.data if trace.type in ("heatmap", "bar"))[axis], float)
+    return np.array(next(trace for trace in chart.figure.data if trace.type in ("heatmap", "bar"))[axis], float)
 
 
 def click_bar(chart, i):
-    chart.widget._js2py_pointsCallback = {
-        "event_type": "plotly_click",
-        "points": {"xs": [0], "ys": [i], "point_indexes": [i], "trace_indexes": [0]},
-        "device_state": {},
-        "selector": None,
-    }
+    chart.heard(None, {"click": [i]}, [])
 
 
 def test_the_picture_is_the_logit_lens_of_every_step(generation, line):

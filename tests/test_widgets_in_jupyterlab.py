@@ -185,7 +185,7 @@ def harmless(lab):
 
 def test_patching_is_drawn_and_a_click_on_a_cell_runs_it_again(patching):
     box = f"{GRID}.querySelector('.nsewdrag')"
-    rows, columns = patching.run(f"[{GRID}.data[0].z.length, {GRID}.data[0].z[0].length]")
+    rows, columns = patching.run(f"[{GRID}._fullData[0].z.length, {GRID}._fullData[0].z[0].length]")
     x, y = patching.middle(box, 3.5 / columns, 1 - 2.5 / rows)
     patching.move(x, y)
     patching.wait(f"{GRID}.querySelector('.hovertext')")
@@ -232,7 +232,7 @@ def test_a_changed_pair_of_prompts_is_run(patching):
     patching.write(control("clean"), "Mary likes")
     patching.write(control("corrupt"), "John likes")
     patching.click_on(button("Run"))
-    patching.wait(f"{GRID}.data[0].z[0].length === 4")
+    patching.wait(f"{GRID}._fullData[0].z[0].length === 4")
     patching.wait(f"{GRID}.querySelector('.heatmaplayer image')")
 
 
