@@ -1,6 +1,5 @@
 """A figure on the page that becomes other figures, and says which of its cells is clicked."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
