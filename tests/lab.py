@@ -102,7 +102,9 @@ class Lab(Browser):
     def note(self, method, params):
         if method == "Runtime.exceptionThrown":
             details = params["exceptionDetails"]
-            self.errors.append(details.get("exception", {}).get("description") or details["text"])
+            said = details.get("exception", {}).get("description") or details["text"]
+            if "[anywidget] Failed to initialize model" not in said:  # it took two seconds: hear.js is there for that
+                self.errors.append(said)
         elif method in ("Network.requestWillBeSent", "Network.webSocketCreated"):
             self.requests.append((params.get("request") or params)["url"][:200])
         elif method == "Page.javascriptDialogOpening":

@@ -47,7 +47,7 @@ explorer
 """
 IDS = [[*range(len(HOSTILE), 2 * len(HOSTILE))]]  # the first of them is named as the first of these
 STRANGE = (
-    "document.querySelectorAll('.jp-OutputArea :is(img, script, b, [onmouseover], a[href*=example], mjx-container)')"
+    "document.querySelectorAll('.jp-OutputArea :is(img:not(.plot-img), script, b, [onmouseover], a[href*=example], mjx-container)')"
 )
 DRAWN = "document.querySelector('.glmlens-heads').dataset.drawn > 0"
 HEADS = "document.querySelectorAll('.glmlens-heads figure')"
@@ -138,6 +138,34 @@ def test_keys_move_through_the_heads_and_stay_out_of_the_notebook(attention):
     attention.press("ArrowRight", "ArrowRight")
     attention.wait_text("query 7")
     assert attention.run("document.activeElement.className") == "tokens"
+
+
+LATE = "AbortSignal.patient ??= AbortSignal.timeout, AbortSignal.timeout = () => AbortSignal.patient(0), 0"
+IN_TIME = "AbortSignal.timeout = AbortSignal.patient, 0"
+
+
+@pytest.fixture
+def late(lab):
+    """A page on which the code of every widget of ours comes too late for anywidget."""
+    lab.run(f"({LATE})")
+    yield lab
+    lab.run(f"({IN_TIME})")
+
+
+def test_heads_hear_the_kernel_where_their_code_came_late(late):
+    late.cell(ATTENTION)
+    late.wait_text("layer 2, head 3: query 5 ·John → key 3 ·Mary")
+    late.click_on(f"{HEADS}[6]")
+    late.wait_text("layer 2, head 6")
+
+
+def test_charts_hear_the_kernel_where_their_code_came_late(late):
+    late.cell(PATCHING)
+    late.wait(f"{GRID}.querySelector('.heatmaplayer image')")
+    late.write(control("clean"), "a b c")
+    late.write(control("corrupt"), "a d c")
+    late.click_on(button("Run"))
+    late.wait(f"{GRID}._fullData[0].z[0].length === 5")
 
 
 def test_keys_are_all_counted_by_a_kernel_that_is_slow(lab):

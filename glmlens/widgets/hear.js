@@ -7,7 +7,7 @@ async function hear(model) {
   const probe = { content: { data: { method: "custom", content: null } }, buffers: [] };
   whole._handle_comm_msg(probe).catch(() => {
     const ordinary = Object.getPrototypeOf(Object.getPrototypeOf(whole));
-    whole._handle_comm_msg = ordinary._handle_comm_msg;
+    whole.comm.on_msg(ordinary._handle_comm_msg.bind(whole));
     whole.comm.send({ method: "request_state" }, whole.callbacks());
   });
 }
