@@ -45,6 +45,20 @@ finally:
     kind.label = known
 explorer
 """
+SHOWN = """
+import numpy as np
+from IPython.display import display
+from glmlens import plot
+from glmlens.plot.style import visible
+from glmlens.results import Labelled
+from tests.hostile import HOSTILE
+n = len(HOSTILE)
+result = Labelled(np.eye(n), ("row", "column"), {"row": [visible(t) for t in HOSTILE]}, {"prompt": HOSTILE[1]})
+display(plot.attention_pattern(np.eye(n), HOSTILE, title=HOSTILE[0]))
+display(plot.tokens(np.linspace(-1, 1, n), HOSTILE, title=HOSTILE[1]))
+display(result.to_dataframe().iloc[::n + 1][lambda frame: frame.row != "$x^2$"])  # mathematics in any table
+result
+"""
 IDS = [[*range(len(HOSTILE), 2 * len(HOSTILE))]]  # the first of them is named as the first of these
 STRANGE = (
     "document.querySelectorAll('.jp-OutputArea :is(img:not(.plot-img), script, b, [onmouseover], a[href*=example], mjx-container)')"
@@ -209,6 +223,30 @@ def harmless(lab):
     """No token has been run, and none has become more than text."""
     assert lab.run("window.ran === undefined")
     assert lab.run(f"{STRANGE}.length") == 0
+
+
+def test_hostile_tokens_of_patched_prompts_are_shown_as_they_are(lab):
+    clean, corrupt = "Mary likes <b>bold</b>", "John likes <b>bold</b>"
+    lab.cell(LENS + NAMED.format(f"explorer = PatchExplorer(lens, {clean!r}, {corrupt!r}, (' Mary', ' John'))"))
+    lab.wait(f"{GRID}.querySelector('.heatmaplayer image') && {DETAIL}.querySelector('.barlayer path')")
+    names = "[...document.querySelectorAll('.jp-OutputArea .js-plotly-plot text')].map(t => t.textContent)"
+    assert any("<" in name for name in lab.run(names))
+    assert lab.run(f"{control('clean')}.value") == clean
+    harmless(lab)
+
+
+def test_hostile_text_in_what_a_notebook_shows_is_shown_as_it_is(lab):
+    lab.cell(LENS + SHOWN)
+    lab.wait("document.querySelector('.jp-OutputArea .js-plotly-plot .heatmaplayer image')")
+    tokens = lab.run("document.querySelector('.jp-OutputArea pre.mathjax_ignore').textContent")
+    cells = lab.run("[...document.querySelectorAll('.jp-OutputArea td:nth-child(2)')].map(t => t.textContent)")
+    figure = lab.run("document.querySelector('.jp-OutputArea .gtitle').textContent")
+    said = lab.run("document.querySelector('.jp-OutputArea').innerText")
+    assert all(visible(token) in tokens for token in HOSTILE)
+    assert cells == [visible(token) for token in HOSTILE if token != "$x^2$"]
+    assert figure == HOSTILE[0]
+    assert "prompt: <img src=x onerror=window.ran=1>" in said  # a result
+    harmless(lab)
 
 
 def test_patching_is_drawn_and_a_click_on_a_cell_runs_it_again(patching):
