@@ -60,9 +60,7 @@ display(result.to_dataframe().iloc[::n + 1][lambda frame: frame.row != "$x^2$"])
 result
 """
 IDS = [[*range(len(HOSTILE), 2 * len(HOSTILE))]]  # the first of them is named as the first of these
-STRANGE = (
-    "document.querySelectorAll('.jp-OutputArea :is(img:not(.plot-img), script, b, [onmouseover], a[href*=example], mjx-container)')"
-)
+STRANGE = "document.querySelectorAll('.jp-OutputArea :is(img:not(.plot-img), script, b, [onmouseover], a[href*=example], mjx-container)')"
 DRAWN = "document.querySelector('.glmlens-heads').dataset.drawn > 0"
 HEADS = "document.querySelectorAll('.glmlens-heads figure')"
 GRID = "document.querySelectorAll('.jp-OutputArea .js-plotly-plot')[0]"
@@ -176,10 +174,10 @@ def test_heads_hear_the_kernel_where_their_code_came_late(late):
 def test_charts_hear_the_kernel_where_their_code_came_late(late):
     late.cell(PATCHING)
     late.wait(f"{GRID}.querySelector('.heatmaplayer image')")
-    late.write(control("clean"), "a b c")
-    late.write(control("corrupt"), "a d c")
+    late.write(control("clean"), "Mary likes")
+    late.write(control("corrupt"), "John likes")
     late.click_on(button("Run"))
-    late.wait(f"{GRID}._fullData[0].z[0].length === 5")
+    late.wait(f"{GRID}._fullData[0].z[0].length === 4")
 
 
 def test_keys_are_all_counted_by_a_kernel_that_is_slow(lab):
@@ -268,6 +266,15 @@ def test_a_slider_moves_the_frame_and_another_view_is_shown(patching):
     patching.run(f"{control('row', '.noUi-handle')}.focus()")
     patching.press("ArrowRight" if before < 2 else "ArrowLeft")
     patching.wait(f"{GRID}.layout.shapes[1].y0 !== {before}")
+
+
+def test_what_was_run_and_selected_before_it_is_shown_is_drawn(lab):
+    code = """explorer.run(site="attn.z", over="head")
+explorer.select(view="heads")
+explorer.run(site="mlp_out", over="pos")
+explorer"""
+    lab.cell(PATCHING.removesuffix("explorer\n") + code)
+    lab.wait(f"{GRID}.querySelector('.heatmaplayer image') && {DETAIL}.querySelector('.heatmaplayer image')")
 
 
 def test_a_prompt_of_another_length_is_an_error_under_the_figures(patching):
