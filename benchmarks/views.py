@@ -75,6 +75,17 @@ def first_figures():
         lab.close()
 
 
+def long_pattern():
+    """One head's pattern of 4,096 tokens, in a kernel and a page that have drawn a figure before."""
+    lab = Counting()
+    lab.cell("import torch\nfrom glmlens import plot\nplot.attention_pattern(torch.eye(9))")
+    lab.wait(FIGURE_DRAWN)
+    lab.cell("pattern, labels = torch.rand(4096, 4096).tril(), [f'token {i}' for i in range(4096)]")
+    size, seconds = lab.took("plot.attention_pattern(pattern, labels)", FIGURE_DRAWN)
+    print(f"a pattern of 4,096 tokens: {seconds:.1f} s, {size / 1e3:,.0f} kB", flush=True)
+    lab.close()
+
+
 def heads(folder, lengths, most):
     """All heads of a layer of 32: ours and CircuitsVis's."""
     lab = Counting()
@@ -111,6 +122,7 @@ def main():
     parser.add_argument("--most", type=int, default=256, help="the longest prompt that CircuitsVis is to draw")
     args = parser.parse_args()
     first_figures()
+    long_pattern()
     heads(args.circuitsvis, args.lengths, args.most)
 
 

@@ -43,6 +43,6 @@ def __getattr__(name: str) -> Any:
     """Load a part that not everybody needs when it is first used: `glmlens.plot` brings Plotly."""
     if name in LATER:
         return import_module(f"glmlens.{name}")
-    if name == "save_html":
-        return import_module("glmlens.report").save_html
+    if name in ("save_html", "report"):  # one function: a report is saved
+        return import_module("glmlens.page").save_html
     raise AttributeError(f"module 'glmlens' has no attribute {name!r}")

@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+PATIENCE = 240  # seconds, for a machine that is busy with other things
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update "
     "--disable-sync --disable-dev-shm-usage --hide-scrollbars --remote-debugging-pipe"
@@ -25,6 +26,8 @@ def chromium():
 
 class Browser:
     """One Chromium with one page at a time; `errors` and `requests` are those of the page that is open."""
+
+    shown = "document.body.innerText"
 
     def __init__(self, width=1100, height=900):
         self.size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
@@ -105,11 +108,7 @@ class Browser:
         self.call("Page.navigate", url=Path(path).resolve().as_uri())
         while not self.loaded:
             self.next()
-        drawn = "[...document.querySelectorAll('.plotly-graph-div')].every(d => d.querySelector('.main-svg'))"
-        for _ in range(200):
-            if self.run(drawn):
-                break
-            time.sleep(0.1)
+        self.wait("[...document.querySelectorAll('.plotly-graph-div')].every(d => d.querySelector('.main-svg'))")
         return self
 
     def run(self, expression):
@@ -119,12 +118,27 @@ class Browser:
             raise RuntimeError(str(done["exceptionDetails"]))
         return done["result"].get("value")
 
-    def hover(self, x, y):
-        """Move the mouse to a place of the page; what is then said beside it."""
+    def wait(self, expression, seconds=PATIENCE):
+        """Wait until a JavaScript expression is true, and return its value; TimeoutError with what the page shows."""
+        end = time.monotonic() + seconds
+        asked = (
+            f"(() => {{ try {{ const x = {expression}; return x instanceof Node || x }} catch {{ return null }} }})()"
+        )
+        while not (found := self.run(asked)):
+            if time.monotonic() > end:
+                text = self.run(f"{self.shown}.slice(0, 2000)")
+                raise TimeoutError(f"{expression}\nerrors: {self.errors}\npage: {text}")
+            time.sleep(0.1)
+        return found
+
+    def hover(self, x, y, said):
+        """Move the mouse to a place of the page, until this is said beside it; all that is said there."""
         for step in (2, 0):
             self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x - step, y=y)
             time.sleep(0.15)
-        return self.run("[...document.querySelectorAll('.hoverlayer text')].map(t => t.textContent).join('|')")
+        beside = "[...document.querySelectorAll('.hoverlayer text')].map(t => t.textContent).join('|')"
+        self.wait(f"{beside}.includes({json.dumps(said)})")
+        return self.run(beside)
 
     def click(self, x, y):
         for kind in ("mousePressed", "mouseReleased"):

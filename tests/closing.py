@@ -5,9 +5,12 @@ import weakref
 
 from ipywidgets.widgets import widget as registry
 
+from glmlens.widgets.chart import Library
+
 
 def leaves_nothing(make, result):
     """Nothing is left of the explorer that `make` makes: no widget, not itself, and not what it had computed."""
+    Library.name()  # plotly.js stays for the next chart
     gc.collect()
     before = set(registry._instances)
     explorer = make()

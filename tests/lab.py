@@ -12,11 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 try:
-    from browser import Browser, chromium
+    from browser import PATIENCE, Browser, chromium
 except ImportError:  # run as a part of tests, not by pytest
-    from tests.browser import Browser, chromium
+    from tests.browser import PATIENCE, Browser, chromium
 
-PATIENCE = 240  # seconds, for a machine that is busy with other things
 OUTPUT = "document.querySelector('.jp-Notebook .jp-OutputArea')"
 SETTINGS = {  # what would pop up, and cells that are taken off the page when nobody looks
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
@@ -45,6 +44,8 @@ class Lab(Browser):
 
     `errors` are exceptions of the page, `requests` every address that it asked for since the start.
     """
+
+    shown = f"({OUTPUT} || document.body).innerText"
 
     def __init__(self, width=1400, height=1100):
         self.folder = Path(tempfile.mkdtemp(prefix="lab-"))
@@ -101,7 +102,9 @@ class Lab(Browser):
     def note(self, method, params):
         if method == "Runtime.exceptionThrown":
             details = params["exceptionDetails"]
-            self.errors.append(details.get("exception", {}).get("description") or details["text"])
+            said = details.get("exception", {}).get("description") or details["text"]
+            if "[anywidget] Failed to initialize model" not in said:  # it took two seconds: hear.js is there for that
+                self.errors.append(said)
         elif method in ("Network.requestWillBeSent", "Network.webSocketCreated"):
             self.requests.append((params.get("request") or params)["url"][:200])
         elif method == "Page.javascriptDialogOpening":
@@ -117,19 +120,6 @@ class Lab(Browser):
         raised = json.loads(self.run(f"{RUN}({json.dumps(source)})"))
         assert fails or not raised, raised
         return raised
-
-    def wait(self, expression, seconds=PATIENCE):
-        """Wait until a JavaScript expression is true, and return its value; TimeoutError with what the page shows."""
-        end = time.monotonic() + seconds
-        asked = (
-            f"(() => {{ try {{ const x = {expression}; return x instanceof Node || x }} catch {{ return null }} }})()"
-        )
-        while not (found := self.run(asked)):
-            if time.monotonic() > end:
-                text = self.run(f"({OUTPUT} || document.body).innerText.slice(0, 2000)")
-                raise TimeoutError(f"{expression}\nerrors: {self.errors}\npage: {text}")
-            time.sleep(0.1)
-        return found
 
     def wait_text(self, text, where=".jp-OutputArea"):
         """Wait until a text stands somewhere in what the cell has shown."""

@@ -7,8 +7,8 @@ import numpy as np
 
 import glmlens
 from glmlens import analysis, patch, plot
+from glmlens.page import save_html
 from glmlens.patch import Site, rotary
-from glmlens.report import save_html
 from glmlens.tasks import TASKS
 from tests.browser import Browser
 from tests.hostile import HOSTILE
@@ -206,9 +206,8 @@ def explorers(out, only):
     lab.close()
 
 
-def main(out, *only):
-    """Draw and photograph all views, or those whose names begin so; says how many bytes each weighs."""
-    out = Path(out)
+def figures(out, only):
+    """Photograph the figures in a page of their own."""
     browser = Browser()
     for name, view in views():
         if only and not name.startswith(only):
@@ -219,6 +218,14 @@ def main(out, *only):
             browser.open(page, dark).picture(out / f"{name}-{'dark' if dark else 'light'}.png")
         print(f"{name:24}{weight / 1000:9.1f} kB", *browser.errors, flush=True)
     browser.close()
+
+
+def main(out, *only):
+    """Draw and photograph all views, or those whose names begin so; says how many bytes each weighs."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    if not only or any(not name.startswith("explorer") for name in only):
+        figures(out, only)
     explorers(out, only)
 
 

@@ -24,14 +24,14 @@ patch.evaluate patch.store patch.grid patch.sweep
 patch.worlds patch.steer patch.gradients patch.graph patch.edges patch.attribute
 patch.paths patch.circuits patch.rotary patch.moments patch.timeline patch
 plot.style plot.data plot.heatmaps plot.heads plot.bars plot.lines plot.rotary plot.entries plot.timeline
-plot.graph plot.tokens plot report
+plot.graph plot.tokens plot page
 widgets.chart widgets.base widgets.heads widgets.attention widgets.patching
 widgets.runs widgets.cache widgets.rotary widgets.generation widgets
 demo.world demo.vocabulary demo.train demo.circuits demo.history demo.card demo.story
 course.quote course course.verdict lab cli
 """.split()
 ORDER += sorted(f"course.{path.stem}" for path in PACKAGE.glob("course/check_*.py"))  # a tutorial brings its own
-ALONE = ["hooks", "config", "results", "tokenizer", "chat", "report", "lab", "tasks.words"]  # import nothing of ours
+ALONE = ["hooks", "config", "results", "tokenizer", "chat", "page", "lab", "tasks.words"]  # import nothing of ours
 
 
 def modules():
@@ -68,7 +68,7 @@ def test_imports_point_only_downwards():
         found, hidden = imports(path)
         above = [name for name in found if ORDER.index(name) >= ORDER.index(module)]
         assert not above, f"{module} imports {above}"
-        assert not hidden - {"plot", "report"}, f"{module} hides imports of {hidden} in a function"
+        assert not hidden - {"plot", "page"}, f"{module} hides imports of {hidden} in a function"
 
 
 def test_the_bottom_rests_on_nothing_of_ours():

@@ -4,9 +4,13 @@ import pytest
 from test_widgets_in_jupyterlab import (
     DETAIL,
     GRID,
+    IDS,
     LENS,
+    NAMED,
     button,
+    choose,
     control,
+    harmless,
     nothing_went_wrong_on_the_page,  # noqa: F401
 )
 
@@ -14,19 +18,6 @@ BEFORE = LENS.replace(
     "import AttentionExplorer, PatchExplorer", "import CacheInspector, GenerationExplorer, RotaryExplorer"
 )
 PROMPT = "When Mary and John went to the store, John gave a drink to"
-HOSTILE = """
-HOSTILE = ["<script>window.ran=1</script>", "<img src=x onerror=window.ran=1>", "</script><b>", "<b>bold</b>", "$x^2$",
-           "\\ud83d", "&lt;", '" onmouseover="window.ran=1', "<a href='https://example.com'>a</a>", "\\u202eabc"]
-kind = type(lens.tokenizer)
-known, kind.label = kind.label, lambda self, i: HOSTILE[i % len(HOSTILE)]
-try:
-    {}
-finally:
-    kind.label = known
-explorer
-"""
-IDS = "[[2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]"
-STRANGE = "document.querySelectorAll('.jp-OutputArea :is(img, script, a[href*=example], mjx-container)').length"
 UNDER = ".jp-OutputArea .jp-OutputArea"
 
 
@@ -54,7 +45,7 @@ def generation(lab):
 
 def click_cell(lab, figure, row, column, down=False):
     """Click a cell of a heatmap, as a hand does."""
-    rows, columns = lab.run(f"[{figure}.data[0].z.length, {figure}.data[0].z[0].length]")
+    rows, columns = lab.run(f"[{figure}._fullData[0].z.length, {figure}._fullData[0].z[0].length]")
     y = (row + 0.5) / rows
     x, y = lab.middle(f"{figure}.querySelector('.nsewdrag')", (column + 0.5) / columns, y if down else 1 - y)
     lab.move(x, y)
@@ -85,17 +76,14 @@ def test_a_click_on_an_entry_of_the_cache_selects_it(cache):
 
 def test_a_slider_goes_through_the_steps_of_a_cache(cache):
     slide(cache, "step")
-    cache.wait(f"{GRID}.data[0].z[0].length === 16")
+    cache.wait(f"{GRID}._fullData[0].z[0].length === 16")
     cache.wait(f"{GRID}.querySelector('.gtitle').textContent.includes('before step 1 says .')")
 
 
 def test_an_entry_is_dropped_and_both_texts_stand_side_by_side(cache):
     click_cell(cache, GRID, 2, 3)
     reads(cache, "position", 3)
-    box = control("this entry", "select")
-    cache.run(
-        f"(e => {{ e.value = 'drop everywhere'; e.dispatchEvent(new Event('change', {{bubbles: true}})) }})({box})"
-    )
+    cache.run(choose("this entry", "drop everywhere"))
     cache.click_on(button("Generate on"))
     cache.wait_text("·Bob")
     cache.wait_text("Parting at step 0")
@@ -106,24 +94,20 @@ def test_what_cannot_be_dropped_is_an_error_under_the_figures(cache):
     cache.run(f"{control('position', '.noUi-handle')}.focus()")
     cache.press(*["ArrowRight"] * 14)
     cache.wait_text("entry 14 ·drink")
-    box = control("this entry", "select")
-    cache.run(
-        f"(e => {{ e.value = 'drop everywhere'; e.dispatchEvent(new Event('change', {{bubbles: true}})) }})({box})"
-    )
+    cache.run(choose("this entry", "drop everywhere"))
     cache.click_on(button("Generate on"))
     cache.wait_text("the newest entry cannot be dropped", UNDER)
 
 
 def test_another_prompt_has_another_cache(cache):
     change(cache, "prompt", "The king of Japan lives in")
-    cache.wait(f"{GRID}.data[0].z[0].length === 7")
+    cache.wait(f"{GRID}._fullData[0].z[0].length === 7")
 
 
 def test_what_is_lost_without_entries_shows_how_far_it_is(cache):
-    box = control("colour by", "select")
-    cache.run(f"(e => {{ e.value = 'left out: KL'; e.dispatchEvent(new Event('change', {{bubbles: true}})) }})({box})")
+    cache.run(choose("colour by", "left out: KL"))
     cache.wait_text("without it: KL")
-    cache.wait(f"{GRID}.data[0].z[0].every(x => x !== null)")
+    cache.wait(f"{GRID}._fullData[0].z[0].every(isFinite)")
 
 
 def test_a_click_in_a_rotary_pattern_and_sliders_select(rotary):
@@ -136,15 +120,15 @@ def test_a_click_in_a_rotary_pattern_and_sliders_select(rotary):
 
 
 def test_a_pair_is_turned_off_and_the_pattern_changes(rotary):
-    before = rotary.run(f"{GRID}.data[0].z[15][0]")
+    before = rotary.run(f"{GRID}._fullData[0].z[15][0]")
     rotary.click_on(button("0 (6.28)"))
     rotary.wait(f"{GRID}.querySelector('.gtitle').textContent.includes('with 7 of 8 pairs')")
-    rotary.wait(f"{GRID}.data[0].z[15][0] !== {before}")
+    rotary.wait(f"{GRID}._fullData[0].z[15][0] !== {before}")
 
 
 def test_a_key_that_comes_later_is_an_error_under_the_figures(rotary):
     slide(rotary, "query", "ArrowLeft")
-    reads(rotary, "query", 14)
+    rotary.wait_text("query 14 ·drink →")  # the page says so before the kernel has heard of it
     slide(rotary, "key", "End")
     rotary.wait_text("key 15 comes after query 14", UNDER)
     reads(rotary, "key", 0)
@@ -152,7 +136,7 @@ def test_a_key_that_comes_later_is_an_error_under_the_figures(rotary):
 
 def test_another_prompt_has_another_pattern(rotary):
     change(rotary, "prompt", "The king of Japan lives in")
-    rotary.wait(f"{GRID}.data[0].z.length === 8")
+    rotary.wait(f"{GRID}._fullData[0].z.length === 8")
 
 
 def test_a_click_in_the_lens_selects_and_a_slider_steps_through(generation):
@@ -208,8 +192,7 @@ def test_another_prompt_is_generated_from(generation):
     ids=["cache", "rotary", "generation"],
 )
 def test_hostile_tokens_are_shown_as_they_are(lab, code):
-    lab.cell(BEFORE + HOSTILE.format(code))
+    lab.cell(BEFORE + NAMED.format(code))
     lab.wait(f"{GRID}.querySelector('.heatmaplayer image') && {DETAIL}.querySelector('.main-svg')")
     lab.wait_text("<")
-    assert lab.run("window.ran === undefined")
-    assert lab.run(STRANGE) == 0
+    harmless(lab)

@@ -18,6 +18,7 @@ from ipywidgets.widgets import widget as registry
 import glmlens
 from glmlens.tasks import TASKS
 from glmlens.widgets import AttentionExplorer, Chart, Explorer, PatchExplorer
+from glmlens.widgets.chart import Library
 from glmlens.widgets.heads import Heads, cells, thumbs
 from tests.hostile import HOSTILE
 
@@ -189,6 +190,7 @@ def test_work_that_goes_wrong_says_so_under_the_views():
 
 @pytest.mark.parametrize("kind", ["attention", "patching"])
 def test_a_closed_explorer_leaves_nothing(demo, kind):
+    Library.name()  # plotly.js stays for the next chart
     gc.collect()
     before = set(registry._instances)
     examples = TASKS["ioi"].examples(demo, 2, "widgets")
@@ -339,18 +341,13 @@ def test_the_figure_of_an_explorer_is_its_own(attention):
 
 def click(chart, row, column):
     """What the page sends when a cell of a heatmap is clicked."""
-    chart.widget._js2py_pointsCallback = {
-        "event_type": "plotly_click",
-        "points": {"xs": [column], "ys": [row], "point_indexes": [[row, column]], "trace_indexes": [0]},
-        "device_state": {},
-        "selector": None,
-    }
+    chart.heard(None, {"click": [row, column]}, [])
 
 
 def test_the_grid_is_the_sweep_and_a_cell_is_its_own_run(demo, patching):
     patching.run(site="attn.z", over="head")
     swept = patching.found.sweep
-    assert np.allclose(patching.grid.widget.data[0].z, swept.values, atol=1e-6)
+    assert np.allclose(patching.grid.figure.data[0].z, swept.values, atol=1e-6)
     for row, column in ((0, 0), (1, 3), (3, 7)):
         patching.select(row=row, column=column)
         right, wrong = patching.found.answers
@@ -362,7 +359,7 @@ def test_the_grid_is_the_sweep_and_a_cell_is_its_own_run(demo, patching):
 def test_a_click_on_a_cell_selects_it(patching):
     click(patching.grid, 2, 5)
     assert (patching.state["row"], patching.state["column"]) == (2, 5)
-    frame = patching.grid.widget.layout.shapes[-1]
+    frame = patching.grid.figure.layout.shapes[-1]
     assert (frame.x0, frame.y0) == (4.5, 1.5)
 
 
@@ -371,7 +368,7 @@ def test_a_click_on_a_head_shows_how_its_attention_changes(patching):
     click(patching.detail, 2, 6)
     assert patching.state == patching.state | {"layer": 2, "head": 6, "view": "head"}
     base, changed = patching.runs()
-    assert np.allclose(patching.detail.widget.data[0].z, (changed.patterns - base.patterns)[2, 6].numpy(), atol=1e-6)
+    assert np.allclose(patching.detail.figure.data[0].z, (changed.patterns - base.patterns)[2, 6].numpy(), atol=1e-6)
 
 
 def test_prompts_of_another_length_are_refused_under_the_views(patching):
@@ -389,6 +386,13 @@ def test_another_example_is_run(patching):
     patching.places["example"].value = 2
     patching.worker.join(60)
     assert patching.state["clean"] == patching.examples[2].item.text
+
+
+def test_an_example_and_a_cell_of_its_grid_are_selected_at_once(patching):
+    patching.select(example=1)
+    cell = {"row": 0, "column": 0, "view": "heads"}
+    patching.select(**cell, example=2)
+    assert patching.state == patching.state | cell | {"example": 2, "clean": patching.examples[2].item.text}
 
 
 def test_a_metric_of_ones_own_is_called_and_what_it_prints_is_seen(demo):
@@ -432,15 +436,45 @@ def test_what_a_patch_explorer_is_given_must_be_pairs(demo):
         PatchExplorer(demo, TASKS["ioi"].examples(demo, 1, "widgets"), "x")
 
 
+def test_a_page_hears_of_a_chart_when_it_is_whole(monkeypatch):
+    told, tell = [], registry.Widget.open
+    monkeypatch.setattr(registry.Widget, "open", lambda self: (told.append(self.get_state()), tell(self)))
+    chart = Chart()
+    chart.draw(go.Figure(go.Heatmap(z=np.eye(3)), {"title": {"text": "one"}}))
+    (state,) = [state for state in told if state["_model_module"] == "anywidget"]
+    sent = json.loads(state["figure"])
+    assert sent["data"][0]["type"] == "heatmap"
+    assert sent["layout"]["title"]["text"] == "one"
+    assert state["config"]["showSendToCloud"] is False
+    assert state["own"] == chart.drawing.model_id
+    chart.close()
+
+
+def test_plotly_is_sent_once_for_all_charts():
+    charts = [Chart(), Chart()]
+    for chart in charts:
+        chart.draw(go.Figure(go.Bar(y=[1, 2])))
+    assert charts[0].drawing.library == charts[1].drawing.library
+    assert all(len(str(chart.drawing.get_state())) < 20_000 for chart in charts)
+    for chart in charts:
+        chart.close()
+    again = Chart()
+    again.draw(go.Figure(go.Bar(y=[1, 2])))
+    assert Library.widget.model_id == again.drawing.library
+    assert Library.widget.comm is not None
+    again.close()
+
+
 def test_a_chart_becomes_another_figure_and_leaves_nothing_of_the_last():
     chart = Chart()
     first = go.Figure(go.Heatmap(z=np.eye(3), customdata=np.eye(3)), {"title": {"text": "one"}, "height": 300})
-    second = go.Figure(go.Heatmap(z=np.ones((2, 4))), {"xaxis": {"range": [0, 1]}})
+    second = go.Figure(go.Heatmap(z=[[np.nan, 1.0], [2.0, 3.0]]), {"xaxis": {"range": [0, 1]}})
     for figure in (first, second, go.Figure(go.Bar(y=[1, 2])), first):
         chart.draw(figure, (0, 1))
-        shown = go.Figure(chart.widget).update_layout(template=None).to_dict()
-        wanted = go.Figure(figure).update_layout(template=None).to_dict()
-        for part in (*shown["data"], *wanted["data"]):
-            part.pop("uid", None)
-        assert shown["data"] == wanted["data"]
-        assert shown["layout"] == wanted["layout"]
+        sent = json.loads(chart.drawing.figure, parse_constant=pytest.fail)
+        assert sent == json.loads(figure.to_json())
+        assert len(sent["layout"]["shapes"]) == 2
+    drawing = chart.drawing
+    chart.close()
+    assert drawing.comm is None
+    assert drawing.figure == ""

@@ -30,7 +30,7 @@ def inspector(demo):
 
 
 def drawn(chart):
-    return np.array(chart.widget.data[0].z)
+    return np.array(chart.figure.data[0].z)
 
 
 def test_a_run_in_slices_is_the_run_in_one_piece(inspector, line):
@@ -65,6 +65,16 @@ def test_the_cache_grows_with_the_steps(inspector):
     assert inspector.state["position"] == before - 1
 
 
+def test_a_step_and_an_entry_that_is_there_by_then_are_selected_at_once(inspector):
+    last = inspector.places["position"].max
+    inspector.select(step=5, position=last + 5)
+    assert (inspector.state["step"], inspector.state["position"]) == (5, last + 5)
+    with pytest.raises(ValueError, match=f"position {last + 5} asked for; there is 0 to {last}"):
+        inspector.select(step=0, position=last + 5)
+    assert (inspector.state["step"], inspector.state["position"]) == (5, last + 5)
+    assert inspector.places["position"].max == last + 5
+
+
 def test_what_is_lost_without_an_entry_is_run_when_it_is_asked_for(demo, inspector, line):
     assert inspector.lost == {}
     inspector.select(step=2, by="kl")
@@ -92,7 +102,7 @@ def test_a_click_selects_an_entry_and_a_head_its_readers(inspector):
     assert (inspector.state["layer"], inspector.state["position"]) == (2, 5)
     click(inspector.readers, 1, 7)
     assert (inspector.state["layer"], inspector.state["kv"]) == (1, 3)
-    frame = inspector.readers.widget.layout.shapes[-1]
+    frame = inspector.readers.figure.layout.shapes[-1]
     assert (frame.x0, frame.x1, frame.y0) == (5.5, 7.5, 0.5)
 
 
@@ -112,7 +122,7 @@ def test_an_altered_entry_is_a_rerun_with_the_operation(inspector, line, what, o
     assert inspector.other.tokens == wanted.tokens
     assert np.allclose(inspector.other.logits, wanted.logits, atol=1e-4)
     assert inspector.state["change"] == (what, 2, 2, 1, 5, 3.0)
-    assert inspector.inputs["change"].value.startswith(what)
+    assert inspector.inputs["change"].value.startswith(f"change: {what} ")
 
 
 @pytest.mark.parametrize("step", [0, 2])

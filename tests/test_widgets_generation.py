@@ -29,16 +29,11 @@ def generation(demo):
 
 
 def drawn(chart, axis="z"):
-    return np.array(next(trace for trace in chart.widget.data if trace.type in ("heatmap", "bar"))[axis], float)
+    return np.array(next(trace for trace in chart.figure.data if trace.type in ("heatmap", "bar"))[axis], float)
 
 
 def click_bar(chart, i):
-    chart.widget._js2py_pointsCallback = {
-        "event_type": "plotly_click",
-        "points": {"xs": [0], "ys": [i], "point_indexes": [i], "trace_indexes": [0]},
-        "device_state": {},
-        "selector": None,
-    }
+    chart.heard(None, {"click": [i]}, [])
 
 
 def test_the_picture_is_the_logit_lens_of_every_step(generation, line):
@@ -46,6 +41,18 @@ def test_the_picture_is_the_logit_lens_of_every_step(generation, line):
     assert np.allclose(drawn(generation.lens_chart), probabilities.amax(-1), atol=1e-4)
     generation.select(by="chosen")
     assert np.allclose(drawn(generation.lens_chart), line.logit_lens().values, atol=1e-4)
+
+
+def test_a_run_and_a_step_that_only_it_has_are_selected_at_once(demo, generation):
+    short = patch.timeline(demo, PROMPT, 2)
+    generation.read = {**generation.read, "branch": (short, generation.readings(short))}
+    generation.select(run="branch")
+    assert generation.places["step"].max == 1
+    generation.select(run="first", step=5)
+    assert (generation.state["run"], generation.state["step"]) == ("first", 5)
+    with pytest.raises(ValueError, match="there is 0 to 1"):
+        generation.select(run="branch", step=5)
+    assert generation.places["step"].max == 5
 
 
 def test_the_bars_are_the_most_probable_tokens_of_a_layer_and_step(generation, line):
@@ -61,7 +68,7 @@ def test_a_branch_is_a_rerun_with_another_token(demo, generation, line):
     assert generation.other.tokens == wanted.tokens
     assert np.allclose(generation.other.logits, wanted.logits, atol=1e-4)
     assert generation.state["branch"] == (1, demo.to_single_token(" and"))
-    assert generation.inputs["branch"].value == "·and at step 1"
+    assert generation.inputs["branch"].value == "branch: ·and at step 1"
     generation.select(run="branch", layer=3)
     assert np.allclose(drawn(generation.lens_chart)[-1], wanted.logits.softmax(-1).amax(-1), atol=1e-4)
     assert "Parting at step 1: &#x27;.&#x27;" in generation.texts.value
@@ -153,7 +160,7 @@ def test_hostile_tokens_are_text(generation, monkeypatch):
     generation.run(prompt=[[2, 3, 4, 5, 6, 7, 8, 9, 10, 11]])
     generation.branch(7, 1)
     figure = generation.figure()
-    drawn = [*np.ravel(figure.data[0].text), *np.ravel(figure.data[0].customdata)]
+    drawn = [*figure.data[1].text, *np.ravel(figure.data[0].customdata)]
     for page in (generation.texts.value, generation.words.value, *figure.layout.xaxis.ticktext, *drawn):
         assert "<script" not in page
         assert "<img" not in page

@@ -1,6 +1,9 @@
 """Explorers in a real JupyterLab: drawn, clicked, slid, typed into, wrong, stopped, hostile; and nothing leaves."""
 
 import pytest
+from hostile import HOSTILE
+
+from glmlens.plot.style import visible
 
 LENS = """
 import glmlens
@@ -23,8 +26,7 @@ PATCHING = (
     + """
 from glmlens.tasks import TASKS
 def slow(logits):
-    import time
-    time.sleep(0.2)
+    explorer.stopping.wait()
     return logits[:, 5]
 def wrong(logits):
     print("measuring")
@@ -33,20 +35,32 @@ explorer = PatchExplorer(lens, TASKS["ioi"].examples(lens, 2, "lab"), metrics={"
 explorer
 """
 )
-HOSTILE = (
-    LENS
-    + """
-HOSTILE = ["<script>window.ran=1</script>", "<img src=x onerror=window.ran=1>", "</script><b>", "<b>bold</b>", "$x^2$",
-           "\\ud83d", "&lt;", '" onmouseover="window.ran=1', "<a href='https://example.com'>a</a>", "\\u202eabc"]
-explorer = AttentionExplorer(lens, [2, 3, 4, 5, 6, 7, 8, 9, 10, 11])
-lens.to_labels = lambda tokens, *_: (HOSTILE * 3)[:len(tokens.flatten())]
+NAMED = """
+from tests.hostile import HOSTILE
+kind = type(lens.tokenizer)
+known, kind.label = kind.label, lambda self, i: HOSTILE[i % len(HOSTILE)]
 try:
     {}
 finally:
-    del lens.to_labels
+    kind.label = known
 explorer
 """
-)
+SHOWN = """
+import numpy as np
+from IPython.display import display
+from glmlens import plot
+from glmlens.plot.style import visible
+from glmlens.results import Labelled
+from tests.hostile import HOSTILE
+n = len(HOSTILE)
+result = Labelled(np.eye(n), ("row", "column"), {"row": [visible(t) for t in HOSTILE]}, {"prompt": HOSTILE[1]})
+display(plot.attention_pattern(np.eye(n), HOSTILE, title=HOSTILE[0]))
+display(plot.tokens(np.linspace(-1, 1, n), HOSTILE, title=HOSTILE[1]))
+display(result.to_dataframe().iloc[::n + 1][lambda frame: frame.row != "$x^2$"])  # mathematics in any table
+result
+"""
+IDS = [[*range(len(HOSTILE), 2 * len(HOSTILE))]]  # the first of them is named as the first of these
+STRANGE = "document.querySelectorAll('.jp-OutputArea :is(img:not(.plot-img), script, b, [onmouseover], a[href*=example], mjx-container)')"
 DRAWN = "document.querySelector('.glmlens-heads').dataset.drawn > 0"
 HEADS = "document.querySelectorAll('.glmlens-heads figure')"
 GRID = "document.querySelectorAll('.jp-OutputArea .js-plotly-plot')[0]"
@@ -138,6 +152,47 @@ def test_keys_move_through_the_heads_and_stay_out_of_the_notebook(attention):
     assert attention.run("document.activeElement.className") == "tokens"
 
 
+LATE = "AbortSignal.patient ??= AbortSignal.timeout, AbortSignal.timeout = () => AbortSignal.patient(0), 0"
+IN_TIME = "AbortSignal.timeout = AbortSignal.patient, 0"
+
+
+@pytest.fixture
+def late(lab):
+    """A page on which the code of every widget of ours comes too late for anywidget."""
+    lab.run(f"({LATE})")
+    yield lab
+    lab.run(f"({IN_TIME})")
+
+
+def test_heads_hear_the_kernel_where_their_code_came_late(late):
+    late.cell(ATTENTION)
+    late.wait_text("layer 2, head 3: query 5 ·John → key 3 ·Mary")
+    late.click_on(f"{HEADS}[6]")
+    late.wait_text("layer 2, head 6")
+
+
+def test_charts_hear_the_kernel_where_their_code_came_late(late):
+    late.cell(PATCHING)
+    late.wait(f"{GRID}.querySelector('.heatmaplayer image')")
+    late.write(control("clean"), "Mary likes")
+    late.write(control("corrupt"), "John likes")
+    late.click_on(button("Run"))
+    late.wait(f"{GRID}._fullData[0].z[0].length === 4")
+
+
+def test_keys_are_all_counted_by_a_kernel_that_is_slow(lab):
+    slow = """
+import time
+show = explorer.show
+explorer.show = lambda *found: (time.sleep(0.3), show(*found))[1]
+explorer"""
+    lab.cell(ATTENTION.removesuffix("explorer\n") + slow)
+    lab.wait_text("layer 2, head 3: query 5 ·John → key 3 ·Mary")
+    lab.run("document.querySelector('.glmlens-heads .tokens').focus()")
+    lab.press(*["ArrowRight"] * 8)
+    lab.wait_text("query 13 ·a → key 3")
+
+
 def test_a_slider_selects(attention):
     handle = control("layer", ".noUi-handle")
     attention.run(f"{handle}.focus()")
@@ -153,22 +208,48 @@ def test_the_prompt_can_be_changed_and_run_again(attention):
 
 
 def test_hostile_tokens_are_shown_as_they_are(lab):
-    lab.cell(HOSTILE.format("explorer.run(prompt=[2, 3, 4, 5, 6, 7, 8, 9, 10, 11]); explorer.select(query=6, key=1)"))
-    lab.wait(DRAWN)
-    lab.wait("document.querySelectorAll('.tokens span').length === 10")
+    code = f"explorer = AttentionExplorer(lens, {IDS}); explorer.select(query=6, key=1)"
+    lab.cell(LENS + NAMED.format(code))
+    lab.wait(f"document.querySelectorAll('.tokens span').length === {len(HOSTILE)}")
     shown = lab.run("[...document.querySelectorAll('.tokens span')].map(s => s.textContent)")
-    assert shown[:5] == ["<script>window.ran=1</script>", "<img src=x onerror=window.ran=1>", "</script><b>",
-                         "<b>bold</b>", "$x^2$"]  # fmt: skip
-    assert shown[5] == "⟨D83D⟩"
+    assert shown == [visible(token) for token in HOSTILE]
     lab.wait_text("key 1 <img src=x onerror=window.ran=1>")
+    harmless(lab)
+
+
+def harmless(lab):
+    """No token has been run, and none has become more than text."""
     assert lab.run("window.ran === undefined")
-    strange = "document.querySelectorAll('.jp-OutputArea :is(img, b, a[href*=example], mjx-container)').length"
-    assert lab.run(strange) == 0
+    assert lab.run(f"{STRANGE}.length") == 0
+
+
+def test_hostile_tokens_of_patched_prompts_are_shown_as_they_are(lab):
+    clean, corrupt = "Mary likes <b>bold</b>", "John likes <b>bold</b>"
+    lab.cell(LENS + NAMED.format(f"explorer = PatchExplorer(lens, {clean!r}, {corrupt!r}, (' Mary', ' John'))"))
+    lab.wait(f"{GRID}.querySelector('.heatmaplayer image') && {DETAIL}.querySelector('.barlayer path')")
+    names = "[...document.querySelectorAll('.jp-OutputArea .js-plotly-plot text')].map(t => t.textContent)"
+    assert any("<" in name for name in lab.run(names))
+    assert lab.run(f"{control('clean')}.value") == clean
+    harmless(lab)
+
+
+def test_hostile_text_in_what_a_notebook_shows_is_shown_as_it_is(lab):
+    lab.cell(LENS + SHOWN)
+    lab.wait("document.querySelector('.jp-OutputArea .js-plotly-plot .heatmaplayer image')")
+    tokens = lab.run("document.querySelector('.jp-OutputArea pre.mathjax_ignore').textContent")
+    cells = lab.run("[...document.querySelectorAll('.jp-OutputArea td:nth-child(2)')].map(t => t.textContent)")
+    figure = lab.run("document.querySelector('.jp-OutputArea .gtitle').textContent")
+    said = lab.run("document.querySelector('.jp-OutputArea').innerText")
+    assert all(visible(token) in tokens for token in HOSTILE)
+    assert cells == [visible(token) for token in HOSTILE if token != "$x^2$"]
+    assert figure == HOSTILE[0]
+    assert "prompt: <img src=x onerror=window.ran=1>" in said  # a result
+    harmless(lab)
 
 
 def test_patching_is_drawn_and_a_click_on_a_cell_runs_it_again(patching):
     box = f"{GRID}.querySelector('.nsewdrag')"
-    rows, columns = patching.run(f"[{GRID}.data[0].z.length, {GRID}.data[0].z[0].length]")
+    rows, columns = patching.run(f"[{GRID}._fullData[0].z.length, {GRID}._fullData[0].z[0].length]")
     x, y = patching.middle(box, 3.5 / columns, 1 - 2.5 / rows)
     patching.move(x, y)
     patching.wait(f"{GRID}.querySelector('.hovertext')")
@@ -185,6 +266,15 @@ def test_a_slider_moves_the_frame_and_another_view_is_shown(patching):
     patching.run(f"{control('row', '.noUi-handle')}.focus()")
     patching.press("ArrowRight" if before < 2 else "ArrowLeft")
     patching.wait(f"{GRID}.layout.shapes[1].y0 !== {before}")
+
+
+def test_what_was_run_and_selected_before_it_is_shown_is_drawn(lab):
+    code = """explorer.run(site="attn.z", over="head")
+explorer.select(view="heads")
+explorer.run(site="mlp_out", over="pos")
+explorer"""
+    lab.cell(PATCHING.removesuffix("explorer\n") + code)
+    lab.wait(f"{GRID}.querySelector('.heatmaplayer image') && {DETAIL}.querySelector('.heatmaplayer image')")
 
 
 def test_a_prompt_of_another_length_is_an_error_under_the_figures(patching):
@@ -208,13 +298,14 @@ def test_long_work_shows_how_far_it_is_and_can_be_stopped(patching):
     assert patching.run(f"{button('Run')}.disabled")
     patching.click_on(button("Stop"))
     patching.wait(f"!{button('Run')}.disabled")
+    patching.wait_text("stopped", ".jp-OutputArea .jp-OutputArea")
 
 
 def test_a_changed_pair_of_prompts_is_run(patching):
     patching.write(control("clean"), "Mary likes")
     patching.write(control("corrupt"), "John likes")
     patching.click_on(button("Run"))
-    patching.wait(f"{GRID}.data[0].z[0].length === 4")
+    patching.wait(f"{GRID}._fullData[0].z[0].length === 4")
     patching.wait(f"{GRID}.querySelector('.heatmaplayer image')")
 
 

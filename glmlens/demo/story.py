@@ -39,7 +39,7 @@ class Story:
 
 def tell(lens: Lens, prompt: str, out: Path | None) -> Path:
     """Tell the story of a model and write it, with its figures, to one HTML file; returns the file."""
-    from glmlens.report import save_html
+    from glmlens.page import save_html
 
     story = Story(lens)
     story.say(repr(lens))

@@ -80,11 +80,10 @@ def blocks(labels: Sequence[str], k: int) -> list[str]:
 
 def largest(values: np.ndarray, rows: int, columns: int) -> np.ndarray:
     """The number largest in magnitude of every block; nan where a block has none."""
-    high, wide = (-(-n // k) * k for n, k in zip(values.shape, (rows, columns), strict=True))
-    padded = np.full((high, wide), np.nan, np.float32)
-    padded[: values.shape[0], : values.shape[1]] = values
-    parts = padded.reshape(high // rows, rows, wide // columns, columns)
-    top, bottom = (extreme.reduce(extreme.reduce(parts, 3), 1) for extreme in (np.fmax, np.fmin))
+    ends = [(0, -n % k) for n, k in zip(values.shape, (rows, columns), strict=True)]
+    padded = np.pad(values, ends, constant_values=np.nan) if any(end for _, end in ends) else values
+    parts = padded.reshape(-1, rows, padded.shape[1] // columns, columns)
+    top, bottom = (extreme.reduce(extreme.reduce(parts, 1), 2) for extreme in (np.fmax, np.fmin))  # whole rows first
     return np.where(np.abs(bottom) > np.abs(top), bottom, top)
 
 

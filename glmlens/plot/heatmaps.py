@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from typing_extensions import Unpack
 
 from glmlens.plot.data import Labels, Limits, Numbers, array, labelled, pooled, title_of
-from glmlens.plot.style import GREY, MOST_CELLS, WEAK, Look, bar_of, colors, dressed, shown, signed_number, ticks
+from glmlens.plot.style import GREY, MOST_CELLS, Look, bar_of, colors, dressed, ink, shown, signed_number, ticks
 from glmlens.results import Labelled
 
 TALL = ("pos", "key", "part")  # axes whose labels are drawn steeply
@@ -60,7 +60,6 @@ def drawn(
     scale = colors(data.values, signed)
     if limits is not None:
         scale |= {"zmin": limits[0], "zmax": limits[1]}
-    form = number(data.values) if text is True else None
     lines = [
         f"{shown(rows)} %{{y}}, {shown(columns)} %{{x}}",
         f"{shown(what)} %{{z:.4g}}",
@@ -70,9 +69,6 @@ def drawn(
         z=data.values,
         x=np.arange(data.shape[1]),
         y=np.arange(data.shape[0]),
-        text=None if isinstance(text, bool) else text,
-        texttemplate=(form if not signed else None) if isinstance(text, bool) else "%{text}",
-        textfont={"size": 10},
         customdata=more[1] if more else None,
         hovertemplate="<br>".join(lines) + "<extra></extra>",
         hoverongaps=False,
@@ -80,8 +76,9 @@ def drawn(
         **scale,
     )
     figure = go.Figure(heat)
-    if form and signed:
-        figure.add_scatter(**written(data.values, form))
+    words = numbers(data.values) if isinstance(text, bool) else text
+    if text is not False and words is not None:
+        figure.add_scatter(**written(data.values, words, scale))
     ticks(figure, "x", data.labels[columns], columns, most=LONGER.get(columns, 16))
     ticks(figure, "y", data.labels[rows], rows, down=down, room=30, most=LONGER.get(rows, 16))
     tall = {"height": max(150, min(24 * data.shape[0], 560)) + (110 if columns in TALL else 50)}
@@ -89,23 +86,21 @@ def drawn(
     return dressed(figure, name or title_of(data), known, (*notes, note), **(tall | (look or {})))  # type: ignore[arg-type]
 
 
-def written(values: np.ndarray, form: str) -> dict[str, Any]:
-    """Signed numbers over their cells: grey where the page shows through, else white."""
+def written(values: np.ndarray, words: np.ndarray, scale: Mapping[str, Any]) -> dict[str, Any]:
+    """Words over the cells of a heatmap, black or white by its scale; nothing over a cell that is not known."""
     y, x = np.nonzero(np.isfinite(values))
-    found = values[y, x]
-    most = float(np.abs(found).max(initial=0)) or 1.0
-    text = [signed_number(form.replace("%{z", "{0"), v) for v in found.tolist()]
-    color = ["#ffffff" if abs(v) > WEAK * most else GREY for v in found.tolist()]
-    style = {"mode": "text", "textfont": {"size": 10, "color": color}, "hoverinfo": "skip"}
-    return {"x": x, "y": y, "text": text, **style}
+    font = {"size": 10, "color": ink(values[y, x], **scale)}
+    return {"x": x, "y": y, "text": words[y, x].tolist(), "mode": "text", "textfont": font, "hoverinfo": "skip"}
 
 
-def number(values: np.ndarray) -> str | None:
-    """How numbers are written in the cells, where they have room."""
+def numbers(values: np.ndarray) -> np.ndarray | None:
+    """Numbers as they are written in their cells, where they have room."""
     if values.shape[1] > 16 or values.size > WRITTEN:
         return None
     most = np.nanmax(np.abs(values), initial=0)
-    return "%{z:.2f}" if most < 10 else "%{z:.1f}" if most < 100 else "%{z:.0f}"
+    first = int(np.floor(np.log10(most))) if most else 0  # the place of the largest number's first digit
+    form = f"{{:.{max(0, (2 if first >= 0 else 1) - max(first, -5))}f}}"
+    return np.array([[signed_number(form, v) for v in row] for row in values.tolist()], dtype=object)
 
 
 def patch_grid(
@@ -225,7 +220,7 @@ def head_scores(
     figure = drawn(data, named, look=look, name=name, notes=(note,))
     if n_kv_heads:
         for head in range(0, data.shape[1], data.shape[1] // n_kv_heads)[1:]:
-            figure.add_vline(head - 0.5, line={"color": "#ffffff", "width": 2})
+            figure.add_vline(head - 0.5, line={"color": GREY, "width": 2})
     return figure
 
 

@@ -6,6 +6,8 @@ from html import escape
 from textwrap import wrap
 from typing import Any, TypedDict
 
+import numpy as np
+import plotly.colors
 import plotly.graph_objects as go
 import plotly.io
 
@@ -13,15 +15,20 @@ GREY = "#808080"  # reads on white and on black
 FAINT = "rgba(128,128,128,0.25)"
 MAGNITUDE = "Viridis"
 POSITIVE, NEGATIVE = "#D6604D", "#4393C3"
-WEAK = 0.07  # of the largest: below this a signed colour is so faint that numbers on it are grey
-SIGNED = (  # nothing is no colour: on white and on black, zero is the page; else as bright everywhere, for white text
-    (0, "rgb(20,110,215)"),
-    (0.43, "rgb(85,105,130)"),
-    (0.5, "rgba(85,105,130,0)"),
-    (0.5, "rgba(150,85,75,0)"),
-    (0.57, "rgb(150,85,75)"),
-    (1, "rgb(214,40,50)"),
+SIGNED = (  # straight lines in CIELAB from a grey: a colour is as far from it as its number is from zero
+    (0, "#0364e2"),
+    (0.1, "#5c7ae2"),
+    (0.2, "#8491e1"),
+    (0.3, "#a5a9e0"),
+    (0.4, "#c2c3df"),
+    (0.5, "#dddddd"),
+    (0.6, "#e1bcb4"),
+    (0.7, "#df9b8c"),
+    (0.8, "#da7a66"),
+    (0.9, "#d15741"),
+    (1, "#c52c1d"),
 )
+EVEN = 0.179  # luminance on which black and white are read equally well
 SERIES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")  # Okabe and Ito 2008
 MOST_CELLS = 256  # along an axis
 LONG = 110  # characters of a line under the title
@@ -166,7 +173,7 @@ def ticks(
     ends = [n - 0.5, -0.5] if down else [-0.5, n - 0.5]
     full = {"tickvals": places, "ticktext": [shown(label, 60) for label in labels], "range": ends}
     brief = {"tickvals": places[::step], "ticktext": [shown(label, most) for label in labels[::step]]}
-    steep = axis == "x" and 8 * sum(min(len(label), most) + 1 for label in labels[::step]) > 700
+    steep = axis == "x" and 7 * sum(min(len(label), most) + 1 for label in labels[::step]) > 700
     said = {"title": {"text": shown(title)}, **({"tickangle": -55} if steep else {})}
     if step == 1 and brief["ticktext"] == full["ticktext"]:
         figure.update_layout({f"{axis}axis": full | said})
@@ -186,16 +193,27 @@ def signed_number(form: str, value: float) -> str:
 def bar_of(what: str) -> dict[str, Any]:
     """The bar that tells what the colours stand for."""
     lines = [*map(shown, wrap(what, 12)), "\u00a0"]  # an empty line keeps the highest number free
-    return {"title": {"text": "<br>".join(lines)}, "thickness": 12, "outlinewidth": 0}
+    small = {"exponentformat": "power", "minexponent": 5}
+    return {"title": {"text": "<br>".join(lines)}, "thickness": 12, "outlinewidth": 0, **small}
 
 
 def colors(values: Any, signed: bool) -> dict[str, Any]:
     """A colour scale for these numbers: zero in the middle if they are signed, else from zero or their smallest."""
-    import numpy as np
-
     known = values[np.isfinite(values)]
     if signed:
         most = float(np.abs(known).max(initial=0)) or 1.0
         return {"colorscale": SIGNED, "zmin": -most, "zmax": most}
     low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
     return {"colorscale": MAGNITUDE, "zmin": min(low, 0.0), "zmax": high if high > min(low, 0.0) else 1.0}
+
+
+def ink(values: np.ndarray, colorscale: Any, zmin: int | float, zmax: int | float) -> list[str]:
+    """Black or white for every number, whichever is read better on its colour (luminance as in WCAG 2.2)."""
+    at, names = zip(
+        *plotly.colors.get_colorscale(colorscale) if isinstance(colorscale, str) else colorscale, strict=True
+    )
+    stops = np.array([plotly.colors.hex_to_rgb(name) for name in names]) / 255
+    share = np.clip((values - zmin) / (zmax - zmin), 0, 1)
+    color = np.stack([np.interp(share, at, stops[:, i]) for i in range(3)], -1)
+    light = np.where(color <= 0.04045, color / 12.92, ((color + 0.055) / 1.055) ** 2.4) @ (0.2126, 0.7152, 0.0722)
+    return np.where(light > EVEN, "#000000", "#ffffff").tolist()

@@ -15,8 +15,10 @@ from glmlens.lens import Lens
 from glmlens.plot import attention_pattern
 from glmlens.plot.style import visible
 from glmlens.prompt import Prompt
-from glmlens.widgets.base import Explorer
+from glmlens.widgets.base import Explorer, prompt_box
 from glmlens.widgets.heads import Heads, cells, thumbs
+
+LIT = [("light both", "both"), ("what it reads", "query"), ("what reads it", "key")]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,24 +55,19 @@ class AttentionExplorer(Explorer):
 
     def __init__(self, lens: Lens, prompt: Prompt):
         self.heads = Heads(self.asked)
-        text = prompt if isinstance(prompt, str) else ""
-        box = W.Textarea(
-            text, description="prompt", rows=2, layout={"width": "min(680px, 95%)"}, continuous_update=True
-        )
-        box.placeholder = "" if text else "given as token ids"
         places = {
             "layer": W.IntSlider(0, 0, lens.cfg.n_layers - 1, description="layer", continuous_update=False),
             "head": W.IntSlider(0, 0, lens.cfg.n_heads - 1, description="head"),
             "locked": W.Checkbox(False, description="lock head", indent=False, layout={"width": "auto"}),
             "query": W.IntSlider(-1, -1, 0, description="query"),
             "key": W.IntSlider(-1, -1, 0, description="key"),
-            "by": W.ToggleButtons(options=["both", "query", "key"], value="both", style={"button_width": "60px"}),
+            "by": W.ToggleButtons(options=LIT, value="both", style={"button_width": "auto"}),
             "by_value": W.Checkbox(False, description="by length of value", indent=False, layout={"width": "auto"}),
         }
         self.read = Said([], [])
         self.layer = NOWHERE
         self.drawn: tuple[Any, ...] = ()
-        super().__init__(lens, {"prompt": box}, places, [self.heads], {"prompt": prompt})
+        super().__init__(lens, {"prompt": prompt_box(prompt)}, places, [self.heads], {"prompt": prompt})
         self.first()
 
     def compute(self, inputs: Mapping[str, Any]) -> Said:
@@ -128,7 +125,7 @@ class AttentionExplorer(Explorer):
         if k < 0:
             return label
         weight, norm = float(self.layer.pattern[s["head"], q, k]), float(self.layer.norms[s["head"], k])
-        numbers = f"attention {weight:.4f}, length of value {norm:.3g}, their product {weight * norm:.4g}"
+        numbers = f"attention {weight:.4g}, length of value {norm:.3g}, their product {weight * norm:.4g}"
         return f"{label} → key {k} {labels[k]}: {numbers}"
 
     def figure(self) -> go.Figure:

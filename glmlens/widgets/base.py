@@ -15,6 +15,7 @@ import ipywidgets as W
 import plotly.graph_objects as go
 
 from glmlens.lens import Lens
+from glmlens.prompt import Prompt
 from glmlens.widgets.chart import Chart
 
 OFTEN = 0.1  # seconds between two signs of progress
@@ -85,6 +86,9 @@ class Explorer(W.VBox):
         """What is seen, as a figure of its own that stays as it is."""
         raise NotImplementedError
 
+    def make_room(self, places: Mapping[str, Any]) -> None:
+        """Let the sliders reach as far as these places have others; for places that are not there, do nothing."""
+
     # ---- asking ----
 
     @property
@@ -102,10 +106,12 @@ class Explorer(W.VBox):
         with self.lock, self.hushed():
             before = self.state
             try:
+                self.make_room({**before, **places})
                 self._state |= {name: fitting(self.places[name], name, value) for name, value in places.items()}
                 self.show()
             except BaseException:
                 self._state = before
+                self.make_room(before)
                 raise
             finally:
                 self.synchronise()
@@ -283,6 +289,15 @@ class Explorer(W.VBox):
 
 
 KEPT = {"closed", "comm", "lock", "working", "stopping", "quiet", "run_button", "stop_button", "bar", "note", "seen"}
+
+
+def prompt_box(prompt: Prompt) -> W.Textarea:
+    """Where a prompt is typed; one that is no text is not shown, and stays until another is typed."""
+    said = prompt if isinstance(prompt, str) else ""
+    layout = {"width": "min(680px, 95%)"}
+    box = W.Textarea(said, description="prompt", rows=2, layout=layout, continuous_update=True)
+    box.placeholder = "" if said else "given as token ids"
+    return box
 
 
 def family(widget: W.Widget) -> list[W.Widget]:

@@ -157,7 +157,7 @@ class CacheInspector(Generations):
         s = self._state
         s["step"] = min(s["step"], len(self.line.moments) - 1)
         self.places["step"].max = len(self.line.moments) - 1
-        self.places["position"].max = self.line.moments[s["step"]].before - 1
+        self.make_room(s)
         s["position"] = min(s["position"], self.places["position"].max)
         if self.reads is None or self.reads[0] != s["step"]:
             said = self.line.moments[s["step"]].token
@@ -167,6 +167,10 @@ class CacheInspector(Generations):
         self.readers.draw(self.readers_figure(), (s["layer"], (s["kv"] * group, (s["kv"] + 1) * group - 1)))
         self.words.say(*self.about_entry())
         self.tell("as it was", "changed")
+
+    def make_room(self, places: Mapping[str, Any]) -> None:
+        if self.line is not None and places["step"] in range(len(self.line.moments)):
+            self.places["position"].max = self.line.moments[places["step"]].before - 1
 
     def block(self) -> int:
         """How many positions are drawn as one cell."""

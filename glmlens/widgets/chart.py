@@ -1,74 +1,106 @@
 """A figure on the page that becomes other figures, and says which of its cells is clicked."""
 
 from collections.abc import Callable
-from copy import deepcopy
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+import anywidget
 import ipywidgets as W
-import numpy as np
 import plotly.graph_objects as go
+import traitlets as T
+from plotly.offline import get_plotlyjs
 
 Cell = tuple[int | tuple[int, int], int | tuple[int, int]]
 
 MARK = {"type": "rect", "line": {"color": "#000000", "width": 3}}
 HALO = {"type": "rect", "line": {"color": "#ffffff", "width": 5}}
-MOST = 256  # cells along an axis: a FigureWidget sends every number as text
+CONFIG = {"displaylogo": False, "showSendToCloud": False}
+TOOLS = 24  # pixels that the row of tools takes
+MOST = 256  # cells along an axis
+HERE = Path(__file__).parent
+
+
+def code(name: str) -> str:
+    """What a widget of ours runs on the page: a file beside this one, and what keeps it hearing the kernel."""
+    return "\n".join((HERE / file).read_text(encoding="utf-8") for file in ("hear.js", name))
+
+
+class Own(anywidget.AnyWidget):
+    """A widget with code of its own, which knows its name on the page."""
+
+    own = T.Unicode().tag(sync=True)
+
+    def __init__(self, **traits: Any):
+        name = uuid4().hex
+        super().__init__(model_id=name, own=name, **traits)
+
+
+class Drawing(Own):
+    """A figure of plotly.js on the page, as JSON; a click comes as a message, {"click": where}."""
+
+    _esm = code("chart.js")
+    figure, library = T.Unicode().tag(sync=True), T.Unicode().tag(sync=True)
+    config = T.Dict().tag(sync=True)
+
+
+class Library:
+    """plotly.js for all charts of the page, 5 MB: in a plain widget that stays."""
+
+    widget: Any = None
+
+    @classmethod
+    def name(cls) -> str:
+        if cls.widget is None or cls.widget.comm is None:
+            cls.widget = W.Text(get_plotlyjs())
+        return cls.widget.model_id
 
 
 class Chart:
-    """A figure that becomes other figures; `box` is where it stands on the page.
+    """A figure that becomes other figures; `box` is where it stands on the page and `figure` what is seen.
 
-    A FigureWidget weighs 5 MB, and what is sent to one whose page is still loading is lost there. So it is made with a
-    figure in it, takes on others of the same kinds of traces, and makes room for a new one when they differ.
-    `clicked(row, column)` is called for a click on a heatmap, `clicked(i)` for one on a bar or a point.
+    A plotly FigureWidget weighs 5 MB each, and is deaf for ever on a page that took two seconds to load it; here the
+    library comes once, and a figure is sent whole. `clicked(row, column)` is called for a click on a heatmap,
+    `clicked(i)` for one on a bar or a point.
     """
 
     def __init__(self, clicked: Callable[..., Any] | None = None):
         self.box, self.clicked = W.VBox(), clicked
-        self.widget: go.FigureWidget | None = None
+        self.drawing: Drawing | None = None
+        self.figure: Any = None
 
     def draw(self, figure: go.Figure, cell: Cell | None = None) -> None:
         """Show this figure, with a frame around a cell (row, column), each a number or the two ends of a range."""
         layout: Any = figure.layout
-        layout.update(shapes=framed(cell), title=one_title(layout.title), modebar={"orientation": "v"})
-        blank_nan(figure)
-        if self.widget is not None and kinds(self.widget) == kinds(figure):
-            self.change(self.widget, figure)
-            return
-        last, self.widget = self.widget, go.FigureWidget(figure)
-        for trace in self.widget.data:
-            if hasattr(trace, "on_click") and self.clicked:
-                trace.on_click(self.heard)
-        self.box.children = (self.widget,)
-        discard(last)
-
-    def change(self, widget: Any, figure: go.Figure) -> None:
-        """Turn the figure on the page into this one; first in the state that a page begins with."""
-        soon: Any = go.Figure(widget)
-        turn(soon, figure)
-        widget._widget_layout, widget._widget_data = deepcopy(soon._layout_obj._props), deepcopy(soon._data)
-        with widget.batch_update():
-            turn(widget, figure)
+        layout.update(title=one_title(layout.title), autosize=layout.width is None)
+        layout.update(title_pad_t=TOOLS + 4, margin_t=(layout.margin.t or 100) + TOOLS - 8)  # below the tools
+        self.figure = figure
+        self.mark(cell)
 
     def mark(self, cell: Cell | None) -> None:
         """Move the frame to another cell."""
-        widget: Any = self.widget
-        soon: Any = go.Figure(widget)
-        soon.layout.shapes = framed(cell)
-        widget._widget_layout = deepcopy(soon._layout_obj._props)
-        widget.layout.shapes = framed(cell)
+        self.figure.layout.shapes = framed(cell)
+        text = self.figure.to_json()
+        if self.drawing is not None:
+            self.drawing.set_trait("figure", text)
+            return
+        self.drawing = Drawing(figure=text, library=Library.name(), config=CONFIG)
+        self.drawing.on_msg(self.heard)
+        self.box.children = (self.drawing,)
 
     def close(self) -> None:
         """Let go of the figure and of who is told of clicks."""
-        self.clicked, self.box.children = None, ()
-        discard(self.widget)
-        self.widget = None
+        self.clicked, self.figure, self.box.children = None, None, ()
+        if self.drawing is not None:
+            self.drawing.on_msg(self.heard, remove=True)
+            self.drawing.set_trait("figure", "")
+            for widget in (self.drawing.layout, self.drawing):
+                widget.close()
+            self.drawing = None
 
-    def heard(self, trace: Any, points: Any, device: Any) -> None:
-        """Every trace is told of a click; the one that was hit has a point."""
-        if points.point_inds and self.clicked:
-            place = points.point_inds[0]
-            self.clicked(*map(int, place if isinstance(place, list | tuple) else [place]))
+    def heard(self, drawing: Any, said: Any, buffers: Any) -> None:
+        if self.clicked and isinstance(said, dict) and "click" in said:
+            self.clicked(*map(int, said["click"]))
 
 
 def block(n: int) -> int:
@@ -80,47 +112,6 @@ def one_title(title: Any) -> dict[str, Any]:
     """A title with the lines under it in one text: a figure that becomes another writes a subtitle over its title."""
     lines = f"<br><span style='font-size:12px'>{title.subtitle.text}</span>" if title.subtitle.text else ""
     return {"text": f"{title.text or ''}{lines}", "subtitle": {"text": None}}
-
-
-def discard(widget: Any) -> None:
-    """Take a figure away from the page: anywidget itself keeps the empty FigureWidget for ever."""
-    if widget is not None:
-        widget.data, widget.layout = (), {}
-        W.Widget.close(widget)
-
-
-def turn(old: Any, new: Any) -> None:
-    """Make one figure another that has the same kinds of traces."""
-    for mine, wanted in zip(old.data, new.data, strict=True):
-        become(mine, wanted)
-    become(old.layout, new.layout)
-
-
-def blank_nan(figure: Any) -> None:
-    """Put nothing in the place of every nan of a heatmap: a page is sent JSON, which has none."""
-    for trace in figure.data:
-        z = np.asarray(trace.z) if trace.type == "heatmap" else np.zeros(0)
-        if z.dtype.kind == "f" and np.isnan(z).any():
-            sent = z.astype(object)
-            sent[np.isnan(z)] = None
-            trace.z = sent
-
-
-def kinds(figure: Any) -> list[Any]:
-    """The kind of every trace, and all that is set: a page that unsets something before it has drawn does not draw."""
-    return [(trace.type, given(trace)) for trace in figure.data] + [given(figure.layout)]
-
-
-def given(part: Any) -> set[str]:
-    """The properties that are set; asking a figure for one that is not gives an empty one."""
-    return set(part.to_plotly_json()) - {"uid", "type"}
-
-
-def become(old: Any, new: Any) -> None:
-    """Make the properties of one part of a figure those of another that has the same ones."""
-    for name in given(new):
-        if name != "template" or old[name] != new[name]:
-            old[name] = new[name]
 
 
 def framed(cell: Cell | None) -> list[dict[str, Any]]:

@@ -149,13 +149,17 @@ class GenerationExplorer(Generations):
         if not self.read:
             return
         line, _ = self.chosen_run()
-        self.places["step"].max = len(line.moments) - 1
+        self.make_room(s)
         s["step"] = min(s["step"], len(line.moments) - 1)
         each = block(len(line.moments))
         self.lens_chart.draw(self.figure(), (s["layer"], s["step"] // each))
         self.tokens_chart.draw(self.tokens_figure())
         self.words.say(self.about_step())
         self.tell("as it went", "branch")
+
+    def make_room(self, places: Mapping[str, Any]) -> None:
+        if places["run"] in self.read:
+            self.places["step"].max = len(self.read[places["run"]][0].moments) - 1
 
     def chosen_run(self) -> tuple[Timeline, Readings]:
         run = self._state["run"]
@@ -174,7 +178,7 @@ class GenerationExplorer(Generations):
         words: Any = False
         if len(steps) <= ROOM:
             words = np.array(
-                [[shown(name, max(4, 80 // len(steps))) for name in row] for row in names[..., 0]], dtype=object
+                [[shown(name, max(5, 120 // len(steps))) for name in row] for row in names[..., 0]], dtype=object
             )
         more = ("%{customdata}", best(names, readings.chances)) if len(steps) <= MOST else None
         whose = {"first": "as it went", "branch": "of the branch"}[s["run"]]

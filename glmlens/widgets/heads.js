@@ -7,10 +7,10 @@ const STYLE = `
 .glmlens-heads .grid { display: flex; flex-wrap: wrap; gap: 8px; max-width: 680px; padding: 3px; }
 .glmlens-heads .group { display: flex; flex-wrap: wrap; gap: 6px; max-width: 680px; padding-left: 6px;
   border-left: 4px solid; border-radius: 2px; }
-.glmlens-heads .group > div.name { width: 100%; font-size: 11px; line-height: 1.2; }
+.glmlens-heads .group > div.name { width: 0; min-width: 100%; white-space: nowrap; font-size: 11px; line-height: 1.2; }
 .glmlens-heads figure { margin: 0; text-align: center; font-size: 11px; line-height: 1.3; cursor: pointer; }
 .glmlens-heads canvas { image-rendering: pixelated; display: block; outline: 1px solid var(--jp-border-color2, #8886); }
-.glmlens-heads figure canvas { width: 72px; height: 72px; }
+.glmlens-heads figure canvas { width: var(--side); height: var(--side); }
 .glmlens-heads figure.chosen canvas { outline: 3px solid var(--jp-brand-color1, #1976d2); }
 .glmlens-heads figure.chosen.locked canvas { outline-style: double; outline-width: 5px; }
 .glmlens-heads .large canvas { width: 420px; height: 420px; cursor: crosshair; }
@@ -21,7 +21,7 @@ const STYLE = `
 .glmlens-heads .tokens span.at { outline: 2px solid var(--jp-ui-font-color1, currentColor); }
 .glmlens-heads .said { min-height: 1.5em; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 .glmlens-heads .hovered { min-height: 1.5em; opacity: .75; overflow-wrap: anywhere; }
-.glmlens-heads .legend { font-size: 11px; opacity: .8; }
+.glmlens-heads .legend { font-size: 11px; opacity: .8; white-space: pre-wrap; }
 `;
 const READS = "67,147,195", READERS = "214,96,77"; // blue: what it reads; red: what reads it
 const GROUPS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999"];
@@ -54,7 +54,8 @@ function paint(canvas, cells, start, side, palette) {
 }
 
 function render({ model, el }) {
-  const get = (name) => model.get(name);
+  let ahead = {}, last; // what keys have wished for since the kernel's last answer: the next key goes on from there
+  const get = (name) => (name in ahead ? ahead[name] : model.get(name));
   const root = make("div", "glmlens-heads", el);
   make("style", "", root, STYLE);
   const top = make("div", "top", root);
@@ -64,8 +65,10 @@ function render({ model, el }) {
   make("div", "legend", large, "query downwards, key to the right");
   const strip = make("div", "tokens", root);
   const legend = make("div", "legend", root);
-  for (const [color, text] of [[READS, "■ what the token reads "], [READERS, "▁ what reads it"]])
-    make("span", "", legend, text).style.color = `rgb(${color})`;
+  for (const [color, sign, text] of [[READS, "■", " what the token reads   "], [READERS, "▁", " what reads it"]]) {
+    make("span", "", legend, sign).style.color = `rgb(${color})`;
+    legend.append(text);
+  }
   const said = make("div", "said", root);
   const hovered = make("div", "hovered", root);
   said.setAttribute("aria-live", "polite");
@@ -97,6 +100,7 @@ function render({ model, el }) {
     grid.replaceChildren();
     figures = [];
     const heads = get("n_heads"), groups = get("n_kv_heads");
+    grid.style.setProperty("--side", heads <= 8 ? "150px" : heads <= 16 ? "100px" : "72px");
     for (let g = 0; g < groups; g++) {
       const group = make("div", "group", grid);
       group.style.borderLeftColor = GROUPS[g % GROUPS.length];
@@ -235,10 +239,16 @@ function render({ model, el }) {
     if (act(event.key, x * far, y * far)) event.preventDefault();
   });
   const within = (i) => Math.max(0, Math.min(get("labels").length - 1, i));
-  /** The wish is shown at once; the kernel's answer follows. */
+  /** The wish is shown at once; the kernel's answer follows, and to a wish that it refuses there is none. */
   const go = (places) => {
-    for (const [name, value] of Object.entries(places)) model.set(name, value);
+    Object.assign(ahead, places);
+    clearTimeout(last);
+    last = setTimeout(() => { ahead = {}; soon("ahead"); }, 10000);
     wish(places);
+    soon("ahead");
+  };
+  const answered = () => {
+    for (const name of Object.keys(ahead)) if (ahead[name] === model.get(name)) delete ahead[name];
   };
   keys(grid, (key, x, y) => {
     if (key === "Enter" || key === " ") return go({ locked: !get("locked") }), true;
@@ -278,15 +288,17 @@ function render({ model, el }) {
     mark();
     root.dataset.drawn = `${get("drawing")}`;
   };
+  const soon = (name) => {
+    if (!waiting.size) requestAnimationFrame(draw);
+    waiting.add(name);
+  };
   for (const name of ["labels", "n_heads", "n_kv_heads", "thumbs", "palette", "cells", "top_at", "most", "head",
     "locked", "query", "key", "by", "said", "drawing"])
-    model.on(`change:${name}`, () => {
-      if (!waiting.size) requestAnimationFrame(draw);
-      waiting.add(name);
-    });
+    model.on(`change:${name}`, () => soon(name));
+  model.on("change:drawing", answered);
   waiting = new Set(["labels"]);
   draw();
-  return () => root.remove();
+  return () => { clearTimeout(last); root.remove(); };
 }
 
-export default { render };
+export default { initialize: ({ model }) => void hear(model), render };

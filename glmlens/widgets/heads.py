@@ -1,10 +1,8 @@
 """The attention of a layer as bytes for the canvas in heads.js: small pictures of all heads, and one head whole."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import anywidget
 import torch
 import traitlets as T
 from jaxtyping import Float, UInt8
@@ -13,11 +11,12 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d
 
 from glmlens.plot.style import MAGNITUDE
+from glmlens.widgets.chart import Own, code
 
 THUMB, WHOLE, LINKS = 128, 512, 24  # blocks along a small picture and along the large one; links of a token beyond that
 
 
-class Heads(anywidget.AnyWidget):
+class Heads(Own):
     """The heads of one layer on the page.
 
     Weights are bytes, 255 standing for `most`: lower triangles, row by row. `thumbs` is [head, triangle of thumb_side],
@@ -26,7 +25,7 @@ class Heads(anywidget.AnyWidget):
     the page comes as a message, {"select": {...}}.
     """
 
-    _esm = (Path(__file__).parent / "heads.js").read_text(encoding="utf-8")
+    _esm = code("heads.js")
     labels = T.List(T.Unicode()).tag(sync=True)
     n_heads, n_kv_heads = T.Int(0).tag(sync=True), T.Int(1).tag(sync=True)
     thumbs, thumb_side, thumb_block = T.Bytes().tag(sync=True), T.Int(0).tag(sync=True), T.Int(1).tag(sync=True)

@@ -171,12 +171,15 @@ class PatchExplorer(Explorer):
     def select(self, **places: Any) -> None:
         """Look at another cell (row, column), at it in another way (view, layer, head), or at another example.
 
-        Another example is run. ValueError for a place that is not there.
+        Another example is run, and a cell given with it is one of its grid. ValueError for a place that is not there.
         """
         before = self._state.get("example")
+        later = ("row", "column") if places.get("example", before) != before else ()
+        cell = {name: places.pop(name) for name in later if name in places}
         super().select(**places)
         if self._state["example"] != before:
             self.run(**self.texts(self._state["example"]))
+            super().select(**cell)
 
     def moved(self, name: str, value: Any) -> None:
         if name != "example" or self.quiet:

@@ -17,7 +17,7 @@ from glmlens.plot import attention_pattern, lines
 from glmlens.plot.style import GREY
 from glmlens.prompt import Prompt
 from glmlens.results import Labelled
-from glmlens.widgets.base import ROW, Explorer
+from glmlens.widgets.base import ROW, Explorer, prompt_box
 from glmlens.widgets.chart import Chart, block
 from glmlens.widgets.runs import Lines
 
@@ -88,11 +88,6 @@ class RotaryExplorer(Explorer):
     """
 
     def __init__(self, lens: Lens, prompt: Prompt):
-        said = prompt if isinstance(prompt, str) else ""
-        box = W.Textarea(
-            said, description="prompt", rows=2, layout={"width": "min(680px, 95%)"}, continuous_update=True
-        )
-        box.placeholder = "" if said else "given as token ids"
         lengths = wavelengths(lens).tolist()
         names = [f"{i} ({tokens_long(length)})" for i, length in enumerate(lengths)]
         tips = [f"pair {i} turns once in {tokens_long(length)} tokens" for i, length in enumerate(lengths)]
@@ -113,7 +108,8 @@ class RotaryExplorer(Explorer):
         self.words = Lines()
         self.read: Read | None = None
         self.parts: tuple[tuple[int, int], ScoreParts] | None = None
-        super().__init__(lens, {"prompt": box}, places, [self.shape, self.waves, self.words], {"prompt": prompt})
+        inputs, views = {"prompt": prompt_box(prompt)}, [self.shape, self.waves, self.words]
+        super().__init__(lens, inputs, places, views, {"prompt": prompt})
         self.first()
 
     def compute(self, inputs: Mapping[str, Any]) -> Read:

@@ -12,7 +12,7 @@ from glmlens.lens import Lens
 from glmlens.patch.timeline import Timeline, parting, timeline
 from glmlens.plot.style import visible
 from glmlens.prompt import Prompt
-from glmlens.widgets.base import Explorer
+from glmlens.widgets.base import Explorer, prompt_box
 from glmlens.widgets.chart import Chart
 
 SLICE = 8  # steps between two chances to stop
@@ -44,14 +44,11 @@ class Generations(Explorer):
         places: Mapping[str, Any],
         views: Sequence[W.Widget | Chart],
     ):
-        said = prompt if isinstance(prompt, str) else ""
-        wide = {"width": "min(620px, 95%)"}
         inputs = {
-            "prompt": W.Textarea(said, description="prompt", rows=2, layout=wide, continuous_update=True),
+            "prompt": prompt_box(prompt),
             "length": W.BoundedIntText(length, 1, 4096, description="tokens", layout={"width": "150px"}),
             change: W.Label(),
         }
-        inputs["prompt"].placeholder = "" if said else "given as token ids"
         self.change = change
         self.line: Timeline | None = None
         self.other: Timeline | None = None
@@ -113,7 +110,7 @@ class Generations(Explorer):
         super().synchronise()
         self.inputs["length"].value = self._state["length"]
         change = self._state[self.change]
-        self.inputs[self.change].value = "" if change is None else self.in_words(change)
+        self.inputs[self.change].value = "" if change is None else f"{self.change}: {self.in_words(change)}"
 
     def in_words(self, change: Any) -> str:
         """What a change does."""

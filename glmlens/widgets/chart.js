@@ -1,0 +1,49 @@
+// A figure of plotly.js that becomes other figures. The library comes once for all charts of the page.
+
+const LIBRARY = Symbol.for("glmlens.plotly");
+
+/** plotly.js as a module: its text stands in a plain widget. */
+async function load(manager, id) {
+  const source = (await manager.get_model(id)).get("value");
+  const module = `const module = { exports: {} }, exports = module.exports, define = undefined;
+    ${source}\n;export default module.exports;`;
+  const url = URL.createObjectURL(new Blob([module], { type: "text/javascript" }));
+  try {
+    return (await import(url)).default;
+  } finally {
+    URL.revokeObjectURL(url);
+  }
+}
+
+async function render({ model, el, signal }) {
+  const box = document.createElement("div");
+  el.append(box);
+  window[LIBRARY] ??= load(model.widget_manager, model.get("library"));
+  const plotly = await window[LIBRARY].catch((error) => {
+    delete window[LIBRARY];
+    throw error;
+  });
+  let drawing = Promise.resolve();
+  const draw = () => {
+    drawing = drawing.then(() => {
+      const text = model.get("figure");
+      if (!text || !box.isConnected) return;
+      const { data, layout } = JSON.parse(text);
+      return plotly.react(box, data, layout, model.get("config"));
+    });
+    return drawing;
+  };
+  while (!box.isConnected && !signal?.aborted) await new Promise(requestAnimationFrame); // as wide as where it stands
+  model.on("change:figure", draw);
+  await draw();
+  box.on?.("plotly_click", ({ points }) => model.send({ click: [points[0].pointNumber].flat() }));
+  const watch = new ResizeObserver(() => box.isConnected && box.clientWidth && plotly.Plots.resize(box));
+  watch.observe(el);
+  return () => {
+    watch.disconnect();
+    model.off("change:figure", draw);
+    plotly.purge(box);
+  };
+}
+
+export default { initialize: ({ model }) => void hear(model), render };
