@@ -25,7 +25,15 @@ def pytest_addoption(parser):
     parser.addoption("--fuzz", type=int, default=500, help="how many broken checkpoints to load (default: 500)")
 
 
+LONGEST = (  # the files that take longest begin: a core that gets one of them at the end would finish alone
+    *("patch_real_model", "notebooks_in_jupyterlab", "real_model", "runs_in_jupyterlab", "widgets_in_jupyterlab"),
+    *("card", "fuzz", "harvest", "demo", "cli", "compile", "tutorials", "loading", "long_prompts"),
+)
+
+
 def pytest_collection_modifyitems(items):
+    files = [f"test_{name}.py" for name in LONGEST]
+    items.sort(key=lambda item: files.index(item.path.name) if item.path.name in files else len(files))
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))

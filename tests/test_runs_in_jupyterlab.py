@@ -1,5 +1,7 @@
 """Caches, rotary positions and generations in a real JupyterLab: drawn, clicked, slid, changed, wrong, hostile."""
 
+import json
+
 import pytest
 from test_widgets_in_jupyterlab import (
     DETAIL,
@@ -90,13 +92,24 @@ def test_an_entry_is_dropped_and_both_texts_stand_side_by_side(cache):
     cache.wait_text("drop everywhere position 3, from step 0 on")
 
 
-def test_what_cannot_be_dropped_is_an_error_under_the_figures(cache):
+def test_the_newest_entry_is_dropped_too(cache):
     cache.run(f"{control('position', '.noUi-handle')}.focus()")
     cache.press(*["ArrowRight"] * 14)
     cache.wait_text("entry 14 ·drink")
     cache.run(choose("this entry", "drop everywhere"))
     cache.click_on(button("Generate on"))
-    cache.wait_text("the newest entry cannot be dropped", UNDER)
+    cache.wait_text("drop everywhere position 14, from step 0 on")
+    cache.wait_text("Parting at step 2")
+
+
+def test_what_goes_wrong_is_an_error_under_the_figures(cache):
+    broken = "def broken(*inputs): raise ValueError('nothing of this can be')\nexplorer.compute = broken"
+    cache.run(
+        "window.jupyterapp.shell.currentWidget.context.sessionContext.session.kernel"
+        f".requestExecute({{code: {json.dumps(broken)}}}).done.then(() => 0)"
+    )
+    cache.click_on(button("Generate on"))
+    cache.wait_text("nothing of this can be", UNDER)
 
 
 def test_another_prompt_has_another_cache(cache):

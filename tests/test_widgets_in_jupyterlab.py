@@ -60,7 +60,10 @@ display(result.to_dataframe().iloc[::n + 1][lambda frame: frame.row != "$x^2$"])
 result
 """
 IDS = [[*range(len(HOSTILE), 2 * len(HOSTILE))]]  # the first of them is named as the first of these
-STRANGE = "document.querySelectorAll('.jp-OutputArea :is(img:not(.plot-img), script, b, [onmouseover], a[href*=example], mjx-container)')"
+STRANGE = (
+    "document.querySelectorAll('.jp-OutputArea "
+    ":is(img:not(.plot-img), script, b, [onmouseover], a[href*=example], mjx-container)')"
+)
 DRAWN = "document.querySelector('.glmlens-heads').dataset.drawn > 0"
 HEADS = "document.querySelectorAll('.glmlens-heads figure')"
 GRID = "document.querySelectorAll('.jp-OutputArea .js-plotly-plot')[0]"
