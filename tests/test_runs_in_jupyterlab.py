@@ -1,7 +1,5 @@
 """Caches, rotary positions and generations in a real JupyterLab: drawn, clicked, slid, changed, wrong, hostile."""
 
-import json
-
 import pytest
 from test_widgets_in_jupyterlab import (
     DETAIL,
@@ -12,6 +10,7 @@ from test_widgets_in_jupyterlab import (
     button,
     choose,
     control,
+    execute,
     harmless,
     nothing_went_wrong_on_the_page,  # noqa: F401
 )
@@ -104,10 +103,7 @@ def test_the_newest_entry_is_dropped_too(cache):
 
 def test_what_goes_wrong_is_an_error_under_the_figures(cache):
     broken = "def broken(*inputs): raise ValueError('nothing of this can be')\nexplorer.compute = broken"
-    cache.run(
-        "window.jupyterapp.shell.currentWidget.context.sessionContext.session.kernel"
-        f".requestExecute({{code: {json.dumps(broken)}}}).done.then(() => 0)"
-    )
+    execute(cache, broken)
     cache.click_on(button("Generate on"))
     cache.wait_text("nothing of this can be", UNDER)
 

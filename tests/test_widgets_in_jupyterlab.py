@@ -1,5 +1,7 @@
 """Explorers in a real JupyterLab: drawn, clicked, slid, typed into, wrong, stopped, hostile; and nothing leaves."""
 
+import json
+
 import pytest
 from hostile import HOSTILE
 
@@ -220,6 +222,12 @@ def test_hostile_tokens_are_shown_as_they_are(lab):
     harmless(lab)
 
 
+def execute(lab, code):
+    """Let the kernel run this, beside the cell."""
+    kernel = "window.jupyterapp.shell.currentWidget.context.sessionContext.session.kernel"
+    lab.run(f"{kernel}.requestExecute({{code: {json.dumps(code)}}}).done.then(() => 0)")
+
+
 def harmless(lab):
     """No token has been run, and none has become more than text."""
     assert lab.run("window.ran === undefined")
@@ -312,7 +320,14 @@ def test_a_changed_pair_of_prompts_is_run(patching):
     patching.wait(f"{GRID}.querySelector('.heatmaplayer image')")
 
 
+def test_a_chart_that_changed_out_of_sight_is_drawn_when_it_comes_back(patching):
+    patching.run("(window.place = document.querySelector('.jp-OutputArea').parentElement, "
+                 "window.away = document.querySelector('.jp-OutputArea'), window.away.remove(), 0)")  # fmt: skip
+    execute(patching, 'explorer.run(clean="Mary likes", corrupt="John likes")')
+    assert patching.run("window.place.append(window.away), 0") == 0
+    patching.wait(f"{GRID}._fullData[0].z[0].length === 4")
+
+
 def test_a_closed_explorer_is_gone_from_the_page(attention):
-    attention.run("window.jupyterapp.shell.currentWidget.context.sessionContext.session.kernel"
-                  ".requestExecute({code: 'explorer.close()'}).done.then(() => 0)")  # fmt: skip
+    execute(attention, "explorer.close()")
     attention.wait("!document.querySelector('.glmlens-heads')")

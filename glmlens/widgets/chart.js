@@ -23,13 +23,14 @@ async function render({ model, el, signal }) {
     delete window[LIBRARY];
     throw error;
   });
-  let drawing = Promise.resolve();
+  let drawing = Promise.resolve(), drawn;
   const draw = () => {
-    drawing = drawing.then(() => {
+    drawing = drawing.catch(() => {}).then(async () => {
       const text = model.get("figure");
-      if (!text || !box.isConnected) return;
+      if (!text || !box.isConnected) return; // what is off the page is drawn when it comes back
       const { data, layout } = JSON.parse(text);
-      return plotly.react(box, data, layout, model.get("config"));
+      await plotly.react(box, data, layout, model.get("config"));
+      drawn = text;
     });
     return drawing;
   };
@@ -37,7 +38,8 @@ async function render({ model, el, signal }) {
   model.on("change:figure", draw);
   await draw();
   box.on?.("plotly_click", ({ points }) => model.send({ click: [points[0].pointNumber].flat() }));
-  const watch = new ResizeObserver(() => box.isConnected && box.clientWidth && plotly.Plots.resize(box));
+  const fit = () => box.clientWidth && (drawn === model.get("figure") ? plotly.Plots.resize(box) : draw());
+  const watch = new ResizeObserver(fit);
   watch.observe(el);
   return () => {
     watch.disconnect();
