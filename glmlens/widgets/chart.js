@@ -20,9 +20,10 @@ async function render({ model, el, signal }) {
   el.append(box);
   window[LIBRARY] ??= load(model.widget_manager, model.get("library"));
   const plotly = await window[LIBRARY].catch((error) => {
-    delete window[LIBRARY];
-    throw error;
+    delete window[LIBRARY]; // the next chart tries again
+    if (!signal?.aborted) throw error;
   });
+  if (!plotly) return;
   let drawing = Promise.resolve(), drawn;
   const draw = () => {
     drawing = drawing.catch(() => {}).then(async () => {

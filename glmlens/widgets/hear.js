@@ -3,7 +3,8 @@
 // other widgets, and asks the kernel for what it missed.
 
 async function hear(model) {
-  const whole = await model.widget_manager.get_model(model.get("own"));
+  const whole = await model.widget_manager.get_model(model.get("own")).catch(() => null);
+  if (!whole) return; // it has been closed since
   const probe = { content: { data: { method: "custom", content: null } }, buffers: [] };
   whole._handle_comm_msg(probe).catch(() => {
     const ordinary = Object.getPrototypeOf(Object.getPrototypeOf(whole));
