@@ -25,7 +25,7 @@ patch.worlds patch.steer patch.gradients patch.graph patch.edges patch.attribute
 patch.paths patch.circuits patch.rotary patch.moments patch.timeline patch
 plot.style plot.data plot.heatmaps plot.heads plot.bars plot.lines plot.rotary plot.entries plot.timeline
 plot.graph plot.tokens plot page
-widgets.chart widgets.base widgets.heads widgets.attention widgets.patching
+widgets.own widgets.chart widgets.base widgets.heads widgets.attention widgets.patching
 widgets.runs widgets.cache widgets.rotary widgets.generation widgets
 demo.world demo.vocabulary demo.train demo.circuits demo.history demo.card demo.story
 course.quote course course.verdict lab cli

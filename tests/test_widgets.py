@@ -1,11 +1,9 @@
 """Explorers without a browser: what select, run, a control and a click do, what goes wrong, and what close leaves."""
 
-import gc
 import json
 import subprocess
 import sys
 import threading
-import weakref
 
 import ipywidgets as W
 import numpy as np
@@ -20,6 +18,7 @@ from glmlens.tasks import TASKS
 from glmlens.widgets import AttentionExplorer, Chart, Explorer, PatchExplorer
 from glmlens.widgets.chart import Library
 from glmlens.widgets.heads import Heads, cells, thumbs
+from tests.closing import leaves_nothing
 from tests.hostile import HOSTILE
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"
@@ -188,25 +187,13 @@ def test_work_that_goes_wrong_says_so_under_the_views():
     explorer.close()
 
 
-@pytest.mark.parametrize("kind", ["attention", "patching"])
-def test_a_closed_explorer_leaves_nothing(demo, kind):
-    Library.name()  # plotly.js stays for the next chart
-    gc.collect()
-    before = set(registry._instances)
+def test_a_closed_explorer_of_attention_leaves_nothing(demo):
+    leaves_nothing(lambda: AttentionExplorer(demo, PROMPT), lambda explorer: explorer.read)
+
+
+def test_a_closed_explorer_of_patching_leaves_nothing(demo):
     examples = TASKS["ioi"].examples(demo, 2, "widgets")
-    explorer = AttentionExplorer(demo, PROMPT) if kind == "attention" else PatchExplorer(demo, examples)
-    held = weakref.ref(explorer.read if kind == "attention" else explorer.found)
-    explorer.close()
-    explorer.close()
-    assert set(registry._instances) == before
-    gc.collect()
-    assert held() is None
-    with pytest.raises(RuntimeError, match="closed"):
-        explorer.select(layer=0)
-    gone = weakref.ref(explorer)
-    del explorer
-    gc.collect()
-    assert gone() is None
+    leaves_nothing(lambda: PatchExplorer(demo, examples), lambda explorer: explorer.found)
 
 
 def test_an_explorer_that_cannot_begin_leaves_nothing(demo):

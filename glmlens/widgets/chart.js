@@ -49,4 +49,4 @@ async function render({ model, el, signal }) {
   };
 }
 
-export default { initialize: ({ model }) => void hear(model), render };
+export default { initialize, render };

@@ -1,15 +1,14 @@
 """A figure on the page that becomes other figures, and says which of its cells is clicked."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
-import anywidget
 import ipywidgets as W
 import plotly.graph_objects as go
 import traitlets as T
 from plotly.offline import get_plotlyjs
+
+from glmlens.widgets.own import Own, code
 
 Cell = tuple[int | tuple[int, int], int | tuple[int, int]]
 
@@ -18,22 +17,6 @@ HALO = {"type": "rect", "line": {"color": "#ffffff", "width": 5}}
 CONFIG = {"displaylogo": False, "showSendToCloud": False}
 TOOLS = 24  # pixels that the row of tools takes
 MOST = 256  # cells along an axis
-HERE = Path(__file__).parent
-
-
-def code(name: str) -> str:
-    """What a widget of ours runs on the page: a file beside this one, and what keeps it hearing the kernel."""
-    return "\n".join((HERE / file).read_text(encoding="utf-8") for file in ("hear.js", name))
-
-
-class Own(anywidget.AnyWidget):
-    """A widget with code of its own, which knows its name on the page."""
-
-    own = T.Unicode().tag(sync=True)
-
-    def __init__(self, **traits: Any):
-        name = uuid4().hex
-        super().__init__(model_id=name, own=name, **traits)
 
 
 class Drawing(Own):

@@ -301,4 +301,4 @@ function render({ model, el }) {
   return () => { clearTimeout(last); root.remove(); };
 }
 
-export default { initialize: ({ model }) => void hear(model), render };
+export default { initialize, render };

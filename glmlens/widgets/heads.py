@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d
 
 from glmlens.plot.style import MAGNITUDE
-from glmlens.widgets.chart import Own, code
+from glmlens.widgets.own import Own, code
 
 THUMB, WHOLE, LINKS = 128, 512, 24  # blocks along a small picture and along the large one; links of a token beyond that
 

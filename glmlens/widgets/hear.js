@@ -12,3 +12,5 @@ async function hear(model) {
     whole.comm.send({ method: "request_state" }, whole.callbacks());
   });
 }
+
+const initialize = ({ model }) => void hear(model);
