@@ -4,8 +4,6 @@ Tensors are read one at a time, and placed before the next is read: with another
 alive beside what has been loaded.
 """
 
-import json
-import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -15,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
+from glmlens import storage
 from glmlens.config import CheckpointError, GLMConfig
 from glmlens.formats import BASE, in_our_order, names_of, unused_by
 from glmlens.model import GLM
@@ -230,40 +228,21 @@ def files_of(folder: Path) -> dict[str, Path]:
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
     """The safetensors file, memory-mapped; what is wrong with it is a CheckpointError that names it."""
-    refuse_strange(path)
-    try:
-        with path.open("rb") as start:
-            header = int.from_bytes(start.read(8), "little")
-        if header > MOST_HEADER:  # safetensors would take 20 times its size in memory to say what is in it
-            raise CheckpointError(
-                f"{path}: its header is said to be {header:,} bytes; expected {MOST_HEADER:,} at most"
-            )
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError, MemoryError) as e:
-        raise CheckpointError(f"{path} ({path.stat().st_size:,} bytes): not a whole safetensors file: {e}") from e
+    with storage.open_safetensors(path, MOST_HEADER, CheckpointError) as file:
+        yield file
 
 
 def refuse_strange(path: Path, most: int | None = None) -> None:
     """Raise CheckpointError if there is something at `path` but not a file, or one of more than `most` bytes."""
-    if os.path.lexists(path) and not path.is_file():
-        raise CheckpointError(f"{path}: expected a file, found a folder, a pipe, a device or a link to nowhere")
-    if most is not None and path.exists() and path.stat().st_size > most:
-        raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes; expected {most:,} at most")
+    storage.refuse_strange(path, most, CheckpointError)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, or CheckpointError."""
-    refuse_strange(path, MOST_TEXT)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return storage.read_json(path, MOST_TEXT, MOST_TEXT, CheckpointError)
     except FileNotFoundError as e:
         raise CheckpointError(f"{path}: not found") from e
-    except (ValueError, OSError, RecursionError) as e:
-        raise CheckpointError(f"{path}: not readable as JSON: {e}") from e
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: expected an object, found {type(found).__name__}")
-    return found
 
 
 def dtype_named(dtype: str | torch.dtype, where: str = "") -> torch.dtype:

@@ -1,0 +1,396 @@
+"""Files on disk: read behind guards, written whole or not at all, folders locked against a second writer.
+
+Reading never waits (a pipe), never takes much more memory than what it returns (a device, a huge JSON) and unpickles
+nothing. What is wrong with a file is one error that names it, says what was found and what to do; `error=` is its class.
+"""
+
+import errno
+import json
+import os
+import reprlib
+import socket
+import stat
+import time
+import uuid
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+MOST_JSON = 16_000_000  # bytes of a JSON file that the package saves
+MOST_VALUES = 400_000  # values in it: to hold one costs up to 300 bytes
+MOST_HEADER = 8_000_000  # bytes: to parse the header of a safetensors file takes up to 20 times its size
+LOCK = ".glmlens-lock"
+CHECKSUMS = "checksums"  # in the metadata: the CRC-32 of every tensor, in the order of their sorted names
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}  # where there are no locks
+
+
+class FileError(ValueError):
+    """A file that cannot be read or written as what it should be; the message names it and says what to do."""
+
+
+Error = type[Exception]
+
+
+def expand_path(path: str | Path, error: Error = FileError) -> Path:
+    """Return the path with `~` and `~name` expanded."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as e:  # no such user, or no HOME
+        raise error(f"{path}: {e}: write the folder out") from e
+
+
+# ---- reading ----
+
+
+def refuse_strange(path: Path, most: int | None = None, error: Error = FileError) -> None:
+    """Raise `error` if there is something at `path` but not a file, or one of more than `most` bytes."""
+    try:
+        if os.path.lexists(path) and not path.is_file():
+            raise error(f"{path}: expected a file, found {kind_of(path)}")
+        if most is not None and path.exists() and path.stat().st_size > most:
+            raise error(f"{path}: {path.stat().st_size:,} bytes; expected {most:,} at most")
+    except OSError as e:
+        raise error(f"{path}: cannot be read: {e.strerror or e}") from e
+
+
+def kind_of(path: Path) -> str:
+    """Return what there is at a path that is not a file, in words."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return "a link that leads nowhere"
+    if stat.S_ISDIR(mode):
+        return "a folder"
+    return "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+
+
+def refuse_missing(path: Path) -> None:
+    """Raise FileNotFoundError unless there is something at `path`."""
+    if not os.path.lexists(path):
+        raise FileNotFoundError(f"{path}: not found")
+
+
+def read_bytes(path: Path, most: int, error: Error = FileError) -> bytes:
+    """Return what is in a file of at most `most` bytes. Raises FileNotFoundError where there is none."""
+    refuse_missing(path)
+    refuse_strange(path, most, error)
+    try:
+        # O_NONBLOCK: should a pipe have taken the file's place, opening it does not wait for somebody to write.
+        file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        with os.fdopen(file, "rb") as opened:
+            if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+                raise error(f"{path}: expected a file, found {kind_of(path)}")
+            data = opened.read(most + 1)
+    except OSError as e:
+        raise error(f"{path}: cannot be read: {e.strerror or e}") from e
+    if len(data) > most:
+        raise error(f"{path}: more than {most:,} bytes")
+    return data
+
+
+def read_json(
+    path: Path, most: int = MOST_JSON, most_values: int = MOST_VALUES, error: Error = FileError
+) -> dict[str, Any]:
+    """Return the object in a JSON file of at most `most` bytes. Raises FileNotFoundError where there is none."""
+    return parse_json(read_bytes(path, most, error), str(path), most_values, error)
+
+
+def parse_json(text: str | bytes, where: str, most_values: int = MOST_VALUES, error: Error = FileError) -> Any:
+    """Return the object that a JSON text holds. `where` is what to call it in an error."""
+    comma = b"," if isinstance(text, bytes) else ","
+    if (values := text.count(comma)) > most_values:  # pyright: ignore[reportArgumentType]
+        raise error(f"{where}: {values:,} values; expected {most_values:,} at most")
+    try:
+        data = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
+    except (ValueError, RecursionError, MemoryError) as e:
+        raise error(f"{where}: not readable as JSON: {e}") from e
+    if not isinstance(data, dict):
+        raise error(f"{where}: expected an object, found {type(data).__name__}")
+    return data
+
+
+def field_of(data: Mapping[str, Any], name: str, kind: type, where: str, error: Error = FileError) -> Any:
+    """Return `data[name]`, which must be there and of this kind: bool, int (from 0), str, list or dict."""
+    value = data.get(name)
+    if type(value) is not kind or (kind is int and value < 0):
+        raise error(f"{where}: expected {kind.__name__} as {name!r}, found {reprlib.repr(value)}")
+    return value
+
+
+def list_of(data: Mapping[str, Any], name: str, kind: type, where: str, error: Error = FileError) -> list[Any]:
+    """Return `data[name]`, which must be a list of this kind."""
+    return [
+        field_of({name: value}, name, kind, where, error) for value in field_of(data, name, list, where, error)
+    ]
+
+
+@contextmanager
+def open_safetensors(path: Path, most_header: int = MOST_HEADER, error: Error = FileError) -> Iterator[Any]:
+    """Open a safetensors file, memory-mapped; what is wrong with it, also while it is read, is an error that names it."""
+    refuse_strange(path, None, error)
+    try:
+        with path.open("rb") as start:
+            header = int.from_bytes(start.read(8), "little")
+        if header > most_header:  # safetensors would take 20 times its size in memory to say what is in it
+            raise error(f"{path}: its header is said to be {header:,} bytes; expected {most_header:,} at most")
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, MemoryError) as e:
+        size = f" ({path.stat().st_size:,} bytes)" if path.exists() else ""
+        raise error(f"{path}{size}: not a whole safetensors file: {e}") from e
+
+
+class TensorFile:
+    """The tensors of a safetensors file, each read, compared with its checksum and copied when it is asked for.
+
+    `header` is the SHA-256 of all that stands before the numbers: names, dtypes, shapes, metadata and checksums. Where
+    there are checksums, files with the same header hold the same numbers. Raises FileNotFoundError where there is none.
+    """
+
+    def __init__(self, path: Path, error: Error = FileError):
+        refuse_missing(path)
+        with open_safetensors(path, error=error):  # its size and header are checked
+            pass
+        self.path, self.error = path, error
+        self.opened = path.open("rb")
+        self.identity = self._identity()
+        size = self.opened.read(8)
+        self.header = sha256(size + self.opened.read(int.from_bytes(size, "little"))).hexdigest()
+        self.file = safe_open(path, framework="pt")
+        self.names: list[str] = sorted(self.file.keys())
+        self.metadata: dict[str, str] = self.file.metadata() or {}
+        checksums = self.metadata.get(CHECKSUMS, "").split()
+        if CHECKSUMS in self.metadata and len(checksums) != len(self.names):
+            raise error(f"{path}: {len(checksums)} checksums for {len(self.names)} tensors: it is not as it was saved")
+        self.checksums = dict(zip(self.names, checksums, strict=False))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def expect_format(self, name: str, what: str) -> None:
+        """Raise unless the file was saved under this format."""
+        if self.metadata.get("format") != name:
+            raise self.error(f"{self.path} {what} that glmlens saved")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor, which is not read for that."""
+        return tuple(self.file.get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        """Return a copy of a tensor. Raises when the file is not as it was saved, or changed since it was opened."""
+        if name not in self.names:
+            raise self.error(f"{self.path}: there is no tensor {name!r}; there are {', '.join(self.names[:9])}")
+        # The file is memory-mapped: to touch what somebody has cut off since would end the process.
+        if self._identity() != self.identity:
+            raise self.error(f"{self.path} was changed after it was opened: load it again")
+        try:
+            tensor = self.file.get_tensor(name)
+            checksum = checksum_of(tensor) if name in self.checksums else None
+            copy = tensor.clone()
+        except (SafetensorError, OSError, MemoryError, RuntimeError) as e:
+            raise self.error(f"{self.path}: tensor {name!r} cannot be read: {e}") from e
+        if checksum is not None and checksum != self.checksums[name]:
+            raise self.error(f"{self.path}: tensor {name!r} is not as it was saved: make the file again")
+        return copy
+
+    def read_all(self, needed: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Tensor]:
+        """Return the needed tensors, and those of the optional ones that are there. Raises when one is missing."""
+        missing = [name for name in needed if name not in self.names]
+        if missing:
+            there = ", ".join(self.names[:9]) or "no tensors"
+            raise self.error(f"{self.path} has {there}; it also needs {', '.join(missing)}")
+        return {name: self.read(name) for name in (*needed, *(name for name in optional if name in self.names))}
+
+    def _identity(self) -> tuple[int, int]:
+        now = os.fstat(self.opened.fileno())
+        return now.st_size, now.st_mtime_ns
+
+
+def checksum_of(tensor: Tensor) -> str:
+    """Return the CRC-32 of the bytes of a tensor, as 8 hexadecimal digits."""
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{zlib.crc32(data):08x}"
+
+
+# ---- writing ----
+
+
+@contextmanager
+def write_whole(path: str | Path, error: Error = FileError, *, sync: bool = True) -> Iterator[Path]:
+    """Yield a new file beside `path` that takes its place in the end, or disappears with what failed.
+
+    Folders above it are made. With `sync` it outlives a power cut that comes after. An older file keeps its
+    permissions; a link stays one, and what it points to is written. Raises OSError, and `error` where there is a
+    folder, pipe or device.
+    """
+    path = expand_path(path, error)
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    refuse_strange(target, None, error)
+    if target.exists() and not os.access(target, os.W_OK):
+        raise PermissionError(errno.EACCES, "this file may not be written", str(target))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new = target.with_name(f".glmlens-{uuid.uuid4().hex}.new")
+    os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    try:
+        mode = stat.S_IMODE((target if target.exists() else new).stat().st_mode)
+        yield new
+        with suppress(OSError):  # where a file system knows no permissions
+            new.chmod(mode)  # safetensors, for one, makes files that nobody else may read
+        if sync:
+            sync_path(new)
+        os.replace(new, target)
+    finally:
+        new.unlink(missing_ok=True)
+    if sync:
+        sync_path(target.parent)
+
+
+def sync_path(path: Path) -> None:
+    """Wait until a file or folder is on the disk, as far as its file system can say."""
+    with suppress(OSError):
+        opened = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+def write_bytes(path: str | Path, data: bytes, error: Error = FileError) -> None:
+    """Write a file, whole or not at all."""
+    with write_whole(path, error) as new:
+        new.write_bytes(data)
+
+
+def dump_json(content: Mapping[str, Any], indent: int | None = 1) -> bytes:
+    """Return an object as JSON in UTF-8."""
+    try:
+        return (json.dumps(content, indent=indent, ensure_ascii=False) + "\n").encode("utf-8")
+    except UnicodeEncodeError:  # half a character, which only an escape can write
+        return (json.dumps(content, indent=indent) + "\n").encode("utf-8")
+
+
+def write_json(path: str | Path, content: Mapping[str, Any], error: Error = FileError, indent: int | None = 1) -> None:
+    """Write an object as JSON, whole or not at all. Raises `error` for more than `read_json` would read again."""
+    data = dump_json(content, indent)
+    if len(data) > MOST_JSON or data.count(b",") > MOST_VALUES:
+        raise error(
+            f"{path}: {len(data):,} bytes; {MOST_JSON:,} at most, with {MOST_VALUES:,} values, could be read again: "
+            f"save less in one file"
+        )
+    write_bytes(path, data, error)
+
+
+def write_tensors(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    error: Error = FileError,
+    *,
+    sync: bool = True,
+) -> str:
+    """Write tensors and their checksums as safetensors, whole or not at all; return the file's `TensorFile.header`."""
+    alone = own_memory(tensors)
+    checksums = " ".join(checksum_of(alone[name]) for name in sorted(alone))
+    with write_whole(path, error, sync=sync) as new:
+        save_file(alone, new, {**(metadata or {}), CHECKSUMS: checksums})
+        with new.open("rb") as start:
+            size = start.read(8)
+            header = start.read(int.from_bytes(size, "little"))
+        if len(header) > MOST_HEADER:
+            raise error(f"{path}: {len(alone):,} tensors are more than could be read again: save less in one file")
+    return sha256(size + header).hexdigest()
+
+
+def own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors on the CPU, each in memory of its own: safetensors writes none that share it."""
+    alone: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, x in tensors.items():
+        x = x.detach().cpu().contiguous()
+        shares = x.untyped_storage().nbytes() != x.nbytes or x.data_ptr() in taken
+        alone[name] = x.clone() if shares else x
+        taken.add(alone[name].data_ptr())
+    return alone
+
+
+# ---- locking ----
+
+
+@contextmanager
+def lock_folder(folder: Path, what: str, error: Error = FileError) -> Iterator[None]:
+    """Keep a folder, which must exist, from others that lock it, in this process or another, on this machine or not.
+
+    The lock ends with the process that holds it, however that ends. Raises `error` that says who holds it. On a file
+    system without locks there is a warning instead.
+    """
+    path = folder / LOCK
+    file = take_lock(path, what, error)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is held: whoever waits for this file sees that its name is gone
+        os.close(file)
+
+
+def take_lock(path: Path, what: str, error: Error) -> int:
+    """Return the open file that holds the lock."""
+    flags = os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    while True:
+        refuse_strange(path, None, error)
+        file = os.open(path, flags, 0o666)
+        try:
+            lock_file(file, path, what, error)
+            if path.exists() and path.stat().st_ino == os.fstat(file).st_ino:
+                os.ftruncate(file, 0)
+                os.write(file, dump_json({"host": socket.gethostname(), "pid": os.getpid(), "since": time.ctime()}))
+                return file
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)  # the one before has just ended and taken the name with it: begin again
+
+
+def lock_file(file: int, path: Path, what: str, error: Error) -> None:
+    """Lock an open file, or raise `error` that says who has locked it."""
+    try:
+        if fcntl is None:
+            raise OSError(errno.ENOSYS, "no locks on this system")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this opened file: another thread is kept out too
+    except OSError as e:
+        if e.errno in NO_LOCKS:
+            warnings.warn(
+                f"{path.parent}: this file system keeps no locks ({e.strerror}): make sure that nothing else writes "
+                f"{what} there",
+                stacklevel=5,
+            )
+            return
+        if e.errno not in (errno.EAGAIN, errno.EACCES):
+            raise
+        raise error(
+            f"{path.parent}: {holder_of(path)} is writing {what} there: wait until it ends, or give another folder"
+        ) from e
+
+
+def holder_of(path: Path) -> str:
+    """Return in words who says in a lock's file that it holds it."""
+    try:
+        said = read_json(path, 10_000)
+        here = said["host"] == socket.gethostname()
+        me = ", this one," if here and said["pid"] == os.getpid() else ""
+        return f"process {int(said['pid'])}{me} on {str(said['host'])[:80]} (since {str(said['since'])[:40]})"
+    except (OSError, ValueError, LookupError, TypeError):
+        return "another process"
