@@ -1,8 +1,6 @@
 """Recordings: labelled activations, what follows from them, and both on disk."""
 
 import html
-import json
-import os
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,18 +10,27 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Int
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from glmlens.derive import Origin, barred, derive, follows
 from glmlens.hooks import HookError, axes_of, local_name
 from glmlens.model import GLM
+from glmlens.storage import (
+    FileError,
+    TensorFile,
+    expand_path,
+    field_of,
+    list_of,
+    lock_folder,
+    read_json,
+    write_json,
+    write_tensors,
+)
 from glmlens.tables import size, spans, table
 from glmlens.tokenizer import Tokenizer
 
 Value = Tensor | list[Tensor]
-MANIFEST, VALUES = "manifest.json", "activations.safetensors"
+MANIFEST, VALUES, FORMAT = "manifest.json", "activations.safetensors", "glmlens.Activations 2"
 
 
 class NotRecorded(HookError, KeyError):
@@ -234,7 +241,7 @@ class Activations(Mapping[str, Any]):
             key_positions=of.key_positions[i : i + 1, keys],
             named=named,
         )
-        if any(isinstance(value, list) for value in self.stored.values()):
+        if any(isinstance(self._outline(name), list) for name in self.stored):
             raise HookError("this recording has a tensor per step at kv.k and kv.v: rows of it cannot be taken")
         values = {name: cut(name, x[i : i + 1]) for name, x in self.stored.items()}
         return Activations(values, self.names, mine, self._gradients and self._gradients.row(i))
@@ -275,6 +282,8 @@ class Activations(Mapping[str, Any]):
     @property
     def bytes(self) -> int:
         """What is held for it: what is derived weighs nothing, what is shared weighs once."""
+        if isinstance(self.stored, Lazy):
+            return sum(x.nbytes for x in tensors({name: self.stored.outline(name) for name in self.stored}))
         held = {(x.untyped_storage().data_ptr(), x.storage_offset(), x.nbytes): x.nbytes for x in tensors(self.stored)}
         return sum(held.values())
 
@@ -285,28 +294,30 @@ class Activations(Mapping[str, Any]):
 
         Raises FileExistsError when there is a recording already.
         """
-        folder = Path(folder)
-        if (folder / MANIFEST).exists():
-            raise FileExistsError(f"{folder} holds a recording already: give another folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        of = self._of()
+        folder, of = expand_path(folder), self._of()
         flat = {
-            f"{name}@{i}" if isinstance(value, list) else name: x.detach().contiguous()
+            f"{name}@{i}" if isinstance(value, list) else name: x
             for name, value in self.stored.items()
             for i, x in enumerate(value if isinstance(value, list) else [value])
         }
         places = {"positions": of.positions, "key_positions": of.key_positions, "tokens": of.tokens}
-        flat |= {f"of.{name}": x.contiguous() for name, x in places.items() if x is not None}
+        flat |= {f"of.{name}": x for name, x in places.items() if x is not None}
         manifest = {
-            "format": "glmlens.Activations 1", "model": of.model_hash(), "edited": sorted(of.edited),
+            "format": FORMAT, "model": of.model_hash(), "edited": sorted(of.edited),
             "tokenizer": of.tokenizer.fingerprint() if of.tokenizer else "none", "names": self.names,
             "past_entries": of.past_entries, "by_steps": of.by_steps,
         }  # fmt: skip
-        save_file({name: x.clone() for name, x in flat.items()}, folder / f"{VALUES}.new")
-        os.replace(folder / f"{VALUES}.new", folder / VALUES)
-        (folder / f"{MANIFEST}.new").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        os.replace(folder / f"{MANIFEST}.new", folder / MANIFEST)
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock_folder(folder, "a recording"):
+            if (folder / MANIFEST).exists():
+                raise FileExistsError(f"{folder} holds a recording already: give another folder")
+            # The manifest comes last and knows the values' header: without it, or with another's, they are none.
+            write_json(folder / MANIFEST, {**manifest, "values": write_tensors(folder / VALUES, flat)})
         return folder
+
+    def _outline(self, name: str) -> Value:
+        """What is stored at a point, of which only shapes, dtypes and bytes are asked: nothing is read for that."""
+        return self.stored.outline(name) if isinstance(self.stored, Lazy) else self.stored[name]
 
     # ---- showing ----
 
@@ -329,7 +340,7 @@ class Activations(Mapping[str, Any]):
             lines.setdefault(local_name(name), []).append(name)
         out = []
         for local, names in lines.items():
-            layers, held = self.layers(local), [self.stored[name] for name in names if name in self.stored]
+            layers, held = self.layers(local), [self._outline(name) for name in names if name in self.stored]
             which = f"blocks.{spans(layers)}.{local}" if layers else local
             weight = size(sum(x.nbytes for v in held for x in (v if isinstance(v, list) else [v])))
             first = held[0] if held else self[names[0]]
@@ -383,17 +394,27 @@ class Lazy(Mapping[str, Value]):
     """The values in a recording's file, each read when it is asked for."""
 
     def __init__(self, path: Path):
-        self.file = safe_open(path, framework="pt")
+        self.file = TensorFile(path)
         self.parts: dict[str, list[str]] = {}
-        for key in self.file.keys():  # noqa: SIM118 - no mapping
+        for key in self.file.names:
+            name, _, step = key.partition("@")
+            if step and not step.isdecimal():
+                raise FileError(f"{path}: {key!r:.80} is no point of a recording")
             if not key.startswith("of."):
-                self.parts.setdefault(key.split("@")[0], []).append(key)
+                self.parts.setdefault(name, []).append(key)
 
     def __getitem__(self, name: str) -> Value:
+        return self._collect(name, self.file.read)
+
+    def outline(self, name: str) -> Value:
+        """The value on the meta device: its shapes and dtype, unread."""
+        return self._collect(name, self.file.outline)
+
+    def _collect(self, name: str, read: Callable[[str], Tensor]) -> Value:
         keys = self.parts[name]
         if keys == [name]:
-            return self.file.get_tensor(name)
-        return [self.file.get_tensor(key) for key in sorted(keys, key=lambda key: int(key.split("@")[1]))]
+            return read(name)
+        return [read(key) for key in sorted(keys, key=lambda key: int(key.partition("@")[2] or -1))]
 
     def __contains__(self, name: object) -> bool:
         return name in self.parts
@@ -409,24 +430,52 @@ def load_activations(folder: str | Path, lens: Any = None) -> Activations:
     """The recording that `acts.save(folder)` wrote, read piece by piece as it is asked for.
 
     With the lens that it was recorded from, what follows from it is computed as before and texts are found. Raises
-    FileNotFoundError, and ValueError for a lens with another model or tokenizer.
+    FileNotFoundError, FileError for files that are not as they were saved, and ValueError for a lens with another model
+    or tokenizer.
     """
-    folder = Path(folder)
-    if not (folder / MANIFEST).exists():
-        raise FileNotFoundError(f"{folder} holds no whole recording: there is no {MANIFEST}")
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    if manifest.get("format") != "glmlens.Activations 1":
-        raise ValueError(f"{folder} is {manifest.get('format')!r}, not a recording that acts.save wrote")
+    folder = expand_path(folder)
+    path = folder / MANIFEST
+    try:
+        manifest = read_json(path)
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"{folder} holds no whole recording: there is no {MANIFEST}") from e
+    if manifest.get("format") != FORMAT:
+        raise FileError(
+            f"{folder} is {manifest.get('format')!r:.80}, not a recording that acts.save wrote ({FORMAT!r})"
+        )
+    where = str(path)
+    hashes = {what: field_of(manifest, what, str, where) for what in ("model", "tokenizer")}
     if lens is not None:
         for what, found in (("model", lens.model_hash), ("tokenizer", lens.tokenizer_hash)):
-            if found != manifest[what]:
-                raise ValueError(f"{folder} was recorded with {what} {manifest[what]}; this lens has {found}")
+            if found != hashes[what]:
+                raise ValueError(f"{folder} was recorded with {what} {hashes[what]}; this lens has {found}")
+    names, edited = (list_of(manifest, what, str, where) for what in ("names", "edited"))
+    flags = {what: field_of(manifest, what, bool, where) for what in ("past_entries", "by_steps")}
     values = Lazy(folder / VALUES)
-    places = {name: values.file.get_tensor(f"of.{name}") for name in ("positions", "key_positions")}
-    tokens = values.file.get_tensor("of.tokens") if "of.tokens" in values.file.keys() else None  # noqa: SIM118
+    if values.file.header != field_of(manifest, "values", str, where):
+        raise FileError(f"{folder / VALUES} is not the file that {MANIFEST} was written with: record again")
+    places = values.file.read_all("a recording", ("of.positions", "of.key_positions"), ("of.tokens",))
+    refuse_other_shapes(folder, names, values, places)
     of = Of(
-        tokens, **places, model=lens and lens.model, model_hash=lambda: manifest["model"],
-        tokenizer=lens and lens.tokenizer, edited=frozenset(manifest["edited"]),
-        past_entries=manifest["past_entries"], by_steps=manifest["by_steps"],
+        places.get("of.tokens"), places["of.positions"], places["of.key_positions"], model=lens and lens.model,
+        model_hash=lambda: hashes["model"], tokenizer=lens and lens.tokenizer, edited=frozenset(edited), **flags,
     )  # fmt: skip
-    return Activations(values, manifest["names"], of)
+    return Activations(values, names, of)
+
+
+def refuse_other_shapes(folder: Path, names: Sequence[str], values: Lazy, places: Mapping[str, Tensor]) -> None:
+    """Raise FileError unless points, positions and shapes of a recording in a folder are those of one run."""
+    positions = places["of.positions"]
+    for name, x in places.items():
+        along = x.shape if name == "of.key_positions" else positions.shape
+        if x.dtype != torch.long or x.ndim != 2 or len(x) != len(positions) or x.shape != along:
+            raise FileError(f"{folder / VALUES}: {name} is {x.dtype} {tuple(x.shape)}: not the positions of a run")
+    for name in (*names, *values):
+        try:
+            axes = axes_of(name)
+        except (LookupError, ValueError) as e:
+            raise FileError(f"{folder}: {name!r:.80} is no point of a model") from e
+        for key in values.parts.get(name, ()):
+            shape = values.file.shape(key)
+            if len(shape) != len(axes) or shape[0] != len(positions):
+                raise FileError(f"{folder / VALUES}: {key} is {shape}; expected {' '.join(axes)}")

@@ -9,6 +9,7 @@ from glmlens import lab
 from glmlens.config import CheckpointError
 from glmlens.demo import story
 from glmlens.lens import load
+from glmlens.storage import FileError, expand_path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args.options = given[end + 1 :]
     try:
         args.run(args)
-    except (CheckpointError, lab.LabError) as e:
+    except (CheckpointError, FileError, lab.LabError) as e:
         print(f"glmlens: {e}", file=sys.stderr)
         return 2
     return 0
@@ -41,17 +42,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def demo(args: argparse.Namespace) -> None:
     """Tell what a model says to a prompt, where that comes from, and what changing it does."""
+    out = None if args.out is None else make_folder(args.out)
     lens = load(args.model, dtype=None if args.model else "float32")
     if lens.tokenizer is None and args.prompt != story.PROMPT:
         raise CheckpointError(f"{args.model}: without a tokenizer there is nothing to read --prompt with")
-    path = story.tell(lens, args.prompt, args.out)
+    path = story.tell(lens, args.prompt, out)
     print(f"the report, with its figures: {path}")
     print("to go on, with the course and the benches: pip install jupyterlab && glmlens lab my-folder")
+
+
+def make_folder(path: Path) -> Path:
+    """Return a folder that is there, made if it was not. Raises FileError before anything is computed for it."""
+    path = expand_path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise FileError(f"{path}: {e.strerror or e}; give another folder") from e
+    return path
 
 
 def open_lab(args: argparse.Namespace) -> None:
     """Copy the tutorials and notebooks to a folder, and start JupyterLab there."""
     done = lab.copy(args.folder)
-    print(f"{args.folder.resolve()}: {done}", flush=True)
+    print(f"{expand_path(args.folder).resolve()}: {done}", flush=True)
     if not args.copy_only:
         lab.start(args.folder, browser=args.browser, port=args.port, options=args.options)

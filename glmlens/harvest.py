@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,15 +10,24 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from glmlens.activations import Activations
 from glmlens.hooks import HookError, axes_of, local_name, resolve
+from glmlens.storage import (
+    FileError,
+    TensorFile,
+    expand_path,
+    field_of,
+    list_of,
+    lock_folder,
+    read_json,
+    write_json,
+    write_tensors,
+)
 
-MANIFEST = "harvest.json"
+MANIFEST, FORMAT = "harvest.json", "glmlens.Harvest 2"
 
 
 @runtime_checkable
@@ -52,19 +60,19 @@ class Harvest:
         return sum(shard["tokens"] for shard in self.manifest["shards"])
 
     def __getitem__(self, key: str | tuple[str, int]) -> Tensor:
-        return torch.cat(list(self.shards(self._name(key)))) if len(self) else torch.empty(0)
+        return self._joined(self._name(key))
 
     @property
     def tokens(self) -> Int[Tensor, "token"]:
-        return torch.cat(list(self.shards("of.tokens")))
+        return self._joined("of.tokens")
 
     @property
     def positions(self) -> Int[Tensor, "token"]:
-        return torch.cat(list(self.shards("of.positions")))
+        return self._joined("of.positions")
 
     @property
     def prompts(self) -> Int[Tensor, "token"]:
-        return torch.cat(list(self.shards("of.prompts")))
+        return self._joined("of.prompts")
 
     def batches(self, key: str | tuple[str, int], size: int = 4096) -> Iterator[Tensor]:
         """The rows in order, `size` at a time, with no more than a shard in memory."""
@@ -72,9 +80,23 @@ class Harvest:
             yield from shard.split(size)
 
     def shards(self, name: str) -> Iterator[Tensor]:
+        """What each shard has of one point. Raises FileError for a shard that is not the one that was written."""
         for shard in self.manifest["shards"]:
-            with safe_open(self.folder / shard["file"], framework="pt") as file:
-                yield file.get_tensor(name)
+            file = open_shard(self.folder, shard)
+            rows = file.read(name)
+            if len(rows) != shard["tokens"]:
+                raise FileError(f"{file.path}: {name!r} has {len(rows):,} rows; expected {shard['tokens']:,}")
+            yield rows
+
+    def _joined(self, name: str) -> Tensor:
+        """The rows of all shards, each copied into its place: no more than one shard is in memory beside them."""
+        joined, begin = torch.empty(0, dtype=torch.long if name.startswith("of.") else torch.float32), 0
+        for rows in self.shards(name):
+            if not begin:
+                joined = rows.new_empty(len(self), *rows.shape[1:])
+            joined[begin : begin + len(rows)] = rows
+            begin += len(rows)
+        return joined
 
     def _name(self, key: str | tuple[str, int]) -> str:
         name = f"blocks.{key[1]}.{key[0]}" if isinstance(key, tuple) else key
@@ -89,11 +111,55 @@ class Harvest:
 
 
 def load_harvest(folder: str | Path) -> Harvest:
-    """The harvest in a folder, finished or not. Raises FileNotFoundError."""
-    folder = Path(folder)
-    if not (folder / MANIFEST).exists():
-        raise FileNotFoundError(f"{folder} holds no harvest: there is no {MANIFEST}")
-    return Harvest(folder, json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+    """The harvest in a folder, finished or not.
+
+    Raises FileNotFoundError, and FileError for files that are not as they were written.
+    """
+    folder = expand_path(folder)
+    try:
+        manifest = read_manifest(folder)
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"{folder} holds no harvest: there is no {MANIFEST}") from e
+    return Harvest(folder, manifest)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest in a folder once its every field is as `harvest` writes it."""
+    manifest = read_json(folder / MANIFEST)
+    where = str(folder / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise FileError(f"{where}: expected {FORMAT!r}, found {manifest.get('format')!r:.80}: harvest again")
+    field_of(manifest, "model", str, where)
+    field_of(manifest, "tokenizer", str, where)
+    field_of(manifest, "done", bool, where)
+    list_of(manifest, "names", str, where)
+    counted = 0
+    for number, shard in enumerate(list_of(manifest, "shards", dict, where)):
+        if shard.get("file") != name_shard(number):  # and so no path out of this folder
+            raise FileError(f"{where}: expected {name_shard(number)!r} as a shard, found {shard.get('file')!r:.80}")
+        field_of(shard, "tokens", int, where)
+        field_of(shard, "texts", str, where)
+        field_of(shard, "header", str, where)
+        counted += field_of(shard, "prompts", int, where)
+    if counted != field_of(manifest, "prompts", int, where):
+        raise FileError(f"{where}: {manifest['prompts']:,} prompts in all; its shards have {counted:,}")
+    return manifest
+
+
+def name_shard(number: int) -> str:
+    return f"shard-{number:05}.safetensors"
+
+
+def open_shard(folder: Path, shard: Mapping[str, Any]) -> TensorFile:
+    """Open a shard. Raises FileError unless it is the file that its line in the manifest was written for."""
+    path = folder / shard["file"]
+    try:
+        file = TensorFile(path)
+    except FileNotFoundError as e:
+        raise FileError(f"{path}: not found, though {MANIFEST} names it: bring it back, or harvest again") from e
+    if file.header != shard["header"]:
+        raise FileError(f"{path} is not the shard that {MANIFEST} was written with: bring that back, or harvest again")
+    return file
 
 
 @dataclass
@@ -121,12 +187,10 @@ class Shard:
 
     def write(self, folder: Path, number: int) -> dict[str, Any]:
         """Write the shard, whole or not at all; its line in the manifest."""
-        file = f"shard-{number:05}.safetensors"
-        save_file(
-            {name: torch.cat([part[name] for part in self.parts]) for name in self.parts[0]}, folder / f"{file}.new"
-        )
-        os.replace(folder / f"{file}.new", folder / file)
-        return {"file": file, "tokens": self.tokens, "prompts": self.prompts, "texts": self.texts.hexdigest()}
+        rows = {name: torch.cat([part[name] for part in self.parts]) for name in self.parts[0]}
+        header = write_tensors(folder / name_shard(number), rows)
+        counts = {"tokens": self.tokens, "prompts": self.prompts}
+        return {"file": name_shard(number), **counts, "texts": self.texts.hexdigest(), "header": header}
 
 
 def said(prompt: Any) -> bytes:
@@ -149,44 +213,49 @@ def harvest(
     Every prompt is a text, a chat or a row of token ids; `hashes` tell the model and tokenizer from others. Memory
     holds one batch and one shard. A shard is written whole, then said in the manifest: killed at any moment, the same
     call goes on after the last shard, nothing lost and nothing twice. Interrupting writes what there is and returns it.
-    Raises HookError for a point without a row per token, and ValueError when `out` holds the harvest of another model,
-    tokenizer, set of points or prompts.
+    The folder is locked meanwhile. Raises HookError for a point without a row per token, and ValueError when `out`
+    holds the harvest of another model, tokenizer, set of points or prompts, or files that are not as they were written,
+    or when another harvest is under way there.
     """
-    folder, points = Path(out), resolve(names, [point.name for point in lens.points()])
+    folder, points = expand_path(out), resolve(names, [point.name for point in lens.points()])
     for name in points:
         if "pos" not in axes_of(name) or local_name(name) in ("kv.k", "kv.v"):
             raise HookError(f"{name!r} has no row per token ({' '.join(axes_of(name))}): it cannot be harvested")
-    manifest = begun(folder, hashes, points)
-    left = unseen(iter(prompts), manifest["shards"], folder)
-    shard = Shard(points)
-    with tqdm(initial=manifest["prompts"], unit=" prompts", desc="harvesting") as bar:
-        try:
-            while chunk := list(itertools.islice(left, batch)):
-                _, acts = lens.run_with_cache(chunk, points, logits=False)
-                shard.add(acts, chunk, manifest["prompts"] + shard.prompts)
-                bar.update(len(chunk))
-                if shard.tokens >= shard_tokens:
-                    close(folder, manifest, shard)
-                    shard = Shard(points)
-            manifest["done"] = True
-        except KeyboardInterrupt:
-            pass
-        close(folder, manifest, shard)
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock_folder(folder, "a harvest"):
+        manifest = begun(folder, hashes, points)
+        left = unseen(iter(prompts), manifest["shards"], folder)
+        shard = Shard(points)
+        with tqdm(initial=manifest["prompts"], unit=" prompts", desc="harvesting") as bar:
+            try:
+                while chunk := list(itertools.islice(left, batch)):
+                    _, acts = lens.run_with_cache(chunk, points, logits=False)
+                    shard.add(acts, chunk, manifest["prompts"] + shard.prompts)
+                    bar.update(len(chunk))
+                    if shard.tokens >= shard_tokens:
+                        close(folder, manifest, shard)
+                        shard = Shard(points)
+                manifest["done"] = True
+            except KeyboardInterrupt:
+                pass
+            close(folder, manifest, shard)
     return Harvest(folder, manifest)
 
 
 def begun(folder: Path, hashes: Mapping[str, str], points: list[str]) -> dict[str, Any]:
     """The manifest to go on from: the one in the folder if it is of the same model and points, or a new one."""
-    mine = {"format": "glmlens.Harvest 1", **hashes, "names": points}
-    if not (folder / MANIFEST).exists():
-        folder.mkdir(parents=True, exist_ok=True)
+    mine = {"format": FORMAT, **hashes, "names": points}
+    try:
+        found = read_manifest(folder)
+    except FileNotFoundError:
         return {**mine, "prompts": 0, "done": False, "shards": []}
-    found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     for what, asked in mine.items():
         if found.get(what) != asked:
             raise ValueError(
                 f"{folder} is a harvest with {what} {found.get(what)!r}, not {asked!r}: give another folder"
             )
+    for shard in found["shards"]:
+        open_shard(folder, shard)
     return {**found, "done": False}
 
 
@@ -205,8 +274,18 @@ def unseen(prompts: Iterator[Any], shards: list[dict[str, Any]], folder: Path) -
 
 def close(folder: Path, manifest: dict[str, Any], shard: Shard) -> None:
     """Write the shard if it holds anything, and then the manifest that says so."""
+    refuse_another(folder, manifest)
     if shard.parts:
         manifest["shards"] = [*manifest["shards"], shard.write(folder, len(manifest["shards"]))]
         manifest["prompts"] += shard.prompts
-    (folder / f"{MANIFEST}.new").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    os.replace(folder / f"{MANIFEST}.new", folder / MANIFEST)
+    write_json(folder / MANIFEST, manifest)
+
+
+def refuse_another(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise FileError if the manifest on disk is not the one that was read or written last.
+
+    The lock keeps others out; this notices them on file systems that keep no locks.
+    """
+    there = read_manifest(folder)["shards"] if os.path.lexists(folder / MANIFEST) else []
+    if there != manifest["shards"]:
+        raise FileError(f"{folder}: something else wrote {MANIFEST} meanwhile: nothing more is written there")

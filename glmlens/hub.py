@@ -1,6 +1,5 @@
 """From a folder's path or a hub id to a local folder with a checkpoint: only what a GLM is read from is downloaded."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from tqdm import tqdm
 
 from glmlens.config import CheckpointError
+from glmlens.storage import expand_path, read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SMALL = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"]
@@ -19,7 +19,7 @@ def find(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
 
     Raises CheckpointError when there is no such folder, or when the hub does not give it.
     """
-    folder, name = Path(path_or_hub_id).expanduser(), str(path_or_hub_id)
+    folder, name = expand_path(path_or_hub_id, CheckpointError), str(path_or_hub_id)
     if folder.is_dir() and revision is not None:
         raise CheckpointError(f"{folder}: a folder has no revision {revision!r}; only a hub id has")
     if folder.is_dir():
@@ -105,9 +105,9 @@ def weights_in(files: Iterable[str], name: str) -> list[str]:
 def shards(index: Path, files: Iterable[str]) -> list[str]:
     """The files that an index names, those that the repository has; of the others loading will complain."""
     try:
-        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        named = read_json(index, error=CheckpointError)["weight_map"].values()
         return sorted({file for file in named if file in files and file.endswith(".safetensors")})
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as e:
+    except (OSError, LookupError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{index}: expected a weight_map from tensor names to files: {e}") from e
 
 

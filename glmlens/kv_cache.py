@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from glmlens.config import GLMConfig
+from glmlens.storage import FileError, TensorFile, expand_path, write_tensors
 from glmlens.tables import size
 
 OF_ENTRIES = ("positions", "tokens", "calls")  # what a cache knows of every entry of a row
+FORMAT = "glmlens.KVCache"
 
 
 @dataclass(eq=False, repr=False)
@@ -106,19 +106,29 @@ class KVCache:
         self.length = length
 
     def save(self, path: str | Path) -> None:
-        """Write the entries to one safetensors file."""
+        """Write the entries to one safetensors file, whole or not at all."""
         kept = {"keys": self.keys[:, :, : self.length], "values": self.values[:, :, : self.length]}
         kept |= {name: getattr(self, name)[:, : self.length] for name in OF_ENTRIES}
-        save_file({name: t.contiguous() for name, t in kept.items()}, path, {"format": "glmlens.KVCache"})
+        write_tensors(path, kept, {"format": FORMAT})
 
     @staticmethod
     def load(path: str | Path, device: torch.device | str = "cpu") -> "KVCache":
-        """The cache that `save` wrote."""
-        with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("format") != "glmlens.KVCache":
-                raise ValueError(f"{path} is not a KV cache that glmlens saved")
-            parts = {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}  # noqa: SIM118
-        return KVCache(**parts, length=parts["positions"].shape[1])
+        """The cache that `save` wrote. Raises FileNotFoundError, and FileError for a file that is not such a cache."""
+        file = TensorFile(expand_path(path))
+        file.expect_format(FORMAT, "is not a KV cache")
+        parts = file.read_all("a cache", ("keys", "values", "positions"), ("tokens", "calls"))
+        keys, length = parts["keys"], parts["positions"].shape[-1]
+        shapes = {"keys": tuple(keys.shape), "values": tuple(keys.shape)}
+        shapes |= dict.fromkeys(OF_ENTRIES, (keys.shape[1], length) if keys.ndim == 5 else ())
+        for name, x in parts.items():
+            dtype = keys.dtype if name in ("keys", "values") else torch.long
+            if keys.ndim != 5 or keys.shape[2] != length or not keys.is_floating_point():
+                raise FileError(f"{path}: keys of {keys.dtype} {tuple(keys.shape)} for {length} positions: no KV cache")
+            if tuple(x.shape) != shapes[name] or x.dtype != dtype:
+                raise FileError(
+                    f"{path}: {name}: expected {dtype} {shapes[name]}, found {x.dtype} {tuple(x.shape)}: no KV cache"
+                )
+        return KVCache(**{name: x.to(device) for name, x in parts.items()}, length=length)
 
     def fits(self, cfg: GLMConfig, x: Tensor) -> None:
         """Raise ValueError unless this cache can hold what such a model computes from x [batch, pos, model]."""

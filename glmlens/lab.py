@@ -1,7 +1,6 @@
 """What `glmlens lab` does: the course and the benches in a folder of your own, and JupyterLab there."""
 
 import hashlib
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -9,10 +8,13 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
+from glmlens.storage import FileError, dump_json, expand_path, read_json, write_bytes
+
 INSIDE = Path(__file__).parent / "lab_files"  # in a wheel; a checkout has them beside the package
 PARTS = ("tutorials", "notebooks")
 SUFFIXES = (".ipynb", ".md", ".png")
 MANIFEST = ".glmlens-lab.json"
+MOST_BYTES = 64_000_000  # of a file that may be one of the copies
 
 
 class LabError(Exception):
@@ -50,7 +52,7 @@ def copy(folder: Path) -> Copied:
 
     A manifest in the folder knows what was copied. Raises LabError where nothing can be written.
     """
-    done = Copied()
+    folder, done = expand_path(folder, LabError), Copied()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         known = manifest(folder / MANIFEST)
@@ -59,7 +61,9 @@ def copy(folder: Path) -> Copied:
             getattr(done, put(folder / name, data, known.get(name))).append(name)
             if name not in done.kept:
                 known[name] = digest(data)
-        write(folder / MANIFEST, json.dumps({"files": known}, indent=1).encode())
+        write_bytes(folder / MANIFEST, dump_json({"files": known}))
+    except FileError as e:
+        raise LabError(f"{e}; give another folder: glmlens lab FOLDER") from e
     except OSError as e:
         raise LabError(f"{folder}: {e.strerror or e}; give another folder: glmlens lab FOLDER") from e
     return done
@@ -68,34 +72,23 @@ def copy(folder: Path) -> Copied:
 def put(target: Path, data: bytes, known: str | None) -> str:
     """Write a file where there is none, or where there is what is known; what was done, in a word."""
     if not os.path.lexists(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write(target, data)
+        write_bytes(target, data)
         return "new"
-    if target.is_symlink() or not target.is_file():
+    if target.is_symlink() or not target.is_file() or target.stat().st_size > MOST_BYTES:
         return "kept"
     there = digest(target.read_bytes())
     if there == digest(data):
         return "same"
     if there != known:
         return "kept"
-    write(target, data)
+    write_bytes(target, data)  # whole or not at all: half a notebook would be taken for an edited one
     return "updated"
-
-
-def write(target: Path, data: bytes) -> None:
-    """Write a file whole or not at all: half a notebook would be taken for an edited one."""
-    half = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        half.write_bytes(data)
-        half.replace(target)
-    finally:
-        half.unlink(missing_ok=True)
 
 
 def manifest(path: Path) -> dict[str, str]:
     """What was copied to a folder, by name; nothing where that cannot be read, so that everything there is kept."""
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        files = read_json(path)["files"]
         return {str(name): str(known) for name, known in files.items()}
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return {}
@@ -112,7 +105,8 @@ def start(folder: Path, *, browser: bool = True, port: int | None = None, option
     """
     if find_spec("jupyterlab") is None:
         raise LabError(f'JupyterLab is not installed: pip install "jupyterlab>=4.4" (the files are in {folder})')
-    argv = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={folder.resolve()}"]
+    root = expand_path(folder, LabError).resolve()
+    argv = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={root}"]
     argv += [] if browser else ["--no-browser"]
     argv += [] if port is None else [f"--port={port}"]
     os.execv(sys.executable, [*argv, *options])

@@ -23,6 +23,7 @@ from glmlens.record import Plan, Recorder
 from glmlens.run import Going, Run
 from glmlens.running import Forward, Names, Running
 from glmlens.splice import Coder, splice_between
+from glmlens.storage import expand_path
 from glmlens.tokenizer import Tokenizer
 from glmlens.weights import Weights
 
@@ -361,7 +362,8 @@ class Lens(Running, Weights):
         """
         if self.device.type == "meta":
             raise ValueError("on the meta device there are no numbers to save: load on the CPU")
-        with saving.all_or_nothing(Path(folder).expanduser()) as new:
+        folder = expand_path(folder)
+        with saving.all_or_nothing(folder) as new:
             saving.write_json(new / "config.json", saving.config_json(self.model))
             stated = self.folder / "generation_config.json" if self.folder else new
             said = checkpoint.read_json(stated) if stated.is_file() else {}
@@ -370,7 +372,7 @@ class Lens(Running, Weights):
             if self.tokenizer is not None:
                 saving.write_tokenizer(new, self.tokenizer, self.folder)
             saving.write_weights(new, saving.tensors_of(self.model), shard_bytes)
-        return Path(folder).expanduser()
+        return folder
 
     def __repr__(self) -> str:
         c = self.cfg

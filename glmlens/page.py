@@ -6,6 +6,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from glmlens.storage import expand_path, write_bytes
+
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -35,7 +37,7 @@ def save_html(path: str | Path, title: str, parts: Sequence[Any], *, offline: bo
 
     A part is a Plotly figure, text (a line that begins with "# " is a heading), something that a notebook would show as
     HTML, or anything else with a repr. Text is shown as it is, never as markup. The file holds plotly.js (5 MB) once;
-    with `offline=False` it is fetched from the network when the file is opened.
+    with `offline=False` it is fetched from the network when the file is opened. It is written whole or not at all.
     """
     body: list[str] = []
     drawn = 0
@@ -45,9 +47,8 @@ def save_html(path: str | Path, title: str, parts: Sequence[Any], *, offline: bo
             drawn += 1
         else:
             body.append(block(part))
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(whole(PAGE.format(title=escape(title), body="\n".join(body))), encoding="utf-8")
+    path = expand_path(path)
+    write_bytes(path, whole(PAGE.format(title=escape(title), body="\n".join(body))).encode("utf-8"))
     return path
 
 

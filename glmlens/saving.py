@@ -4,7 +4,6 @@ What was opened as `chatglm`, `llama` or `qwen2` is a GLM by then, and is saved 
 numbers, with rows where a GLM has them.
 """
 
-import json
 import math
 import os
 import shutil
@@ -23,6 +22,7 @@ from torch import Tensor
 from glmlens.config import SCALINGS, GLMConfig
 from glmlens.formats import BASE, names_of
 from glmlens.model import GLM
+from glmlens.storage import dump_json, refuse_strange, sync_path
 from glmlens.tokenizer import PREFIX, Tokenizer
 
 SHARD = 5_000_000_000  # bytes of a file of weights
@@ -43,6 +43,8 @@ def all_or_nothing(folder: Path) -> Iterator[Path]:
     new.mkdir()
     try:
         yield new
+        for path in (*new.iterdir(), new):
+            sync_path(path)
         if folder.exists():
             folder.rmdir()
         os.replace(new, folder)
@@ -120,6 +122,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, source: Path | None) -> 
     """The files that the tokenizer came from, or where transformers could not read those, new ones."""
     if source is not None and (source / "tokenizer.json").exists():
         for name in TOKENIZER:
+            refuse_strange(source / name)
             if (source / name).exists():
                 shutil.copyfile(source / name, folder / name)
         return
@@ -134,4 +137,4 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, source: Path | None) -> 
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_bytes(dump_json(content, indent=2))

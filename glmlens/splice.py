@@ -7,11 +7,10 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from glmlens.hooks import Hook, HookError, Point, wanted
+from glmlens.storage import FileError, TensorFile, expand_path, write_tensors
 
 
 @runtime_checkable
@@ -46,24 +45,31 @@ class Dictionary:
         return features @ self.W_dec + self.b_dec
 
     def save(self, path: str | Path) -> None:
-        save_file({name: x.contiguous() for name, x in vars(self).items()}, path)
+        """Write the dictionary to one safetensors file, whole or not at all."""
+        write_tensors(path, vars(self))
 
     @staticmethod
     def load(path: str | Path, device: str | torch.device = "cpu") -> "Dictionary":
         """The dictionary in a safetensors file: W_enc, b_enc, W_dec, b_dec, and if it has them threshold and b_in.
 
-        Without b_in it is an autoencoder, which subtracts b_dec on the way in. Raises ValueError.
+        Without b_in it is an autoencoder, which subtracts b_dec on the way in. Raises FileNotFoundError, and FileError
+        for a file without these, or in shapes that do not fit together.
         """
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        missing = {"W_enc", "b_enc", "W_dec", "b_dec"} - set(found)
-        if missing:
-            raise ValueError(
-                f"{path} has {', '.join(sorted(found))}; a dictionary also needs {', '.join(sorted(missing))}"
-            )
-        threshold = found.get("threshold", torch.zeros_like(found["b_enc"]))
-        parts = {name: found[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
-        return Dictionary(**parts, b_in=found.get("b_in", found["b_dec"]), threshold=threshold)
+        file = TensorFile(expand_path(path))
+        found = file.read_all("a dictionary", ("W_enc", "b_enc", "W_dec", "b_dec"), ("threshold", "b_in"))
+        if found["W_enc"].ndim != 2:
+            raise FileError(f"{path}: W_enc is {tuple(found['W_enc'].shape)}; expected model feature")
+        model, feature = found["W_enc"].shape
+        expected = {"W_enc": (model, feature), "W_dec": (feature, model), "b_enc": (feature,), "threshold": (feature,)}
+        for name, x in found.items():
+            shape = expected.get(name, (model,))
+            one_for_all = name == "threshold" and x.numel() == 1
+            if not x.is_floating_point() or (tuple(x.shape) != shape and not one_for_all):
+                raise FileError(f"{path}: {name}: expected floats {shape}, found {x.dtype} {tuple(x.shape)}")
+        found = {name: x.to(device) for name, x in found.items()}
+        found.setdefault("threshold", torch.zeros_like(found["b_enc"]))
+        found.setdefault("b_in", found["b_dec"])
+        return Dictionary(**found)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,7 @@
 """Files on disk: read behind guards, written whole or not at all, folders locked against a second writer.
 
-Reading never waits (a pipe), never takes much more memory than what it returns (a device, a huge JSON) and unpickles
-nothing. What is wrong with a file is one error that names it, says what was found and what to do; `error=` is its class.
+Reading never waits (a pipe), never takes much more memory than what it returns (a device, a huge JSON), and unpickles
+nothing. What is wrong with a file is one error that names it and says what was found; `error=` is its class.
 """
 
 import errno
@@ -14,7 +14,7 @@ import time
 import uuid
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
@@ -126,21 +126,19 @@ def parse_json(text: str | bytes, where: str, most_values: int = MOST_VALUES, er
 def field_of(data: Mapping[str, Any], name: str, kind: type, where: str, error: Error = FileError) -> Any:
     """Return `data[name]`, which must be there and of this kind: bool, int (from 0), str, list or dict."""
     value = data.get(name)
-    if type(value) is not kind or (kind is int and value < 0):
+    if type(value) is not kind or (isinstance(value, int) and value < 0):
         raise error(f"{where}: expected {kind.__name__} as {name!r}, found {reprlib.repr(value)}")
     return value
 
 
 def list_of(data: Mapping[str, Any], name: str, kind: type, where: str, error: Error = FileError) -> list[Any]:
     """Return `data[name]`, which must be a list of this kind."""
-    return [
-        field_of({name: value}, name, kind, where, error) for value in field_of(data, name, list, where, error)
-    ]
+    return [field_of({name: value}, name, kind, where, error) for value in field_of(data, name, list, where, error)]
 
 
 @contextmanager
 def open_safetensors(path: Path, most_header: int = MOST_HEADER, error: Error = FileError) -> Iterator[Any]:
-    """Open a safetensors file, memory-mapped; what is wrong with it, also while it is read, is an error that names it."""
+    """Open a safetensors file, memory-mapped. What is wrong with it, also while it is read, is raised as `error`."""
     refuse_strange(path, None, error)
     try:
         with path.open("rb") as start:
@@ -166,10 +164,8 @@ class TensorFile:
         with open_safetensors(path, error=error):  # its size and header are checked
             pass
         self.path, self.error = path, error
-        self.opened = path.open("rb")
-        self.identity = self._identity()
-        size = self.opened.read(8)
-        self.header = sha256(size + self.opened.read(int.from_bytes(size, "little"))).hexdigest()
+        self.opened = path.stat()
+        self.header = hash_header(path)
         self.file = safe_open(path, framework="pt")
         self.names: list[str] = sorted(self.file.keys())
         self.metadata: dict[str, str] = self.file.metadata() or {}
@@ -190,13 +186,20 @@ class TensorFile:
         """Return the shape of a tensor, which is not read for that."""
         return tuple(self.file.get_slice(name).get_shape())
 
+    def outline(self, name: str) -> Tensor:
+        """Return a tensor of the same shape and dtype on the meta device: no number is read for that."""
+        return torch.empty_like(self.file.get_tensor(name), device="meta")
+
     def read(self, name: str) -> Tensor:
         """Return a copy of a tensor. Raises when the file is not as it was saved, or changed since it was opened."""
         if name not in self.names:
             raise self.error(f"{self.path}: there is no tensor {name!r}; there are {', '.join(self.names[:9])}")
-        # The file is memory-mapped: to touch what somebody has cut off since would end the process.
-        if self._identity() != self.identity:
-            raise self.error(f"{self.path} was changed after it was opened: load it again")
+        # The file is memory-mapped: to touch what somebody has cut off since would end the process. A file that was
+        # deleted or replaced does no harm: what is mapped is the old one.
+        with suppress(OSError):
+            now = self.path.stat()
+            if os.path.samestat(now, self.opened) and (now.st_size, now.st_mtime_ns) != self.opened_as:
+                raise self.error(f"{self.path} was changed after it was opened: load it again")
         try:
             tensor = self.file.get_tensor(name)
             checksum = checksum_of(tensor) if name in self.checksums else None
@@ -207,23 +210,34 @@ class TensorFile:
             raise self.error(f"{self.path}: tensor {name!r} is not as it was saved: make the file again")
         return copy
 
-    def read_all(self, needed: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Tensor]:
-        """Return the needed tensors, and those of the optional ones that are there. Raises when one is missing."""
-        missing = [name for name in needed if name not in self.names]
+    def read_all(self, what: str, needed: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Tensor]:
+        """Return the tensors that `what` needs, and those of the optional ones that are there.
+
+        Raises when one of the needed is missing.
+        """
+        missing = sorted(set(needed) - set(self.names))
         if missing:
             there = ", ".join(self.names[:9]) or "no tensors"
-            raise self.error(f"{self.path} has {there}; it also needs {', '.join(missing)}")
+            raise self.error(f"{self.path} has {there}; {what} also needs {', '.join(missing)}")
         return {name: self.read(name) for name in (*needed, *(name for name in optional if name in self.names))}
 
-    def _identity(self) -> tuple[int, int]:
-        now = os.fstat(self.opened.fileno())
-        return now.st_size, now.st_mtime_ns
+    @property
+    def opened_as(self) -> tuple[int, int]:
+        """The size and time of the file when it was opened."""
+        return self.opened.st_size, self.opened.st_mtime_ns
 
 
 def checksum_of(tensor: Tensor) -> str:
     """Return the CRC-32 of the bytes of a tensor, as 8 hexadecimal digits."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return f"{zlib.crc32(data):08x}"
+    return f"{zlib.crc32(data.data):08x}"
+
+
+def hash_header(path: Path) -> str:
+    """Return the SHA-256 of the header of a safetensors file, with the 8 bytes that say its length."""
+    with path.open("rb") as file:
+        size = file.read(8)
+        return sha256(size + file.read(int.from_bytes(size, "little"))).hexdigest()
 
 
 # ---- writing ----
@@ -307,12 +321,12 @@ def write_tensors(
     checksums = " ".join(checksum_of(alone[name]) for name in sorted(alone))
     with write_whole(path, error, sync=sync) as new:
         save_file(alone, new, {**(metadata or {}), CHECKSUMS: checksums})
-        with new.open("rb") as start:
-            size = start.read(8)
-            header = start.read(int.from_bytes(size, "little"))
-        if len(header) > MOST_HEADER:
+        with new.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        if header > MOST_HEADER:
             raise error(f"{path}: {len(alone):,} tensors are more than could be read again: save less in one file")
-    return sha256(size + header).hexdigest()
+        digest = hash_header(new)
+    return digest
 
 
 def own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -316,9 +316,11 @@ def memory(name):
         return next(int(line.split()[1]) << 10 for line in file if line.startswith(name))
 
 
-def case(seed, bases, folder):
+def case(seed, bases, scratch, run, ways, ours):
     draw = random.Random(seed)
-    base, way = draw.choice(bases), draw.choice(WAYS)
+    base = draw.choice(bases)
+    way = draw.choice(ways(base))
+    folder = scratch / base.name
     shutil.copytree(base, folder)
     way(draw, folder)
     yield {"seed": seed, "way": way.__name__, "base": base.name}
@@ -327,25 +329,28 @@ def case(seed, bases, folder):
     faulthandler.dump_traceback_later(SECONDS, exit=True)
     try:
         outcome = run(folder)
-    except OURS as e:
-        outcome = f"{type(e).__name__}: {e}"
     except BaseException as e:
-        outcome = f"NOT OURS: {type(e).__name__}: {e}"
+        outcome = f"{'' if ours(e, folder) else 'NOT OURS: '}{type(e).__name__}: {e}"
     faulthandler.cancel_dump_traceback_later()
     used = memory("VmHWM") - before
     yield {"outcome": outcome.encode("ascii", "backslashreplace").decode()[:600], "bytes": used,
            "seconds": round(time.perf_counter() - begin, 3)}  # fmt: skip
 
 
-def main():
+def is_ours(e, folder):
+    return isinstance(e, OURS)
+
+
+def main(run=run, ways=lambda base: WAYS, ours=is_ours):
     bases, seeds = sorted(Path(sys.argv[1]).iterdir()), range(int(sys.argv[2]), int(sys.argv[3]))
     for base in bases:
-        run(base)  # what a first run costs is no case's
+        with tempfile.TemporaryDirectory() as scratch:
+            run(shutil.copytree(base, Path(scratch) / base.name))  # what a first run costs is no case's
     most = memory("VmSize") + LIMIT
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     for seed in seeds:
         with tempfile.TemporaryDirectory() as scratch:
-            for line in case(seed, bases, Path(scratch) / "model"):
+            for line in case(seed, bases, Path(scratch), run, ways, ours):
                 print(json.dumps(line), flush=True)
 
 

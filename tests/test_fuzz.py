@@ -1,4 +1,4 @@
-"""Broken checkpoints: each ends in one of our errors or in a model that runs, never a hang, a crash or much memory."""
+"""Broken checkpoints and saved files: each ends in one of our errors or can be used; none hangs, crashes, is costly."""
 
 import json
 import os
@@ -13,7 +13,10 @@ from test_formats import as_chatglm, write_llama
 from test_loading import shard
 from test_text import tokenizer
 
+import glmlens
+
 FUZZ = Path(__file__).with_name("fuzz.py")
+SAVED = Path(__file__).with_name("fuzz_saved.py")
 MOST_BYTES = 200e6
 
 
@@ -38,10 +41,10 @@ def bases(tmp_path_factory):
     return root
 
 
-def cases(bases, first, last):
+def cases(script, bases, first, last):
     """What each case came to; one that ends the process is told of, and the next goes on in another."""
     while first < last:
-        command = [sys.executable, str(FUZZ), str(bases), str(first), str(last)]
+        command = [sys.executable, str(script), str(bases), str(first), str(last)]
         done = subprocess.run(command, env=os.environ | {"PYTHONPATH": PACKAGE}, capture_output=True, check=False)
         lines = [json.loads(line) for line in done.stdout.splitlines()]
         yield from (case | came for case, came in zip(lines[::2], lines[1::2], strict=False))
@@ -57,9 +60,30 @@ PACKAGE = str(FUZZ.parents[1])
 
 def test_every_broken_checkpoint_ends_in_one_of_our_errors_or_runs(bases, request):
     count = request.config.getoption("--fuzz")
-    found = list(cases(bases, 0, count))
+    found = list(cases(FUZZ, bases, 0, count))
     assert [case["seed"] for case in found] == list(range(count))
     bad = [case for case in found if case["outcome"].startswith("NOT OURS") or case["bytes"] > MOST_BYTES]
     assert not bad, "\n".join(map(json.dumps, bad))
     ran = Counter(case["outcome"] == "ran" for case in found)
     assert min(ran[True], ran[False]) > count / 10  # neither is everything refused nor is nothing broken
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """One small file or folder of every kind that the package writes and reads again."""
+    from fuzz_saved import save_all
+
+    root = tmp_path_factory.mktemp("saved")
+    save_all(glmlens.load(dtype="float32"), root)
+    return root
+
+
+def test_every_broken_saved_file_ends_in_one_of_our_errors_or_is_read(saved, request):
+    count = request.config.getoption("--fuzz")
+    found = list(cases(SAVED, saved, 0, count))
+    assert [case["seed"] for case in found] == list(range(count))
+    bad = [case for case in found if case["outcome"].startswith("NOT OURS") or case["bytes"] > MOST_BYTES]
+    assert not bad, "\n".join(map(json.dumps, bad))
+    kinds = Counter(case["base"] for case in found if case["outcome"] != "ran")
+    assert kinds.keys() == {path.name for path in saved.iterdir()}
+    assert Counter(case["outcome"] == "ran" for case in found)[True] > count / 50

@@ -21,6 +21,7 @@ from glmlens.demo.history import MEASURED, history
 from glmlens.demo.world import held_out, new_opener
 from glmlens.hooks import Point
 from glmlens.lens import EMBEDDED, Lens, load
+from glmlens.storage import expand_path, read_json, write_bytes
 from glmlens.tasks import TASKS, Item
 from glmlens.tasks.words import SERIES
 
@@ -326,18 +327,19 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=EMBEDDED)
     parser.add_argument("--training", type=Path, metavar="OUT", help="the training that it is from, for its history")
     args = parser.parse_args()
-    folder: Path = args.folder
+    folder = expand_path(args.folder)
     card = {**measured(load(folder, dtype="float32")), "model": load(folder).model_hash}
-    before = json.loads(path.read_text(encoding="utf-8")) if (path := folder / "card.json").exists() else {}
+    path = folder / "card.json"
+    before = read_json(path) if path.exists() else {}
     if before.get("model") == card["model"] and "history" in before:
         card["history"] = before["history"]
     if args.training:
-        found = history(args.training)
+        found = history(expand_path(args.training))
         card["history"] = dict(zip(found.labels["step"], found.values.tolist(), strict=True))
     card = rounded(card)
     assert isinstance(card, dict)
-    path.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(page(card), encoding="utf-8")
+    write_bytes(path, (json.dumps(card, indent=1) + "\n").encode())
+    write_bytes(folder / "README.md", page(card).encode())
 
 
 def rounded(value: object) -> object:

@@ -13,6 +13,7 @@ from glmlens.config import CheckpointError
 from glmlens.demo.circuits import Repeats
 from glmlens.lens import Lens, load
 from glmlens.results import Labelled
+from glmlens.storage import expand_path
 from glmlens.tables import table
 from glmlens.tasks import TASKS
 
@@ -49,7 +50,7 @@ def measured(lens: Lens) -> tuple[float, ...]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    found = history(parser.parse_args().out)
+    found = history(expand_path(parser.parse_args().out))
     rows = [(step, *(f"{x:.2f}" for x in row)) for step, row in zip(found.labels["step"], found.values, strict=True)]
     print(table([("step", *MEASURED), *rows]))
 

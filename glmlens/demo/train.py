@@ -9,7 +9,6 @@ differ in their last bits between machines.
 import argparse
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from glmlens.demo import vocabulary
 from glmlens.demo.world import documents
 from glmlens.losses import of_next_tokens
 from glmlens.model import GLM
+from glmlens.storage import expand_path, write_bytes, write_whole
 
 EVERY = 100  # steps between the states that are kept
 
@@ -157,8 +157,8 @@ def train(out: Path, recipe: Recipe) -> GLM:
 def keep_state(out: Path, step: int, model: GLM, others: list) -> None:
     """Write all that a resumed run needs, whole or not at all."""
     state = {"step": step, "model": model.state_dict(), "others": [o.state_dict() for o in others]}
-    torch.save(state, out / "state.new")
-    os.replace(out / "state.new", out / "state.pt")
+    with write_whole(out / "state.pt") as new:
+        torch.save(state, new)
 
 
 def resume(out: Path, model: GLM, others: list) -> int:
@@ -177,9 +177,10 @@ def save(out: Path, model: GLM, engine: Tokenizer) -> None:
     out.mkdir(parents=True, exist_ok=True)
     ours = {said: model.get_parameter(part.name) for said, [part] in checkpoint_names(model).items()}
     tensors = {said: p.detach().bfloat16().contiguous() for said, p in ours.items()}
-    save_file(tensors, out / "model.safetensors", {"format": "pt"})
-    (out / "model.safetensors").chmod(0o644)
-    engine.save(str(out / "tokenizer.json"))
+    with write_whole(out / "model.safetensors") as new:
+        save_file(tensors, new, {"format": "pt"})
+    with write_whole(out / "tokenizer.json") as new:
+        engine.save(str(new))
     end, user, observation = (engine.token_to_id(t) for t in ("<|endoftext|>", "<|user|>", "<|observation|>"))
     stops = {"eos_token_id": [end, user, observation], "pad_token_id": end}
     write(out / "config.json", config(engine.get_vocab_size()) | stops)
@@ -192,7 +193,7 @@ def save(out: Path, model: GLM, engine: Tokenizer) -> None:
 
 
 def write(path: Path, content: dict[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def main() -> None:
@@ -201,7 +202,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=Recipe.steps)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     args = parser.parse_args()
-    train(args.out, Recipe(steps=args.steps, seed=args.seed))
+    train(expand_path(args.out), Recipe(steps=args.steps, seed=args.seed))
 
 
 if __name__ == "__main__":

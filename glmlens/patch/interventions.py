@@ -1,9 +1,10 @@
 """Interventions: a site and a change, as data; compiled to writes, run as hooks, saved as JSON."""
 
-import json
+import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from glmlens.hooks import axes_of
 from glmlens.lens import Lens
 from glmlens.patch.changes import Change, Where, from_data, to_data
 from glmlens.patch.sites import Atlas, PatchError, Site, position_axis, seated, ungrouped
+from glmlens.storage import expand_path, field_of, list_of, read_json, write_json
 
 Names = Mapping[str, int]
 
@@ -134,7 +136,10 @@ FORMAT = "glmlens.interventions"
 
 
 def save(path: str | Path, interventions: Sequence[Intervention], lens: Lens) -> None:
-    """Write interventions to a JSON file, with the hashes of the model and tokenizer that they are for."""
+    """Write interventions to a JSON file, with the hashes of the model and tokenizer that they are for.
+
+    It is written whole or not at all. Raises PatchError for what cannot be saved.
+    """
     sites = [{name: list(places) for name, places in one.site.given().items()} for one in interventions]
     data = {
         "format": FORMAT,
@@ -145,15 +150,66 @@ def save(path: str | Path, interventions: Sequence[Intervention], lens: Lens) ->
             for one, site in zip(interventions, sites, strict=True)
         ],
     }
-    Path(path).write_text(json.dumps(data, ensure_ascii=False))
+    write_json(path, data, PatchError, indent=None)
 
 
 def load(path: str | Path, lens: Lens, *, other_model: bool = False) -> list[Intervention]:
-    """The interventions that `save` wrote; PatchError on another model or tokenizer, unless `other_model`."""
-    data = json.loads(Path(path).read_text())
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
+    """The interventions that `save` wrote; PatchError on another model or tokenizer, unless `other_model`.
+
+    Raises FileNotFoundError, and PatchError for a file that holds no such interventions.
+    """
+    data, where = read_json(expand_path(path, PatchError), error=PatchError), str(path)
+    if data.get("format") != FORMAT:
         raise PatchError(f"{path} holds no interventions that glmlens saved")
     for what, here in (("model", lens.model_hash), ("tokenizer", lens.tokenizer_hash)):
-        if data[what] != here and not other_model:
-            raise PatchError(f"{path} is for {what} {data[what]}, this is {here}. If that is meant, other_model=True")
-    return [Intervention(Site(**one["site"]), from_data(one["do"])) for one in data["interventions"]]
+        found = field_of(data, what, str, where, PatchError)
+        if found != here and not other_model:
+            raise PatchError(f"{path} is for {what} {found}, this is {here}. If that is meant, other_model=True")
+    loaded = []
+    for number, one in enumerate(list_of(data, "interventions", dict, where, PatchError)):
+        which = f"{path}: intervention {number}"
+        site, do = (field_of(one, part, dict, which, PatchError) for part in ("site", "do"))
+        refuse_other_kinds(site, which)
+        refuse_other_kinds(do, which)
+        try:
+            loaded.append(Intervention(Site(**site), from_data(do)))
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as e:
+            raise PatchError(f"{which}: {e}") from e
+    return loaded
+
+
+def refuse_other_kinds(data: Mapping[str, Any], where: str) -> None:
+    """Raise PatchError for a field of a saved site or change whose value is of another kind than that field has."""
+    for name, value in data.items():
+        fits, expected = KINDS.get(name, (is_places, "whole numbers or names of positions"))
+        if not fits(value):
+            raise PatchError(f"{where}: expected {expected} as {name!r}, found {reprlib.repr(value)}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value from JSON is a number that a float can hold."""
+    return type(value) is float or (type(value) is int and abs(value) < 2**1000)
+
+
+def is_vector(value: Any) -> bool:
+    return isinstance(value, list) and all(map(is_number, value))
+
+
+def is_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(i) is int and 0 <= i < 2**63 for i in value)
+
+
+def is_places(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(place, str) or is_ids([place]) for place in value)
+
+
+KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("point", "kind", "fn"), (lambda value: isinstance(value, str), "a name")),
+    **dict.fromkeys(("scale", "unit", "factor"), (is_number, "a number")),
+    "by_position": (lambda value: isinstance(value, bool), "true or false"),
+    "seed": (lambda value: is_ids([value]), "a whole number"),
+    "tokens": (is_ids, "token ids"),
+    "prompts": (lambda value: isinstance(value, list) and all(map(is_ids, value)), "lists of token ids"),
+    "value": (lambda value: is_number(value) or is_vector(value), "a number or a vector"),
+    "direction": (is_vector, "a vector"),
+}

@@ -4,19 +4,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from glmlens.hooks import POINTS
 from glmlens.lens import Lens
 from glmlens.patch.changes import Add, Ids, ids, numbers
 from glmlens.patch.interventions import Intervention
 from glmlens.patch.sites import Atlas, PatchError, Places, Site
 from glmlens.prompt import Prompt
+from glmlens.storage import TensorFile, expand_path, field_of, list_of, parse_json, write_tensors
 
 FORMAT = "glmlens.Steering"
 
@@ -65,24 +64,32 @@ class Steering:
         return replace(self, vectors=torch.nn.functional.normalize(self.vectors, dim=-1))
 
     def save(self, path: str | Path) -> None:
-        """Write the vectors to one safetensors file."""
+        """Write the vectors to one safetensors file, whole or not at all."""
         about = {"point": self.point, "layers": list(self.layers), "model": self.model, "about": self.about}
-        save_file({"vectors": self.vectors.contiguous()}, path, {"format": FORMAT, "about": json.dumps(about)})
+        write_tensors(path, {"vectors": self.vectors}, {"format": FORMAT, "about": json.dumps(about)}, PatchError)
 
     @staticmethod
     def load(path: str | Path, lens: Lens, *, other_model: bool = False) -> "Steering":
-        """The vectors that `save` wrote; PatchError for those of another model, unless `other_model`."""
-        with safe_open(path, framework="pt") as file:
-            said = file.metadata() or {}
-            if said.get("format") != FORMAT:
-                raise PatchError(f"{path} holds no steering vectors that glmlens saved")
-            vectors = file.get_tensor("vectors").to(lens.device, copy=True)
-        about: dict[str, Any] = json.loads(said["about"])
-        if about["model"] != lens.model_hash and not other_model:
+        """The vectors that `save` wrote; PatchError for those of another model, unless `other_model`.
+
+        Raises FileNotFoundError, and PatchError for a file that holds no such vectors.
+        """
+        where = str(path)
+        file = TensorFile(expand_path(path, PatchError), PatchError)
+        file.expect_format(FORMAT, "holds no steering vectors")
+        data = parse_json(file.metadata.get("about", ""), where, error=PatchError)
+        point, model, about = (field_of(data, name, str, where, PatchError) for name in ("point", "model", "about"))
+        layers = tuple(list_of(data, "layers", int, where, PatchError))
+        if model != lens.model_hash and not other_model:
             raise PatchError(
-                f"{path} is for model {about['model']}, this is {lens.model_hash}. If that is meant, other_model=True"
+                f"{path} is for model {model}, this is {lens.model_hash}. If that is meant, other_model=True"
             )
-        return Steering(about["point"], tuple(about["layers"]), vectors, about["model"], about["about"])
+        vectors = file.read_all("steering", ("vectors",))["vectors"]
+        if vectors.ndim != 2 or len(vectors) != len(layers) or not vectors.is_floating_point():
+            raise PatchError(f"{path}: vectors are {vectors.dtype} {tuple(vectors.shape)} for {len(layers)} layers")
+        if POINTS.get(point.removesuffix(".error"), ("",))[0] != "batch pos model" or len(set(layers)) != len(layers):
+            raise PatchError(f"{path}: vectors cannot be added at {point!r:.80} of layers {layers!s:.80}")
+        return Steering(point, layers, vectors.to(lens.device), model, about)
 
 
 def steering(
