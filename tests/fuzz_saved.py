@@ -17,7 +17,7 @@ from glmlens.hooks import HookError
 from glmlens.splice import Dictionary
 from glmlens.storage import FileError
 
-PROMPT = "When Mary and John went to the store"
+PROMPT, OTHER = "When Mary and John went to the store", "When John and Mary went to the store"
 PLACES = {"over": ("layer",), "metric": (5, 6), "direction": "denoise", "progress": False, "normalise": False}
 
 
@@ -39,8 +39,8 @@ def save_all(lens, root):
     parts = [torch.randn(shape, generator=draw) for shape in ((model, 9), (9,), (9, model), (model,), (model,), (9,))]
     Dictionary(*parts).save(root / "dictionary" / "sae.safetensors")
     changes = [patch.Zero(), patch.Scale(2), patch.Noise(3, 4), patch.Mean.of_prompts(lens, ["Mary", "a store"])]
-    changes += [patch.Put(1.5), patch.Add(steering[1]), patch.Swap.of_prompt(lens, "When John and Mary went to the store")]
-    asked = [patch.Intervention(patch.Site("resid_post", layer=1, pos=(1, 2)), change) for change in changes]
+    changes += [patch.Put(1.5), patch.Add(steering[1]), patch.Swap.of_prompt(lens, OTHER)]
+    asked = [patch.Intervention(patch.Site("resid_post", layer=1, pos=(3, 4)), change) for change in changes]
     patch.save(root / "interventions" / "these.json", asked, lens)
     lens.run_with_cache(PROMPT, ["resid_post", "attn.pattern", "kv.k"])[1].save(root / "recording")
     lens.harvest([PROMPT, "Mary", "John gave", "a drink"], "resid_post", root / "harvest", batch=1, shard_tokens=8)
