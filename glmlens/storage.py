@@ -143,6 +143,8 @@ def open_safetensors(path: Path, most_header: int = MOST_HEADER, error: Error = 
     try:
         with path.open("rb") as start:
             header = int.from_bytes(start.read(8), "little")
+        if header > path.stat().st_size:
+            raise error(f"{path}: not a whole safetensors file: its header is said to be {header:,} bytes")
         if header > most_header:  # safetensors would take 20 times its size in memory to say what is in it
             raise error(f"{path}: its header is said to be {header:,} bytes; expected {most_header:,} at most")
         with safe_open(path, framework="pt") as file:

@@ -39,7 +39,7 @@ def save_all(lens, root):
     parts = [torch.randn(shape, generator=draw) for shape in ((model, 9), (9,), (9, model), (model,), (model,), (9,))]
     Dictionary(*parts).save(root / "dictionary" / "sae.safetensors")
     changes = [patch.Zero(), patch.Scale(2), patch.Noise(3, 4), patch.Mean.of_prompts(lens, ["Mary", "a store"])]
-    changes += [patch.Put(1.5), patch.Add(steering[1]), patch.Swap.of_prompt(lens, OTHER)]
+    changes += [patch.Put(1.5), patch.Add(tuple(steering[1].tolist())), patch.Swap.of_prompt(lens, OTHER)]
     asked = [patch.Intervention(patch.Site("resid_post", layer=1, pos=(3, 4)), change) for change in changes]
     patch.save(root / "interventions" / "these.json", asked, lens)
     lens.run_with_cache(PROMPT, ["resid_post", "attn.pattern", "kv.k"])[1].save(root / "recording")
