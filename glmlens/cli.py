@@ -42,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def demo(args: argparse.Namespace) -> None:
     """Tell what a model says to a prompt, where that comes from, and what changing it does."""
-    out = None if args.out is None else make_folder(args.out)
     lens = load(args.model, dtype=None if args.model else "float32")
+    out = None if args.out is None else make_folder(args.out)
     if lens.tokenizer is None and args.prompt != story.PROMPT:
         raise CheckpointError(f"{args.model}: without a tokenizer there is nothing to read --prompt with")
     path = story.tell(lens, args.prompt, out)
