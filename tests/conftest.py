@@ -22,7 +22,7 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fuzz", type=int, default=500, help="how many broken checkpoints to load (default: 500)")
+    parser.addoption("--fuzz", type=int, default=500, help="how many broken checkpoints and saved files to load")
 
 
 LONGEST = (  # the files that take longest begin: a core that gets one of them at the end would finish alone

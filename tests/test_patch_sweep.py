@@ -341,7 +341,7 @@ class Stop:
 def test_an_interrupted_sweep_returns_what_is_finished_and_goes_on_from_disk(lens, tmp_path):
     clean, corrupt = pair((0,))
     whole = patch.sweep(lens, clean, corrupt, "mlp_out", over=("layer", "pos"), metric=Stop(-1), progress=False)
-    asked = {"over": ("layer", "pos"), "progress": False, "most_bytes": 1, "checkpoint": tmp_path / "cells.npz"}
+    asked = {"over": ("layer", "pos"), "progress": False, "most_bytes": 1, "checkpoint": tmp_path / "cells.safetensors"}
     metric = patch.Metric("Stop", lambda logits, _: stop(logits[:, -1]))
     stop = Stop(10)
     part = patch.sweep(lens, clean, corrupt, "mlp_out", metric=metric, **asked)

@@ -11,6 +11,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from jaxtyping import Int
@@ -25,7 +26,7 @@ from glmlens.demo import vocabulary
 from glmlens.demo.world import documents
 from glmlens.losses import of_next_tokens
 from glmlens.model import GLM
-from glmlens.storage import expand_path, write_bytes, write_whole
+from glmlens.storage import FileError, expand_path, refuse_strange, write_bytes, write_whole
 
 EVERY = 100  # steps between the states that are kept
 
@@ -163,9 +164,14 @@ def keep_state(out: Path, step: int, model: GLM, others: list) -> None:
 
 def resume(out: Path, model: GLM, others: list) -> int:
     """Load the state that an earlier run left; the step to go on with."""
-    if not (out / "state.pt").exists():
+    path = out / "state.pt"
+    refuse_strange(path)
+    if not path.exists():
         return 0
-    state = torch.load(out / "state.pt", weights_only=True)
+    try:
+        state = torch.load(path, weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError, ValueError) as e:
+        raise FileError(f"{path}: not the whole state of a training: remove it to begin anew") from e
     model.load_state_dict(state["model"])
     for other, kept in zip(others, state["others"], strict=True):
         other.load_state_dict(kept)
