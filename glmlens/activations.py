@@ -18,6 +18,7 @@ from torch import Tensor
 
 from glmlens.derive import Origin, barred, derive, follows
 from glmlens.hooks import HookError, axes_of, local_name
+from glmlens.integers import read_integer
 from glmlens.model import GLM
 from glmlens.tables import size, spans, table
 from glmlens.tokenizer import Tokenizer
@@ -100,7 +101,7 @@ class Activations(Mapping[str, Any]):
     def _read(self, key: str | tuple[str, int], there: ChainMap[str, Any]) -> Any:
         """A point's value; what is derived on the way to many layers is looked up in `there`."""
         if isinstance(key, tuple):
-            local, layer = key
+            local, layer = key[0], read_integer(key[1], "layer", error=HookError)
             layers = self.layers(local) or self._every_layer()
             return self._read(f"blocks.{layer + max(layers, default=0) + 1 if layer < 0 else layer}.{local}", there)
         if key in self.stored:
@@ -179,13 +180,15 @@ class Activations(Mapping[str, Any]):
     def find(self, where: int | str, occurrence: int | None = None) -> Int[Tensor, "batch"]:
         """The absolute position of a place in every row; see `at`."""
         of = self._of()
-        if isinstance(where, int):
+        if not isinstance(where, str):
+            where = read_integer(where, "position", error=HookError)
             last = of.positions.amax(1)
             found = last + 1 + where if where < 0 else torch.full_like(last, where)
             missing = (found[:, None] != of.positions).all(1)
             if bool(missing.any()):
                 raise HookError(f"position {where} asked for; the rows end with {last.tolist()}")
             return found
+        occurrence = None if occurrence is None else read_integer(occurrence, "occurrence", error=HookError)
         if of.named is not None and occurrence is None:
             try:
                 return of.named(where).to(of.positions.device)
@@ -214,7 +217,7 @@ class Activations(Mapping[str, Any]):
 
     def row(self, i: int) -> "Activations":
         """The recording of one prompt alone, without its padding and with a batch of one."""
-        of = self._of()
+        of, i = self._of(), read_integer(i, "row", error=HookError)
         if not -len(of.positions) <= i < len(of.positions):
             raise HookError(f"row {i} asked for; this recording has {len(of.positions)}")
         i %= len(of.positions)

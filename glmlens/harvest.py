@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from glmlens.activations import Activations
 from glmlens.hooks import HookError, axes_of, local_name, resolve
+from glmlens.integers import read_integer
 
 MANIFEST = "harvest.json"
 
@@ -68,6 +69,7 @@ class Harvest:
 
     def batches(self, key: str | tuple[str, int], size: int = 4096) -> Iterator[Tensor]:
         """The rows in order, `size` at a time, with no more than a shard in memory."""
+        size = read_integer(size, "size", least=1)
         for shard in self.shards(self._name(key)):
             yield from shard.split(size)
 
@@ -77,7 +79,7 @@ class Harvest:
                 yield file.get_tensor(name)
 
     def _name(self, key: str | tuple[str, int]) -> str:
-        name = f"blocks.{key[1]}.{key[0]}" if isinstance(key, tuple) else key
+        name = f"blocks.{read_integer(key[1], 'layer')}.{key[0]}" if isinstance(key, tuple) else key
         if name not in self.names:
             raise HookError(f"{name!r} was not harvested; there are {', '.join(self.names[:6])}")
         return name
@@ -152,6 +154,7 @@ def harvest(
     Raises HookError for a point without a row per token, and ValueError when `out` holds the harvest of another model,
     tokenizer, set of points or prompts.
     """
+    batch, shard_tokens = read_integer(batch, "batch", least=1), read_integer(shard_tokens, "shard_tokens", least=1)
     folder, points = Path(out), resolve(names, [point.name for point in lens.points()])
     for name in points:
         if "pos" not in axes_of(name) or local_name(name) in ("kv.k", "kv.v"):

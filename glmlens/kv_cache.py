@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from glmlens.config import GLMConfig
+from glmlens.integers import read_integer
 from glmlens.tables import size
 
 OF_ENTRIES = ("positions", "tokens", "calls")  # what a cache knows of every entry of a row
@@ -85,7 +86,7 @@ class KVCache:
 
     def fork(self, room: int = 0) -> "KVCache":
         """A copy with room for more entries: what either remembers from now on, the other never sees."""
-        capacity = max(self.capacity, self.length + room)
+        capacity = max(self.capacity, self.length + read_integer(room, "room", least=0))
         shape = (*self.keys.shape[:2], capacity, *self.keys.shape[3:])
         copy = KVCache(
             keys=self.keys.new_zeros(shape),
@@ -101,6 +102,7 @@ class KVCache:
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` entries of every row."""
+        length = read_integer(length, "length")
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot truncate to {length}: the cache holds {self.length} entries")
         self.length = length

@@ -1,7 +1,7 @@
 """Lens: a GLM, its tokenizer, and what a notebook does with them."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -16,6 +16,7 @@ from glmlens.config import CheckpointError, Reader
 from glmlens.generate import Choose, Sampling, Step, steps
 from glmlens.harvest import Harvest, harvest
 from glmlens.hooks import HookError, Hooks
+from glmlens.integers import read_integer, read_integers
 from glmlens.kv_cache import KVCache
 from glmlens.model import GLM
 from glmlens.prompt import Prompt
@@ -204,8 +205,7 @@ class Lens(Running, Weights):
     ) -> Going:
         self._speaks("generate")
         how = Sampling(**sampling)
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+        max_new_tokens = read_integer(max_new_tokens, "max_new_tokens", least=1)
         forward: Forward = {"kv": kv, "attention_mask": attention_mask}
         tokens = cast(Tensor, self._inputs(prompt, forward))
         self._check_ids(tokens)
@@ -243,7 +243,9 @@ class Lens(Running, Weights):
             self._text()  # raises without a tokenizer
         if not all(strings):
             raise ValueError("an empty stop string would stop everything at once")
-        return self.stop_ids if stop_ids is None else tuple(stop_ids), tuple(strings)
+        none = stop_ids is None or (isinstance(stop_ids, Sized) and not len(stop_ids))
+        asked = () if none else read_integers(stop_ids, "stop_ids")
+        return self.stop_ids if stop_ids is None else asked, tuple(strings)
 
     def _choosing(self, how: Sampling, kv: KVCache, padding: Tensor | None) -> Choose:
         """What chooses the next tokens, which may depend on those that the cache is of."""
@@ -266,6 +268,7 @@ class Lens(Running, Weights):
 
     def new_kv(self, batch: int = 1, capacity: int = 256) -> KVCache:
         """An empty KV cache for this model; it grows when it is full."""
+        batch, capacity = read_integer(batch, "batch", least=1), read_integer(capacity, "capacity", least=0)
         return KVCache.empty(self.cfg, batch, capacity, self.dtype, self.device)
 
     # ---- text ----
@@ -273,6 +276,7 @@ class Lens(Running, Weights):
     def test_prompt(self, prompt: Prompt, answer: str | Sequence[str], top: int = 10) -> None:
         """Print the rank and probability of each token of the answer (or of each answer), and the top tokens there."""
         self._speaks("test_prompt")
+        top = min(read_integer(top, "top", least=1), self.cfg.d_vocab)
         for text in [answer] if isinstance(answer, str) else answer:
             ids, (tokens, _) = self._text().encode(text, prefix=False), self.to_batch(prompt)
             if not ids or tokens.shape[0] != 1:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from glmlens import chat
 from glmlens.chat import Message
+from glmlens.integers import read_integer
 from glmlens.model import GLM
 from glmlens.tokenizer import Tokenizer
 
@@ -148,6 +149,7 @@ class Prompts:
             raise ValueError(f"{answer!r} is no label of this model: choose from {', '.join(map(repr, cfg.labels))}")
         if isinstance(answer, str):
             return cfg.labels.index(answer) if cfg.labels else self.to_single_token(answer)
+        answer = read_integer(answer, "answer")
         if not 0 <= answer < cfg.d_logits:
             raise ValueError(f"answer {answer}; this model has 0 to {cfg.d_logits - 1}")
         return answer

@@ -11,8 +11,8 @@ import glmlens
 
 PACKAGE = Path(glmlens.__file__).parent
 ORDER = """
-hooks config hub results tables kv_cache rope model losses angles formats checkpoint generate tokenizer chat prompt
-derive activations record check run weights splice running harvest saving lens
+integers hooks config hub results tables kv_cache rope model losses angles formats checkpoint generate tokenizer chat
+prompt derive activations record check run weights splice running harvest saving lens
 cache.places cache.change cache.move cache.drop cache.graft cache
 tasks.words tasks.task tasks.language tasks.formal tasks
 analysis.rows analysis.pattern analysis.logit_lens analysis.residual analysis.parts analysis.attribution
@@ -31,7 +31,8 @@ demo.world demo.vocabulary demo.train demo.circuits demo.history demo.card demo.
 course.quote course course.verdict lab cli
 """.split()
 ORDER += sorted(f"course.{path.stem}" for path in PACKAGE.glob("course/check_*.py"))  # a tutorial brings its own
-ALONE = ["hooks", "config", "results", "tokenizer", "chat", "page", "lab", "tasks.words"]  # import nothing of ours
+ALONE = ["integers", "config", "tokenizer", "chat", "page", "lab", "tasks.words"]  # import nothing of ours
+ON_INTEGERS = ["hooks", "results"]  # import nothing of ours but what reads whole numbers
 
 
 def modules():
@@ -74,12 +75,16 @@ def test_imports_point_only_downwards():
 def test_the_bottom_rests_on_nothing_of_ours():
     for module in ALONE:
         assert imports(modules()[module])[0] == set()
+    for module in ON_INTEGERS:
+        assert imports(modules()[module])[0] == {"integers"}
 
 
 def test_plots_know_of_results_and_of_nothing_else_of_ours():
     for module, path in modules().items():
         if module.split(".")[0] == "plot":
-            assert {name for name in imports(path)[0] if name.split(".")[0] != "plot"} <= {"results"}, module
+            assert {name for name in imports(path)[0] if name.split(".")[0] != "plot"} <= {"results", "integers"}, (
+                module
+            )
 
 
 def test_the_model_can_be_read_in_one_sitting():

@@ -49,6 +49,10 @@ class LogitAttribution(Labelled):
         values = np.concatenate([self.values.reshape(*lead, -1), self.rest.values], -1)
         return Labelled(values, self.rest.axes, {**self.rest.labels, "part": names}, self.about)
 
+    def keep(self, axis: str, places: Sequence[int]) -> Labelled:  # type: ignore[override]
+        """Some places along an axis as plain labelled numbers: without the others, nothing sums to the total."""
+        return Labelled(self.values, self.axes, self.labels, self.about).keep(axis, places)
+
     def mean(self) -> "LogitAttribution":
         """The mean over prompts; ValueError where they have not all the same places, as source positions may be."""
         if "prompt" not in self.axes:
@@ -76,7 +80,7 @@ def logit_attribution(
     wrong: Token | Sequence[Token] | Tensor | None = None,
     *,
     by: str = "component",
-    position: Position | str = -1,
+    position: Position = -1,
     hooks: Hooks | None = None,
 ) -> LogitAttribution:
     """What every part adds to the logit of `answer` (less that of `wrong`) after an absolute position.
@@ -112,9 +116,9 @@ def logit_attribution(
     return result(rows, columns, split, goal.name, values, rest, total, isinstance(prompt, Examples))
 
 
-def place_of(position: Position | str, prompt: Prompt | Examples) -> Position:
+def place_of(position: Position, prompt: Prompt | Examples) -> Position:
     """An absolute position; examples of a task know theirs by name."""
-    if not isinstance(position, str):
+    if not isinstance(position, str) or (position == "end" and not isinstance(prompt, Examples)):
         return position
     if not isinstance(prompt, Examples):
         raise TypeError(f"position {position!r}: only examples of a task have positions with names; give a number")

@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from glmlens.analysis.factored import Factored, eigenvalues
-from glmlens.analysis.rows import exact, groups_of, numbers
+from glmlens.analysis.rows import exact, groups_of, numbers, read_head, read_layer
+from glmlens.integers import read_integer
 from glmlens.lens import Lens
 from glmlens.model import RMSNorm, rotary_angles, turn
 from glmlens.results import Labelled
@@ -25,6 +26,7 @@ def OV(lens: Lens, layer: int, head: int, *, norms: bool = False) -> Factored:
     b_V W_O is added to it, whatever is read. With `norms`, the weights of ln1 before it and of ln1_post (glm4) after
     it are in it too, so that it stands on the residual stream; the scales, a positive number per position, never are.
     """
+    layer, head = read_layer(lens, layer), read_head(lens, head)
     W_V, W_O = exact(lens.W_V[layer, kv_of(lens, head)]), exact(lens.W_O[layer, head])
     if not norms:
         return Factored(W_V, W_O)
@@ -39,6 +41,7 @@ def QK(lens: Lens, layer: int, head: int, distance: int = 0, *, part: str = "all
     j is x @ QK(distance=i - j) @ y for normalised x and y, in a model without biases: see `QK_bias`. Raises ValueError
     for a negative distance, at which nothing looks.
     """
+    layer, head, distance = read_layer(lens, layer), read_head(lens, head), read_integer(distance, "distance")
     if distance < 0:
         raise ValueError(f"distance is {distance}: a query looks back, at distance 0 or more")
     W_Q, W_K = exact(lens.W_Q[layer, head]), exact(lens.W_K[layer, kv_of(lens, head)])
@@ -57,6 +60,8 @@ def QK_bias(
 
     The score is x @ QK @ y + x @ on_query + on_key @ y + constant. Zeros in a model without biases.
     """
+    layer, head = read_layer(lens, layer), read_head(lens, head)
+    distance = read_integer(distance, "distance", least=0)
     W_Q, W_K = exact(lens.W_Q[layer, head]), exact(lens.W_K[layer, kv_of(lens, head)])
     if not lens.cfg.qkv_bias:
         return W_Q.new_zeros(len(W_Q)), W_Q.new_zeros(len(W_Q)), 0.0
@@ -85,9 +90,7 @@ def channels(lens: Lens, part: str) -> slice:
 
 def kv_of(lens: Lens, head: int) -> int:
     """The key-value head that a query head reads; IndexError for a head that is not there."""
-    if not 0 <= head < lens.cfg.n_heads:
-        raise IndexError(f"head {head} asked for; there are 0 to {lens.cfg.n_heads - 1}")
-    return head // lens.cfg.n_groups
+    return read_head(lens, head) // lens.cfg.n_groups
 
 
 def norm_weight(lens: Lens, layer: int, name: str) -> Float[Tensor, "model"]:

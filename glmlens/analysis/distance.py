@@ -22,6 +22,7 @@ from glmlens.analysis.rotary import (
 )
 from glmlens.analysis.rows import Rows, finest, groups_of, layers_of, numbers
 from glmlens.hooks import Hooks
+from glmlens.integers import read_integer
 from glmlens.lens import Lens
 from glmlens.prompt import Prompt
 from glmlens.results import Labelled, Sheets
@@ -77,7 +78,8 @@ def distance_profile(
     rotated, w, scale = lens.cfg.d_rotary, frequencies_of(lens), lens.cfg.d_head**-0.5
     waves = as_complex(q[..., :rotated]) * as_complex(k[..., :rotated]).conj() * scale_of(lens)
     content = (q[..., rotated:] * k[..., rotated:]).sum(-1) * scale
-    many = torch.arange(int(rows.lengths.max()) if distances is None else distances, device=lens.device)
+    asked = int(rows.lengths.max()) if distances is None else read_integer(distances, "distances", least=1)
+    many = torch.arange(asked, device=lens.device)
     score = waved(waves, many, w) + content.unsqueeze(-1)
     about = rows.about(
         metric="score of the mean query and key", direction="distance: query position less key position",

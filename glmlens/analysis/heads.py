@@ -10,6 +10,7 @@ from torch import Tensor
 from glmlens.analysis.circuits import copying_scores
 from glmlens.analysis.pattern import pattern, pattern_points
 from glmlens.analysis.rows import Rows, exact, groups_of, numbers
+from glmlens.integers import read_integer
 from glmlens.lens import Lens
 from glmlens.results import Labelled, Sheets
 from glmlens.tables import table
@@ -85,12 +86,14 @@ def random_words(
     lens: Lens, rows: int, length: int, seed: int, words: Sequence[int] | Sequence[str] | None
 ) -> Int[Tensor, "batch word"]:
     """Rows of different ids, drawn at random."""
+    rows, length = (read_integer(n, what, least=1) for n, what in ((rows, "rows"), (length, "length")))
     if words is None:
         words = lens.tokenizer.word_ids() if lens.tokenizer else list(range(lens.cfg.d_vocab))
-    ids = torch.tensor(sorted({i if isinstance(i, int) else lens.to_single_token(i) for i in words}))
+    spelt = (lens.to_single_token(i) if isinstance(i, str) else read_integer(i, "a word", least=0) for i in words)
+    ids = torch.tensor(sorted(set(spelt)))
     if not 2 <= length <= len(ids):
         raise ValueError(f"length is {length}, and there are {len(ids)} different words: give 2 to {len(ids)}")
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(read_integer(seed, "seed"))
     return torch.stack([ids[torch.randperm(len(ids), generator=draw)[:length]] for _ in range(rows)])
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from glmlens.cache.places import CacheError, Edits, Places, Which, entries_of, past_of, scheduled
 from glmlens.hooks import Edit, Point
+from glmlens.integers import read_integer
 from glmlens.kv_cache import KVCache
 from glmlens.lens import Lens
 
@@ -133,6 +134,7 @@ def quantise(
     and 3: keys by channel, values by token). None leaves them alone. Groups are of the entries meant, counted from the
     first of each row, without padding; a last group that is not full is a group.
     """
+    bits, group = (read_integer(n, what, error=CacheError) for n, what in ((bits, "bits"), (group, "group")))
     if bits not in range(1, 17) or group < 1:
         raise CacheError(f"bits is {bits}, group {group}; expected 1 to 16 bits and groups of at least 1 entry")
     for side in (keys, values):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from glmlens.cache.places import CacheError, Edits, Places, Which, past_of, recalled
 from glmlens.hooks import Point
+from glmlens.integers import read_integer
 from glmlens.kv_cache import OF_ENTRIES, KVCache, stood
 from glmlens.lens import Lens
 
@@ -17,6 +18,7 @@ Keep = Callable[[KVCache], Bool[Tensor, "batch key"]]
 
 def window(n: int, sinks: int = 0) -> Keep:
     """The last n positions of every row, and the first `sinks` (Xiao et al. 2023, arXiv 2309.17453, section 3.2)."""
+    n, sinks = (read_integer(m, what, least=0, error=CacheError) for m, what in ((n, "n"), (sinks, "sinks")))
 
     def keep(kv: KVCache) -> Bool[Tensor, "batch key"]:
         at, last = kv.positions[:, : kv.length], kv.next_positions().unsqueeze(1)
@@ -31,6 +33,7 @@ def heavy_hitters(attention: Float[Tensor, "batch key"], n: int, recent: int = 0
 
     Entries that came after those it speaks of are kept.
     """
+    n, recent = (read_integer(m, what, least=0, error=CacheError) for m, what in ((n, "n"), (recent, "recent")))
 
     def keep(kv: KVCache) -> Bool[Tensor, "batch key"]:
         told = attention.shape[1]

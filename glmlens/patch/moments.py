@@ -12,6 +12,7 @@ from glmlens.analysis.passes import PIECE, Memory, pieces
 from glmlens.analysis.rows import Rows
 from glmlens.generate import Sampling
 from glmlens.hooks import Edit, HookError, Hooks, Only, Point, called, only, pairs
+from glmlens.integers import read_integer
 from glmlens.kv_cache import KVCache
 from glmlens.lens import Lens
 from glmlens.patch.interventions import Intervention
@@ -117,6 +118,7 @@ class Recording:
 
     def possible(self, first: int) -> None:
         """Raise ValueError for an operation at a step that does not come, TypeError for what is no operation."""
+        self.at = {read_integer(step, "the step of an operation"): op for step, op in self.at.items()}
         wrong = [step for step in self.at if not first <= step < self.last]
         if wrong:
             raise ValueError(f"operations at steps {wrong}; this run has {first} to {self.last - 1}")

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from glmlens.integers import read_integer
 from glmlens.lens import Lens
 from glmlens.patch.changes import Add, Ids, ids, numbers
 from glmlens.patch.interventions import Intervention
@@ -42,6 +43,9 @@ class Steering:
         ]
 
     def __getitem__(self, layer: int) -> Float[Tensor, "model"]:
+        layer = read_integer(layer, "layer", error=PatchError)
+        if layer not in self.layers:
+            raise PatchError(f"no vector for layer {layer}; there are layers {', '.join(map(str, self.layers))}")
         return self.vectors[self.layers.index(layer)]
 
     def __add__(self, other: "Steering") -> "Steering":

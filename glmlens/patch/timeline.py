@@ -14,8 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from glmlens.analysis.passes import Memory
-from glmlens.analysis.rows import Token, exact, label, layers_of, numbers
+from glmlens.analysis.rows import Token, exact, label, layers_of, numbers, read_head, read_layer
 from glmlens.hooks import HookError, Hooks, pairs
+from glmlens.integers import read_integer
 from glmlens.kv_cache import KVCache
 from glmlens.lens import Lens
 from glmlens.model import additive_mask, eager
@@ -101,9 +102,7 @@ class Timeline:
 
         Raises HookError where an edit changed what attention reads after the cache: record "attn.pattern" then.
         """
-        layers, heads = self.lens.cfg.n_layers, self.lens.cfg.n_heads
-        if not (0 <= layer < layers and 0 <= head < heads):
-            raise IndexError(f"layer {layer}, head {head}; there are {layers} layers of {heads} heads")
+        layer, head = read_layer(self.lens, layer), read_head(self.lens, head)
         for event in self.events:
             if event.point.endswith(UNSEEN) and event.point.startswith(f"blocks.{layer}."):
                 raise HookError(f"{event.what} at {event.point} changed this: record it, names='attn.pattern'")
@@ -140,9 +139,7 @@ class Timeline:
         return self.moment(step).memory()
 
     def moment(self, step: int) -> Moment:
-        if not 0 <= step < len(self.moments):
-            raise IndexError(f"step {step} asked for; this timeline has 0 to {len(self.moments) - 1}")
-        return self.moments[step]
+        return self.moments[read_integer(step, "step", size=len(self.moments), outside=IndexError)]
 
     def rerun(
         self,
@@ -160,7 +157,9 @@ class Timeline:
         are in place of this run's own, from that step on; their steps and positions count as in this run. What was done
         to the cache up to that step stays done. At step 0 the prompt is run anew. A sampled run draws as it drew then.
         """
-        moment, last = self.moment(step), self.last if max_new_tokens is None else max_new_tokens
+        moment = self.moment(step)
+        step = moment.step
+        last = self.last if max_new_tokens is None else read_integer(max_new_tokens, "max_new_tokens")
         if last <= step:
             raise ValueError(f"max_new_tokens is {last}, counted from the start: nothing is left to say at step {step}")
         given, anew = self.hooks if hooks is None else hooks, step == 0 and token is None
@@ -172,7 +171,7 @@ class Timeline:
         going.draw_from(moment)
         going.moments = list(self.moments[:step])
         if token is not None:
-            said = token if isinstance(token, int) else self.lens.to_single_token(token)
+            said = self.lens.to_single_token(token) if isinstance(token, str) else self.lens.to_answer(token)
             going.moments.append(replace(moment, token=said))
             going.draw_once()
             going.go(self.after(moment), said)
@@ -224,6 +223,7 @@ def timeline(
     unknown = sorted({"kv", "attention_mask"} & set(options))
     if unknown:
         raise TypeError(f"{' and '.join(unknown)}: a timeline begins with its prompt; to go on, use rerun(step)")
+    max_new_tokens = read_integer(max_new_tokens, "max_new_tokens", least=1)
     going = Recording(lens, compiled(lens, hooks, interventions), at or {}, max_new_tokens, options)
     going.possible(0)
     going.draw_from(None)
