@@ -147,8 +147,8 @@ class Point:
     key_positions: Tensor | None = field(default=None, repr=False)
 
     @property
-    def layer(self) -> LayerNumber | None:
-        """The layer's number, or None at the root."""
+    def layer(self) -> int | None:
+        """The layer's number (a LayerNumber), or None at the root."""
         return LayerNumber(self.name.split(".")[1]) if self.name.startswith("blocks.") else None
 
     @property

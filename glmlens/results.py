@@ -125,16 +125,21 @@ class Labelled:
         return replace(self, values=self.values.clip(low, high))
 
     def stride(self, axis: str, step: int) -> "Self":
-        """Every step-th place along an axis from the first on, and the last one: the last layer always stays."""
+        """Every step-th place along an axis from the first on; of layers the last one too, which is what comes out."""
         if axis not in self.axes:
             raise KeyError(f"no axis {axis!r}; there are {', '.join(self.axes)}")
-        return self.keep(axis, thin(self.shape[self.axes.index(axis)], step))
+        n = self.shape[self.axes.index(axis)]
+        last = {n - 1} if axis == "layer" and n else set[int]()
+        return self.keep(axis, sorted({*range(0, n, read_integer(step, "step", least=1))} | last))
 
     def keep(self, axis: str, places: Sequence[int]) -> "Self":
         """Some places along an axis, given by where they are, with their labels."""
+        along = self.axes.index(axis)
         labels = [self.labels[axis][i] for i in places]
-        values = self.values.take(list(places), self.axes.index(axis))
-        return replace(self, values=values, labels={**self.labels, axis: labels})
+        whole = bool(len(places)) and places[-1] == self.shape[along] - 1
+        chosen = self.chosen if whole else tuple(dict.fromkeys((*self.chosen, axis)))
+        values = self.values.take(list(places), along)
+        return replace(self, values=values, labels={**self.labels, axis: labels}, chosen=chosen)
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """One row per number: a column with the label for every axis, and `value`. Needs pandas."""
@@ -167,7 +172,7 @@ class Sheets:
         return {name: sheet for name, sheet in found.items() if isinstance(sheet, Labelled)}
 
     def stride(self, axis: str, step: int) -> "Self":
-        """Every step-th place along an axis and the last one, of all that have it."""
+        """Every step-th place along an axis (of layers the last one too), of all sheets that have it."""
         having = {name: sheet for name, sheet in self.sheets().items() if axis in sheet.axes}
         if not having:
             raise KeyError(f"no axis {axis!r} in any of {', '.join(self.sheets())}")
@@ -191,12 +196,6 @@ class Sheets:
 def list_axes(axes: Any) -> tuple[str, ...]:
     """Axes as a tuple; a bare string holds one, or several between spaces: "layer pos"."""
     return tuple(axes.split()) if isinstance(axes, str) else tuple(axes)
-
-
-def thin(n: int, step: int) -> list[int]:
-    """Every step-th of n places from the first on, and the last."""
-    step = read_integer(step, "step", least=1)
-    return sorted({*range(0, n, step), *([n - 1] if n else [])})
 
 
 def number_of(label: str, axis: str) -> int | None:

@@ -273,10 +273,10 @@ class Running(Prompts):
         if prompt is None and forward.get("inputs_embeds") is None:
             raise TypeError("no prompt: give text, chat messages, token ids, or inputs_embeds=")
         for name in ("start_layer", "stop_layer"):
-            if forward.get(name) is not None:
-                forward[name] = read_integer(forward[name], name)
-        if forward.get("logits_to_keep") is not None:
-            forward["logits_to_keep"] = read_positions_to_keep(forward["logits_to_keep"])
+            if (layer := forward.get(name)) is not None:
+                forward[name] = read_integer(layer, name)
+        if (positions := forward.get("logits_to_keep")) is not None:
+            forward["logits_to_keep"] = read_positions_to_keep(positions)
         for name in ("position_ids", "attention_mask", "inputs_embeds"):
             if (given := forward.get(name)) is not None:
                 forward[name] = given.to(self.device)

@@ -7,8 +7,21 @@ import numpy as np
 import plotly.graph_objects as go
 from typing_extensions import Unpack
 
+from glmlens.integers import read_integer
 from glmlens.plot.data import Labels, Limits, Numbers, array, labelled, pooled, title_of
-from glmlens.plot.style import GREY, MOST_CELLS, Look, bar_of, colors, dressed, ink, shown, signed_number, ticks
+from glmlens.plot.style import (
+    GREY,
+    MOST_CELLS,
+    Look,
+    bar_of,
+    colors,
+    dressed,
+    finite_most,
+    ink,
+    shown,
+    signed_number,
+    ticks,
+)
 from glmlens.results import Labelled
 
 TALL = ("pos", "key", "part")  # axes whose labels are drawn steeply
@@ -54,7 +67,7 @@ def drawn(
     `text` is written in the cells, or the numbers, or with False nothing; `more` is a line of hover and its data.
     """
     whole = data.values
-    signed = bool(np.nanmin(whole, initial=0) < 0) if signed is None else signed
+    signed = bool(whole[np.isfinite(whole)].min(initial=0) < 0) if signed is None else signed
     data, note = pooled(data, most)
     rows, columns = data.axes
     scale = colors(data.values, signed)
@@ -97,7 +110,7 @@ def numbers(values: np.ndarray) -> np.ndarray | None:
     """Numbers as they are written in their cells, where they have room."""
     if values.shape[1] > 16 or values.size > WRITTEN:
         return None
-    most = np.nanmax(np.abs(values), initial=0)
+    most = finite_most(values)
     first = int(np.floor(np.log10(most))) if most else 0  # the place of the largest number's first digit
     form = f"{{:.{max(0, (2 if first >= 0 else 1) - max(first, -5))}f}}"
     return np.array([[signed_number(form, v) for v in row] for row in values.tolist()], dtype=object)
@@ -137,7 +150,7 @@ def logit_lens(
         raise ValueError(
             f"show is {show!r}; this result has {', '.join(n for n in sheets if n not in ('token', 'word'))}"
         )
-    step = -(-sheets["kl"].shape[1] // max_cells)
+    step = -(-sheets["kl"].shape[1] // read_integer(max_cells, "max_cells", least=1))
     word, probability = (sheets[name].stride("pos", step) for name in ("word", "probability"))
     data = sheets[show] if show != "probability" else sheets["probability"].at(rank=0)
     about = {key: said for key, said in data.about.items() if key != "direction"}
@@ -191,7 +204,9 @@ def attention_pattern(
     data = labelled(pattern, ("query", "key"), labels)
     if value_norms is None:
         return drawn(data, "attention", False, True, (0, 1), max_cells, look, False, name="Attention")
-    weighted = Labelled(data.values * array(value_norms)[None, :], data.axes, data.labels, data.about)
+    with np.errstate(invalid="ignore", over="ignore"):
+        products = data.values * array(value_norms)[None, :]
+    weighted = Labelled(products, data.axes, data.labels, data.about)
     return drawn(
         weighted, "attention x length of value", False, True, None, max_cells, look, False, name="Attention by value"
     )
@@ -227,15 +242,17 @@ def head_scores(
 def residual_norms(residual: Numbers, labels: Labels = None, **look: Unpack[Look]) -> go.Figure:
     """The length of the residual stream [layer, pos, model] after every layer and at every position."""
     data = labelled(residual, ("layer", "pos", "model"), labels)
-    norms = np.linalg.norm(data.values, axis=-1)
+    norms = np.linalg.norm(data.values.astype(np.float64), axis=-1)
     return drawn(without(data, norms, "model"), "length", False, look=look, name="Length of the residual stream")
 
 
 def residual_angles(residual: Numbers, labels: Labels = None, **look: Unpack[Look]) -> go.Figure:
     """Degrees by which each layer turns the residual stream [layer, pos, model] from what it was a layer before."""
     data = labelled(residual, ("layer", "pos", "model"), labels)
-    unit = data.values / np.maximum(np.linalg.norm(data.values, axis=-1, keepdims=True), 1e-30)
-    turned = np.degrees(np.arccos(np.clip((unit[1:] * unit[:-1]).sum(-1), -1, 1)))
+    exact = data.values.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a stream with an infinite number has no direction: nan
+        unit = exact / np.maximum(np.linalg.norm(exact, axis=-1, keepdims=True), 1e-30)
+        turned = np.degrees(np.arccos(np.clip((unit[1:] * unit[:-1]).sum(-1), -1, 1)))
     later = Labelled(data.values[1:], data.axes, {**data.labels, "layer": data.labels["layer"][1:]}, data.about)
     name = "Angle between the residual stream after each layer and before it"
     return drawn(without(later, turned, "model"), "degrees", False, look=look, name=name)

@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from typing_extensions import Unpack
 
 from glmlens.plot.data import Labels, Limits, Numbers, array, labelled, title_of
-from glmlens.plot.style import FAINT, SERIES, SIGNED, Look, bar_of, dressed, shown, ticks
+from glmlens.plot.style import FAINT, SERIES, SIGNED, Look, bar_of, dressed, finite_most, shown, ticks
 from glmlens.results import Labelled
 
 DASHES = ("solid", "dash", "dot", "dashdot")
@@ -101,7 +101,9 @@ def above(sweeps: Mapping[str, Numbers], found: Mapping[str, Labelled], first: L
         error = None
         if all(end is not None and np.isfinite(end.values).any() for end in ends):
             low, high = (array(end.values) for end in ends)  # type: ignore[union-attr]
-            error = {"array": high - data.values, "arrayminus": data.values - low, "symmetric": False, "thickness": 1}
+            with np.errstate(invalid="ignore"):
+                up, down = (np.where(np.isfinite(x), x, np.nan) for x in (high - data.values, data.values - low))
+            error = {"array": up, "arrayminus": down, "symmetric": False, "thickness": 1}
         figure.add_scatter(**line(i, name, data.values, what), error_y=error)
     axis = first.axes[0]
     ticks(figure, "x", first.labels[axis], axis)
@@ -116,7 +118,7 @@ def beside(found: Mapping[str, Labelled], first: Labelled, what: str) -> go.Figu
     names = [shown(name, 30) for name in found]
     figure = make_subplots(1, len(found), subplot_titles=names, shared_yaxes=True, horizontal_spacing=0.03)
     figure.update_annotations(font_size=12)
-    most = max(float(np.nanmax(np.abs(data.values), initial=1e-9)) for data in found.values())
+    most = max(finite_most(data.values, 1e-9) for data in found.values())
     rows, columns = map(shown, first.axes)
     at = {"x": np.arange(first.shape[1]), "y": np.arange(first.shape[0]), "coloraxis": "coloraxis"}
     for i, (name, data) in enumerate(zip(names, found.values(), strict=True), 1):

@@ -325,7 +325,8 @@ def fitting(control: Any, name: str, value: Any) -> Any:
         there = f"{control.min} to {control.max}"
         if isinstance(control, W.IntSlider):
             value = read_integer(value, name)
-        fits = isinstance(value, Real) and not isinstance(value, bool) and control.min <= value <= control.max
+        real = isinstance(value, Real) and not isinstance(value, bool)
+        fits = real and bool(control.min <= value <= control.max)  # pyright: ignore[reportOperatorIssue]
     else:
         fits, there = isinstance(value, type(control.value)), f"a {type(control.value).__name__}"
     if not fits:
