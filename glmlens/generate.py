@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -43,11 +44,11 @@ class Sampling:
     """
 
     temperature: float | None = None
-    top_k: int | None = None
+    top_k: Any = None
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    seed: int | torch.Generator | None = None
+    seed: Any = None
 
     def __post_init__(self) -> None:
         for name, number in (("top_k", self.top_k), ("seed", self.seed)):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from glmlens.activations import Activations
 from glmlens.hooks import HookError, axes_of, local_name, resolve
-from glmlens.integers import read_integer
+from glmlens.integers import Integer, read_integer
 
 MANIFEST = "harvest.json"
 
@@ -52,7 +52,7 @@ class Harvest:
         """How many tokens there are."""
         return sum(shard["tokens"] for shard in self.manifest["shards"])
 
-    def __getitem__(self, key: str | tuple[str, int]) -> Tensor:
+    def __getitem__(self, key: str | tuple[str, Integer]) -> Tensor:
         return torch.cat(list(self.shards(self._name(key)))) if len(self) else torch.empty(0)
 
     @property
@@ -67,7 +67,7 @@ class Harvest:
     def prompts(self) -> Int[Tensor, "token"]:
         return torch.cat(list(self.shards("of.prompts")))
 
-    def batches(self, key: str | tuple[str, int], size: int = 4096) -> Iterator[Tensor]:
+    def batches(self, key: str | tuple[str, Integer], size: Integer = 4096) -> Iterator[Tensor]:
         """The rows in order, `size` at a time, with no more than a shard in memory."""
         size = read_integer(size, "size", least=1)
         for shard in self.shards(self._name(key)):
@@ -78,7 +78,7 @@ class Harvest:
             with safe_open(self.folder / shard["file"], framework="pt") as file:
                 yield file.get_tensor(name)
 
-    def _name(self, key: str | tuple[str, int]) -> str:
+    def _name(self, key: str | tuple[str, Integer]) -> str:
         name = f"blocks.{read_integer(key[1], 'layer')}.{key[0]}" if isinstance(key, tuple) else key
         if name not in self.names:
             raise HookError(f"{name!r} was not harvested; there are {', '.join(self.names[:6])}")
@@ -143,8 +143,8 @@ def harvest(
     out: str | Path,
     *,
     hashes: Mapping[str, str],
-    batch: int = 16,
-    shard_tokens: int = 16_384,
+    batch: Integer = 16,
+    shard_tokens: Integer = 16_384,
 ) -> Harvest:
     """Run prompts one batch after the other and write what was at the named points to shards in `out`.
 

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor
 
-from glmlens.integers import read_integers
+from glmlens.integers import Integers, read_integers
 
 Hook = Callable[[str, Tensor], Tensor]
 """Look at `x`, or return what the model should use instead."""
@@ -258,7 +258,7 @@ class Only:
         return torch.where(where.to(x.device).reshape(shape), new, x)
 
 
-def only(fn: Edit, *, steps: int | Iterable[int] | None = None, positions: int | Iterable[int] | None = None) -> Only:
+def only(fn: Edit, *, steps: Integers = None, positions: Integers = None) -> Only:
     """Restrict an edit to some generation steps (0 is the prompt) and to some absolute positions.
 
     At a point with a `query` axis, positions are the query's; at `kv.k` and `kv.v` they are the key's. Rows of the

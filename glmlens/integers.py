@@ -2,7 +2,13 @@
 
 from collections.abc import Iterable, Mapping
 from operator import index
-from typing import Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
+
+if TYPE_CHECKING:
+    Integer = SupportsIndex
+    Integers = SupportsIndex | Iterable[Any] | slice | None
+else:  # what is no whole number is refused by the functions below, in words of its own
+    Integer = Integers = Any
 
 
 def read_integer(

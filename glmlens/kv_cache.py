@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from glmlens.config import GLMConfig
-from glmlens.integers import read_integer
+from glmlens.integers import Integer, read_integer
 from glmlens.tables import size
 
 OF_ENTRIES = ("positions", "tokens", "calls")  # what a cache knows of every entry of a row
@@ -84,7 +84,7 @@ class KVCache:
             torch.nn.functional.pad(t, (0, more), value=-1) for t in (self.positions, self.tokens, self.calls)
         )
 
-    def fork(self, room: int = 0) -> "KVCache":
+    def fork(self, room: Integer = 0) -> "KVCache":
         """A copy with room for more entries: what either remembers from now on, the other never sees."""
         capacity = max(self.capacity, self.length + read_integer(room, "room", least=0))
         shape = (*self.keys.shape[:2], capacity, *self.keys.shape[3:])
@@ -100,7 +100,7 @@ class KVCache:
             getattr(copy, name)[:, : self.length] = getattr(self, name)[:, : self.length]
         return copy
 
-    def truncate(self, length: int) -> None:
+    def truncate(self, length: Integer) -> None:
         """Forget all but the first `length` entries of every row."""
         length = read_integer(length, "length")
         if not 0 <= length <= self.length:

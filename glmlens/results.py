@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from glmlens.integers import read_integer
+from glmlens.integers import Integer, read_integer
 
 if TYPE_CHECKING:
     import pandas
@@ -107,7 +107,7 @@ class Labelled:
         about = {**self.about, axis: self.labels[axis][place]}
         return Labelled(values, axes, labels, about, chosen=self.chosen)
 
-    def top(self, n: int = 5, *, largest: bool | None = None) -> list[tuple[tuple[str, ...], float]]:
+    def top(self, n: Integer = 5, *, largest: bool | None = None) -> list[tuple[tuple[str, ...], float]]:
         """The n entries that are largest in magnitude (or largest, or smallest), each with its labels; never nan."""
         n = read_integer(n, "n", least=1)
         flat = self.values.ravel().astype(float)
@@ -124,7 +124,7 @@ class Labelled:
         """The same with every number brought between low and high."""
         return replace(self, values=self.values.clip(low, high))
 
-    def stride(self, axis: str, step: int) -> "Self":
+    def stride(self, axis: str, step: Integer) -> "Self":
         """Every step-th place along an axis from the first on; of layers the last one too, which is what comes out."""
         if axis not in self.axes:
             raise KeyError(f"no axis {axis!r}; there are {', '.join(self.axes)}")
@@ -171,7 +171,7 @@ class Sheets:
         found = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: sheet for name, sheet in found.items() if isinstance(sheet, Labelled)}
 
-    def stride(self, axis: str, step: int) -> "Self":
+    def stride(self, axis: str, step: Integer) -> "Self":
         """Every step-th place along an axis (of layers the last one too), of all sheets that have it."""
         having = {name: sheet for name, sheet in self.sheets().items() if axis in sheet.axes}
         if not having:

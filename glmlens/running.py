@@ -31,12 +31,12 @@ class Forward(TypedDict, total=False):
     """What a forward takes besides its prompt and hook; see `GLM.forward`."""
 
     kv: KVCache | None
-    start_layer: int
-    stop_layer: int | None
+    start_layer: Any
+    stop_layer: Any
     position_ids: Tensor | None
     attention_mask: Tensor | None
     inputs_embeds: Tensor | None
-    logits_to_keep: int | Tensor | None
+    logits_to_keep: Any
 
 
 def read_positions_to_keep(asked: Any) -> int | Tensor:

@@ -189,6 +189,10 @@ def goal_of(
     if isinstance(answer, Tensor) and answer.is_floating_point():
         if wrong is not None:
             raise TypeError("a direction is already what is attributed: give it alone, without wrong=")
+        if answer.shape[-1:] != (rows.lens.cfg.d_model,):
+            raise ValueError(
+                f"a direction is [{rows.lens.cfg.d_model}], the width of the stream; got {[*answer.shape]}"
+            )
         given = exact(answer.to(rows.tokens.device)).expand(rows.batch, rows.lens.cfg.d_model)
         return Goal(given, "the direction given, of the normalised stream", None)
     right = rows.answers(answer)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from glmlens.analysis.factored import Factored, eigenvalues
 from glmlens.analysis.rows import exact, groups_of, numbers, read_head, read_layer
-from glmlens.integers import read_integer
+from glmlens.integers import Integer, read_integer
 from glmlens.lens import Lens
 from glmlens.model import RMSNorm, rotary_angles, turn
 from glmlens.results import Labelled
@@ -20,7 +20,7 @@ from glmlens.results import Labelled
 VOCAB_CHUNK = 8192
 
 
-def OV(lens: Lens, layer: int, head: int, *, norms: bool = False) -> Factored:
+def OV(lens: Lens, layer: Integer, head: Integer, *, norms: bool = False) -> Factored:
     """W_V W_O: what a head writes for what it reads, [model, model] of rank d. Linear in ln1.normalized.
 
     b_V W_O is added to it, whatever is read. With `norms`, the weights of ln1 before it and of ln1_post (glm4) after
@@ -33,7 +33,9 @@ def OV(lens: Lens, layer: int, head: int, *, norms: bool = False) -> Factored:
     return Factored(norm_weight(lens, layer, "ln1")[:, None] * W_V, W_O * norm_weight(lens, layer, "ln1_post"))
 
 
-def QK(lens: Lens, layer: int, head: int, distance: int = 0, *, part: str = "all", norms: bool = False) -> Factored:
+def QK(
+    lens: Lens, layer: Integer, head: Integer, distance: Integer = 0, *, part: str = "all", norms: bool = False
+) -> Factored:
     """W_Q R(distance) W_Kᵀ / √d: how strongly a query looks at a key that stands `distance` positions before it.
 
     [model, model] of rank d (Su et al. 2021, arXiv 2104.09864, section 3.2). `part` is "rotary", the channels that
@@ -54,7 +56,7 @@ def QK(lens: Lens, layer: int, head: int, distance: int = 0, *, part: str = "all
 
 
 def QK_bias(
-    lens: Lens, layer: int, head: int, distance: int = 0
+    lens: Lens, layer: Integer, head: Integer, distance: Integer = 0
 ) -> tuple[Float[Tensor, "model"], Float[Tensor, "model"], float]:
     """What the biases add to x @ QK @ y: a vector on the query's x, one on the key's y, and a constant.
 
@@ -88,7 +90,7 @@ def channels(lens: Lens, part: str) -> slice:
     return found[part]
 
 
-def kv_of(lens: Lens, head: int) -> int:
+def kv_of(lens: Lens, head: Integer) -> int:
     """The key-value head that a query head reads; IndexError for a head that is not there."""
     return read_head(lens, head) // lens.cfg.n_groups
 

@@ -5,7 +5,7 @@ layer that lacks any with the residual stream of the whole step, and all rows lo
 of its own. So thousands of steps are a few ordinary passes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,7 +19,7 @@ from glmlens.analysis.passes import Memory
 from glmlens.analysis.rows import Token, exact, layers_of, numbers
 from glmlens.cache.places import entries_of
 from glmlens.hooks import Hooks
-from glmlens.integers import read_integers
+from glmlens.integers import Integers, read_integers
 from glmlens.kv_cache import LayerKV
 from glmlens.lens import Lens
 from glmlens.model import rotary_angles
@@ -133,7 +133,7 @@ def leave_one_out(
     answer: Token | None = None,
     *,
     by: str = "entry",
-    positions: Sequence[int] | None = None,
+    positions: Integers = None,
     hooks: Hooks | None = None,
 ) -> LeftOut:
     """What the next token loses with each entry: by "entry" (layer, kv, position), or by "position" in all layers.
@@ -173,7 +173,7 @@ def leave_one_out(
     return LeftOut(about, **made)
 
 
-def asked_of(memory: Memory, positions: Sequence[int] | None) -> Int[Tensor, "column"]:
+def asked_of(memory: Memory, positions: Integers) -> Int[Tensor, "column"]:
     """The columns of entries at these positions; IndexError for one that is not there, ValueError for none at all."""
     at = memory.kv.positions[0, : memory.kv.length]
     if positions is None:
@@ -191,7 +191,7 @@ def droppable(
     of: Prompt | Memory,
     *,
     by: str = "position",
-    counts: Sequence[int] | None = None,
+    counts: Integers = None,
     hooks: Hooks | None = None,
 ) -> Droppable:
     """Rank entries by the KL that leaving out each alone costs, and measure the KL that dropping the n first costs.

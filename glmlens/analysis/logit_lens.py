@@ -11,7 +11,7 @@ from torch import Tensor
 from glmlens.activations import Activations
 from glmlens.analysis.rows import Rows, Token, exact, layers_of
 from glmlens.hooks import Hooks
-from glmlens.integers import read_integer
+from glmlens.integers import Integer, read_integer
 from glmlens.lens import Lens
 from glmlens.prompt import Prompt
 from glmlens.results import Labelled, Sheets
@@ -41,7 +41,7 @@ def logit_lens(
     lens: Lens,
     prompt: Prompt,
     *,
-    top: int | None = None,
+    top: Integer | None = None,
     target: Token | Sequence[Token] | None = None,
     mid: bool = False,
     hooks: Hooks | None = None,

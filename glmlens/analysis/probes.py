@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from glmlens.integers import read_integer
+from glmlens.integers import Integer, read_integer
 from glmlens.results import Labelled
 
 COLUMNS = ("train", "held out", "control", "selectivity", "chance")
@@ -27,7 +27,7 @@ class Probe(Labelled):
     directions: np.ndarray = field(kw_only=True)
     classes: tuple[Hashable, ...] = field(kw_only=True)
 
-    def direction(self, layer: int, label: Hashable) -> Tensor:
+    def direction(self, layer: Integer | str, label: Hashable) -> Tensor:
         """The unit vector along which this label grows most against the mean of the others, [model].
 
         `layer` is the number that a label along that axis says, as in `at`. Raises KeyError for a label that the probe
@@ -54,8 +54,8 @@ def probe(
     types: Sequence[Hashable] | None = None,
     held_out: float = 0.3,
     l2: float = 1.0,
-    seed: int = 0,
-    layers: Sequence[int] | Sequence[str] | None = None,
+    seed: Integer = 0,
+    layers: Sequence[Integer] | Sequence[str] | None = None,
 ) -> Probe:
     """Fit a logistic probe at every layer, on some examples, and measure it on the others.
 

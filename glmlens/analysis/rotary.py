@@ -10,7 +10,6 @@ Where YaRN lengthens queries and keys as they turn, |q| and |k| are what they ar
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +21,7 @@ from glmlens.analysis.passes import recorded
 from glmlens.analysis.rows import Rows, finest, numbers, read_head, read_layer
 from glmlens.angles import frequencies, magnitude
 from glmlens.hooks import Hooks
+from glmlens.integers import Integer, Integers
 from glmlens.lens import Lens
 from glmlens.prompt import Prompt
 from glmlens.results import Labelled, Sheets
@@ -122,11 +122,11 @@ def parts_of(
 def score_parts(
     lens: Lens,
     prompt: Prompt,
-    layer: int,
-    head: int,
+    layer: Integer,
+    head: Integer,
     *,
-    query: Sequence[int] | int | None = None,
-    key: Sequence[int] | int | None = None,
+    query: Integers = None,
+    key: Integers = None,
     hooks: Hooks | None = None,
 ) -> ScoreParts:
     """Take the scores of one head apart, at some absolute positions of queries and keys (default: all).

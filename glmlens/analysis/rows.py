@@ -11,15 +11,15 @@ from torch import Tensor
 
 from glmlens.activations import Activations
 from glmlens.hooks import Hooks, Point, pairs
-from glmlens.integers import as_python, read_integer, read_integers
+from glmlens.integers import Integer, Integers, as_python, read_integer, read_integers
 from glmlens.lens import Lens
 from glmlens.model import absolute_positions
 from glmlens.prompt import Prompt
 from glmlens.results import Labelled
 
-Position = int | str | Sequence[int] | Tensor
+Position = Integer | str | Iterable[Integer]
 """An absolute position with the prefix counted, negative from a prompt's end, or "end"; or one for every prompt."""
-Token = str | int
+Token = str | Integer
 """The text of one token, or its id; for a class head a label, or its number."""
 
 
@@ -63,7 +63,7 @@ class Rows:
             raise IndexError(f"position {int(asked[row])} asked for; prompt {row} has {int(lengths[row])} tokens")
         return torch.where(asked < 0, asked, asked - lengths) + self.tokens.shape[1]
 
-    def columns_of(self, positions: Sequence[int] | int | None) -> Int[Tensor, "some"]:
+    def columns_of(self, positions: Integers) -> Int[Tensor, "some"]:
         """The columns of some absolute positions of a single prompt, negative from its end; None means all."""
         if positions is None:
             return torch.arange(self.tokens.shape[1], device=self.tokens.device)[self.positions[0] >= 0]
@@ -110,7 +110,7 @@ class Rows:
             out[row, :length] = x[row, x.shape[1] - length :]
         return out
 
-    def answers(self, asked: Token | Sequence[Token] | Tensor) -> Int[Tensor, "batch"]:
+    def answers(self, asked: Token | Iterable[Token]) -> Int[Tensor, "batch"]:
         """One logit for every row, from an answer for all of them or one for each; ValueError for another number."""
         several = as_python(asked)
         listed = list(several) if isinstance(several, Iterable) and not isinstance(several, str) else [several]

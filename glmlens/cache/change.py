@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from glmlens.cache.places import CacheError, Edits, Places, Which, entries_of, past_of, scheduled
+from glmlens.cache.places import CacheError, Edits, Places, Which, entries_of, listed, past_of, scheduled
 from glmlens.hooks import Edit, Point
-from glmlens.integers import read_integer
+from glmlens.integers import Integer, read_integer
 from glmlens.kv_cache import KVCache
 from glmlens.lens import Lens
 
@@ -49,6 +49,7 @@ class Edited:
     def hooks(self, lens: Lens, *, steps: Which = None, own: bool = True) -> Edits:
         """The same for what a run recalls, at some steps: its memory stays as it is. See `Operation` for `own`."""
         found: Edits = []
+        steps = listed(steps, "steps")
         for layer in self.places.layers(lens.cfg.n_layers, lens.cfg.n_kv_heads):
             for point, change in (("kv.k", self.keys), ("kv.v", self.values)):
                 if change is not None:
@@ -118,11 +119,11 @@ def swap(other: KVCache, *, layer: Which = None, kv: Which = None, position: Whi
 
 
 def quantise(
-    bits: int = 8,
+    bits: Integer = 8,
     *,
     keys: str | None = "channel",
     values: str | None = "token",
-    group: int = 32,
+    group: Integer = 32,
     layer: Which = None,
     kv: Which = None,
     position: Which = None,

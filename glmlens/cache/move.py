@@ -11,7 +11,7 @@ from glmlens.angles import frequencies, turned_on
 from glmlens.cache.places import CacheError, Edits, Places, Which, entries_of, past_of, scheduled
 from glmlens.config import GLMConfig
 from glmlens.hooks import Point
-from glmlens.integers import read_integer
+from glmlens.integers import Integer, read_integer
 from glmlens.kv_cache import KVCache, stood
 from glmlens.lens import Lens
 
@@ -67,7 +67,7 @@ class Moved:
 
 
 def reposition(
-    lens: Lens, by: int | None = None, *, position: Which = None, to: Callable[[Tensor], Tensor] | None = None
+    lens: Lens, by: Integer | None = None, *, position: Which = None, to: Callable[[Tensor], Tensor] | None = None
 ) -> Moved:
     """Move entries by so many positions: all, or those at `position`; or `to(positions)`, any function of them.
 

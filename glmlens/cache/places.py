@@ -1,6 +1,5 @@
 """Which entries of a cache an operation is about, and when it holds."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,11 +8,11 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from glmlens.hooks import Edit, Only, Point, only
-from glmlens.integers import read_integers
+from glmlens.integers import Integers, read_integers
 from glmlens.kv_cache import KVCache
 from glmlens.lens import Lens
 
-Which = int | Iterable[int] | None
+Which = Integers
 """Whole numbers from 0: of layers, of key-value heads, absolute positions, steps; None means all."""
 Edits = list[tuple[str, Edit]]
 

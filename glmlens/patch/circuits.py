@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from glmlens.hooks import off
-from glmlens.integers import read_integer
+from glmlens.integers import Integer, read_integer
 from glmlens.lens import Lens
 from glmlens.model import Angles, Block, absolute_positions, additive_mask, rotary_angles, turn
 from glmlens.patch.edges import EdgeScores, paired, shared, written
@@ -80,7 +80,7 @@ def whole(graph: Graph) -> Circuit:
     return Circuit(graph, graph.mask.clone(), "every edge")
 
 
-def top(scores: EdgeScores, n: int, by: str = "abs") -> Circuit:
+def top(scores: EdgeScores, n: Integer, by: str = "abs") -> Circuit:
     """The n edges with the largest scores: by "abs", or by "need", the most negative first."""
     n = read_integer(n, "n", least=0, error=PatchError)
     order = ranked(scores, by)[:n]
@@ -98,7 +98,7 @@ def ranked(scores: EdgeScores, by: str) -> Int[Tensor, "edge"]:
     return key.masked_fill(~edge, -torch.inf).flatten().argsort(descending=True, stable=True)[: scores.graph.n_edges]
 
 
-def greedy(scores: EdgeScores, n: int) -> Circuit:
+def greedy(scores: EdgeScores, n: Integer) -> Circuit:
     """The n edges found from the logits backwards, each the largest in magnitude into what is in already (Hanna et al.
     2024, arXiv 2403.17806, section 3)."""
     n = read_integer(n, "n", least=0, error=PatchError)

@@ -12,7 +12,7 @@ from glmlens.analysis.passes import PIECE, Memory, pieces
 from glmlens.analysis.rows import Rows
 from glmlens.generate import Sampling
 from glmlens.hooks import Edit, HookError, Hooks, Only, Point, called, only, pairs
-from glmlens.integers import read_integer
+from glmlens.integers import Integers, read_integer, read_integers
 from glmlens.kv_cache import KVCache
 from glmlens.lens import Lens
 from glmlens.patch.interventions import Intervention
@@ -22,7 +22,7 @@ from glmlens.run import Run
 
 OnCache = Callable[[KVCache], KVCache]
 """An operation such as `cache.evict(...)`, or any function from a cache to a new one."""
-Which = int | Sequence[int] | range | None
+Which = Integers
 CACHE = "the cache"  # where operations between steps happen
 
 
@@ -107,7 +107,7 @@ class Recording:
 
     lens: Lens
     hooks: Hooks
-    at: Mapping[int, OnCache]
+    at: Mapping[Any, OnCache]
     last: int
     options: Mapping[str, Any] = field(default_factory=dict)
     moments: list[Moment] = field(default_factory=list)
@@ -268,4 +268,6 @@ def scheduled(
     edits: list[tuple[str, Edit]] = Applied.to(lens, ours).hooks if ours else pairs(cast(Hooks, what) or None)
     if steps is None and positions is None:
         return edits
-    return [(name, only(fn, steps=steps, positions=positions)) for name, fn in edits]
+    at = {what: None if asked is None else read_integers(asked, what, error=HookError)
+          for what, asked in (("steps", steps), ("positions", positions))}  # fmt: skip
+    return [(name, only(fn, **at)) for name, fn in edits]

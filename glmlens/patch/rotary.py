@@ -25,21 +25,21 @@ from glmlens.analysis.rows import Rows, numbers
 from glmlens.angles import Rule, frequencies, frozen, magnitude, moved, silent, stretched, turned_by, turned_on
 from glmlens.config import GLMConfig
 from glmlens.hooks import Edit, Hooks, Point, only
-from glmlens.integers import read_integer
+from glmlens.integers import Integer, Integers, read_integer
 from glmlens.lens import Lens
 from glmlens.model import Angles
 from glmlens.patch.sites import PatchError, listed
 from glmlens.prompt import Prompt
 from glmlens.results import Labelled, Sheets
 
-Which = int | Iterable[int] | None
+Which = Integers
 Edits = list[tuple[str, Edit]]
 
 
 def freeze(
     lens: Lens,
     *,
-    at: int = 0,
+    at: Integer = 0,
     layer: Which = None,
     head: Which = None,
     kv: Which = None,
@@ -60,7 +60,7 @@ def silence(
 
 def shift(
     lens: Lens,
-    by: int | Mapping[int, int],
+    by: Integer | Mapping[Integer, Integer],
     *,
     layer: Which = None,
     head: Which = None,
@@ -96,7 +96,7 @@ def stretch(
     kind: str,
     factor: float | int,
     *,
-    context: int | None = None,
+    context: Integer | None = None,
     layer: Which = None,
     head: Which = None,
     kv: Which = None,

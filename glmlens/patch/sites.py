@@ -1,6 +1,6 @@
 """Where: one vocabulary for every place in a model that can be changed."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
@@ -12,12 +12,12 @@ from torch import Tensor
 from glmlens.checkpoint import blank
 from glmlens.config import GLMConfig
 from glmlens.hooks import HookError, Point, axes_of, local_name, resolve
-from glmlens.integers import read_integers
+from glmlens.integers import Integers, read_integers
 from glmlens.lens import Lens
 from glmlens.record import catalogue
 
 Place = int | str
-Places = Place | Iterable[Place] | None
+Places = Place | Integers
 
 
 class PatchError(ValueError):

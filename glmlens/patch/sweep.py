@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from glmlens.integers import read_integer
+from glmlens.integers import Integer, read_integer
 from glmlens.lens import Lens
 from glmlens.patch.changes import Change, Ids, Swap, ids
 from glmlens.patch.engine import Base
@@ -66,8 +66,8 @@ def sweep(
     direction: str = "denoise",
     names: Sequence[Names] = (),
     normalise: bool = True,
-    null: int = 0,
-    seed: int = 0,
+    null: Integer = 0,
+    seed: Integer = 0,
     most_bytes: int = BUDGET,
     checkpoint: str | Path | None = None,
     allow: str | Sequence[str] = (),

@@ -16,7 +16,7 @@ from torch import Tensor
 from glmlens.analysis.passes import Memory
 from glmlens.analysis.rows import Token, exact, label, layers_of, numbers, read_head, read_layer
 from glmlens.hooks import HookError, Hooks, pairs
-from glmlens.integers import read_integer
+from glmlens.integers import Integer, read_integer
 from glmlens.kv_cache import KVCache
 from glmlens.lens import Lens
 from glmlens.model import additive_mask, eager
@@ -97,7 +97,7 @@ class Timeline:
         model, resid = self.lens.model, torch.stack([moment.resid for moment in self.moments], 1)
         return torch.stack([model.unembed(model.ln_final(x[None]))[0] for x in resid])
 
-    def attention(self, layer: int, head: int) -> Labelled:
+    def attention(self, layer: Integer, head: Integer) -> Labelled:
         """What every step's last position attended to [step, key], derived now; keys by absolute position.
 
         Raises HookError where an edit changed what attention reads after the cache: record "attn.pattern" then.
@@ -134,22 +134,22 @@ class Timeline:
         eager(q, keys, keys, additive_mask(at[:, -1:], at, q.dtype), note)
         return seen["attn.pattern"][0, 0, 0]
 
-    def memory(self, step: int) -> Memory:
+    def memory(self, step: Integer) -> Memory:
         """What a step began with: for `who_reads` and `leave_one_out`, or to go on from with other means."""
         return self.moment(step).memory()
 
-    def moment(self, step: int) -> Moment:
+    def moment(self, step: Integer) -> Moment:
         return self.moments[read_integer(step, "step", size=len(self.moments), outside=IndexError)]
 
     def rerun(
         self,
-        step: int,
+        step: Integer,
         *,
         token: Token | None = None,
         hooks: Hooks | None = None,
         interventions: Sequence[Intervention] | Intervention = (),
-        at: Mapping[int, OnCache] | None = None,
-        max_new_tokens: int | None = None,
+        at: Mapping[Integer, OnCache] | None = None,
+        max_new_tokens: Integer | None = None,
     ) -> "Timeline":
         """The same run up to a step, from there with a change; what came before is not computed again.
 
@@ -201,11 +201,11 @@ class Timeline:
 def timeline(
     lens: Lens,
     prompt: Prompt,
-    max_new_tokens: int = 20,
+    max_new_tokens: Integer = 20,
     *,
     hooks: Hooks | None = None,
     interventions: Sequence[Intervention] | Intervention = (),
-    at: Mapping[int, OnCache] | None = None,
+    at: Mapping[Integer, OnCache] | None = None,
     **options: Any,
 ) -> Timeline:
     """Generate from one prompt and keep what every step said and read.

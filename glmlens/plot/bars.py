@@ -7,14 +7,14 @@ import numpy as np
 import plotly.graph_objects as go
 from typing_extensions import Unpack
 
-from glmlens.integers import read_integer
+from glmlens.integers import Integer, read_integer
 from glmlens.plot.data import Labels, Numbers, array, labelled, title_of
 from glmlens.plot.style import FAINT, NEGATIVE, POSITIVE, Look, dressed, shown, signed_number, ticks
 from glmlens.results import Labelled, list_axes
 
 
 def bars(
-    data: Numbers, labels: Labels = None, *, what: str = "value", top: int = 30, **look: Unpack[Look]
+    data: Numbers, labels: Labels = None, *, what: str = "value", top: Integer = 30, **look: Unpack[Look]
 ) -> go.Figure:
     """Signed numbers along one axis, the first on top; of more than `top`, the largest, and the others as one bar."""
     found = labelled(data, ("part",), labels)
@@ -27,8 +27,8 @@ def logit_attribution(
     result: Any,
     *,
     over: str | Sequence[str] | None = None,
-    prompt: int | None = None,
-    top: int = 30,
+    prompt: Integer | str | None = None,
+    top: Integer = 30,
     **look: Unpack[Look],
 ) -> go.Figure:
     """What each part adds to a logit, in logits: all parts in the model's order, or the `top` largest and the rest.

@@ -7,7 +7,7 @@ import numpy as np
 import plotly.graph_objects as go
 from typing_extensions import Unpack
 
-from glmlens.integers import read_integer
+from glmlens.integers import Integer, read_integer
 from glmlens.plot.bars import bars
 from glmlens.plot.data import Labels, array, labelled
 from glmlens.plot.heatmaps import drawn
@@ -19,7 +19,13 @@ LEAST = 1e-6  # nats: what is less is drawn here, on an axis of powers
 
 
 def cache_norms(
-    kv: Any, labels: Labels = None, *, of: str = "keys", row: int = 0, max_cells: int = MOST_CELLS, **look: Unpack[Look]
+    kv: Any,
+    labels: Labels = None,
+    *,
+    of: str = "keys",
+    row: Integer = 0,
+    max_cells: int = MOST_CELLS,
+    **look: Unpack[Look],
 ) -> go.Figure:
     """The length of every entry's "keys" or "values" [layer, pos], over all its key-value heads, with what it weighs.
 
@@ -47,7 +53,7 @@ def cache_norms(
 
 
 def who_reads(
-    reads: Any, show: str = "weighted", *, layer: int | str | None = None, max_cells: int = MOST_CELLS,
+    reads: Any, show: str = "weighted", *, layer: Integer | str | None = None, max_cells: int = MOST_CELLS,
     **look: Unpack[Look],
 ) -> go.Figure:  # fmt: skip
     """How the next token's step reads every entry: [layer, key], summed over heads, or of one layer [head, key].

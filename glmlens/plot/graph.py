@@ -7,7 +7,7 @@ import numpy as np
 import plotly.graph_objects as go
 from typing_extensions import Unpack
 
-from glmlens.integers import read_integer
+from glmlens.integers import Integer, read_integer
 from glmlens.plot.style import FAINT, NEGATIVE, POSITIVE, Look, dressed, shown
 
 Edge = tuple[str, str]
@@ -15,7 +15,7 @@ PLATE = "#5f5f5f"
 STEPS = np.linspace(0, 1, 24)
 
 
-def circuit(scores: Any, *, top: int = 20, **look: Unpack[Look]) -> go.Figure:
+def circuit(scores: Any, *, top: Integer = 20, **look: Unpack[Look]) -> go.Figure:
     """The `top` edges that are strongest in magnitude as lines from writers to readers.
 
     Wide is strong, red is above zero, blue below. `scores` is an EdgeScores, or pairs of (writer, reader) and score, as

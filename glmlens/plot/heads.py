@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 from typing_extensions import Unpack
 
-from glmlens.integers import read_integer
+from glmlens.integers import Integer, read_integer
 from glmlens.plot.data import Labels, Numbers, blocks, labelled, largest
 from glmlens.plot.style import GREY, MAGNITUDE, SERIES, Look, bar_of, dressed, infinite_note, ticks
 
@@ -14,7 +14,7 @@ ACROSS = 400  # cells of all the small pictures beside each other
 
 
 def attention_heads(
-    patterns: Numbers, labels: Labels = None, *, n_kv_heads: int | None = None, **look: Unpack[Look]
+    patterns: Numbers, labels: Labels = None, *, n_kv_heads: Integer | None = None, **look: Unpack[Look]
 ) -> go.Figure:
     """The attention [head, query, key] of all heads of a layer side by side, the first query on top.
 

@@ -7,7 +7,7 @@ import numpy as np
 import plotly.graph_objects as go
 from typing_extensions import Unpack
 
-from glmlens.integers import read_integer
+from glmlens.integers import Integer, read_integer
 from glmlens.plot.data import Labels, Limits, Numbers, array, labelled, pooled, title_of
 from glmlens.plot.style import (
     GREY,
@@ -137,7 +137,12 @@ def patch_grid(
 
 
 def logit_lens(
-    result: Any, show: str = "probability", *, prompt: int = 0, max_cells: int = MOST_CELLS, **look: Unpack[Look]
+    result: Any,
+    show: str = "probability",
+    *,
+    prompt: Integer | str = 0,
+    max_cells: int = MOST_CELLS,
+    **look: Unpack[Look],
 ) -> go.Figure:
     """What every layer would say next: layer upwards, position to the right, the most probable tokens on hover.
 
@@ -176,7 +181,7 @@ def logit_lens(
     )
 
 
-def one(sheet: Labelled, prompt: int) -> Labelled:
+def one(sheet: Labelled, prompt: Integer | str) -> Labelled:
     """One prompt of a result of several."""
     return sheet.at(prompt=prompt) if "prompt" in sheet.axes else sheet
 

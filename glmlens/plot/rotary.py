@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from typing_extensions import Unpack
 
-from glmlens.integers import read_integer
+from glmlens.integers import Integer, read_integer
 from glmlens.plot.bars import bars
 from glmlens.plot.data import array, pooled
 from glmlens.plot.heatmaps import drawn
@@ -31,7 +31,7 @@ ROUND = [[0, "#2f1436"], [0.25, "#6276ba"], [0.5, "#e2d9e2"], [0.75, "#b2614f"],
 
 
 def score_by_pair(
-    parts: Any, query: int | str | None = None, *, max_cells: int = MOST_CELLS, **look: Unpack[Look]
+    parts: Any, query: Integer | str | None = None, *, max_cells: int = MOST_CELLS, **look: Unpack[Look]
 ) -> go.Figure:
     """What each frequency pair, and the content, adds to one query's score of every key [part, key].
 
@@ -46,7 +46,7 @@ def score_by_pair(
 
 
 def rotary_angles(
-    parts: Any, query: int | str | None = None, *, max_cells: int = MOST_CELLS, **look: Unpack[Look]
+    parts: Any, query: Integer | str | None = None, *, max_cells: int = MOST_CELLS, **look: Unpack[Look]
 ) -> go.Figure:
     """By how much each pair has turned between one query and every key [pair, key], in radians from -pi to pi.
 
@@ -62,7 +62,7 @@ def rotary_angles(
     return figure.update_traces(colorscale=ROUND, selector={"type": "heatmap"})
 
 
-def asked_of(parts: Any, sheet: str, query: int | str | None) -> tuple[str, Labelled]:
+def asked_of(parts: Any, sheet: str, query: Integer | str | None) -> tuple[str, Labelled]:
     """One query of a sheet [query, key, part or pair], by default the last of those there are, and its label."""
     found = parts.sheets()[sheet]
     data = found.at(query=found.labels["query"][-1] if query is None else query)
@@ -111,7 +111,7 @@ def named(figure: go.Figure, queries: Sequence[str], keys: Sequence[str]) -> Non
 
 
 def attention_by_distance(
-    profile: Any, layer: int | str, *, show: str = "attention", **look: Unpack[Look]
+    profile: Any, layer: Integer | str, *, show: str = "attention", **look: Unpack[Look]
 ) -> go.Figure:
     """What every head of a layer would attend to by distance alone, a line per head; `show` is "attention" or "score".
 
@@ -128,7 +128,7 @@ def attention_by_distance(
     return lines(series, along=far, what=show, **look)
 
 
-def pair_use(use: Any, kind: str = "induction", *, top: int = 24, **look: Unpack[Look]) -> go.Figure:
+def pair_use(use: Any, kind: str = "induction", *, top: Integer = 24, **look: Unpack[Look]) -> go.Figure:
     """By how much each frequency pair lifts the score of what heads look for [head, part], of the `top` heads.
 
     `use` is the result of `pair_use`, `kind` is "previous", "duplicate" or "induction". The heads whose parts sum to

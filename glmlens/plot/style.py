@@ -191,7 +191,8 @@ def mask_infinite(figure: go.Figure) -> list[str]:
     Axes and colours would stretch to infinity otherwise, and JSON has no such numbers.
     """
     count, drawn, finite = 0, 0, 0
-    for trace in figure.data:
+    traces: Any = figure.data
+    for trace in traces:
         for name in ("z", "y", "x", "customdata"):
             values = getattr(trace, name, None)
             if values is None:

@@ -9,13 +9,13 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from typing_extensions import Unpack
 
-from glmlens.integers import read_integer
+from glmlens.integers import Integer, read_integer
 from glmlens.plot.data import array
 from glmlens.plot.style import FAINT, GREY, SERIES, Look, dressed, shown
 
 
 def generation(
-    steps: Any, label: Callable[[int], str] | None = None, *, row: int = 0, top: int = 8, **look: Unpack[Look]
+    steps: Any, label: Callable[[int], str] | None = None, *, row: Integer = 0, top: Integer = 8, **look: Unpack[Look]
 ) -> go.Figure:
     """Above, each chosen token's probability and the entropy of its step (nats); below, the `top` tokens of one step.
 
@@ -24,7 +24,7 @@ def generation(
     The slider goes through the steps, in a saved file too. Probabilities are of the model's logits, before any
     temperature.
     """
-    top = read_integer(top, "top", least=1)
+    row, top = read_integer(row, "row", least=0), read_integer(top, "top", least=1)
     label = label or named_by(steps)
     read = [reading(step, row, top) for step in getattr(steps, "moments", steps)]
     if not read:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from glmlens.integers import read_integer
+from glmlens.integers import Integer, read_integer
 from glmlens.tokenizer import Tokenizer
 
 LOGIT_DIFFERENCE = "logit difference"
@@ -201,7 +201,7 @@ class Task:
     def examples(
         self,
         tokenizer: Any,
-        n: int = 100,
+        n: Integer = 100,
         seed: int | str = 0,
         *,
         where: Callable[[Item], bool] | None = None,

@@ -227,7 +227,8 @@ class RotaryExplorer(Explorer):
         title = f"Score of {whose} by distance{more}"
         figure = lines(data, axes=("part", "distance"), what="score", title=title, subtitle="", height=330)
         on = [True, s["content"], *(i in s["pairs"] for i in largest)]
-        for trace, lit, thick in zip(figure.data, on, [4, *[1.5] * (len(on) - 1)], strict=False):
+        traces: Any = figure.data
+        for trace, lit, thick in zip(traces, on, [4, *[1.5] * (len(on) - 1)], strict=False):
             trace.update(mode="lines", opacity=1 if lit else FAINT, line_width=thick)
         ring = {"size": 15, "symbol": "circle-open", "color": GREY, "line": {"width": 3}}
         here = {"x": [s["distance"]], "y": [total[s["distance"]]]}
