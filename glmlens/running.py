@@ -15,7 +15,7 @@ from glmlens.activations import Activations, Of
 from glmlens.check import Check, OnMeta, Points
 from glmlens.config import CheckpointError, GLMConfig
 from glmlens.hooks import Hook, HookError, Hooks, Point, off
-from glmlens.integers import read_integer, read_integers
+from glmlens.integers import as_python, read_integer, read_integers
 from glmlens.kv_cache import KVCache
 from glmlens.model import absolute_positions
 from glmlens.prompt import Prompt, Prompts, Rows
@@ -43,7 +43,7 @@ def read_positions_to_keep(asked: Any) -> int | Tensor:
     """How many of the last positions logits are wanted for, or the indices of some in a tensor."""
     if isinstance(asked, Tensor) and asked.ndim == 1 and not asked.is_floating_point():
         return asked  # indices, or a mask as long as the positions
-    if (isinstance(asked, Tensor) and asked.ndim) or isinstance(asked, Iterable):
+    if isinstance(as_python(asked), Iterable | slice):
         return torch.tensor(read_integers(asked, "logits_to_keep", negative=True))
     return read_integer(asked, "logits_to_keep")
 

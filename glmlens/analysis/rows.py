@@ -11,7 +11,7 @@ from torch import Tensor
 
 from glmlens.activations import Activations
 from glmlens.hooks import Hooks, Point, pairs
-from glmlens.integers import Integer, Integers, as_python, read_integer, read_integers
+from glmlens.integers import Integer, Integers, as_python, read_integer, read_integers, split_values
 from glmlens.lens import Lens
 from glmlens.model import absolute_positions
 from glmlens.prompt import Prompt
@@ -112,9 +112,9 @@ class Rows:
 
     def answers(self, asked: Token | Iterable[Token]) -> Int[Tensor, "batch"]:
         """One logit for every row, from an answer for all of them or one for each; ValueError for another number."""
-        several = as_python(asked)
-        listed = list(several) if isinstance(several, Iterable) and not isinstance(several, str) else [several]
-        listed = listed * self.batch if listed == [several] else listed
+        value = as_python(asked)
+        listed = split_values(value, named=True) or [value]
+        listed = listed if isinstance(value, Iterable) and not isinstance(value, str) else listed * self.batch
         if len(listed) != self.batch:
             raise ValueError(f"{len(listed)} answers for {self.batch} prompts: give one for all, or one for each")
         return torch.tensor([self.lens.to_answer(answer) for answer in listed]).to(self.tokens.device)
