@@ -95,8 +95,7 @@ def inside_json(draw, folder):
 
 
 def no_json(draw, folder):
-    others = [folder / "tokenizer_config.json"] if (folder / "config.json").exists() else []
-    path = draw.choice([*sorted(folder.glob("*.json")), *others])
+    path = draw.choice([*sorted(folder.glob("*.json")), folder / "tokenizer_config.json"])
     data = draw.choice(
         [
             b"", b"{", b"null", b"[]", b"1" * 5000, b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe", b"\xef\xbb\xbf{}",
@@ -109,8 +108,7 @@ def no_json(draw, folder):
 
 def no_file(draw, folder):
     """Something else where a file should be."""
-    others = [folder / "chat_template.jinja", folder / "tokenizer.model"] if (folder / "config.json").exists() else []
-    path = draw.choice([*sorted(folder.iterdir()), *others])
+    path = draw.choice([*sorted(folder.iterdir()), folder / "chat_template.jinja", folder / "tokenizer.model"])
     path.unlink(missing_ok=True)
     kind = draw.randrange(6)
     if kind == 0:
@@ -132,7 +130,7 @@ def no_file(draw, folder):
 
 
 def weights(draw, folder):
-    return draw.choice(sorted(folder.glob("*.safetensors")) or sorted(folder.iterdir()))
+    return draw.choice(sorted(folder.glob("*.safetensors")))
 
 
 def split(path):
