@@ -258,7 +258,7 @@ class Only:
         return torch.where(where.to(x.device).reshape(shape), new, x)
 
 
-def only(fn: Edit, *, steps: Integers = None, positions: Integers = None) -> Only:
+def only(fn: Any, *, steps: Integers = None, positions: Integers = None) -> Only:
     """Restrict an edit to some generation steps (0 is the prompt) and to some absolute positions.
 
     At a point with a `query` axis, positions are the query's; at `kv.k` and `kv.v` they are the key's. Rows of the
@@ -276,7 +276,7 @@ def only(fn: Edit, *, steps: Integers = None, positions: Integers = None) -> Onl
     return Only(fn, *chosen)
 
 
-def pairs(hooks: Hooks | None) -> list[tuple[str, Edit]]:
+def pairs(hooks: Any) -> list[tuple[str, Edit]]:
     """The (name, edit) pairs of either spelling, in the order given; HookError for what is no hook."""
     if hooks is None:
         return []

@@ -32,7 +32,6 @@ class Labelled:
     chosen: tuple[str, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "axes", list_axes(self.axes))
         if self.values.ndim != len(self.axes):
             raise ValueError(f"values have {self.values.ndim} axes {self.values.shape}, named {self.axes}")
         sizes = dict(zip(self.axes, self.values.shape, strict=True))

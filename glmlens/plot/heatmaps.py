@@ -22,7 +22,7 @@ from glmlens.plot.style import (
     signed_number,
     ticks,
 )
-from glmlens.results import Labelled
+from glmlens.results import Labelled, list_axes
 
 TALL = ("pos", "key", "part")  # axes whose labels are drawn steeply
 LONGER = {"part": 28, "pair": 28}  # characters of labels that name wavelengths
@@ -33,7 +33,7 @@ def heatmap(
     data: Numbers,
     labels: Labels = None,
     *,
-    axes: tuple[str, str] = ("row", "column"),
+    axes: str | tuple[str, str] = ("row", "column"),
     what: str = "value",
     signed: bool | None = None,
     down: bool = False,
@@ -46,7 +46,7 @@ def heatmap(
     Signed numbers have zero in the middle of the colours; without `signed`, those are signed of which any is negative.
     `limits` are the ends of the colours.
     """
-    return drawn(labelled(data, axes, labels), what, signed, down, limits, max_cells, look)
+    return drawn(labelled(data, list_axes(axes), labels), what, signed, down, limits, max_cells, look)
 
 
 def drawn(

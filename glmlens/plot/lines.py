@@ -8,7 +8,7 @@ from typing_extensions import Unpack
 
 from glmlens.plot.data import Labels, Limits, Numbers, array, labelled, title_of
 from glmlens.plot.style import FAINT, SERIES, SIGNED, Look, bar_of, dressed, finite_most, shown, ticks
-from glmlens.results import Labelled
+from glmlens.results import Labelled, list_axes
 
 DASHES = ("solid", "dash", "dot", "dashdot")
 
@@ -17,7 +17,7 @@ def lines(
     data: Numbers,
     labels: Labels = None,
     *,
-    axes: tuple[str, str] = ("series", "place"),
+    axes: str | tuple[str, str] = ("series", "place"),
     along: str | None = None,
     what: str = "value",
     limits: Limits | None = None,
@@ -27,6 +27,7 @@ def lines(
 
     Numbers with one axis are one line. `limits` are the ends of the upward axis.
     """
+    axes = list_axes(axes)
     if np.ndim(data.values if isinstance(data, Labelled) else array(data)) == 1:
         data = single(labelled(data, axes[1:], labels), what)
     found = labelled(data, axes, labels)
