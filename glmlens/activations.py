@@ -14,6 +14,7 @@ from torch import Tensor
 
 from glmlens.derive import Origin, barred, derive, follows
 from glmlens.hooks import HookError, axes_of, local_name
+from glmlens.integers import Integer, read_integer
 from glmlens.model import GLM
 from glmlens.storage import (
     FileError,
@@ -101,13 +102,13 @@ class Activations(Mapping[str, Any]):
 
     # ---- reading ----
 
-    def __getitem__(self, key: str | tuple[str, int]) -> Any:
+    def __getitem__(self, key: str | tuple[str, Integer]) -> Any:
         return self._read(key, ChainMap({}, cast(Any, self.stored)))
 
-    def _read(self, key: str | tuple[str, int], there: ChainMap[str, Any]) -> Any:
+    def _read(self, key: str | tuple[str, Integer], there: ChainMap[str, Any]) -> Any:
         """A point's value; what is derived on the way to many layers is looked up in `there`."""
         if isinstance(key, tuple):
-            local, layer = key
+            local, layer = key[0], read_integer(key[1], "layer", error=HookError)
             layers = self.layers(local) or self._every_layer()
             return self._read(f"blocks.{layer + max(layers, default=0) + 1 if layer < 0 else layer}.{local}", there)
         if key in self.stored:
@@ -175,7 +176,7 @@ class Activations(Mapping[str, Any]):
         rows = [row[at >= 0].tolist() for row, at in zip(self.tokens, of.positions, strict=True)]
         return [of.tokenizer.labels(row) if of.tokenizer else [f"⟨{i}⟩" for i in row] for row in rows]
 
-    def at(self, where: int | str, occurrence: int | None = None) -> "AtPosition":
+    def at(self, where: Integer | str, occurrence: Integer | None = None) -> "AtPosition":
         """The same recording at one position of every row: absolute, a task's name for it, or the text of a token.
 
         Positions are the query's where there is one. Raises HookError for a text that a row says never, or several
@@ -183,16 +184,18 @@ class Activations(Mapping[str, Any]):
         """
         return AtPosition(self, self.find(where, occurrence))
 
-    def find(self, where: int | str, occurrence: int | None = None) -> Int[Tensor, "batch"]:
+    def find(self, where: Integer | str, occurrence: Integer | None = None) -> Int[Tensor, "batch"]:
         """The absolute position of a place in every row; see `at`."""
         of = self._of()
-        if isinstance(where, int):
+        if not isinstance(where, str):
+            where = read_integer(where, "position", error=HookError)
             last = of.positions.amax(1)
             found = last + 1 + where if where < 0 else torch.full_like(last, where)
             missing = (found[:, None] != of.positions).all(1)
             if bool(missing.any()):
                 raise HookError(f"position {where} asked for; the rows end with {last.tolist()}")
             return found
+        occurrence = None if occurrence is None else read_integer(occurrence, "occurrence", error=HookError)
         if of.named is not None and occurrence is None:
             try:
                 return of.named(where).to(of.positions.device)
@@ -219,9 +222,9 @@ class Activations(Mapping[str, Any]):
             raise HookError(f"{text!r} stands {len(places)} times in row {row}; occurrence {occurrence} asked for")
         return int(of.positions[row][real][places[occurrence or 0]])
 
-    def row(self, i: int) -> "Activations":
+    def row(self, i: Integer) -> "Activations":
         """The recording of one prompt alone, without its padding and with a batch of one."""
-        of = self._of()
+        of, i = self._of(), read_integer(i, "row", error=HookError)
         if not -len(of.positions) <= i < len(of.positions):
             raise HookError(f"row {i} asked for; this recording has {len(of.positions)}")
         i %= len(of.positions)
@@ -357,7 +360,7 @@ class AtPosition:
     acts: Activations
     positions: Int[Tensor, "batch"]
 
-    def __getitem__(self, key: str | tuple[str, int]) -> Tensor:
+    def __getitem__(self, key: str | tuple[str, Integer]) -> Tensor:
         x, local = self.acts[key], local_name(key[0] if isinstance(key, tuple) else key)
         if isinstance(x, list):
             raise HookError(f"{local!r} is a list with a tensor per step: take a step first")

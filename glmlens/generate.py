@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from glmlens.hooks import Hook
+from glmlens.integers import read_integer
 from glmlens.kv_cache import KVCache
 from glmlens.model import GLM, absolute_positions
 
@@ -42,16 +44,19 @@ class Sampling:
     """
 
     temperature: float | None = None
-    top_k: int | None = None
+    top_k: Any = None
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    seed: int | torch.Generator | None = None
+    seed: Any = None
 
     def __post_init__(self) -> None:
+        for name, number in (("top_k", self.top_k), ("seed", self.seed)):
+            if number is not None and not isinstance(number, torch.Generator):
+                object.__setattr__(self, name, read_integer(number, name))
         for name, good, expected in (
             ("temperature", lambda x: x > 0, "above 0"),
-            ("top_k", lambda x: x >= 1 and x == int(x), "a whole number of at least 1"),
+            ("top_k", lambda x: x >= 1, "a whole number of at least 1"),
             ("top_p", lambda x: 0 < x <= 1, "above 0 and at most 1"),
             ("min_p", lambda x: 0 <= x <= 1, "from 0 to 1"),
             ("repetition_penalty", lambda x: x > 0, "above 0"),

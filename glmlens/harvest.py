@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from glmlens.activations import Activations
 from glmlens.hooks import HookError, axes_of, local_name, resolve
+from glmlens.integers import Integer, read_integer
 from glmlens.storage import (
     FileError,
     TensorFile,
@@ -59,7 +60,7 @@ class Harvest:
         """How many tokens there are."""
         return sum(shard["tokens"] for shard in self.manifest["shards"])
 
-    def __getitem__(self, key: str | tuple[str, int]) -> Tensor:
+    def __getitem__(self, key: str | tuple[str, Integer]) -> Tensor:
         return self._joined(self._name(key))
 
     @property
@@ -74,8 +75,9 @@ class Harvest:
     def prompts(self) -> Int[Tensor, "token"]:
         return self._joined("of.prompts")
 
-    def batches(self, key: str | tuple[str, int], size: int = 4096) -> Iterator[Tensor]:
+    def batches(self, key: str | tuple[str, Integer], size: Integer = 4096) -> Iterator[Tensor]:
         """The rows in order, `size` at a time, with no more than a shard in memory."""
+        size = read_integer(size, "size", least=1)
         for shard in self.shards(self._name(key)):
             yield from shard.split(size)
 
@@ -98,8 +100,8 @@ class Harvest:
             begin += len(rows)
         return joined
 
-    def _name(self, key: str | tuple[str, int]) -> str:
-        name = f"blocks.{key[1]}.{key[0]}" if isinstance(key, tuple) else key
+    def _name(self, key: str | tuple[str, Integer]) -> str:
+        name = f"blocks.{read_integer(key[1], 'layer')}.{key[0]}" if isinstance(key, tuple) else key
         if name not in self.names:
             raise HookError(f"{name!r} was not harvested; there are {', '.join(self.names[:6])}")
         return name
@@ -205,8 +207,8 @@ def harvest(
     out: str | Path,
     *,
     hashes: Mapping[str, str],
-    batch: int = 16,
-    shard_tokens: int = 16_384,
+    batch: Integer = 16,
+    shard_tokens: Integer = 16_384,
 ) -> Harvest:
     """Run prompts one batch after the other and write what was at the named points to shards in `out`.
 
@@ -217,6 +219,7 @@ def harvest(
     holds the harvest of another model, tokenizer, set of points or prompts, or files that are not as they were written,
     or when another harvest is under way there.
     """
+    batch, shard_tokens = read_integer(batch, "batch", least=1), read_integer(shard_tokens, "shard_tokens", least=1)
     folder, points = expand_path(out), resolve(names, [point.name for point in lens.points()])
     for name in points:
         if "pos" not in axes_of(name) or local_name(name) in ("kv.k", "kv.v"):

@@ -1,6 +1,7 @@
 """What a hook is: a function handed to `forward`, called once per named tensor, and the names themselves."""
 
 import fnmatch
+import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from glmlens.integers import Integers, read_integers
 
 Hook = Callable[[str, Tensor], Tensor]
 """Look at `x`, or return what the model should use instead."""
@@ -121,6 +124,13 @@ THEIRS = {
 }  # fmt: skip
 
 
+class LayerNumber(int):
+    """A layer's number, which TransformerLens's way of asking for it, `hook.layer()`, gives too."""
+
+    def __call__(self) -> int:
+        return int(self)
+
+
 @dataclass(frozen=True, eq=False)
 class Point:
     """One named tensor: where it is, and (inside a hook) which step and which absolute positions it covers.
@@ -139,8 +149,8 @@ class Point:
 
     @property
     def layer(self) -> int | None:
-        """The layer's number, or None at the root."""
-        return int(self.name.split(".")[1]) if self.name.startswith("blocks.") else None
+        """The layer's number (a LayerNumber), or None at the root."""
+        return LayerNumber(self.name.split(".")[1]) if self.name.startswith("blocks.") else None
 
     @property
     def local(self) -> str:
@@ -249,39 +259,60 @@ class Only:
         return torch.where(where.to(x.device).reshape(shape), new, x)
 
 
-def only(fn: Edit, *, steps: int | Iterable[int] | None = None, positions: int | Iterable[int] | None = None) -> Only:
+def only(fn: Any, *, steps: Integers = None, positions: Integers = None) -> Only:
     """Restrict an edit to some generation steps (0 is the prompt) and to some absolute positions.
 
     At a point with a `query` axis, positions are the query's; at `kv.k` and `kv.v` they are the key's. Rows of the
     result at other positions are dropped. A run that never reaches any of them is a HookError.
+    How many positions there are is not known before it is run, so a mask is a HookError: give the numbers.
     """
     if isinstance(fn, Only):
         raise HookError("only() of an only(): give steps and positions in one call")
-    edit = Only(fn, whole(steps, "steps"), whole(positions, "positions"))
-    for what, chosen in (("steps", edit.steps), ("positions", edit.positions)):
-        if chosen is not None and not chosen:
-            raise HookError(f"{what} came out empty: this edit could never happen")
-        if chosen is not None and min(chosen) < 0:
-            raise HookError(f"{what} are counted from 0: got {min(chosen)}")
-    return edit
+    if not callable(fn):
+        raise HookError(f"only() restricts an edit, a function fn(x, point); got {fn!r:.80}")
+    chosen = [
+        None if numbers is None else frozenset(read_integers(numbers, what, error=HookError))
+        for numbers, what in ((steps, "steps"), (positions, "positions"))
+    ]
+    return Only(fn, *chosen)
 
 
-def whole(numbers: Any, what: str) -> frozenset[int] | None:
-    if numbers is None:
-        return None
-    try:
-        return frozenset(int(n) for n in ([numbers] if isinstance(numbers, int) else numbers))
-    except (TypeError, ValueError) as e:
-        raise HookError(f"{what} must be a whole number or several, not {numbers!r}") from e
-
-
-def pairs(hooks: Hooks | None) -> list[tuple[str, Edit]]:
-    """The (name, edit) pairs of either spelling, in the order given."""
-    listed = [] if hooks is None else list(hooks.items()) if isinstance(hooks, Mapping) else list(hooks)
+def pairs(hooks: Any) -> list[tuple[str, Edit]]:
+    """The (name, edit) pairs of either spelling, in the order given; HookError for what is no hook."""
+    if hooks is None:
+        return []
+    if isinstance(hooks, str) or not isinstance(hooks, Iterable):
+        raise HookError(f"{SPELLINGS}; got {hooks!r:.80}")
+    listed = list(hooks.items()) if isinstance(hooks, Mapping) else list(hooks)
+    if len(listed) == 2 and isinstance(listed[0], str) and callable(listed[1]):
+        raise HookError(f"{SPELLINGS}: put the pair of {listed[0]!r} in a list, hooks=[(name, fn)]")
     for entry in listed:
-        if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str) and callable(entry[1])):
-            raise HookError(f'hooks are {{"blocks.3.attn.z": fn}} or [("blocks.*.attn.z", fn), ...]; got {entry!r}')
+        if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)):
+            raise HookError(f"{SPELLINGS}; got {entry!r:.80}")
+        name, fn = entry
+        if isinstance(fn, list | tuple):
+            raise HookError(f"{name!r} has {len(fn)} hooks: give a pair for each, [({name!r}, first), ...]")
+        if not callable(fn):
+            raise HookError(f"{SPELLINGS}; got {fn!r:.80} at {name!r}, which is no function")
+        check_signature(name, fn)
     return listed
+
+
+SPELLINGS = 'hooks are {"blocks.3.attn.z": fn} or [("blocks.*.attn.z", fn), ...]'
+
+
+def check_signature(name: str, fn: Edit) -> None:
+    """Raise HookError for a function that cannot be called as fn(x, point)."""
+    try:
+        signature = inspect.signature(fn.fn if isinstance(fn, Only) else fn)
+    except (TypeError, ValueError):  # some of those written in C do not say what they take
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as e:
+        raise HookError(
+            f"{name!r}: {called(fn)}{signature} cannot be called as fn(x, point), the tensor there and where it is: {e}"
+        ) from None
 
 
 def called(fn: Edit) -> str:

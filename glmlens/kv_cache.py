@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from glmlens.config import GLMConfig
+from glmlens.integers import Integer, read_integer
 from glmlens.storage import FileError, TensorFile, expand_path, write_tensors
 from glmlens.tables import size
 
@@ -83,9 +84,9 @@ class KVCache:
             torch.nn.functional.pad(t, (0, more), value=-1) for t in (self.positions, self.tokens, self.calls)
         )
 
-    def fork(self, room: int = 0) -> "KVCache":
+    def fork(self, room: Integer = 0) -> "KVCache":
         """A copy with room for more entries: what either remembers from now on, the other never sees."""
-        capacity = max(self.capacity, self.length + room)
+        capacity = max(self.capacity, self.length + read_integer(room, "room", least=0))
         shape = (*self.keys.shape[:2], capacity, *self.keys.shape[3:])
         copy = KVCache(
             keys=self.keys.new_zeros(shape),
@@ -99,8 +100,9 @@ class KVCache:
             getattr(copy, name)[:, : self.length] = getattr(self, name)[:, : self.length]
         return copy
 
-    def truncate(self, length: int) -> None:
+    def truncate(self, length: Integer) -> None:
         """Forget all but the first `length` entries of every row."""
+        length = read_integer(length, "length")
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot truncate to {length}: the cache holds {self.length} entries")
         self.length = length

@@ -1,7 +1,7 @@
 """Lens: a GLM, its tokenizer, and what a notebook does with them."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -16,6 +16,7 @@ from glmlens.config import CheckpointError, Reader
 from glmlens.generate import Choose, Sampling, Step, steps
 from glmlens.harvest import Harvest, harvest
 from glmlens.hooks import HookError, Hooks
+from glmlens.integers import Integer, Integers, read_integer, read_integers
 from glmlens.kv_cache import KVCache
 from glmlens.model import GLM
 from glmlens.prompt import Prompt
@@ -36,14 +37,14 @@ class Options(TypedDict, total=False):
     hooks: Hooks | None
     kv: KVCache | None
     attention_mask: Tensor | None
-    stop_ids: Sequence[int] | None
+    stop_ids: Integers
     stop_strings: str | Sequence[str] | None
     temperature: float | None
-    top_k: int | None
+    top_k: Integer | None
     top_p: float | None
     min_p: float | None
     repetition_penalty: float | None
-    seed: int | torch.Generator | None
+    seed: Integer | torch.Generator | None
 
 
 def load(
@@ -123,8 +124,8 @@ class Lens(Running, Weights):
         names: Names,
         out: str | Path,
         *,
-        batch: int = 16,
-        shard_tokens: int = 16_384,
+        batch: Integer = 16,
+        shard_tokens: Integer = 16_384,
     ) -> Harvest:
         """Write what is at the named points, a row per token, for any number of prompts; see `harvest.harvest`."""
         hashes = {"model": self.model_hash, "tokenizer": self.tokenizer_hash}
@@ -135,20 +136,20 @@ class Lens(Running, Weights):
     def generate(
         self,
         prompt: Prompt,
-        max_new_tokens: int = 20,
+        max_new_tokens: Integer = 20,
         *,
         hooks: Hooks | None = None,
         names: Names = (),
         kv: KVCache | None = None,
         attention_mask: Tensor | None = None,
-        stop_ids: Sequence[int] | None = None,
+        stop_ids: Integers = None,
         stop_strings: str | Sequence[str] | None = None,
         temperature: float | None = None,
-        top_k: int | None = None,
+        top_k: Integer | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
         repetition_penalty: float | None = None,
-        seed: int | torch.Generator | None = None,
+        seed: Integer | torch.Generator | None = None,
     ) -> Run:
         """Continue the prompt, greedily unless a temperature is given, until every row has said a stop id or string.
 
@@ -178,7 +179,7 @@ class Lens(Running, Weights):
             seed=seed,
         ).whole()
 
-    def stream(self, prompt: Prompt, max_new_tokens: int = 20, **options: Unpack[Options]) -> Iterator[Step]:
+    def stream(self, prompt: Prompt, max_new_tokens: Integer = 20, **options: Unpack[Options]) -> Iterator[Step]:
         """The steps of `generate`, which has the same options, as they happen, each with the text that it completes."""
         return self._flow(self._start(prompt, max_new_tokens, (), **options))
 
@@ -193,20 +194,19 @@ class Lens(Running, Weights):
     def _start(
         self,
         prompt: Prompt,
-        max_new_tokens: int,
+        max_new_tokens: Integer,
         names: Names,
         *,
         hooks: Hooks | None = None,
         kv: KVCache | None = None,
         attention_mask: Tensor | None = None,
-        stop_ids: Sequence[int] | None = None,
+        stop_ids: Integers = None,
         stop_strings: str | Sequence[str] | None = None,
         **sampling: Any,
     ) -> Going:
         self._speaks("generate")
         how = Sampling(**sampling)
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+        max_new_tokens = read_integer(max_new_tokens, "max_new_tokens", least=1)
         forward: Forward = {"kv": kv, "attention_mask": attention_mask}
         tokens = cast(Tensor, self._inputs(prompt, forward))
         self._check_ids(tokens)
@@ -236,7 +236,7 @@ class Lens(Running, Weights):
         return going
 
     def stops(
-        self, stop_ids: Sequence[int] | None = None, stop_strings: str | Sequence[str] | None = None
+        self, stop_ids: Integers = None, stop_strings: str | Sequence[str] | None = None
     ) -> tuple[tuple[int, ...], tuple[str, ...]]:
         """The stop ids and strings of a generation that is asked for with these; ValueError for an empty string."""
         strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings or ()
@@ -244,7 +244,9 @@ class Lens(Running, Weights):
             self._text()  # raises without a tokenizer
         if not all(strings):
             raise ValueError("an empty stop string would stop everything at once")
-        return self.stop_ids if stop_ids is None else tuple(stop_ids), tuple(strings)
+        none = stop_ids is None or (isinstance(stop_ids, Sized) and not len(stop_ids))
+        asked = () if none else read_integers(stop_ids, "stop_ids")
+        return self.stop_ids if stop_ids is None else asked, tuple(strings)
 
     def _choosing(self, how: Sampling, kv: KVCache, padding: Tensor | None) -> Choose:
         """What chooses the next tokens, which may depend on those that the cache is of."""
@@ -265,15 +267,17 @@ class Lens(Running, Weights):
 
         return chosen
 
-    def new_kv(self, batch: int = 1, capacity: int = 256) -> KVCache:
+    def new_kv(self, batch: Integer = 1, capacity: Integer = 256) -> KVCache:
         """An empty KV cache for this model; it grows when it is full."""
+        batch, capacity = read_integer(batch, "batch", least=1), read_integer(capacity, "capacity", least=0)
         return KVCache.empty(self.cfg, batch, capacity, self.dtype, self.device)
 
     # ---- text ----
 
-    def test_prompt(self, prompt: Prompt, answer: str | Sequence[str], top: int = 10) -> None:
+    def test_prompt(self, prompt: Prompt, answer: str | Sequence[str], top: Integer = 10) -> None:
         """Print the rank and probability of each token of the answer (or of each answer), and the top tokens there."""
         self._speaks("test_prompt")
+        top = min(read_integer(top, "top", least=1), self.cfg.d_vocab)
         for text in [answer] if isinstance(answer, str) else answer:
             ids, (tokens, _) = self._text().encode(text, prefix=False), self.to_batch(prompt)
             if not ids or tokens.shape[0] != 1:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from glmlens import chat
 from glmlens.chat import Message
+from glmlens.integers import Integer, read_integer
 from glmlens.model import GLM
 from glmlens.tokenizer import Tokenizer
 
@@ -136,7 +137,7 @@ class Prompts:
         """The one id of `text`; ValueError showing its tokens when it is not one."""
         return self._text().single(text)
 
-    def to_answer(self, answer: str | int) -> int:
+    def to_answer(self, answer: str | Integer) -> int:
         """Which logit stands for an answer: the text of one token, the name of a label of a class head, or the number.
 
         Raises ValueError for a name that is no label, and for a number that no logit has.
@@ -148,6 +149,7 @@ class Prompts:
             raise ValueError(f"{answer!r} is no label of this model: choose from {', '.join(map(repr, cfg.labels))}")
         if isinstance(answer, str):
             return cfg.labels.index(answer) if cfg.labels else self.to_single_token(answer)
+        answer = read_integer(answer, "answer")
         if not 0 <= answer < cfg.d_logits:
             raise ValueError(f"answer {answer}; this model has 0 to {cfg.d_logits - 1}")
         return answer

@@ -1,9 +1,9 @@
 """Running a model: plain, recorded and edited, in one pass; and what that would be, before it is paid for."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TypedDict, cast
+from typing import Any, TypedDict, cast
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,7 @@ from glmlens.activations import Activations, Of
 from glmlens.check import Check, OnMeta, Points
 from glmlens.config import CheckpointError, GLMConfig
 from glmlens.hooks import Hook, HookError, Hooks, Point, off
+from glmlens.integers import as_python, read_integer, read_integers
 from glmlens.kv_cache import KVCache
 from glmlens.model import absolute_positions
 from glmlens.prompt import Prompt, Prompts, Rows
@@ -30,12 +31,21 @@ class Forward(TypedDict, total=False):
     """What a forward takes besides its prompt and hook; see `GLM.forward`."""
 
     kv: KVCache | None
-    start_layer: int
-    stop_layer: int | None
+    start_layer: Any
+    stop_layer: Any
     position_ids: Tensor | None
     attention_mask: Tensor | None
     inputs_embeds: Tensor | None
-    logits_to_keep: int | Tensor | None
+    logits_to_keep: Any
+
+
+def read_positions_to_keep(asked: Any) -> int | Tensor:
+    """How many of the last positions logits are wanted for, or the indices of some in a tensor."""
+    if isinstance(asked, Tensor) and asked.ndim == 1 and not asked.is_floating_point():
+        return asked  # indices, or a mask as long as the positions
+    if isinstance(as_python(asked), Iterable | slice):
+        return torch.tensor(read_integers(asked, "logits_to_keep", negative=True))
+    return read_integer(asked, "logits_to_keep")
 
 
 class Running(Prompts):
@@ -262,6 +272,11 @@ class Running(Prompts):
             raise TypeError(f"unexpected keyword argument {name!r}; a forward takes {known}")
         if prompt is None and forward.get("inputs_embeds") is None:
             raise TypeError("no prompt: give text, chat messages, token ids, or inputs_embeds=")
+        for name in ("start_layer", "stop_layer"):
+            if (layer := forward.get(name)) is not None:
+                forward[name] = read_integer(layer, name)
+        if (positions := forward.get("logits_to_keep")) is not None:
+            forward["logits_to_keep"] = read_positions_to_keep(positions)
         for name in ("position_ids", "attention_mask", "inputs_embeds"):
             if (given := forward.get(name)) is not None:
                 forward[name] = given.to(self.device)

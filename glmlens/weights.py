@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from glmlens.config import Scaling
+from glmlens.integers import read_integer
 from glmlens.model import GLM
 
 
@@ -21,8 +22,11 @@ class Stacked:
 
     def __getitem__(self, index: Any) -> Tensor:
         layer, *rest = index if isinstance(index, tuple) else (index,)
-        if not isinstance(layer, int):
+        if not hasattr(layer, "__index__"):
             raise TypeError("the layers lie apart in memory: index one by its number, or copy them all with .stack()")
+        layer, n = read_integer(layer, "layer"), len(self.layers)
+        if not -n <= layer < n:
+            raise IndexError(f"layer {layer} asked for; there are {n}, 0 to {n - 1}")
         return self.layers[layer][tuple(rest)]
 
     def __len__(self) -> int:

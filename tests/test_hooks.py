@@ -1,12 +1,14 @@
 """The rules that make hooks safe, each with its test."""
 
+import functools
+
 import pytest
 import torch
 from conftest import small_lens
 from torch.testing import assert_close
 
 import glmlens
-from glmlens.hooks import EAGER_ONLY, POINTS, ROOT, axes_of, local_name
+from glmlens.hooks import EAGER_ONLY, POINTS, ROOT, HookError, axes_of, local_name, only, pairs
 
 
 def every_point(lens):
@@ -508,3 +510,65 @@ def test_patching_with_a_recording_reproduces_the_recorded_run(any_lens, tokens)
     corrupt = tokens.flip(1)
     patched = any_lens.run_with_hooks(corrupt, {"blocks.2.resid_post": lambda x, point: acts[point.name]})
     assert torch.equal(patched, clean)
+
+
+def test_a_hook_of_transformerlens_knows_its_layer_and_its_name(lens, tokens):
+    """`hook.layer()` and `hook.name` are what hooks written for TransformerLens ask."""
+    seen = []
+
+    def theirs(resid, hook):
+        seen.append((hook.layer(), hook.layer, hook.name))
+        return resid * (0.5 if hook.layer() == 1 else 1.0)
+
+    def ours(x, point):
+        return x * 0.5
+
+    found = lens.run_with_hooks(tokens, {"resid_post": theirs})
+    assert [layer for layer, *_ in seen] == [layer for _, layer, _ in seen] == [0, 1, 2]
+    assert seen[1][2] == "blocks.1.resid_post"
+    assert torch.equal(found, lens.run_with_hooks(tokens, {"blocks.1.resid_post": ours}))
+
+
+@pytest.mark.parametrize(
+    ("hooks", "said"),
+    [
+        ("resid_post", "hooks are"),
+        (lambda x, point: x, "hooks are"),
+        (3, "hooks are"),
+        (("resid_post", lambda x, point: x), "put the pair of 'resid_post' in a list"),
+        (["resid_post"], "got 'resid_post'"),
+        ([("resid_post", "mlp_out")], "no function"),
+        ([("resid_post", lambda x, point: x, 3)], "hooks are"),
+        ([(lambda name: True, lambda x, point: x)], "hooks are"),
+        ({"resid_post": [lambda x, point: x, lambda x, point: x]}, "a pair for each"),
+        ({"resid_post": None}, "no function"),
+        ({"resid_post": torch.zeros(1)}, "no function"),
+        ({"resid_post": lambda x: x}, r"cannot be called as fn\(x, point\)"),
+        ({"resid_post": lambda x, point, more: x}, r"cannot be called as fn\(x, point\)"),
+        ({"resid_post": lambda: 0}, r"cannot be called as fn\(x, point\)"),
+        ({"resid_post": only(lambda x: x, positions=3)}, r"cannot be called as fn\(x, point\)"),
+    ],
+)
+def test_what_is_no_hook_is_refused_before_anything_runs(hooks, said):
+    with pytest.raises(HookError, match=said):
+        pairs(hooks)
+
+
+def test_a_hook_may_take_more_than_it_must(lens, tokens):
+    def scaled(x, point, factor=0.5):
+        return x * factor
+
+    def any_way(*places, **named):
+        return places[0] * 0.5
+
+    for fn in (scaled, any_way, functools.partial(scaled, factor=0.5)):
+        assert torch.equal(
+            lens.run_with_hooks(tokens, {"resid_mid": fn}),
+            lens.run_with_hooks(tokens, {"resid_mid": lambda x, point: x * 0.5}),
+        )
+
+
+@pytest.mark.parametrize("wrong", [None, "resid", 3])
+def test_only_restricts_a_function(wrong):
+    with pytest.raises(HookError, match="a function fn"):
+        only(wrong, positions=1)

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from html import escape
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -550,3 +551,85 @@ def test_what_cannot_be_seen_is_drawn():
 
 def test_plots_come_with_the_package_but_plotly_only_when_asked():
     assert glmlens.plot is plot
+
+
+INFINITE = [np.inf, -np.inf, np.nan]
+
+
+def every_figure_with(bad, model, ids):
+    """Figures of numbers of which some are `bad`, by name."""
+
+    def spoilt(*shape):
+        values = np.linspace(-1, 2, int(np.prod(shape)), dtype=np.float32).reshape(shape)
+        values.flat[1] = bad
+        return values
+
+    def labelled(axes):
+        return Labelled(spoilt(*[3 + i for i in range(len(axes))]), axes)
+
+    graph = patch.edges(model, ids, ids.flip(1), metric=(3, 7)).graph
+    scores = torch.ones(len(graph.readers), len(graph.writers)) * graph.mask
+    scores[-1, 0] = bad
+    steps = [SimpleNamespace(logits=torch.tensor([x]), tokens=torch.tensor([1])) for x in ([1.0, 2.0], [bad, 1.0])]
+    reads = SimpleNamespace(sheets=lambda: {"direct": labelled(("layer", "head", "key"))})
+    return {
+        "heatmap": plot.heatmap(spoilt(3, 4)),
+        "unsigned": plot.heatmap(spoilt(3, 4), signed=False),
+        "blocks": plot.heatmap(spoilt(30, 40), max_cells=8),
+        "patch_grid": plot.patch_grid(spoilt(3, 4)),
+        "head_scores": plot.head_scores(spoilt(3, 4)),
+        "attention_pattern": plot.attention_pattern(spoilt(4, 4)),
+        "by value": plot.attention_pattern(np.abs(spoilt(4, 4)), value_norms=np.array([0.0, np.inf, 1.0, 1.0])),
+        "attention_heads": plot.attention_heads(spoilt(4, 5, 5)),
+        "bars": plot.bars(spoilt(6)),
+        "fewest bars": plot.bars(spoilt(60), top=5),
+        "lines": plot.lines(spoilt(2, 5)),
+        "compare lines": plot.compare({"a": spoilt(5), "b": np.zeros(5, np.float32)}),
+        "compare grids": plot.compare({"a": spoilt(3, 4), "b": np.zeros((3, 4), np.float32)}),
+        "residual_norms": plot.residual_norms(spoilt(3, 4, 5)),
+        "residual_angles": plot.residual_angles(spoilt(3, 4, 5)),
+        "who_reads": plot.who_reads(reads, "direct"),
+        "generation": plot.generation(steps),
+        "circuit": plot.circuit(patch.EdgeScores(graph, scores, 0.0, {}), top=5),
+    }
+
+
+@pytest.mark.parametrize("bad", INFINITE)
+def test_a_number_that_is_infinite_or_none_leaves_its_cell_empty_and_the_rest_readable(bad, model, ids):
+    for name, figure in every_figure_with(bad, model, ids).items():
+        text = figure.to_json()
+        json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
+        finite = 0
+        for trace in [*figure.data, *(trace for frame in figure.frames for trace in frame.data)]:
+            for key in ("x", "y", "z"):
+                values = getattr(trace, key, None)
+                if values is not None and np.asarray(values).dtype.kind == "f":
+                    assert not np.isinf(values).any(), (name, key)
+                    finite += int(np.isfinite(values).sum())
+        assert finite, name
+        for axis in (*figure.select_xaxes(), *figure.select_yaxes()):
+            assert axis.range is None or np.isfinite(np.asarray(axis.range, float)).all(), name
+        for scale in [*figure.data, figure.layout.coloraxis]:
+            for end in ("zmin", "zmax", "cmin", "cmax"):
+                value = getattr(scale, end, None)
+                assert value is None or np.isfinite(value), (name, end)
+
+
+def test_a_figure_says_how_many_numbers_are_infinite():
+    values = np.ones((3, 4), np.float32)
+    values[0, :2] = np.inf, -np.inf
+    assert "2 infinite numbers are left empty" in plot.heatmap(values).layout.title.subtitle.text
+    assert "1 infinite number is left empty" in plot.bars([1.0, np.inf]).layout.title.subtitle.text
+    assert "2 infinite numbers" in plot.heatmap(np.pad(values, (0, 30)), max_cells=8).layout.title.subtitle.text
+    nothing = plot.heatmap(np.full((2, 2), np.nan)).layout.title.subtitle.text
+    assert "no number here is finite" in nothing
+    assert "infinite" not in plot.heatmap(np.ones((2, 2))).layout.title.subtitle.text
+    assert "1e300" not in plot.heatmap(np.array([[1e300, 1.0]])).to_json()
+
+
+def test_what_is_written_beside_a_bar_is_its_number_also_where_it_is_none():
+    from glmlens.plot.style import signed_number
+
+    assert [signed_number("{:+.2f}", x) for x in (np.inf, -np.inf, np.nan, 0.0, -0.001)] == [
+        "inf", "-inf", "nan", "0.00", "0.00",
+    ]  # fmt: skip

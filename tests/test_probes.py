@@ -57,3 +57,29 @@ def test_what_cannot_be_probed_is_an_error():
         probe(x, ["he"] * 20)
     with pytest.raises(ValueError, match="holds out none"):
         probe(x, labels, held_out=0.0)
+
+
+@pytest.mark.parametrize("names", [("a | b", "a"), ("he", "she | he"), (0, 1), (None, "None | x")])
+def test_a_direction_is_found_whatever_its_label_is_called(names):
+    x, labels = clouds()
+    named = [names[label == "she"] for label in labels]
+    found, plain = probe(x, named), probe(x, labels)
+    assert set(found.classes) == set(names)
+    assert torch.allclose(found.direction(0, names[1]), plain.direction(0, "she"), atol=1e-4)
+    assert torch.allclose(found.direction(0, names[0]), plain.direction(0, "he"), atol=1e-4)
+    with pytest.raises(KeyError, match="no label of this probe"):
+        found.direction(0, "b")
+
+
+def test_a_direction_is_of_the_layer_that_its_label_says():
+    x, labels = clouds()
+    found = probe(torch.stack([torch.randn_like(x), torch.randn_like(x), x]), labels, layers=(4, 6, 9))
+    assert found.labels["layer"] == ["4", "6", "9"]
+    assert float(found.direction(9, "she")[2]) > 0.9
+    thin = found.stride("layer", 2)
+    assert torch.equal(thin.direction(9, "she"), found.direction(9, "she"))
+    for missing in (0, 2, 6, -1):
+        with pytest.raises(KeyError, match="which has 4, 9"):
+            thin.direction(missing, "she")
+    with pytest.raises(ValueError, match="2 layers named, and 3 recorded"):
+        probe(torch.stack([x, x, x]), labels, layers=(4, 6))

@@ -49,6 +49,10 @@ class LogitAttribution(Labelled):
         values = np.concatenate([self.values.reshape(*lead, -1), self.rest.values], -1)
         return Labelled(values, self.rest.axes, {**self.rest.labels, "part": names}, self.about)
 
+    def keep(self, axis: str, places: Sequence[int]) -> Labelled:  # type: ignore[override]
+        """Some places along an axis as plain labelled numbers: without the others, nothing sums to the total."""
+        return Labelled(self.values, self.axes, self.labels, self.about).keep(axis, places)
+
     def mean(self) -> "LogitAttribution":
         """The mean over prompts; ValueError where they have not all the same places, as source positions may be."""
         if "prompt" not in self.axes:
@@ -76,7 +80,7 @@ def logit_attribution(
     wrong: Token | Sequence[Token] | Tensor | None = None,
     *,
     by: str = "component",
-    position: Position | str = -1,
+    position: Position = -1,
     hooks: Hooks | None = None,
 ) -> LogitAttribution:
     """What every part adds to the logit of `answer` (less that of `wrong`) after an absolute position.
@@ -112,9 +116,9 @@ def logit_attribution(
     return result(rows, columns, split, goal.name, values, rest, total, isinstance(prompt, Examples))
 
 
-def place_of(position: Position | str, prompt: Prompt | Examples) -> Position:
+def place_of(position: Position, prompt: Prompt | Examples) -> Position:
     """An absolute position; examples of a task know theirs by name."""
-    if not isinstance(position, str):
+    if not isinstance(position, str) or (position == "end" and not isinstance(prompt, Examples)):
         return position
     if not isinstance(prompt, Examples):
         raise TypeError(f"position {position!r}: only examples of a task have positions with names; give a number")
@@ -185,6 +189,10 @@ def goal_of(
     if isinstance(answer, Tensor) and answer.is_floating_point():
         if wrong is not None:
             raise TypeError("a direction is already what is attributed: give it alone, without wrong=")
+        if answer.shape[-1:] != (rows.lens.cfg.d_model,):
+            raise ValueError(
+                f"a direction is [{rows.lens.cfg.d_model}], the width of the stream; got {[*answer.shape]}"
+            )
         given = exact(answer.to(rows.tokens.device)).expand(rows.batch, rows.lens.cfg.d_model)
         return Goal(given, "the direction given, of the normalised stream", None)
     right = rows.answers(answer)

@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from glmlens.analysis.factored import Factored, eigenvalues
-from glmlens.analysis.rows import exact, groups_of, numbers
+from glmlens.analysis.rows import exact, groups_of, numbers, read_head, read_layer
+from glmlens.integers import Integer, read_integer
 from glmlens.lens import Lens
 from glmlens.model import RMSNorm, rotary_angles, turn
 from glmlens.results import Labelled
@@ -19,19 +20,22 @@ from glmlens.results import Labelled
 VOCAB_CHUNK = 8192
 
 
-def OV(lens: Lens, layer: int, head: int, *, norms: bool = False) -> Factored:
+def OV(lens: Lens, layer: Integer, head: Integer, *, norms: bool = False) -> Factored:
     """W_V W_O: what a head writes for what it reads, [model, model] of rank d. Linear in ln1.normalized.
 
     b_V W_O is added to it, whatever is read. With `norms`, the weights of ln1 before it and of ln1_post (glm4) after
     it are in it too, so that it stands on the residual stream; the scales, a positive number per position, never are.
     """
+    layer, head = read_layer(lens, layer), read_head(lens, head)
     W_V, W_O = exact(lens.W_V[layer, kv_of(lens, head)]), exact(lens.W_O[layer, head])
     if not norms:
         return Factored(W_V, W_O)
     return Factored(norm_weight(lens, layer, "ln1")[:, None] * W_V, W_O * norm_weight(lens, layer, "ln1_post"))
 
 
-def QK(lens: Lens, layer: int, head: int, distance: int = 0, *, part: str = "all", norms: bool = False) -> Factored:
+def QK(
+    lens: Lens, layer: Integer, head: Integer, distance: Integer = 0, *, part: str = "all", norms: bool = False
+) -> Factored:
     """W_Q R(distance) W_Kᵀ / √d: how strongly a query looks at a key that stands `distance` positions before it.
 
     [model, model] of rank d (Su et al. 2021, arXiv 2104.09864, section 3.2). `part` is "rotary", the channels that
@@ -39,6 +43,7 @@ def QK(lens: Lens, layer: int, head: int, distance: int = 0, *, part: str = "all
     j is x @ QK(distance=i - j) @ y for normalised x and y, in a model without biases: see `QK_bias`. Raises ValueError
     for a negative distance, at which nothing looks.
     """
+    layer, head, distance = read_layer(lens, layer), read_head(lens, head), read_integer(distance, "distance")
     if distance < 0:
         raise ValueError(f"distance is {distance}: a query looks back, at distance 0 or more")
     W_Q, W_K = exact(lens.W_Q[layer, head]), exact(lens.W_K[layer, kv_of(lens, head)])
@@ -51,12 +56,14 @@ def QK(lens: Lens, layer: int, head: int, distance: int = 0, *, part: str = "all
 
 
 def QK_bias(
-    lens: Lens, layer: int, head: int, distance: int = 0
+    lens: Lens, layer: Integer, head: Integer, distance: Integer = 0
 ) -> tuple[Float[Tensor, "model"], Float[Tensor, "model"], float]:
     """What the biases add to x @ QK @ y: a vector on the query's x, one on the key's y, and a constant.
 
     The score is x @ QK @ y + x @ on_query + on_key @ y + constant. Zeros in a model without biases.
     """
+    layer, head = read_layer(lens, layer), read_head(lens, head)
+    distance = read_integer(distance, "distance", least=0)
     W_Q, W_K = exact(lens.W_Q[layer, head]), exact(lens.W_K[layer, kv_of(lens, head)])
     if not lens.cfg.qkv_bias:
         return W_Q.new_zeros(len(W_Q)), W_Q.new_zeros(len(W_Q)), 0.0
@@ -83,11 +90,9 @@ def channels(lens: Lens, part: str) -> slice:
     return found[part]
 
 
-def kv_of(lens: Lens, head: int) -> int:
+def kv_of(lens: Lens, head: Integer) -> int:
     """The key-value head that a query head reads; IndexError for a head that is not there."""
-    if not 0 <= head < lens.cfg.n_heads:
-        raise IndexError(f"head {head} asked for; there are 0 to {lens.cfg.n_heads - 1}")
-    return head // lens.cfg.n_groups
+    return read_head(lens, head) // lens.cfg.n_groups
 
 
 def norm_weight(lens: Lens, layer: int, name: str) -> Float[Tensor, "model"]:

@@ -1,6 +1,6 @@
 """How far heads look: attention as a function of distance alone, and the pairs of channels that find a token."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from glmlens.analysis.rotary import (
 )
 from glmlens.analysis.rows import Rows, finest, groups_of, layers_of, numbers
 from glmlens.hooks import Hooks
+from glmlens.integers import Integer, read_integer
 from glmlens.lens import Lens
 from glmlens.prompt import Prompt
 from glmlens.results import Labelled, Sheets
@@ -59,7 +60,7 @@ class PairUse(Sheets):
 
 
 def distance_profile(
-    lens: Lens, prompt: Prompt, *, distances: int | None = None, hooks: Hooks | None = None
+    lens: Lens, prompt: Prompt, *, distances: Integer | None = None, hooks: Hooks | None = None
 ) -> DistanceProfile:
     """Attention as a function of distance alone, under every head's mean query and key on these prompts.
 
@@ -77,7 +78,8 @@ def distance_profile(
     rotated, w, scale = lens.cfg.d_rotary, frequencies_of(lens), lens.cfg.d_head**-0.5
     waves = as_complex(q[..., :rotated]) * as_complex(k[..., :rotated]).conj() * scale_of(lens)
     content = (q[..., rotated:] * k[..., rotated:]).sum(-1) * scale
-    many = torch.arange(int(rows.lengths.max()) if distances is None else distances, device=lens.device)
+    asked = int(rows.lengths.max()) if distances is None else read_integer(distances, "distances", least=1)
+    many = torch.arange(asked, device=lens.device)
     score = waved(waves, many, w) + content.unsqueeze(-1)
     about = rows.about(
         metric="score of the mean query and key", direction="distance: query position less key position",
@@ -101,7 +103,12 @@ def distance_profile(
 
 
 def pair_use(
-    lens: Lens, *, rows: int = 4, length: int = 20, seed: int = 0, words: Sequence[int] | Sequence[str] | None = None
+    lens: Lens,
+    *,
+    rows: Integer = 4,
+    length: Integer = 20,
+    seed: Integer = 0,
+    words: Iterable[Integer] | Iterable[str] | None = None,
 ) -> PairUse:
     """Which pairs of channels make heads look at the previous token, the same word, or what followed it.
 
@@ -111,6 +118,7 @@ def pair_use(
     between lifts it whatever the word is: with 20 words a head that looks 1 token back by pair 0 is lifted 19 back too,
     three turns further. What is left with another `length` is the word's.
     """
+    rows, length = read_integer(rows, "rows", least=1), read_integer(length, "length", least=1)
     ids, prefix = random_words(lens, rows, length, seed, words), lens.tokenizer.prefix if lens.tokenizer else ()
     tokens = torch.cat([torch.tensor(prefix, dtype=torch.long).expand(rows, -1), ids.repeat(1, 2)], 1)
     batch = Rows.of(lens, tokens)

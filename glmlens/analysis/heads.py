@@ -1,6 +1,6 @@
 """What heads attend to when random words are said again: the scores by which kinds of heads are known."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from glmlens.analysis.circuits import copying_scores
 from glmlens.analysis.pattern import pattern, pattern_points
 from glmlens.analysis.rows import Rows, exact, groups_of, numbers
+from glmlens.integers import Integer, read_integer
 from glmlens.lens import Lens
 from glmlens.results import Labelled, Sheets
 from glmlens.tables import table
@@ -33,7 +34,7 @@ class HeadScores(Sheets):
     copying: Labelled
     on_prefix: Labelled
 
-    def best(self, score: str, n: int = 4) -> list[tuple[int, int, float]]:
+    def best(self, score: str, n: Integer = 4) -> list[tuple[int, int, float]]:
         """The n heads with the highest score: (layer, head, score)."""
         found = self.sheets()[score].top(n, largest=True)
         return [(int(layer), int(head), value) for (layer, head), value in found]
@@ -48,7 +49,12 @@ class HeadScores(Sheets):
 
 
 def head_scores(
-    lens: Lens, *, rows: int = 4, length: int = 20, seed: int = 0, words: Sequence[int] | Sequence[str] | None = None
+    lens: Lens,
+    *,
+    rows: Integer = 4,
+    length: Integer = 20,
+    seed: Integer = 0,
+    words: Iterable[Integer] | Iterable[str] | None = None,
 ) -> HeadScores:
     """Scores of every head on rows of `length` different random words r, said again.
 
@@ -82,15 +88,17 @@ def head_scores(
 
 
 def random_words(
-    lens: Lens, rows: int, length: int, seed: int, words: Sequence[int] | Sequence[str] | None
+    lens: Lens, rows: Integer, length: Integer, seed: Integer, words: Iterable[Integer] | Iterable[str] | None
 ) -> Int[Tensor, "batch word"]:
     """Rows of different ids, drawn at random."""
+    rows, length = (read_integer(n, what, least=1) for n, what in ((rows, "rows"), (length, "length")))
     if words is None:
         words = lens.tokenizer.word_ids() if lens.tokenizer else list(range(lens.cfg.d_vocab))
-    ids = torch.tensor(sorted({i if isinstance(i, int) else lens.to_single_token(i) for i in words}))
+    spelt = (lens.to_single_token(i) if isinstance(i, str) else read_integer(i, "a word", least=0) for i in words)
+    ids = torch.tensor(sorted(set(spelt)))
     if not 2 <= length <= len(ids):
         raise ValueError(f"length is {length}, and there are {len(ids)} different words: give 2 to {len(ids)}")
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(read_integer(seed, "seed"))
     return torch.stack([ids[torch.randperm(len(ids), generator=draw)[:length]] for _ in range(rows)])
 
 

@@ -5,7 +5,7 @@ layer that lacks any with the residual stream of the whole step, and all rows lo
 of its own. So thousands of steps are a few ordinary passes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,6 +19,7 @@ from glmlens.analysis.passes import Memory
 from glmlens.analysis.rows import Token, exact, layers_of, numbers
 from glmlens.cache.places import entries_of
 from glmlens.hooks import Hooks
+from glmlens.integers import Integers, read_integers
 from glmlens.kv_cache import LayerKV
 from glmlens.lens import Lens
 from glmlens.model import rotary_angles
@@ -132,7 +133,7 @@ def leave_one_out(
     answer: Token | None = None,
     *,
     by: str = "entry",
-    positions: Sequence[int] | None = None,
+    positions: Integers = None,
     hooks: Hooks | None = None,
 ) -> LeftOut:
     """What the next token loses with each entry: by "entry" (layer, kv, position), or by "position" in all layers.
@@ -172,14 +173,13 @@ def leave_one_out(
     return LeftOut(about, **made)
 
 
-def asked_of(memory: Memory, positions: Sequence[int] | None) -> Int[Tensor, "column"]:
+def asked_of(memory: Memory, positions: Integers) -> Int[Tensor, "column"]:
     """The columns of entries at these positions; IndexError for one that is not there, ValueError for none at all."""
     at = memory.kv.positions[0, : memory.kv.length]
     if positions is None:
         return (at >= 0).nonzero().squeeze(1)
-    wanted = torch.tensor(list(positions), dtype=torch.long, device=at.device)
-    if not len(wanted):
-        raise ValueError("positions came out empty: leave positions= out to mean all")
+    asked = read_integers(positions, "positions", mask_size=int(memory.kv.next_positions()[0]), negative=True)
+    wanted = torch.tensor(asked, dtype=torch.long, device=at.device)
     missing = wanted[(wanted < 0) | ~torch.isin(wanted, at)].tolist()
     if missing:
         raise IndexError(f"no entry at positions {missing}; there are {entries_of(at[None])}")
@@ -191,7 +191,7 @@ def droppable(
     of: Prompt | Memory,
     *,
     by: str = "position",
-    counts: Sequence[int] | None = None,
+    counts: Integers = None,
     hooks: Hooks | None = None,
 ) -> Droppable:
     """Rank entries by the KL that leaving out each alone costs, and measure the KL that dropping the n first costs.
@@ -207,8 +207,8 @@ def droppable(
     number = torch.full_like(flat, len(flat), dtype=torch.long)
     number[order] = torch.arange(len(order), device=lens.device)
     number = number.view(kl.shape).expand(cfg.n_layers, cfg.n_kv_heads, length)
-    some = spread(len(order)) if counts is None else list(counts)
-    if not some or min(some) < 0 or max(some) > len(order):
+    some = spread(len(order)) if counts is None else list(read_integers(counts, "counts", negative=True))
+    if min(some) < 0 or max(some) > len(order):
         raise ValueError(f"counts are {some}; there are {len(order)} entries to drop")
     rows = torch.tensor(some, device=lens.device)
     together = step.measured(rows, Numbered(number, below=True), int(step.logits.argmax()))[0]

@@ -11,6 +11,7 @@ from torch import Tensor
 from glmlens.activations import Activations
 from glmlens.analysis.rows import Rows, Token, exact, layers_of
 from glmlens.hooks import Hooks
+from glmlens.integers import Integer, read_integer
 from glmlens.lens import Lens
 from glmlens.prompt import Prompt
 from glmlens.results import Labelled, Sheets
@@ -40,7 +41,7 @@ def logit_lens(
     lens: Lens,
     prompt: Prompt,
     *,
-    top: int | None = None,
+    top: Integer | None = None,
     target: Token | Sequence[Token] | None = None,
     mid: bool = False,
     hooks: Hooks | None = None,
@@ -54,7 +55,7 @@ def logit_lens(
     """
     if not lens.cfg.d_logits:
         raise ValueError("a logit lens reads with the unembedding, and this checkpoint has none")
-    top = min(5, lens.cfg.d_logits) if top is None else top
+    top = min(5, lens.cfg.d_logits) if top is None else read_integer(top, "top")
     if not 1 <= top <= lens.cfg.d_logits:
         raise ValueError(f"top is {top}; expected 1 to {lens.cfg.d_logits}, as many as there are logits")
     rows = Rows.of(lens, prompt)

@@ -1,13 +1,14 @@
 """Linear probes: what can be read off a recording by a line, and how much of that the line learnt by heart."""
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from glmlens.integers import Integer, read_integer
 from glmlens.results import Labelled
 
 COLUMNS = ("train", "held out", "control", "selectivity", "chance")
@@ -19,16 +20,31 @@ class Probe(Labelled):
 
     "selectivity" is held-out accuracy less the control's: a probe that scores as well on labels drawn at random for
     every type of example reads nothing off the model. "chance" is the share of the most frequent label.
-    `directions` [layer, label, model] are the probes' weights on the numbers as they were recorded.
+    `directions` [layer, label, model] are the probes' weights on the numbers as they were recorded, of the labels
+    `classes` in this order.
     """
 
     directions: np.ndarray = field(kw_only=True)
+    classes: tuple[Hashable, ...] = field(kw_only=True)
 
-    def direction(self, layer: int, label: str) -> Tensor:
-        """The unit vector along which this label grows most against the mean of the others, [model]."""
-        rows = torch.from_numpy(self.directions[layer])
-        found = rows[self.about["classes"].split(" | ").index(label)] - rows.mean(0)
+    def direction(self, layer: Integer | str, label: Hashable) -> Tensor:
+        """The unit vector along which this label grows most against the mean of the others, [model].
+
+        `layer` is the number that a label along that axis says, as in `at`. Raises KeyError for a label that the probe
+        was not fitted to tell.
+        """
+        known = [i for i, name in enumerate(self.classes) if name == label]
+        known = known or [i for i, name in enumerate(self.classes) if str(name) == label]
+        if len(known) != 1:
+            raise KeyError(f"{label!r} is no label of this probe: it tells {', '.join(map(repr, self.classes))}")
+        rows = torch.from_numpy(self.directions[self.place("layer", layer)])
+        found = rows[known[0]] - rows.mean(0)
         return found / found.norm()
+
+    def keep(self, axis: str, places: Sequence[int]) -> "Probe":
+        """Some places along an axis with their labels and, of layers, with their directions."""
+        kept = super().keep(axis, places)
+        return replace(kept, directions=self.directions[list(places)]) if axis == "layer" else kept
 
 
 def probe(
@@ -38,16 +54,23 @@ def probe(
     types: Sequence[Hashable] | None = None,
     held_out: float = 0.3,
     l2: float = 1.0,
-    seed: int = 0,
+    seed: Integer = 0,
+    layers: Sequence[Integer] | Sequence[str] | None = None,
 ) -> Probe:
     """Fit a logistic probe at every layer, on some examples, and measure it on the others.
+
+    `layers` says which layers were recorded, by number or name: by default 0, 1, 2 and so on.
 
     `types` says which examples are of one kind (the same word): the control task gives each type a label of its own,
     drawn at random (Hewitt & Liang 2019, arXiv 1909.03368, section 2). By default every example is its own type.
     `l2` is the weight of the squared weights, on recorded numbers that are standardised. Raises ValueError when a label
     is missing among the examples that are fitted, or lengths differ.
     """
+    seed = read_integer(seed, "seed", least=0)
     x = recorded if recorded.ndim == 3 else recorded[None]
+    named = [str(i) for i in (range(len(x)) if layers is None else layers)]
+    if len(named) != len(x):
+        raise ValueError(f"{len(named)} layers named, and {len(x)} recorded")
     classes = sorted(set(labels), key=str)
     if len(labels) != x.shape[1] or len(types or labels) != x.shape[1]:
         raise ValueError(f"{len(labels)} labels and {len(types or labels)} types for {x.shape[1]} recorded examples")
@@ -76,8 +99,10 @@ def probe(
         "classes": " | ".join(map(str, classes)),
         "control": f"labels drawn at random for each of {len(kinds)} types",
     }
-    names = {"layer": [str(i) for i in range(len(rows))], "part": list(COLUMNS)}
-    return Probe(np.array(rows), ("layer", "part"), names, about, directions=np.stack(directions))
+    return Probe(
+        np.array(rows), ("layer", "part"), {"layer": named, "part": list(COLUMNS)}, about,
+        directions=np.stack(directions), classes=tuple(classes),
+    )  # fmt: skip
 
 
 def fitted(

@@ -10,7 +10,6 @@ Where YaRN lengthens queries and keys as they turn, |q| and |k| are what they ar
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +18,10 @@ from jaxtyping import Bool, Complex, Float
 from torch import Tensor
 
 from glmlens.analysis.passes import recorded
-from glmlens.analysis.rows import Rows, finest, numbers
+from glmlens.analysis.rows import Rows, finest, numbers, read_head, read_layer
 from glmlens.angles import frequencies, magnitude
 from glmlens.hooks import Hooks
+from glmlens.integers import Integer, Integers
 from glmlens.lens import Lens
 from glmlens.prompt import Prompt
 from glmlens.results import Labelled, Sheets
@@ -122,11 +122,11 @@ def parts_of(
 def score_parts(
     lens: Lens,
     prompt: Prompt,
-    layer: int,
-    head: int,
+    layer: Integer,
+    head: Integer,
     *,
-    query: Sequence[int] | int | None = None,
-    key: Sequence[int] | int | None = None,
+    query: Integers = None,
+    key: Integers = None,
     hooks: Hooks | None = None,
 ) -> ScoreParts:
     """Take the scores of one head apart, at some absolute positions of queries and keys (default: all).
@@ -136,10 +136,7 @@ def score_parts(
     several prompts, IndexError for a position that is not there.
     """
     rows = one(lens, prompt)
-    if not (0 <= layer < lens.cfg.n_layers and 0 <= head < lens.cfg.n_heads):
-        raise IndexError(
-            f"layer {layer}, head {head}; there are {lens.cfg.n_layers} layers of {lens.cfg.n_heads} heads"
-        )
+    layer, head = read_layer(lens, layer), read_head(lens, head)
     acts = recorded(rows, head_points(lens, layer), hooks)
     mine = Head.of(lens, acts, layer, head)
     at, keys = rows.columns_of(query), rows.columns_of(key)
@@ -167,14 +164,14 @@ def score_parts(
         metric="scores of one head", direction=f"layer {layer}, head {head} (kv {head // lens.cfg.n_groups})",
         positions="absolute",
     )  # fmt: skip
-    made = {}
+    made, some = {}, tuple(axis for axis, asked in (("query", query), ("key", key)) if asked is not None)
     for name, (x, unit) in sheets.items():
         last = {3: "part" if name == "part" else "pair"}.get(x.ndim)
         axes = ("query", "key", *([last] if last else []))
         named = {**labels, **({last: part_labels(lens)[: x.shape[-1]]} if last else {})}
         hidden = ~seen[:, keys]
         x = x.masked_fill(hidden if x.ndim == 2 else hidden.unsqueeze(-1), torch.nan)
-        made[name] = Labelled(numbers(x), axes, named, {**about, "metric": f"{name}, {unit}"})
+        made[name] = Labelled(numbers(x), axes, named, {**about, "metric": f"{name}, {unit}"}, chosen=some)
     return ScoreParts(about, **made)
 
 

@@ -1,8 +1,8 @@
 """Prompts as the rows of one batch: run once, read at absolute positions, labelled for people."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -11,14 +11,15 @@ from torch import Tensor
 
 from glmlens.activations import Activations
 from glmlens.hooks import Hooks, Point, pairs
+from glmlens.integers import Integer, Integers, as_python, read_integer, read_integers, split_values
 from glmlens.lens import Lens
 from glmlens.model import absolute_positions
 from glmlens.prompt import Prompt
 from glmlens.results import Labelled
 
-Position = int | Sequence[int] | Tensor
-"""An absolute position with the prefix counted, negative from a prompt's end; or one for every prompt."""
-Token = str | int
+Position = Integer | str | Iterable[Integer]
+"""An absolute position with the prefix counted, negative from a prompt's end, or "end"; or one for every prompt."""
+Token = str | Integer
 """The text of one token, or its id; for a class head a label, or its number."""
 
 
@@ -51,7 +52,10 @@ class Rows:
 
     def columns(self, position: Position) -> Int[Tensor, "batch"]:
         """The column of an absolute position in every row; IndexError where a prompt is too short for it."""
-        asked = torch.as_tensor(position, device=self.tokens.device).expand(self.batch)
+        numbers = (-1,) if isinstance(position, str) and position == "end" else read_position(position)
+        if len(numbers) not in (1, self.batch):
+            raise ValueError(f"{len(numbers)} positions for {self.batch} prompts: give one for all, or one for each")
+        asked = torch.tensor(numbers, device=self.tokens.device).expand(self.batch)
         lengths = self.lengths
         outside = (asked >= lengths) | (asked < -lengths)
         if bool(outside.any()):
@@ -59,11 +63,14 @@ class Rows:
             raise IndexError(f"position {int(asked[row])} asked for; prompt {row} has {int(lengths[row])} tokens")
         return torch.where(asked < 0, asked, asked - lengths) + self.tokens.shape[1]
 
-    def columns_of(self, positions: Sequence[int] | int | None) -> Int[Tensor, "some"]:
+    def columns_of(self, positions: Integers) -> Int[Tensor, "some"]:
         """The columns of some absolute positions of a single prompt, negative from its end; None means all."""
         if positions is None:
             return torch.arange(self.tokens.shape[1], device=self.tokens.device)[self.positions[0] >= 0]
-        return torch.cat([self.columns(p) for p in ([positions] if isinstance(positions, int) else positions)])
+        length = int(self.lengths[0])
+        asked = read_integers(positions, "position", size=length, negative=True, outside=IndexError)
+        found = torch.tensor(asked, device=self.tokens.device)
+        return torch.where(found < 0, found, found - length) + self.tokens.shape[1]
 
     def run(self, names: str | Sequence[str], hooks: Hooks | None = None) -> tuple[Tensor, Activations]:
         """The logits of these rows, and what was at the named points after all hooks."""
@@ -103,10 +110,11 @@ class Rows:
             out[row, :length] = x[row, x.shape[1] - length :]
         return out
 
-    def answers(self, asked: Token | Sequence[Token] | Tensor) -> Int[Tensor, "batch"]:
+    def answers(self, asked: Token | Iterable[Token]) -> Int[Tensor, "batch"]:
         """One logit for every row, from an answer for all of them or one for each; ValueError for another number."""
-        several = asked.tolist() if isinstance(asked, Tensor) else asked
-        listed = [several] * self.batch if isinstance(several, str | int) else list(several)
+        value = as_python(asked)
+        listed = split_values(value, named=True) or [value]
+        listed = listed if isinstance(value, Iterable) and not isinstance(value, str) else listed * self.batch
         if len(listed) != self.batch:
             raise ValueError(f"{len(listed)} answers for {self.batch} prompts: give one for all, or one for each")
         return torch.tensor([self.lens.to_answer(answer) for answer in listed]).to(self.tokens.device)
@@ -163,6 +171,21 @@ class Picked:
         else:
             self.kept[point.name] = x[rows, self.columns] if "pos" in point.axes else x
         return x
+
+
+def read_position(position: Position) -> tuple[int, ...]:
+    """An absolute position for all prompts, or one for each; ValueError for what is no whole number."""
+    return read_integers(position, "position", negative=True)
+
+
+def read_layer(lens: Lens, layer: Any) -> int:
+    """The number of a layer of this model; IndexError for one that is not there."""
+    return read_integer(layer, "layer", size=lens.cfg.n_layers, outside=IndexError)
+
+
+def read_head(lens: Lens, head: Any) -> int:
+    """The number of a query head of this model; IndexError for one that is not there."""
+    return read_integer(head, "head", size=lens.cfg.n_heads, outside=IndexError)
 
 
 def label(lens: Lens, token: int) -> str:

@@ -170,7 +170,7 @@ def causal(lens: Lens, prompt: Prompt) -> Measured:
 def added(lens: Lens, prompt: Prompt) -> Measured:
     """The embedding, heads and MLPs, against the last residual stream."""
     parts = decomposed_residual(lens, prompt, by="head").values
-    last = accumulated_residual(lens, prompt).at(layer=lens.cfg.n_layers).values
+    last = accumulated_residual(lens, prompt).at(layer=lens.cfg.n_layers - 1).values
     gap = np.abs(parts.sum(-3, dtype=np.float64) - last)[~np.isnan(last)]  # nan is past a prompt's end
     return float(gap.max() / np.nan_to_num(np.abs(parts)).max()), rounding(lens), "of the largest part"
 

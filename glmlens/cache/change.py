@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from glmlens.cache.places import CacheError, Edits, Places, Which, entries_of, past_of, scheduled
+from glmlens.cache.places import CacheError, Edits, Places, Which, entries_of, listed, past_of, scheduled
 from glmlens.hooks import Edit, Point
+from glmlens.integers import Integer, read_integer
 from glmlens.kv_cache import KVCache
 from glmlens.lens import Lens
 
@@ -48,6 +49,7 @@ class Edited:
     def hooks(self, lens: Lens, *, steps: Which = None, own: bool = True) -> Edits:
         """The same for what a run recalls, at some steps: its memory stays as it is. See `Operation` for `own`."""
         found: Edits = []
+        steps = listed(steps, "steps")
         for layer in self.places.layers(lens.cfg.n_layers, lens.cfg.n_kv_heads):
             for point, change in (("kv.k", self.keys), ("kv.v", self.values)):
                 if change is not None:
@@ -117,11 +119,11 @@ def swap(other: KVCache, *, layer: Which = None, kv: Which = None, position: Whi
 
 
 def quantise(
-    bits: int = 8,
+    bits: Integer = 8,
     *,
     keys: str | None = "channel",
     values: str | None = "token",
-    group: int = 32,
+    group: Integer = 32,
     layer: Which = None,
     kv: Which = None,
     position: Which = None,
@@ -133,6 +135,7 @@ def quantise(
     and 3: keys by channel, values by token). None leaves them alone. Groups are of the entries meant, counted from the
     first of each row, without padding; a last group that is not full is a group.
     """
+    bits, group = (read_integer(n, what, error=CacheError) for n, what in ((bits, "bits"), (group, "group")))
     if bits not in range(1, 17) or group < 1:
         raise CacheError(f"bits is {bits}, group {group}; expected 1 to 16 bits and groups of at least 1 entry")
     for side in (keys, values):

@@ -9,14 +9,16 @@ from torch import Tensor
 
 from glmlens.cache.places import CacheError, Edits, Places, Which, past_of, recalled
 from glmlens.hooks import Point
+from glmlens.integers import Integer, read_integer
 from glmlens.kv_cache import OF_ENTRIES, KVCache, stood
 from glmlens.lens import Lens
 
 Keep = Callable[[KVCache], Bool[Tensor, "batch key"]]
 
 
-def window(n: int, sinks: int = 0) -> Keep:
+def window(n: Integer, sinks: Integer = 0) -> Keep:
     """The last n positions of every row, and the first `sinks` (Xiao et al. 2023, arXiv 2309.17453, section 3.2)."""
+    n, sinks = (read_integer(m, what, least=0, error=CacheError) for m, what in ((n, "n"), (sinks, "sinks")))
 
     def keep(kv: KVCache) -> Bool[Tensor, "batch key"]:
         at, last = kv.positions[:, : kv.length], kv.next_positions().unsqueeze(1)
@@ -25,12 +27,13 @@ def window(n: int, sinks: int = 0) -> Keep:
     return keep
 
 
-def heavy_hitters(attention: Float[Tensor, "batch key"], n: int, recent: int = 0) -> Keep:
+def heavy_hitters(attention: Float[Tensor, "batch key"], n: Integer, recent: Integer = 0) -> Keep:
     """The n entries that were attended to most in sum, and the last `recent` positions (Zhang et al. 2023, H2O, arXiv
     2306.14048, section 4): `attention` [batch, key] is that sum over queries, of the heads and layers you choose.
 
     Entries that came after those it speaks of are kept.
     """
+    n, recent = (read_integer(m, what, least=0, error=CacheError) for m, what in ((n, "n"), (recent, "recent")))
 
     def keep(kv: KVCache) -> Bool[Tensor, "batch key"]:
         told = attention.shape[1]

@@ -1,6 +1,5 @@
 """Entries read and found, and carried from one prompt's cache into another's."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,12 +9,15 @@ from glmlens.cache.change import swap
 from glmlens.cache.drop import columns
 from glmlens.cache.move import reposition
 from glmlens.cache.places import CacheError, Edits, Places, Which, entries_of, listed
+from glmlens.integers import Integer, Integers, read_integer
 from glmlens.kv_cache import OF_ENTRIES, KVCache, stood
 from glmlens.lens import Lens
 
 
-def read(kv: KVCache, layer: int, head: int, position: int) -> tuple[Tensor, Tensor]:
+def read(kv: KVCache, layer: Integer, head: Integer, position: Integer) -> tuple[Tensor, Tensor]:
     """The key and the value [batch, d] that every row has at a layer, key-value head and absolute position."""
+    asked = (("layer", layer), ("head", head), ("position", position))
+    layer, head, position = (read_integer(n, what, least=0, error=CacheError) for what, n in asked)
     Places.at(layer, head, position).layers(kv.keys.shape[0], kv.keys.shape[3])
     there = kv.positions[:, : kv.length] == position
     if not bool(there.any(1).all()):
@@ -26,7 +28,7 @@ def read(kv: KVCache, layer: int, head: int, position: int) -> tuple[Tensor, Ten
     return kv.keys[layer, rows, at, head], kv.values[layer, rows, at, head]
 
 
-def find(lens: Lens, kv: KVCache, text: str, occurrence: int | None = None) -> list[int]:
+def find(lens: Lens, kv: KVCache, text: str, occurrence: Integer | None = None) -> list[int]:
     """The absolute positions at which a text stands in a cache of one row, such as an entity's name of several tokens.
 
     CacheError for a text that is not there, or that stands there more often when no `occurrence` (0 the first, -1 the
@@ -39,6 +41,7 @@ def find(lens: Lens, kv: KVCache, text: str, occurrence: int | None = None) -> l
     if not starts or (occurrence is None and len(starts) > 1):
         where = f"stands at {kv.positions[0, starts].tolist()}: say which, occurrence=0" if starts else "is not there"
         raise CacheError(f"{text!r} {where}; the entries are {[label(lens, i) for i in said]}")
+    occurrence = None if occurrence is None else read_integer(occurrence, "occurrence", error=CacheError)
     if not -len(starts) <= (occurrence or 0) < len(starts):
         raise CacheError(f"{text!r} stands there {len(starts)} times; occurrence {occurrence} asked for")
     start = starts[occurrence or 0]
@@ -49,13 +52,14 @@ def label(lens: Lens, token: int) -> str:
     return lens.tokenizer.label(token) if lens.tokenizer and token >= 0 else f"⟨{token}⟩"
 
 
-def entries(lens: Lens, kv: KVCache, row: int = 0) -> list[tuple[int, str, int]]:
+def entries(lens: Lens, kv: KVCache, row: Integer = 0) -> list[tuple[int, str, int]]:
     """Every entry of a row: its absolute position, its token as people read it, and the call (step) that wrote it."""
+    row = read_integer(row, "row", size=kv.batch, error=CacheError)
     listed = (getattr(kv, name)[row, : kv.length].tolist() for name in OF_ENTRIES)
     return [(at, label(lens, token), call) for at, token, call in zip(*listed, strict=True) if at >= 0]
 
 
-Where = str | Iterable[int]
+Where = str | Integers
 """Adjacent absolute positions, or the text that stands there, once."""
 
 

@@ -11,6 +11,7 @@ from glmlens.angles import frequencies, turned_on
 from glmlens.cache.places import CacheError, Edits, Places, Which, entries_of, past_of, scheduled
 from glmlens.config import GLMConfig
 from glmlens.hooks import Point
+from glmlens.integers import Integer, read_integer
 from glmlens.kv_cache import KVCache, stood
 from glmlens.lens import Lens
 
@@ -66,7 +67,7 @@ class Moved:
 
 
 def reposition(
-    lens: Lens, by: int | None = None, *, position: Which = None, to: Callable[[Tensor], Tensor] | None = None
+    lens: Lens, by: Integer | None = None, *, position: Which = None, to: Callable[[Tensor], Tensor] | None = None
 ) -> Moved:
     """Move entries by so many positions: all, or those at `position`; or `to(positions)`, any function of them.
 
@@ -76,7 +77,7 @@ def reposition(
         raise CacheError("give by=, how far to move, or to=, a function from positions to positions")
     if to is not None:
         return Moved(lens.cfg, to, Places())
-    places, far = Places.at(position=position), int(by or 0)
+    places, far = Places.at(position=position), read_integer(by, "by", error=CacheError)
     return Moved(lens.cfg, lambda at: torch.where(places.entries(at), at + far, at), places)
 
 

@@ -1,8 +1,6 @@
 """Which entries of a cache an operation is about, and when it holds."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from operator import index
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -10,10 +8,11 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from glmlens.hooks import Edit, Only, Point, only
+from glmlens.integers import Integers, read_integers
 from glmlens.kv_cache import KVCache
 from glmlens.lens import Lens
 
-Which = int | Iterable[int] | None
+Which = Integers
 """Whole numbers from 0: of layers, of key-value heads, absolute positions, steps; None means all."""
 Edits = list[tuple[str, Edit]]
 
@@ -73,23 +72,12 @@ class Places:
 
 def listed(asked: Any, what: str) -> tuple[int, ...] | None:
     """The whole numbers asked for; CacheError for what is none, for none at all, and for one below 0."""
-    try:
-        found = None if asked is None else numbers(asked)
-    except TypeError:
-        text = f"; those of a text are cache.find(lens, kv, {asked!r})" if isinstance(asked, str) else ""
-        raise CacheError(f"{what} is {asked!r}: give whole numbers, 3 or [3, 5] or range(3, 9){text}") from None
-    if found is not None and (not found or min(found) < 0):
-        raise CacheError(f"{what} is {found}: give whole numbers from 0, or leave {what}= out to mean all")
-    return found
-
-
-def numbers(asked: Any) -> tuple[int, ...]:
-    if isinstance(asked, bool):
-        raise TypeError
-    try:
-        return (index(asked),)
-    except TypeError:
-        return tuple(index(i) for i in asked)
+    if isinstance(asked, str):
+        raise CacheError(
+            f"{what} is {asked!r}: give whole numbers, 3 or [3, 5] or range(3, 9); those of a text are "
+            f"cache.find(lens, kv, {asked!r})"
+        )
+    return None if asked is None else read_integers(asked, what, error=CacheError)
 
 
 def entries_of(at: Int[Tensor, "batch key"]) -> str:

@@ -20,7 +20,7 @@ from glmlens.patch.grid import label
 from glmlens.patch.metrics import Metric
 from glmlens.patch.sites import PatchError, seated, seated_axes
 from glmlens.prompt import Prompt
-from glmlens.results import Labelled
+from glmlens.results import Labelled, list_axes
 from glmlens.tasks.task import Examples
 
 CORRECTED = {"attn.q": "queries", "kv.k": "keys"}
@@ -34,7 +34,7 @@ def attribute(
     corrupt: Prompt | str,
     point: str,
     *,
-    over: Sequence[str] = ("layer", "pos"),
+    over: str | Sequence[str] = ("layer", "pos"),
     metric: Any = None,
     direction: str = "noise",
     method: str = "atp",
@@ -48,6 +48,7 @@ def attribute(
     `drop` is GradDrop: the mean magnitude over backward passes of which each leaves out one layer's contribution, so
     that effects that cancel are seen. Values are means over pairs; all in the metric's unit.
     """
+    over = list_axes(over)
     one, other, read = paired(lens, clean, corrupt, metric)
     if direction not in ("noise", "denoise"):
         raise PatchError(f"direction is {direction!r}; choose 'noise' or 'denoise'")

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from glmlens.hooks import off
+from glmlens.integers import Integer, read_integer
 from glmlens.lens import Lens
 from glmlens.model import Angles, Block, absolute_positions, additive_mask, rotary_angles, turn
 from glmlens.patch.edges import EdgeScores, paired, shared, written
@@ -79,8 +80,9 @@ def whole(graph: Graph) -> Circuit:
     return Circuit(graph, graph.mask.clone(), "every edge")
 
 
-def top(scores: EdgeScores, n: int, by: str = "abs") -> Circuit:
+def top(scores: EdgeScores, n: Integer, by: str = "abs") -> Circuit:
     """The n edges with the largest scores: by "abs", or by "need", the most negative first."""
+    n = read_integer(n, "n", least=0, error=PatchError)
     order = ranked(scores, by)[:n]
     mask = torch.zeros_like(scores.scores, dtype=torch.bool)
     mask.view(-1)[order] = True
@@ -96,9 +98,10 @@ def ranked(scores: EdgeScores, by: str) -> Int[Tensor, "edge"]:
     return key.masked_fill(~edge, -torch.inf).flatten().argsort(descending=True, stable=True)[: scores.graph.n_edges]
 
 
-def greedy(scores: EdgeScores, n: int) -> Circuit:
+def greedy(scores: EdgeScores, n: Integer) -> Circuit:
     """The n edges found from the logits backwards, each the largest in magnitude into what is in already (Hanna et al.
     2024, arXiv 2403.17806, section 3)."""
+    n = read_integer(n, "n", least=0, error=PatchError)
     graph, feeds, size = scores.graph, scores.graph.feeds(), scores.scores.abs().cpu()
     mask, seen = torch.zeros_like(size, dtype=torch.bool), {len(graph.readers) - 1}
     heap: list[tuple[float, int, int]] = []

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from glmlens.hooks import Hooks, Point
+from glmlens.integers import Integer, read_integer
 from glmlens.lens import Lens
 from glmlens.model import RMSNorm
 from glmlens.patch.changes import ids
@@ -52,8 +53,9 @@ class EdgeScores:
             raise KeyError(f"no edge from {writer} to {reader}: it writes later than that reads")
         return float(self.scores[r, w])
 
-    def top(self, n: int = 10) -> list[tuple[Edge, float]]:
+    def top(self, n: Integer = 10) -> list[tuple[Edge, float]]:
         """The n edges whose scores are largest in magnitude."""
+        n = min(read_integer(n, "n", least=1, error=PatchError), self.scores.numel())
         best = self.scores.abs().flatten().topk(n).indices.tolist()
         width, names = len(self.graph.writers), self.graph
         return [((names.writers[i % width], names.readers[i // width]), float(self.scores.flatten()[i])) for i in best]
@@ -66,7 +68,7 @@ def edges(
     *,
     metric: Any = None,
     method: str = "eap",
-    steps: int = 5,
+    steps: Integer = 5,
 ) -> EdgeScores:
     """Scores of all edges from pairs of prompts of one length, changed from clean to corrupt.
 
@@ -75,6 +77,7 @@ def edges(
     """
     if method not in ("eap", "eap-ig"):
         raise PatchError(f"method is {method!r}; choose 'eap' or 'eap-ig'")
+    steps = read_integer(steps, "steps", least=1, error=PatchError)
     one, other, read = paired(lens, clean, corrupt, metric)
     graph = Graph.of(lens.cfg)
     names = [f"blocks.{i}.{local}" for i in range(lens.cfg.n_layers) for local in (*READ, *WRITTEN)]

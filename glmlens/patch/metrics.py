@@ -46,7 +46,7 @@ def as_metric(metric: Any, lens: Lens, n_examples: int) -> Metric:
     if isinstance(metric, Examples):
         return of_examples(metric, n_examples, lens)
     if isinstance(metric, Sequence) and len(metric) == 2:
-        right, wrong = (lens.to_answer(t if isinstance(t, str) else int(t)) for t in metric)
+        right, wrong = (lens.to_answer(t) for t in metric)
         return logit_difference([((right,), (wrong,))] * n_examples, lens)
     if callable(metric):
         fn: Callable[..., Any] = metric

@@ -12,6 +12,7 @@ from glmlens.analysis.passes import PIECE, Memory, pieces
 from glmlens.analysis.rows import Rows
 from glmlens.generate import Sampling
 from glmlens.hooks import Edit, HookError, Hooks, Only, Point, called, only, pairs
+from glmlens.integers import Integers, read_integer, read_integers
 from glmlens.kv_cache import KVCache
 from glmlens.lens import Lens
 from glmlens.patch.interventions import Intervention
@@ -21,7 +22,7 @@ from glmlens.run import Run
 
 OnCache = Callable[[KVCache], KVCache]
 """An operation such as `cache.evict(...)`, or any function from a cache to a new one."""
-Which = int | Sequence[int] | range | None
+Which = Integers
 CACHE = "the cache"  # where operations between steps happen
 
 
@@ -106,7 +107,7 @@ class Recording:
 
     lens: Lens
     hooks: Hooks
-    at: Mapping[int, OnCache]
+    at: Mapping[Any, OnCache]
     last: int
     options: Mapping[str, Any] = field(default_factory=dict)
     moments: list[Moment] = field(default_factory=list)
@@ -117,6 +118,7 @@ class Recording:
 
     def possible(self, first: int) -> None:
         """Raise ValueError for an operation at a step that does not come, TypeError for what is no operation."""
+        self.at = {read_integer(step, "the step of an operation"): op for step, op in self.at.items()}
         wrong = [step for step in self.at if not first <= step < self.last]
         if wrong:
             raise ValueError(f"operations at steps {wrong}; this run has {first} to {self.last - 1}")
@@ -266,4 +268,6 @@ def scheduled(
     edits: list[tuple[str, Edit]] = Applied.to(lens, ours).hooks if ours else pairs(cast(Hooks, what) or None)
     if steps is None and positions is None:
         return edits
-    return [(name, only(fn, steps=steps, positions=positions)) for name, fn in edits]
+    at = {what: None if asked is None else read_integers(asked, what, error=HookError)
+          for what, asked in (("steps", steps), ("positions", positions))}  # fmt: skip
+    return [(name, only(fn, **at)) for name, fn in edits]

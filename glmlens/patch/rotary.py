@@ -13,6 +13,7 @@ token the second holds, unless they are of queries or keys alone: those turn on 
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from einops import einsum, repeat
@@ -24,20 +25,21 @@ from glmlens.analysis.rows import Rows, numbers
 from glmlens.angles import Rule, frequencies, frozen, magnitude, moved, silent, stretched, turned_by, turned_on
 from glmlens.config import GLMConfig
 from glmlens.hooks import Edit, Hooks, Point, only
+from glmlens.integers import Integer, Integers, read_integer
 from glmlens.lens import Lens
 from glmlens.model import Angles
 from glmlens.patch.sites import PatchError, listed
 from glmlens.prompt import Prompt
 from glmlens.results import Labelled, Sheets
 
-Which = int | Iterable[int] | None
+Which = Integers
 Edits = list[tuple[str, Edit]]
 
 
 def freeze(
     lens: Lens,
     *,
-    at: int = 0,
+    at: Integer = 0,
     layer: Which = None,
     head: Which = None,
     kv: Which = None,
@@ -45,6 +47,7 @@ def freeze(
     of: str = "both",
 ) -> Edits:
     """Pairs turn as at position `at`, wherever a token stands: of both sides, they compare content without distance."""
+    at = read_integer(at, "at", least=0, error=PatchError)
     return turning(lens, frozen(at), layer=layer, head=head, kv=kv, pair=pair, of=of)
 
 
@@ -57,7 +60,7 @@ def silence(
 
 def shift(
     lens: Lens,
-    by: int | Mapping[int, int],
+    by: Integer | Mapping[Integer, Integer],
     *,
     layer: Which = None,
     head: Which = None,
@@ -70,11 +73,22 @@ def shift(
     They stay where they are: who may see whom does not change. HookError (when it is run) for positions that never
     come.
     """
-    edits = turning(lens, moved(by), layer=layer, head=head, kv=kv, pair=pair, of=of)
-    if isinstance(by, int):
+    far = shifts(by)
+    edits = turning(lens, moved(far), layer=layer, head=head, kv=kv, pair=pair, of=of)
+    if isinstance(far, int):
         return edits
     of_keys = any(name.endswith("attn.scores") for name, _ in edits)  # made anew wherever such a key is recalled
-    return [(name, only(fn, positions=by) if name.endswith("kv.k") or not of_keys else fn) for name, fn in edits]
+    return [(name, only(fn, positions=list(far)) if name.endswith("kv.k") or not of_keys else fn) for name, fn in edits]
+
+
+def shifts(by: Any) -> int | dict[int, int]:
+    """How far tokens are moved, all alike or by position; PatchError for what are no whole numbers."""
+    if not isinstance(by, Mapping):
+        return read_integer(by, "by", error=PatchError)
+    if not by:
+        raise PatchError("by came out empty: give how far to move at least one position, {4: 3}")
+    at = [read_integer(position, "a position to shift", least=0, error=PatchError) for position in by]
+    return dict(zip(at, (read_integer(far, f"by[{p}]", error=PatchError) for p, far in by.items()), strict=True))
 
 
 def stretch(
@@ -82,7 +96,7 @@ def stretch(
     kind: str,
     factor: float | int,
     *,
-    context: int | None = None,
+    context: Integer | None = None,
     layer: Which = None,
     head: Which = None,
     kv: Which = None,
@@ -90,6 +104,7 @@ def stretch(
     of: str = "both",
 ) -> Edits:
     """Pairs turn by a rule that extends contexts: "theta", "linear", "ntk" or "yarn"; see `stretched_turning`."""
+    context = None if context is None else read_integer(context, "context", least=1, error=PatchError)
     rule = stretched(lens.cfg, kind, factor, context)
     return turning(lens, rule, layer=layer, head=head, kv=kv, pair=pair, of=of)
 
@@ -135,11 +150,8 @@ def turning(
 
 
 def within(axis: str, places: Which, size: int) -> list[int]:
-    asked = listed(places, axis)
-    found = list(range(size)) if asked is None else [int(p) for p in asked]
-    if max(found) >= size:
-        raise PatchError(f"{axis} {max(found)} asked for; there are {size}, 0 to {size - 1}")
-    return found
+    asked = listed(places, axis, size)
+    return list(range(size)) if asked is None else [int(p) for p in asked]
 
 
 def mask_of(places: Iterable[int], size: int, device: torch.device) -> Bool[Tensor, "size"]:

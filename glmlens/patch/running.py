@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from glmlens.hooks import Edit, Point
+from glmlens.integers import Integer
 from glmlens.kv_cache import KVCache, LayerKV
 from glmlens.lens import Lens
 from glmlens.patch.changes import Ids, ids
@@ -112,7 +113,7 @@ class Ungrouped(KVCache):
     def layer(self, index: int) -> LayerKV:
         return UngroupedLayer(self, index, self.group)
 
-    def fork(self, room: int = 0) -> "Ungrouped":
+    def fork(self, room: Integer = 0) -> "Ungrouped":
         copy = super().fork(room)
         return Ungrouped(**{f.name: getattr(copy, f.name) for f in fields(copy)}, group=self.group)
 

@@ -1,6 +1,6 @@
 """Where: one vocabulary for every place in a model that can be changed."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
@@ -12,11 +12,12 @@ from torch import Tensor
 from glmlens.checkpoint import blank
 from glmlens.config import GLMConfig
 from glmlens.hooks import HookError, Point, axes_of, local_name, resolve
+from glmlens.integers import Integers, read_integers
 from glmlens.lens import Lens
 from glmlens.record import catalogue
 
 Place = int | str
-Places = Place | Iterable[Place] | None
+Places = Place | Integers
 
 
 class PatchError(ValueError):
@@ -51,7 +52,9 @@ class Site:
         if self.point.startswith("blocks."):
             if self.layer is not None:
                 raise PatchError(f"{self.point!r} names its layer: leave layer= out")
-            layer = self.point.split(".")[1]
+            layer, _, local = self.point.removeprefix("blocks.").partition(".")
+            if layer != "*" and not (layer.isdecimal() and local):
+                raise PatchError(f"{self.point!r} names no layer: write 'blocks.3.attn.z', or 'attn.z' with layer=")
             if layer != "*":
                 object.__setattr__(self, "layer", (int(layer),))
             object.__setattr__(self, "point", local_name(self.point))
@@ -79,13 +82,14 @@ class Site:
         return f"{self.point}{f' [{said}]' if said else ''}"
 
 
-def listed(places: Any, what: str) -> tuple[Place, ...] | None:
-    """Places as a tuple; PatchError where there are none, one is there twice or one counts from the end."""
+def listed(places: Any, what: str, size: int | None = None) -> tuple[Place, ...] | None:
+    """Places as a tuple; PatchError where there are none, one is there twice or one counts from the end.
+
+    A mask can be read where the number of places is known: `size`.
+    """
     if places is None:
         return None
-    found = (places,) if isinstance(places, int | str) else tuple(p if isinstance(p, str) else int(p) for p in places)
-    if not found:
-        raise PatchError(f"{what} came out empty: this would change nothing. Leave {what}= out to mean all")
+    found = read_integers(places, what, size=size, negative=size is None, named=True, error=PatchError)
     if len(set(found)) != len(found):
         raise PatchError(f"{what} {found}: one is there twice")
     if any(isinstance(p, int) and p < 0 for p in found):

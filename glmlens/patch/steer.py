@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from glmlens.hooks import POINTS
+from glmlens.integers import Integer, read_integer
 from glmlens.lens import Lens
 from glmlens.patch.changes import Add, Ids, ids, numbers
 from glmlens.patch.interventions import Intervention
@@ -40,7 +41,10 @@ class Steering:
             for layer, vector in zip(self.layers, self.vectors, strict=True)
         ]
 
-    def __getitem__(self, layer: int) -> Float[Tensor, "model"]:
+    def __getitem__(self, layer: Integer) -> Float[Tensor, "model"]:
+        layer = read_integer(layer, "layer", error=PatchError)
+        if layer not in self.layers:
+            raise PatchError(f"no vector for layer {layer}; there are layers {', '.join(map(str, self.layers))}")
         return self.vectors[self.layers.index(layer)]
 
     def __add__(self, other: "Steering") -> "Steering":

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from glmlens.integers import Integer, read_integer
 from glmlens.lens import Lens
 from glmlens.patch.changes import Change, Ids, Swap, ids
 from glmlens.patch.engine import Base
@@ -21,7 +22,7 @@ from glmlens.patch.metrics import Metric, as_metric
 from glmlens.patch.sites import Atlas, PatchError, Site
 from glmlens.patch.store import Store
 from glmlens.prompt import Prompt
-from glmlens.results import Labelled
+from glmlens.results import Labelled, list_axes
 from glmlens.tasks.task import Examples
 
 DIRECTIONS = {"denoise": "corrupt run, clean values put in", "noise": "clean run, corrupt values put in"}
@@ -48,9 +49,9 @@ class Sweep(Labelled):
     cost: Cost = field(kw_only=True, repr=False)
     finished: bool = field(kw_only=True, default=True)
 
-    def stride(self, axis: str, step: int) -> Labelled:  # type: ignore[override]
-        """Every step-th place along an axis, as plain labelled numbers."""
-        return Labelled(self.values, self.axes, self.labels, self.about).stride(axis, step)
+    def keep(self, axis: str, places: Sequence[int]) -> Labelled:  # type: ignore[override]
+        """Some places along an axis as plain labelled numbers."""
+        return Labelled(self.values, self.axes, self.labels, self.about, chosen=self.chosen).keep(axis, places)
 
 
 def sweep(
@@ -59,14 +60,14 @@ def sweep(
     corrupt: Prompt | str | None,
     site: Site | str,
     *,
-    over: Sequence[str],
+    over: str | Sequence[str],
     metric: Any = None,
     do: Change | None = None,
     direction: str = "denoise",
     names: Sequence[Names] = (),
     normalise: bool = True,
-    null: int = 0,
-    seed: int = 0,
+    null: Integer = 0,
+    seed: Integer = 0,
     most_bytes: int = BUDGET,
     checkpoint: str | Path | None = None,
     allow: str | Sequence[str] = (),
@@ -76,14 +77,15 @@ def sweep(
 
     `clean` are prompts and `corrupt` as many others, each as long as its partner; with a task's Examples as `clean`,
     `corrupt` names a counterfactual, `metric` is theirs and positions have their names. `over` are "layer" and axes of
-    the point; along each, the places that the site names, or all. `direction` is "denoise", "noise" or "both", an axis
-    of its own. `do` is Swap(), the other run's value, unless given. `null` is how often pairs exchange their sources
-    for the floor. With a `checkpoint` file, finished cells are kept there and not run again. Interrupted, it returns
-    what is finished.
+    the point, ("layer", "pos") or "layer" alone; along each, the places that the site names, or all. `direction` is
+    "denoise", "noise" or "both", an axis of its own. `do` is Swap(), the other run's value, unless given. `null` is how
+    often pairs exchange their sources for the floor. With a `checkpoint` file, finished cells are kept there and not
+    run again. Interrupted, it returns what is finished.
 
     Raises PatchError for pairs of different length, for a place that is not there, for baselines too close to
     normalise by, and for a sweep of which no cell changes anything unless allow="no change".
     """
+    null, seed = (read_integer(n, what, least=0, error=PatchError) for n, what in ((null, "null"), (seed, "seed")))
     plan = Planned.of(lens, clean, corrupt, site, over, metric, do, direction, names, most_bytes)
     plan.measurable(normalise)
     runs = [Grid.empty(plan, way) for way in plan.directions]
@@ -116,7 +118,7 @@ def check(
     corrupt: Prompt | str | None,
     site: Site | str,
     *,
-    over: Sequence[str],
+    over: str | Sequence[str],
     metric: Any = None,
     do: Change | None = None,
     direction: str = "denoise",
@@ -150,8 +152,8 @@ class Planned:
 
     @staticmethod
     def of(
-        lens: Lens, clean: Any, corrupt: Any, site: Site | str, over: Sequence[str], metric: Any, do: Change | None,
-        direction: str, names: Sequence[Names], most_bytes: int,
+        lens: Lens, clean: Any, corrupt: Any, site: Site | str, over: str | Sequence[str], metric: Any,
+        do: Change | None, direction: str, names: Sequence[Names], most_bytes: int,
     ) -> "Planned":  # fmt: skip
         if isinstance(clean, Examples):
             names = names or [{**example.positions} for example in clean]
@@ -172,7 +174,7 @@ class Planned:
         others = prompts if corrupt is None else ids(lens, corrupt)
         if len(prompts) != len(others):
             raise PatchError(f"{len(prompts)} clean and {len(others)} corrupt prompts: they are compared in pairs")
-        atlas = Atlas(lens)
+        atlas, over = Atlas(lens), list_axes(over)
         grid = {axis: places(atlas, site, axis, prompts) for axis in over}
         fields = [attribute(site, axis) for axis in over]
         sites = [site.at(**dict(zip(fields, where, strict=True))) for where in product(*grid.values())]
@@ -181,7 +183,7 @@ class Planned:
         read = as_metric(metric, lens, len(prompts))
         watched = atlas.names(site) if do == Swap() else ()
         return Planned(
-            lens, prompts, others, site, do, tuple(over), labels, variants, read, directions, names, most_bytes, watched
+            lens, prompts, others, site, do, over, labels, variants, read, directions, names, most_bytes, watched
         )
 
     def job(self, direction: str, order: Sequence[int] | None = None) -> Job:
@@ -233,8 +235,9 @@ class Planned:
             x = np.stack(per_run) if both else per_run[0]
             x = np.moveaxis(x, 0, len(more)) if both else x
             sizes = [len(labels[axis]) for axis in axes]
-            return Labelled(x.reshape(*x.shape[: len(more)], *sizes), (*more, *axes), labels, about)
+            return Labelled(x.reshape(*x.shape[: len(more)], *sizes), (*more, *axes), labels, about, chosen=chosen)
 
+        chosen = tuple(axis for axis in self.over if getattr(self.site, attribute(self.site, axis), None) is not None)
         about = self.about(normalise, seed)
         parts = [run.statistics(normalise, seed) for run in runs]
         mean, low, high, floor = (shaped([part[i] for part in parts]) for i in range(4))
@@ -242,7 +245,8 @@ class Planned:
         unchanged = shaped([~run.moved.T.cpu().numpy() for run in runs], "pair")
         return Sweep(
             mean.values, axes, labels, about, raw=raw, clean=self.clean, corrupt=self.corrupt, low=low, high=high,
-            floor=floor, unchanged=unchanged, finished=finished, cost=sum((run.cost for run in runs), NOTHING),
+            floor=floor, unchanged=unchanged, chosen=chosen, finished=finished,
+            cost=sum((run.cost for run in runs), NOTHING),
         )  # fmt: skip
 
     def about(self, normalise: bool, seed: int) -> dict[str, str]:

@@ -14,8 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from glmlens.analysis.passes import Memory
-from glmlens.analysis.rows import Token, exact, label, layers_of, numbers
+from glmlens.analysis.rows import Token, exact, label, layers_of, numbers, read_head, read_layer
 from glmlens.hooks import HookError, Hooks, pairs
+from glmlens.integers import Integer, read_integer
 from glmlens.kv_cache import KVCache
 from glmlens.lens import Lens
 from glmlens.model import additive_mask, eager
@@ -96,14 +97,12 @@ class Timeline:
         model, resid = self.lens.model, torch.stack([moment.resid for moment in self.moments], 1)
         return torch.stack([model.unembed(model.ln_final(x[None]))[0] for x in resid])
 
-    def attention(self, layer: int, head: int) -> Labelled:
+    def attention(self, layer: Integer, head: Integer) -> Labelled:
         """What every step's last position attended to [step, key], derived now; keys by absolute position.
 
         Raises HookError where an edit changed what attention reads after the cache: record "attn.pattern" then.
         """
-        layers, heads = self.lens.cfg.n_layers, self.lens.cfg.n_heads
-        if not (0 <= layer < layers and 0 <= head < heads):
-            raise IndexError(f"layer {layer}, head {head}; there are {layers} layers of {heads} heads")
+        layer, head = read_layer(self.lens, layer), read_head(self.lens, head)
         for event in self.events:
             if event.point.endswith(UNSEEN) and event.point.startswith(f"blocks.{layer}."):
                 raise HookError(f"{event.what} at {event.point} changed this: record it, names='attn.pattern'")
@@ -135,24 +134,22 @@ class Timeline:
         eager(q, keys, keys, additive_mask(at[:, -1:], at, q.dtype), note)
         return seen["attn.pattern"][0, 0, 0]
 
-    def memory(self, step: int) -> Memory:
+    def memory(self, step: Integer) -> Memory:
         """What a step began with: for `who_reads` and `leave_one_out`, or to go on from with other means."""
         return self.moment(step).memory()
 
-    def moment(self, step: int) -> Moment:
-        if not 0 <= step < len(self.moments):
-            raise IndexError(f"step {step} asked for; this timeline has 0 to {len(self.moments) - 1}")
-        return self.moments[step]
+    def moment(self, step: Integer) -> Moment:
+        return self.moments[read_integer(step, "step", size=len(self.moments), outside=IndexError)]
 
     def rerun(
         self,
-        step: int,
+        step: Integer,
         *,
         token: Token | None = None,
         hooks: Hooks | None = None,
         interventions: Sequence[Intervention] | Intervention = (),
-        at: Mapping[int, OnCache] | None = None,
-        max_new_tokens: int | None = None,
+        at: Mapping[Integer, OnCache] | None = None,
+        max_new_tokens: Integer | None = None,
     ) -> "Timeline":
         """The same run up to a step, from there with a change; what came before is not computed again.
 
@@ -160,7 +157,9 @@ class Timeline:
         are in place of this run's own, from that step on; their steps and positions count as in this run. What was done
         to the cache up to that step stays done. At step 0 the prompt is run anew. A sampled run draws as it drew then.
         """
-        moment, last = self.moment(step), self.last if max_new_tokens is None else max_new_tokens
+        moment = self.moment(step)
+        step = moment.step
+        last = self.last if max_new_tokens is None else read_integer(max_new_tokens, "max_new_tokens")
         if last <= step:
             raise ValueError(f"max_new_tokens is {last}, counted from the start: nothing is left to say at step {step}")
         given, anew = self.hooks if hooks is None else hooks, step == 0 and token is None
@@ -172,7 +171,7 @@ class Timeline:
         going.draw_from(moment)
         going.moments = list(self.moments[:step])
         if token is not None:
-            said = token if isinstance(token, int) else self.lens.to_single_token(token)
+            said = self.lens.to_single_token(token) if isinstance(token, str) else self.lens.to_answer(token)
             going.moments.append(replace(moment, token=said))
             going.draw_once()
             going.go(self.after(moment), said)
@@ -202,11 +201,11 @@ class Timeline:
 def timeline(
     lens: Lens,
     prompt: Prompt,
-    max_new_tokens: int = 20,
+    max_new_tokens: Integer = 20,
     *,
     hooks: Hooks | None = None,
     interventions: Sequence[Intervention] | Intervention = (),
-    at: Mapping[int, OnCache] | None = None,
+    at: Mapping[Integer, OnCache] | None = None,
     **options: Any,
 ) -> Timeline:
     """Generate from one prompt and keep what every step said and read.
@@ -224,6 +223,7 @@ def timeline(
     unknown = sorted({"kv", "attention_mask"} & set(options))
     if unknown:
         raise TypeError(f"{' and '.join(unknown)}: a timeline begins with its prompt; to go on, use rerun(step)")
+    max_new_tokens = read_integer(max_new_tokens, "max_new_tokens", least=1)
     going = Recording(lens, compiled(lens, hooks, interventions), at or {}, max_new_tokens, options)
     going.possible(0)
     going.draw_from(None)

@@ -7,16 +7,18 @@ import numpy as np
 import plotly.graph_objects as go
 from typing_extensions import Unpack
 
+from glmlens.integers import Integer, read_integer
 from glmlens.plot.data import Labels, Numbers, array, labelled, title_of
 from glmlens.plot.style import FAINT, NEGATIVE, POSITIVE, Look, dressed, shown, signed_number, ticks
-from glmlens.results import Labelled
+from glmlens.results import Labelled, list_axes
 
 
 def bars(
-    data: Numbers, labels: Labels = None, *, what: str = "value", top: int = 30, **look: Unpack[Look]
+    data: Numbers, labels: Labels = None, *, what: str = "value", top: Integer = 30, **look: Unpack[Look]
 ) -> go.Figure:
     """Signed numbers along one axis, the first on top; of more than `top`, the largest, and the others as one bar."""
     found = labelled(data, ("part",), labels)
+    top = read_integer(top, "top", least=1)
     names, values, note = fewest(found.labels[found.axes[0]], found.values, top)
     return drawn(names, values, what, title_of(found), found.about, [note], look)
 
@@ -25,8 +27,8 @@ def logit_attribution(
     result: Any,
     *,
     over: str | Sequence[str] | None = None,
-    prompt: int | None = None,
-    top: int = 30,
+    prompt: Integer | str | None = None,
+    top: Integer = 30,
     **look: Unpack[Look],
 ) -> go.Figure:
     """What each part adds to a logit, in logits: all parts in the model's order, or the `top` largest and the rest.
@@ -39,13 +41,14 @@ def logit_attribution(
         result, prompt_of = (result.mean(), None) if prompt is None else (result, prompt)
     else:
         prompt_of = None
+    top = read_integer(top, "top", least=1)
     values, rest = (x if prompt_of is None else x.at(prompt=prompt_of) for x in (plain(result), result.rest))
-    parts = summed(values, [over] if isinstance(over, str) else over)
+    parts = summed(values, over)
     names, numbers = flat(parts)
     names = [*rest.labels["part"][:1], *names, *rest.labels["part"][1:]]  # the embedding comes first
     numbers = np.concatenate([rest.values[:1], numbers, rest.values[1:]])
     names, numbers, note = fewest(names, numbers, top)
-    total = float(np.ravel(result.total)[prompt_of or 0])
+    total = float(np.ravel(result.total)[0 if prompt_of is None else result.place("prompt", prompt_of)])
     name = f"What each part adds to the logit of {result.about.get('direction', 'the answer')}"
     about = {key: said for key, said in result.about.items() if key in ("prompt", "metric", "model")}
     return drawn(names, array(numbers), "logits", name, about, [note, f"in all {total:.3f} logits"], look)
@@ -55,10 +58,11 @@ def plain(result: Labelled) -> Labelled:
     return Labelled(result.values, result.axes, result.labels, result.about)
 
 
-def summed(data: Labelled, over: Sequence[str] | None) -> Labelled:
+def summed(data: Labelled, over: str | Sequence[str] | None) -> Labelled:
     """Sums along all axes but some."""
     if over is None:
         return data
+    over = list_axes(over)
     unknown = [axis for axis in over if axis not in data.axes]
     if unknown:
         raise ValueError(f"over {unknown}; this result has {', '.join(data.axes)}")
@@ -86,7 +90,8 @@ def fewest(names: Sequence[str], values: np.ndarray, top: int) -> tuple[list[str
         return list(names), values, ""
     order = np.argsort(-np.abs(np.nan_to_num(values)), kind="stable")
     first, others = order[:top], order[top:]
-    kept = np.append(values[first], np.nansum(values[others]))
+    with np.errstate(invalid="ignore"):  # of opposite infinities
+        kept = np.append(values[first], np.nansum(values[others]))
     named = [str(names[int(i)]) for i in first]
     return [*named, f"{len(others):,} others"], kept, f"the {top} largest of {len(names):,}"
 
@@ -94,7 +99,8 @@ def fewest(names: Sequence[str], values: np.ndarray, top: int) -> tuple[list[str
 def drawn(
     names: Sequence[str], values: np.ndarray, what: str, title: str, about: Any, notes: Sequence[str], look: Look
 ) -> go.Figure:
-    low, high = float(np.nanmin(values, initial=0)), float(np.nanmax(values, initial=0))
+    known = values[np.isfinite(values)]
+    low, high = float(known.min(initial=0)), float(known.max(initial=0))
     room = 0.1 * (high - low or 1.0)  # for the numbers beside the bars
     form = "{:+.2f}" if high - low < 100 else "{:+,.0f}"
     form = form if low < 0 else form.replace("+", "")

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from glmlens.plot.style import infinite_note
 from glmlens.results import Labelled
 
 Numbers = Any
@@ -15,11 +16,12 @@ PLACES = ("pos", "query", "key", "step")
 
 
 def array(x: Numbers) -> np.ndarray:
-    """x as a float32 array."""
+    """x as a float32 array; what is too large for that is infinite."""
     if hasattr(x, "detach"):
         x = x.detach().cpu()
         x = x.float() if x.dtype.is_floating_point else x
-    return np.asarray(x, np.float32)
+    with np.errstate(over="ignore"):
+        return np.asarray(x, np.float32)
 
 
 def labelled(data: Numbers, axes: Sequence[str], labels: Labels = None) -> Labelled:
@@ -68,7 +70,10 @@ def pooled(data: Labelled, most: int) -> tuple[Labelled, str]:
         return data, ""
     labels = {a: blocks(data.labels[a], k) for a, k in zip(data.axes, (rows, columns), strict=True)}
     size = " x ".join(f"{n:,}" for n in data.shape)
-    note = f"each cell shows the largest number of {rows} x {columns}: there are {size} ({' x '.join(data.axes)})"
+    counted = infinite_note(data.values)
+    note = f"each cell shows the largest number of {rows} x {columns}: there are {size} ({' x '.join(data.axes)})" + (
+        f" · {counted}" if counted else ""
+    )
     return Labelled(largest(data.values, rows, columns), data.axes, labels, data.about), note
 
 
@@ -79,7 +84,8 @@ def blocks(labels: Sequence[str], k: int) -> list[str]:
 
 
 def largest(values: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """The number largest in magnitude of every block; nan where a block has none."""
+    """The number largest in magnitude of every block; nan where a block has none that is finite."""
+    values = np.where(np.isinf(values), np.nan, values)
     ends = [(0, -n % k) for n, k in zip(values.shape, (rows, columns), strict=True)]
     padded = np.pad(values, ends, constant_values=np.nan) if any(end for _, end in ends) else values
     parts = padded.reshape(-1, rows, padded.shape[1] // columns, columns)

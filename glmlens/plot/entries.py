@@ -7,6 +7,7 @@ import numpy as np
 import plotly.graph_objects as go
 from typing_extensions import Unpack
 
+from glmlens.integers import Integer, read_integer
 from glmlens.plot.bars import bars
 from glmlens.plot.data import Labels, array, labelled
 from glmlens.plot.heatmaps import drawn
@@ -18,7 +19,13 @@ LEAST = 1e-6  # nats: what is less is drawn here, on an axis of powers
 
 
 def cache_norms(
-    kv: Any, labels: Labels = None, *, of: str = "keys", row: int = 0, max_cells: int = MOST_CELLS, **look: Unpack[Look]
+    kv: Any,
+    labels: Labels = None,
+    *,
+    of: str = "keys",
+    row: Integer = 0,
+    max_cells: int = MOST_CELLS,
+    **look: Unpack[Look],
 ) -> go.Figure:
     """The length of every entry's "keys" or "values" [layer, pos], over all its key-value heads, with what it weighs.
 
@@ -26,9 +33,10 @@ def cache_norms(
     """
     if of not in ("keys", "values"):
         raise ValueError(f"of is {of!r}; choose from 'keys', 'values'")
+    row = read_integer(row, "row", size=kv.batch)
     stored = getattr(kv, of)[:, row, : kv.length]
     positions = kv.positions[row, : kv.length].tolist()
-    lengths = np.linalg.norm(array(stored).reshape(*stored.shape[:2], -1), axis=-1)
+    lengths = np.linalg.norm(array(stored).astype(np.float64).reshape(*stored.shape[:2], -1), axis=-1)
     bytes_each = 2 * stored.element_size() * stored.shape[2] * stored.shape[3]
     named = labels if labels is not None else {"pos": [str(p) if p >= 0 else "padding" for p in positions]}
     data = labelled(lengths, ("layer", "pos"), named)
@@ -45,7 +53,7 @@ def cache_norms(
 
 
 def who_reads(
-    reads: Any, show: str = "weighted", *, layer: int | str | None = None, max_cells: int = MOST_CELLS,
+    reads: Any, show: str = "weighted", *, layer: Integer | str | None = None, max_cells: int = MOST_CELLS,
     **look: Unpack[Look],
 ) -> go.Figure:  # fmt: skip
     """How the next token's step reads every entry: [layer, key], summed over heads, or of one layer [head, key].
@@ -59,7 +67,8 @@ def who_reads(
     where = "summed over heads" if layer is None else f"layer {layer}"
     if layer is None:
         labels = {axis: data.labels[axis] for axis in ("layer", "key")}
-        data = Labelled(array(data.values).sum(1), ("layer", "key"), labels, data.about)
+        with np.errstate(invalid="ignore"):  # of opposite infinities
+            data = Labelled(array(data.values).sum(1), ("layer", "key"), labels, data.about)
     else:
         data = data.at(layer=layer)
     words = {"attention": "attention", "weighted": "length written", "direct": "logits"}

@@ -7,6 +7,7 @@ import numpy as np
 import plotly.graph_objects as go
 from typing_extensions import Unpack
 
+from glmlens.integers import Integer, read_integer
 from glmlens.plot.style import FAINT, NEGATIVE, POSITIVE, Look, dressed, shown
 
 Edge = tuple[str, str]
@@ -14,16 +15,19 @@ PLATE = "#5f5f5f"
 STEPS = np.linspace(0, 1, 24)
 
 
-def circuit(scores: Any, *, top: int = 20, **look: Unpack[Look]) -> go.Figure:
+def circuit(scores: Any, *, top: Integer = 20, **look: Unpack[Look]) -> go.Figure:
     """The `top` edges that are strongest in magnitude as lines from writers to readers.
 
     Wide is strong, red is above zero, blue below. `scores` is an EdgeScores, or pairs of (writer, reader) and score, as
     its `top` returns. Layers go upwards: readers (queries, keys and values) below the heads that they feed, MLPs above
     them. The score is in the hover of the dot on an edge.
     """
+    top = read_integer(top, "top", least=1)
     edges = scores.top(top) if hasattr(scores, "top") else strongest(scores, top)
+    given = len(edges)
+    edges = [(edge, score) for edge, score in edges if np.isfinite(score)]
     if not edges:
-        raise ValueError("there are no edges to draw")
+        raise ValueError("there are no edges to draw" + (": no score is a finite number" if given else ""))
     about = {key: said for key, said in getattr(scores, "about", {}).items() if key in ("metric", "model", "pairs")}
     seats = seated({name for edge, _ in edges for name in edge})
     most = max(abs(score) for _, score in edges) or 1.0
@@ -38,16 +42,19 @@ def circuit(scores: Any, *, top: int = 20, **look: Unpack[Look]) -> go.Figure:
     figure.update_xaxes(visible=False, range=[-0.08, 1.08])
     figure.update_yaxes(visible=False)
     figure.update_layout(showlegend=False)
+    left = given - len(edges)
+    gone = f"{left:,} more have no finite score" if left else ""
     sign = str(getattr(scores, "about", {}).get("sign", ""))
     tall: Look = {"height": 90 + 46 * len(layers)}
     return dressed(
-        figure, f"The {len(edges)} strongest edges: red above zero, blue below", about, (sign,), **(tall | look)
+        figure, f"The {len(edges)} strongest edges: red above zero, blue below", about, (sign, gone), **(tall | look)
     )  # type: ignore[arg-type]
 
 
 def strongest(scores: Mapping[Edge, float] | Sequence[tuple[Edge, float]], top: int) -> list[tuple[Edge, float]]:
     pairs = scores.items() if isinstance(scores, Mapping) else scores
-    return sorted(((edge, float(score)) for edge, score in pairs), key=lambda pair: -abs(pair[1]))[:top]
+    found = [(edge, float(score)) for edge, score in pairs]
+    return sorted(found, key=lambda pair: -np.nan_to_num(abs(pair[1]), posinf=0))[:top]
 
 
 def height_of(name: str) -> int:

@@ -6,14 +6,15 @@ import numpy as np
 import plotly.graph_objects as go
 from typing_extensions import Unpack
 
+from glmlens.integers import Integer, read_integer
 from glmlens.plot.data import Labels, Numbers, blocks, labelled, largest
-from glmlens.plot.style import GREY, MAGNITUDE, SERIES, Look, bar_of, dressed, ticks
+from glmlens.plot.style import GREY, MAGNITUDE, SERIES, Look, bar_of, dressed, infinite_note, ticks
 
 ACROSS = 400  # cells of all the small pictures beside each other
 
 
 def attention_heads(
-    patterns: Numbers, labels: Labels = None, *, n_kv_heads: int | None = None, **look: Unpack[Look]
+    patterns: Numbers, labels: Labels = None, *, n_kv_heads: Integer | None = None, **look: Unpack[Look]
 ) -> go.Figure:
     """The attention [head, query, key] of all heads of a layer side by side, the first query on top.
 
@@ -22,7 +23,7 @@ def attention_heads(
     """
     data = labelled(patterns, ("head", "query", "key"), labels)
     n, length = data.shape[:2]
-    groups = n_kv_heads or 1
+    groups = 1 if n_kv_heads is None else read_integer(n_kv_heads, "n_kv_heads", least=1)
     if n % groups:
         raise ValueError(f"{n} heads do not fall into {groups} groups")
     wide = 8 if n > 16 else 4
@@ -51,9 +52,10 @@ def attention_heads(
             font={"size": 11, "color": SERIES[head // (n // groups) % len(SERIES)] if groups > 1 else GREY},
             **at,
         )
+    counted = infinite_note(data.values)
     note = f"each cell shows the largest number of {k} x {k}: there are {length:,} queries" if k > 1 else ""
     tall = {"height": int(40 + rows * 1.17 * (860 / columns - 10))}
-    return dressed(figure, "Attention of all heads", data.about, (note,), **(tall | look))  # type: ignore[arg-type]
+    return dressed(figure, "Attention of all heads", data.about, (note, counted), **(tall | look))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,22 @@ import numpy as np
 import plotly.graph_objects as go
 from typing_extensions import Unpack
 
+from glmlens.integers import Integer, read_integer
 from glmlens.plot.data import Labels, Limits, Numbers, array, labelled, pooled, title_of
-from glmlens.plot.style import GREY, MOST_CELLS, Look, bar_of, colors, dressed, ink, shown, signed_number, ticks
-from glmlens.results import Labelled
+from glmlens.plot.style import (
+    GREY,
+    MOST_CELLS,
+    Look,
+    bar_of,
+    colors,
+    dressed,
+    finite_most,
+    ink,
+    shown,
+    signed_number,
+    ticks,
+)
+from glmlens.results import Labelled, list_axes
 
 TALL = ("pos", "key", "part")  # axes whose labels are drawn steeply
 LONGER = {"part": 28, "pair": 28}  # characters of labels that name wavelengths
@@ -20,7 +33,7 @@ def heatmap(
     data: Numbers,
     labels: Labels = None,
     *,
-    axes: tuple[str, str] = ("row", "column"),
+    axes: str | tuple[str, str] = ("row", "column"),
     what: str = "value",
     signed: bool | None = None,
     down: bool = False,
@@ -33,7 +46,7 @@ def heatmap(
     Signed numbers have zero in the middle of the colours; without `signed`, those are signed of which any is negative.
     `limits` are the ends of the colours.
     """
-    return drawn(labelled(data, axes, labels), what, signed, down, limits, max_cells, look)
+    return drawn(labelled(data, list_axes(axes), labels), what, signed, down, limits, max_cells, look)
 
 
 def drawn(
@@ -54,7 +67,7 @@ def drawn(
     `text` is written in the cells, or the numbers, or with False nothing; `more` is a line of hover and its data.
     """
     whole = data.values
-    signed = bool(np.nanmin(whole, initial=0) < 0) if signed is None else signed
+    signed = bool(whole[np.isfinite(whole)].min(initial=0) < 0) if signed is None else signed
     data, note = pooled(data, most)
     rows, columns = data.axes
     scale = colors(data.values, signed)
@@ -97,7 +110,7 @@ def numbers(values: np.ndarray) -> np.ndarray | None:
     """Numbers as they are written in their cells, where they have room."""
     if values.shape[1] > 16 or values.size > WRITTEN:
         return None
-    most = np.nanmax(np.abs(values), initial=0)
+    most = finite_most(values)
     first = int(np.floor(np.log10(most))) if most else 0  # the place of the largest number's first digit
     form = f"{{:.{max(0, (2 if first >= 0 else 1) - max(first, -5))}f}}"
     return np.array([[signed_number(form, v) for v in row] for row in values.tolist()], dtype=object)
@@ -124,7 +137,12 @@ def patch_grid(
 
 
 def logit_lens(
-    result: Any, show: str = "probability", *, prompt: int = 0, max_cells: int = MOST_CELLS, **look: Unpack[Look]
+    result: Any,
+    show: str = "probability",
+    *,
+    prompt: Integer | str = 0,
+    max_cells: int = MOST_CELLS,
+    **look: Unpack[Look],
 ) -> go.Figure:
     """What every layer would say next: layer upwards, position to the right, the most probable tokens on hover.
 
@@ -137,7 +155,7 @@ def logit_lens(
         raise ValueError(
             f"show is {show!r}; this result has {', '.join(n for n in sheets if n not in ('token', 'word'))}"
         )
-    step = -(-sheets["kl"].shape[1] // max_cells)
+    step = -(-sheets["kl"].shape[1] // read_integer(max_cells, "max_cells", least=1))
     word, probability = (sheets[name].stride("pos", step) for name in ("word", "probability"))
     data = sheets[show] if show != "probability" else sheets["probability"].at(rank=0)
     about = {key: said for key, said in data.about.items() if key != "direction"}
@@ -163,7 +181,7 @@ def logit_lens(
     )
 
 
-def one(sheet: Labelled, prompt: int) -> Labelled:
+def one(sheet: Labelled, prompt: Integer | str) -> Labelled:
     """One prompt of a result of several."""
     return sheet.at(prompt=prompt) if "prompt" in sheet.axes else sheet
 
@@ -191,7 +209,9 @@ def attention_pattern(
     data = labelled(pattern, ("query", "key"), labels)
     if value_norms is None:
         return drawn(data, "attention", False, True, (0, 1), max_cells, look, False, name="Attention")
-    weighted = Labelled(data.values * array(value_norms)[None, :], data.axes, data.labels, data.about)
+    with np.errstate(invalid="ignore", over="ignore"):
+        products = data.values * array(value_norms)[None, :]
+    weighted = Labelled(products, data.axes, data.labels, data.about)
     return drawn(
         weighted, "attention x length of value", False, True, None, max_cells, look, False, name="Attention by value"
     )
@@ -227,15 +247,17 @@ def head_scores(
 def residual_norms(residual: Numbers, labels: Labels = None, **look: Unpack[Look]) -> go.Figure:
     """The length of the residual stream [layer, pos, model] after every layer and at every position."""
     data = labelled(residual, ("layer", "pos", "model"), labels)
-    norms = np.linalg.norm(data.values, axis=-1)
+    norms = np.linalg.norm(data.values.astype(np.float64), axis=-1)
     return drawn(without(data, norms, "model"), "length", False, look=look, name="Length of the residual stream")
 
 
 def residual_angles(residual: Numbers, labels: Labels = None, **look: Unpack[Look]) -> go.Figure:
     """Degrees by which each layer turns the residual stream [layer, pos, model] from what it was a layer before."""
     data = labelled(residual, ("layer", "pos", "model"), labels)
-    unit = data.values / np.maximum(np.linalg.norm(data.values, axis=-1, keepdims=True), 1e-30)
-    turned = np.degrees(np.arccos(np.clip((unit[1:] * unit[:-1]).sum(-1), -1, 1)))
+    exact = data.values.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a stream with an infinite number has no direction: nan
+        unit = exact / np.maximum(np.linalg.norm(exact, axis=-1, keepdims=True), 1e-30)
+        turned = np.degrees(np.arccos(np.clip((unit[1:] * unit[:-1]).sum(-1), -1, 1)))
     later = Labelled(data.values[1:], data.axes, {**data.labels, "layer": data.labels["layer"][1:]}, data.about)
     name = "Angle between the residual stream after each layer and before it"
     return drawn(without(later, turned, "model"), "degrees", False, look=look, name=name)

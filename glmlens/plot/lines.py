@@ -7,8 +7,8 @@ import plotly.graph_objects as go
 from typing_extensions import Unpack
 
 from glmlens.plot.data import Labels, Limits, Numbers, array, labelled, title_of
-from glmlens.plot.style import FAINT, SERIES, SIGNED, Look, bar_of, dressed, shown, ticks
-from glmlens.results import Labelled
+from glmlens.plot.style import FAINT, SERIES, SIGNED, Look, bar_of, dressed, finite_most, shown, ticks
+from glmlens.results import Labelled, list_axes
 
 DASHES = ("solid", "dash", "dot", "dashdot")
 
@@ -17,7 +17,7 @@ def lines(
     data: Numbers,
     labels: Labels = None,
     *,
-    axes: tuple[str, str] = ("series", "place"),
+    axes: str | tuple[str, str] = ("series", "place"),
     along: str | None = None,
     what: str = "value",
     limits: Limits | None = None,
@@ -27,6 +27,7 @@ def lines(
 
     Numbers with one axis are one line. `limits` are the ends of the upward axis.
     """
+    axes = list_axes(axes)
     if np.ndim(data.values if isinstance(data, Labelled) else array(data)) == 1:
         data = single(labelled(data, axes[1:], labels), what)
     found = labelled(data, axes, labels)
@@ -101,7 +102,9 @@ def above(sweeps: Mapping[str, Numbers], found: Mapping[str, Labelled], first: L
         error = None
         if all(end is not None and np.isfinite(end.values).any() for end in ends):
             low, high = (array(end.values) for end in ends)  # type: ignore[union-attr]
-            error = {"array": high - data.values, "arrayminus": data.values - low, "symmetric": False, "thickness": 1}
+            with np.errstate(invalid="ignore"):
+                up, down = (np.where(np.isfinite(x), x, np.nan) for x in (high - data.values, data.values - low))
+            error = {"array": up, "arrayminus": down, "symmetric": False, "thickness": 1}
         figure.add_scatter(**line(i, name, data.values, what), error_y=error)
     axis = first.axes[0]
     ticks(figure, "x", first.labels[axis], axis)
@@ -116,7 +119,7 @@ def beside(found: Mapping[str, Labelled], first: Labelled, what: str) -> go.Figu
     names = [shown(name, 30) for name in found]
     figure = make_subplots(1, len(found), subplot_titles=names, shared_yaxes=True, horizontal_spacing=0.03)
     figure.update_annotations(font_size=12)
-    most = max(float(np.nanmax(np.abs(data.values), initial=1e-9)) for data in found.values())
+    most = max(finite_most(data.values, 1e-9) for data in found.values())
     rows, columns = map(shown, first.axes)
     at = {"x": np.arange(first.shape[1]), "y": np.arange(first.shape[0]), "coloraxis": "coloraxis"}
     for i, (name, data) in enumerate(zip(names, found.values(), strict=True), 1):

@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from typing_extensions import Unpack
 
+from glmlens.integers import Integer, read_integer
 from glmlens.plot.bars import bars
 from glmlens.plot.data import array, pooled
 from glmlens.plot.heatmaps import drawn
@@ -29,10 +30,13 @@ SOUGHT = {
 ROUND = [[0, "#2f1436"], [0.25, "#6276ba"], [0.5, "#e2d9e2"], [0.75, "#b2614f"], [1, "#2f1436"]]  # -pi looks as pi does
 
 
-def score_by_pair(parts: Any, query: int | str = -1, *, max_cells: int = MOST_CELLS, **look: Unpack[Look]) -> go.Figure:
+def score_by_pair(
+    parts: Any, query: Integer | str | None = None, *, max_cells: int = MOST_CELLS, **look: Unpack[Look]
+) -> go.Figure:
     """What each frequency pair, and the content, adds to one query's score of every key [part, key].
 
-    `parts` is the result of `score_parts`; a pair's label says its wavelength in tokens. Keys that the query cannot
+    `parts` is the result of `score_parts`, `query` the absolute position of a query, or its label: by default the last
+    of those there are. A pair's label says its wavelength in tokens. Keys that the query cannot
     see stay empty.
     """
     asked, data = asked_of(parts, "part", query)
@@ -41,22 +45,27 @@ def score_by_pair(parts: Any, query: int | str = -1, *, max_cells: int = MOST_CE
     return drawn(named, "part of the score", True, True, most=max_cells, look=look, name=name)
 
 
-def rotary_angles(parts: Any, query: int | str = -1, *, max_cells: int = MOST_CELLS, **look: Unpack[Look]) -> go.Figure:
+def rotary_angles(
+    parts: Any, query: Integer | str | None = None, *, max_cells: int = MOST_CELLS, **look: Unpack[Look]
+) -> go.Figure:
     """By how much each pair has turned between one query and every key [pair, key], in radians from -pi to pi.
 
-    `parts` is the result of `score_parts`. -pi and pi have one colour, for they are one angle.
+    `parts` is the result of `score_parts`, `query` as for `score_by_pair`. -pi and pi have one colour, for they are one
+    angle.
     """
     asked, data = asked_of(parts, "angle", query)
-    turned = (array(data.values).T + np.pi) % (2 * np.pi) - np.pi
+    with np.errstate(invalid="ignore"):
+        turned = (array(data.values).T + np.pi) % (2 * np.pi) - np.pi
     named = Labelled(turned, ("pair", "key"), data.labels, without(data.about, "metric"))
     name = f"Angle between query {asked} and every key"
     figure = drawn(named, "radians", False, True, (-np.pi, np.pi), max_cells, look, name=name)
     return figure.update_traces(colorscale=ROUND, selector={"type": "heatmap"})
 
 
-def asked_of(parts: Any, sheet: str, query: int | str) -> tuple[str, Labelled]:
-    """One query of a sheet [query, key, part or pair], and its label."""
-    data = parts.sheets()[sheet].at(query=query)
+def asked_of(parts: Any, sheet: str, query: Integer | str | None) -> tuple[str, Labelled]:
+    """One query of a sheet [query, key, part or pair], by default the last of those there are, and its label."""
+    found = parts.sheets()[sheet]
+    data = found.at(query=found.labels["query"][-1] if query is None else query)
     return data.about["query"], data
 
 
@@ -102,7 +111,7 @@ def named(figure: go.Figure, queries: Sequence[str], keys: Sequence[str]) -> Non
 
 
 def attention_by_distance(
-    profile: Any, layer: int | str, *, show: str = "attention", **look: Unpack[Look]
+    profile: Any, layer: Integer | str, *, show: str = "attention", **look: Unpack[Look]
 ) -> go.Figure:
     """What every head of a layer would attend to by distance alone, a line per head; `show` is "attention" or "score".
 
@@ -119,7 +128,7 @@ def attention_by_distance(
     return lines(series, along=far, what=show, **look)
 
 
-def pair_use(use: Any, kind: str = "induction", *, top: int = 24, **look: Unpack[Look]) -> go.Figure:
+def pair_use(use: Any, kind: str = "induction", *, top: Integer = 24, **look: Unpack[Look]) -> go.Figure:
     """By how much each frequency pair lifts the score of what heads look for [head, part], of the `top` heads.
 
     `use` is the result of `pair_use`, `kind` is "previous", "duplicate" or "induction". The heads whose parts sum to
@@ -130,7 +139,8 @@ def pair_use(use: Any, kind: str = "induction", *, top: int = 24, **look: Unpack
         raise ValueError(f"kind is {kind!r}; this result has {', '.join(sheets)}")
     data = sheets[kind]
     values = array(data.values).reshape(-1, data.shape[2])
-    order = np.argsort(-values.sum(1), kind="stable")[:top]
+    sums = np.where(np.isfinite(values), values, 0).sum(1)
+    order = np.argsort(-sums, kind="stable")[: read_integer(top, "top", least=1)]
     heads = [f"{layer}.{head}" for layer in data.labels["layer"] for head in data.labels["head"]]
     labels = {"head": [heads[i] for i in order], "part": data.labels["part"]}
     best = Labelled(values[order], ("head", "part"), labels, without(data.about, "direction"))

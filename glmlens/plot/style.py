@@ -127,6 +127,7 @@ def dressed(
 
     `room` is of pixels between these and the figure.
     """
+    notes = [*notes, *mask_infinite(figure)]
     head = name if title is None else title
     said = subtitle_of({**known, **(about or {})}, head) if subtitle is None else [subtitle]
     lines = [line for line in (*said, " · ".join(filter(None, notes))) if line]
@@ -184,8 +185,49 @@ def ticks(
     figure.add_scatter(**nowhere, hoverinfo="skip", showlegend=False)
 
 
+def mask_infinite(figure: go.Figure) -> list[str]:
+    """Make what is infinite in a figure nan, which is left empty, and return the notes that say so.
+
+    Axes and colours would stretch to infinity otherwise, and JSON has no such numbers.
+    """
+    count, drawn, finite = 0, 0, 0
+    traces: Any = figure.data
+    for trace in traces:
+        for name in ("z", "y", "x", "customdata"):
+            values = getattr(trace, name, None)
+            if values is None:
+                continue
+            array = np.asarray(values)
+            if array.dtype.kind != "f":
+                continue
+            if name != "customdata":
+                drawn, finite = drawn + array.size, finite + int(np.isfinite(array).sum())
+            if np.isinf(array).any():
+                count += int(np.isinf(array).sum())
+                trace[name] = np.where(np.isinf(array), np.nan, array)
+    notes = [count_infinite(count)] if count else []
+    return [*notes, "no number here is finite: there is nothing to draw"] if drawn and not finite else notes
+
+
+def infinite_note(values: np.ndarray) -> str:
+    """The sentence that says how many numbers are infinite and so not drawn; "" where none is."""
+    count = int(np.isinf(values).sum())
+    return count_infinite(count) if count else ""
+
+
+def count_infinite(count: int) -> str:
+    return f"{count:,} infinite {'number is' if count == 1 else 'numbers are'} left empty"
+
+
+def finite_most(values: np.ndarray, least: float = 0.0) -> float:
+    """The largest magnitude of the finite numbers, or `least`."""
+    return float(np.abs(values[np.isfinite(values)]).max(initial=least))
+
+
 def signed_number(form: str, value: float) -> str:
     """A number as text; what is rounded to nothing has no sign."""
+    if not np.isfinite(value):
+        return str(value)
     text = form.format(value)
     return text if any(c in "123456789" for c in text) else form.replace("+", "").format(0.0)
 

@@ -9,12 +9,13 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from typing_extensions import Unpack
 
+from glmlens.integers import Integer, read_integer
 from glmlens.plot.data import array
 from glmlens.plot.style import FAINT, GREY, SERIES, Look, dressed, shown
 
 
 def generation(
-    steps: Any, label: Callable[[int], str] | None = None, *, row: int = 0, top: int = 8, **look: Unpack[Look]
+    steps: Any, label: Callable[[int], str] | None = None, *, row: Integer = 0, top: Integer = 8, **look: Unpack[Look]
 ) -> go.Figure:
     """Above, each chosen token's probability and the entropy of its step (nats); below, the `top` tokens of one step.
 
@@ -23,6 +24,7 @@ def generation(
     The slider goes through the steps, in a saved file too. Probabilities are of the model's logits, before any
     temperature.
     """
+    row, top = read_integer(row, "row", least=0), read_integer(top, "top", least=1)
     label = label or named_by(steps)
     read = [reading(step, row, top) for step in getattr(steps, "moments", steps)]
     if not read:
@@ -37,7 +39,9 @@ def generation(
     figure.update_xaxes(tickvals=list(range(len(read))), ticktext=ticktext, tickangle=-55, row=1, col=1)
     figure.update_xaxes(range=[0, 1.12], tickformat=".0%", gridcolor=FAINT, showgrid=True, row=2, col=1)
     figure.update_yaxes(title="probability", range=[-0.03, 1.05], gridcolor=FAINT, showgrid=True, row=1, col=1)
-    most = max(h for _, _, h, *_ in read)
+    most = max((h for _, _, h, *_ in read if np.isfinite(h)), default=0.0)
+    unsure = [i for i, (_, _, h, *_) in enumerate(read) if not np.isfinite(h)]
+    lost = f"no probabilities at steps {', '.join(map(str, unsure[:8]))}: logits are nan or infinite" if unsure else ""
     ends = [share * ceil(max(most, 0.1)) for share in (-0.03, 1.05)]
     figure.update_yaxes(title="entropy, nats", range=ends, tickformat=".1f", row=1, col=1, secondary_y=True)
     figure.update_yaxes(**names(read[0], label), row=2, col=1)
@@ -48,7 +52,7 @@ def generation(
     tall: Look = {"height": 620}
     known = said_by(steps)
     edits = f"edits: {known['edits']}" if known.get("edits", "none") != "none" else ""
-    dressed(figure, "A generation, step by step", known, (edits,), room=24, **(tall | look))  # type: ignore[arg-type]
+    dressed(figure, "A generation, step by step", known, (edits, lost), room=24, **(tall | look))  # type: ignore[arg-type]
     return figure.update_layout(margin={"b": 90})
 
 
@@ -71,10 +75,13 @@ Reading = tuple[int, float, float, np.ndarray, np.ndarray]
 def reading(step: Any, row: int, top: int) -> Reading:
     logits = array(step.logits)
     logits = (logits[row] if logits.ndim == 2 else logits).astype(float)
-    p = np.exp(logits - logits.max())
-    p /= p.sum()
+    if np.isnan(logits).any() or not np.isfinite(logits.max()):
+        p = np.full_like(logits, np.nan)  # an overflow: nothing has a probability
+    else:
+        p = np.exp(logits - logits.max())
+        p /= p.sum()
     best = np.argsort(-p, kind="stable")[:top]
-    entropy = -float((p[p > 0] * np.log(p[p > 0])).sum())
+    entropy = np.nan if np.isnan(p).any() else -float((p[p > 0] * np.log(p[p > 0])).sum())
     chosen = int(step.token if hasattr(step, "token") else step.tokens.tolist()[row])
     return chosen, float(p[chosen]), entropy, best, p[best]
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from glmlens.integers import Integer, read_integer
 from glmlens.tokenizer import Tokenizer
 
 LOGIT_DIFFERENCE = "logit difference"
@@ -200,7 +201,7 @@ class Task:
     def examples(
         self,
         tokenizer: Any,
-        n: int = 100,
+        n: Integer = 100,
         seed: int | str = 0,
         *,
         where: Callable[[Item], bool] | None = None,
@@ -215,6 +216,7 @@ class Task:
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         if not isinstance(tokenizer, Tokenizer):
             raise TaskError(f"{self.name} needs a tokenizer, or a lens that has one; got {type(tokenizer).__name__}")
+        n = read_integer(n, "n", least=0, error=TaskError)
         found: list[Example] = []
         dropped: Counter[str] = Counter()
         last: TaskError | None = None

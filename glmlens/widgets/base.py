@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from contextvars import copy_context
 from io import TextIOBase
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import ipywidgets as W
 import plotly.graph_objects as go
 
+from glmlens.integers import read_integer
 from glmlens.lens import Lens
 from glmlens.prompt import Prompt
 from glmlens.widgets.chart import Chart
@@ -321,10 +322,11 @@ def fitting(control: Any, name: str, value: Any) -> Any:
         known = [option[1] if isinstance(option, tuple) else option for option in control.options]
         fits, there = value in known, ", ".join(map(repr, known))
     elif hasattr(control, "max"):
-        whole = isinstance(control, W.IntSlider)
-        fits = isinstance(value, Integral if whole else Real) and control.min <= value <= control.max
         there = f"{control.min} to {control.max}"
-        value = int(str(value)) if fits and whole else value
+        if isinstance(control, W.IntSlider):
+            value = read_integer(value, name)
+        real = isinstance(value, Real) and not isinstance(value, bool)
+        fits = real and bool(control.min <= value <= control.max)  # pyright: ignore[reportOperatorIssue]
     else:
         fits, there = isinstance(value, type(control.value)), f"a {type(control.value).__name__}"
     if not fits:

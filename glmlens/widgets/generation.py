@@ -11,6 +11,7 @@ import torch
 
 from glmlens.analysis.rows import Token, exact, layers_of
 from glmlens.analysis.rows import label as spelt
+from glmlens.integers import read_integer
 from glmlens.lens import Lens
 from glmlens.patch.timeline import Timeline
 from glmlens.plot.bars import bars
@@ -87,10 +88,11 @@ class GenerationExplorer(Generations):
 
         The branch is off the generation as it went. ValueError for what is not one token of this model.
         """
-        self.run(branch=(self._state["step"] if step is None else step, self.id_of(token)))
+        at = self._state["step"] if step is None else read_integer(step, "step")
+        self.run(branch=(at, self.id_of(token)))
 
     def id_of(self, token: Token) -> int:
-        found = token if isinstance(token, int) else self.lens.to_single_token(token)
+        found = self.lens.to_single_token(token) if isinstance(token, str) else read_integer(token, "token")
         if not 0 <= found < self.lens.cfg.d_vocab:
             raise ValueError(f"token {found}; this model has 0 to {self.lens.cfg.d_vocab - 1}")
         return found

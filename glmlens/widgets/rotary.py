@@ -1,6 +1,6 @@
 """Rotary positions: a head with some of its frequency pairs alone, and its score as a sum of waves over distance."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import traitlets as T
 from glmlens.analysis.distance import DistanceProfile, distance_profile
 from glmlens.analysis.rotary import ScoreParts, frequencies_of, score_parts, tokens_long, wavelengths
 from glmlens.analysis.rows import label, numbers
+from glmlens.integers import read_integer, read_integers
 from glmlens.lens import Lens
 from glmlens.plot import attention_pattern, lines
 from glmlens.plot.style import GREY
@@ -126,6 +127,9 @@ class RotaryExplorer(Explorer):
 
         With another query or key the distance is theirs, unless it is given. ValueError for a place that is not there.
         """
+        places |= {name: read_integer(places[name], name) for name in ("query", "key") if name in places}
+        if not (isinstance(places.get("pairs", ()), Sized) and not len(places.get("pairs", ()))):
+            places["pairs"] = read_integers(places["pairs"], "pairs", size=len(self.frequencies()))
         s = {**self._state, **places}
         if "key" not in places and places.keys() & {"query"}:
             places["key"] = s["key"] = min(s["key"], s["query"])
@@ -223,7 +227,8 @@ class RotaryExplorer(Explorer):
         title = f"Score of {whose} by distance{more}"
         figure = lines(data, axes=("part", "distance"), what="score", title=title, subtitle="", height=330)
         on = [True, s["content"], *(i in s["pairs"] for i in largest)]
-        for trace, lit, thick in zip(figure.data, on, [4, *[1.5] * (len(on) - 1)], strict=False):
+        traces: Any = figure.data
+        for trace, lit, thick in zip(traces, on, [4, *[1.5] * (len(on) - 1)], strict=False):
             trace.update(mode="lines", opacity=1 if lit else FAINT, line_width=thick)
         ring = {"size": 15, "symbol": "circle-open", "color": GREY, "line": {"width": 3}}
         here = {"x": [s["distance"]], "y": [total[s["distance"]]]}
