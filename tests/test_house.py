@@ -19,7 +19,7 @@ analysis.rows analysis.pattern analysis.logit_lens analysis.residual analysis.pa
 analysis.factored analysis.circuits analysis.heads analysis.passes analysis.rotary analysis.distance
 analysis.entries analysis.leave_out
 analysis.probes analysis.selfcheck analysis
-patch.sites patch.changes patch.interventions patch.running patch.metrics patch.waves patch.engine
+patch.sites patch.keys patch.changes patch.interventions patch.running patch.metrics patch.waves patch.engine
 patch.evaluate patch.store patch.grid patch.sweep
 patch.worlds patch.steer patch.gradients patch.graph patch.edges patch.attribute
 patch.paths patch.circuits patch.rotary patch.moments patch.timeline patch
