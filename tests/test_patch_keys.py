@@ -154,13 +154,11 @@ def test_functions_that_call_themselves_and_each_other_have_keys():
     assert key_of(loop) == key_of(loop)
 
 
-@pytest.mark.parametrize(
-    "thing", [open(__file__), iter([1]), torch.Generator(), torch.empty(2, device="meta"), (i for i in ())],
-    ids=["file", "iterator", "generator", "meta", "expression"],
-)  # fmt: skip
-def test_what_cannot_be_told_from_another_has_no_key(thing):
-    with pytest.raises(UnkeyableError):
-        key_of(closes_over(thing))
+def test_what_cannot_be_told_from_another_has_no_key():
+    with open(__file__) as file:
+        for thing in (file, iter([1]), torch.Generator(), torch.empty(2, device="meta"), (i for i in ())):
+            with pytest.raises(UnkeyableError):
+                key_of(closes_over(thing))
 
 
 SCRIPT = """

@@ -342,7 +342,7 @@ def test_an_interrupted_sweep_returns_what_is_finished_and_goes_on_from_disk(len
     clean, corrupt = pair((0,))
     whole = patch.sweep(lens, clean, corrupt, "mlp_out", over=("layer", "pos"), metric=Stop(-1), progress=False)
     asked = {"over": ("layer", "pos"), "progress": False, "most_bytes": 1, "checkpoint": tmp_path / "cells.npz"}
-    metric = patch.Metric("Stop", lambda logits, _: stop(logits[:, -1]))
+    metric = patch.Metric("Stop", lambda logits, _: stop(logits[:, -1]), key="5 - 9")  # it counts: its state changes
     stop = Stop(10)
     part = patch.sweep(lens, clean, corrupt, "mlp_out", metric=metric, **asked)
     assert not part.finished

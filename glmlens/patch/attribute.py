@@ -34,7 +34,7 @@ def attribute(
     corrupt: Prompt | str,
     point: str,
     *,
-    over: Sequence[str] = ("layer", "pos"),
+    over: Sequence[str] | str = ("layer", "pos"),
     metric: Any = None,
     direction: str = "noise",
     method: str = "atp",
@@ -48,6 +48,11 @@ def attribute(
     `drop` is GradDrop: the mean magnitude over backward passes of which each leaves out one layer's contribution, so
     that effects that cancel are seen. Values are means over pairs; all in the metric's unit.
     """
+    over = (over,) if isinstance(over, str) else tuple(over)
+    if len(set(over)) != len(over):
+        raise PatchError(f"over {over}: one axis is there twice")
+    if drop and lens.cfg.n_layers < 2:
+        raise PatchError("GradDrop leaves one layer out of several: a model of one layer has no others, drop=False")
     one, other, read = paired(lens, clean, corrupt, metric)
     if direction not in ("noise", "denoise"):
         raise PatchError(f"direction is {direction!r}; choose 'noise' or 'denoise'")

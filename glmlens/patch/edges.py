@@ -16,8 +16,8 @@ from torch import Tensor
 from glmlens.hooks import Hooks, Point
 from glmlens.lens import Lens
 from glmlens.model import RMSNorm
-from glmlens.patch.changes import ids
-from glmlens.patch.evaluate import lengths_differ
+from glmlens.patch.changes import ids, is_whole
+from glmlens.patch.evaluate import lengths_differ, of_task
 from glmlens.patch.gradients import Gradients, gradients
 from glmlens.patch.graph import Edge, Graph
 from glmlens.patch.metrics import Metric, as_metric
@@ -75,6 +75,8 @@ def edges(
     """
     if method not in ("eap", "eap-ig"):
         raise PatchError(f"method is {method!r}; choose 'eap' or 'eap-ig'")
+    if not is_whole(steps) or steps < 1:
+        raise PatchError(f"steps is {steps!r:.60}; expected a whole number of at least 1")
     one, other, read = paired(lens, clean, corrupt, metric)
     graph = Graph.of(lens.cfg)
     names = [f"blocks.{i}.{local}" for i in range(lens.cfg.n_layers) for local in (*READ, *WRITTEN)]
@@ -107,11 +109,12 @@ def paired(
     lens: Lens, clean: Any, corrupt: Any, metric: Any
 ) -> tuple[Int[Tensor, "example pos"], Int[Tensor, "example pos"], Metric]:
     """Pairs of one length as tokens, and what to measure; PatchError for several lengths."""
-    if isinstance(clean, Examples):
-        metric = clean if metric is None else metric
-        corrupt = clean.counterfactual(corrupt) if isinstance(corrupt, str) else corrupt
-        clean = clean.tokens
+    clean, corrupt, metric, _ = of_task(clean, corrupt, metric, ())
+    if corrupt is None:
+        raise PatchError("no corrupt prompts: give one for every clean one")
     one, other = ids(lens, clean), ids(lens, corrupt)
+    if len(one) != len(other):
+        raise PatchError(f"{len(one)} clean and {len(other)} corrupt prompts: they are compared in pairs")
     for a, b in zip(one, other, strict=True):
         if len(a) != len(b):
             raise PatchError(lengths_differ(lens, a, b))

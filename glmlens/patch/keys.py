@@ -185,7 +185,7 @@ def content(x: Tensor) -> bytes:
 
 def is_empty(cell: types.CellType) -> bool:
     try:
-        cell.cell_contents
+        _ = cell.cell_contents
     except ValueError:
         return True
     return False

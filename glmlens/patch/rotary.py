@@ -26,6 +26,7 @@ from glmlens.config import GLMConfig
 from glmlens.hooks import Edit, Hooks, Point, only
 from glmlens.lens import Lens
 from glmlens.model import Angles
+from glmlens.patch.changes import number, whole_number
 from glmlens.patch.sites import PatchError, listed
 from glmlens.prompt import Prompt
 from glmlens.results import Labelled, Sheets
@@ -45,6 +46,7 @@ def freeze(
     of: str = "both",
 ) -> Edits:
     """Pairs turn as at position `at`, wherever a token stands: of both sides, they compare content without distance."""
+    at = whole_number(at, "freeze: at")
     return turning(lens, frozen(at), layer=layer, head=head, kv=kv, pair=pair, of=of)
 
 
@@ -70,6 +72,12 @@ def shift(
     They stay where they are: who may see whom does not change. HookError (when it is run) for positions that never
     come.
     """
+    if isinstance(by, Mapping):
+        by = {whole_number(p, "shift: a position"): whole_number(n, "shift: by") for p, n in by.items()}
+        if not by or min(by) < 0:
+            raise PatchError(f"shift of {by}: give {{absolute position: by how many}}, positions counted from 0")
+    else:
+        by = whole_number(by, "shift: by")
     edits = turning(lens, moved(by), layer=layer, head=head, kv=kv, pair=pair, of=of)
     if isinstance(by, int):
         return edits
@@ -90,6 +98,9 @@ def stretch(
     of: str = "both",
 ) -> Edits:
     """Pairs turn by a rule that extends contexts: "theta", "linear", "ntk" or "yarn"; see `stretched_turning`."""
+    factor = number(factor, "stretch: factor")
+    if context is not None and whole_number(context, "stretch: context") < 1:
+        raise PatchError(f"stretch: context is {context}; expected at least 1")
     rule = stretched(lens.cfg, kind, factor, context)
     return turning(lens, rule, layer=layer, head=head, kv=kv, pair=pair, of=of)
 
@@ -245,7 +256,7 @@ class Breakage(Sheets):
 def breakage(lens: Lens, prompt: Prompt, surgeries: Mapping[str, Hooks]) -> Breakage:
     """Measure what hooks break, each of several by its name; prompts of any length are run in pieces."""
     rows = Rows.of(lens, prompt)
-    if not surgeries:
+    if not isinstance(surgeries, Mapping) or not surgeries:
         raise PatchError('no surgery to measure: give {"without pair 3": rotary.freeze(lens, pair=3), ...}')
     found = torch.stack([torch.stack(measured(rows, hooks)) for hooks in surgeries.values()])
     about = rows.about(metric="what breaks", direction="edited against published", positions="all, means over tokens")

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from glmlens.lens import Lens
-from glmlens.patch.changes import Add, Ids, ids, numbers
+from glmlens.patch.changes import Add, Ids, ids, number, numbers
 from glmlens.patch.interventions import Intervention
 from glmlens.patch.sites import Atlas, PatchError, Places, Site
 from glmlens.prompt import Prompt
@@ -37,19 +37,24 @@ class Steering:
     def interventions(self, scale: int | float = 1.0, pos: Places = None) -> list[Intervention]:
         """The vectors times `scale` added at absolute positions, by default at all: for `patch.generate` and others."""
         return [
-            Intervention(Site(self.point, layer=layer, pos=pos), Add(numbers(vector), scale))
+            Intervention(Site(self.point, layer=layer, pos=pos), Add(numbers(vector, "a steering vector"), scale))
             for layer, vector in zip(self.layers, self.vectors, strict=True)
         ]
 
     def __getitem__(self, layer: int) -> Float[Tensor, "model"]:
+        if layer not in self.layers:
+            raise PatchError(f"no vector of layer {layer!r}; there are layers {', '.join(map(str, self.layers))}")
         return self.vectors[self.layers.index(layer)]
 
     def __add__(self, other: "Steering") -> "Steering":
+        if not isinstance(other, Steering):
+            raise PatchError(f"a steering and {other!r:.60} do not add up: another Steering does")
         if (self.point, self.layers, self.model) != (other.point, other.layers, other.model):
             raise PatchError(f"{self} and {other} are not of one model, point and layers")
         return replace(self, vectors=self.vectors + other.vectors, about=f"{self.about} + {other.about}")
 
     def __mul__(self, factor: int | float) -> "Steering":
+        factor = number(factor, "the factor of a steering")
         return replace(self, vectors=self.vectors * factor, about=f"{factor} ({self.about})")
 
     __rmul__ = __mul__
@@ -105,6 +110,9 @@ def steering(
     """
     if method not in METHODS:
         raise PatchError(f"method is {method!r}; choose from {', '.join(map(repr, METHODS))}")
+    ridge = number(ridge, "ridge")
+    if ridge < 0:
+        raise PatchError(f"ridge is {ridge}; expected at least 0")
     sides = [ids(lens, prompts) for prompts in (positive, negative)]
     if len(sides[0]) != len(sides[1]):
         raise PatchError(f"{len(sides[0])} positive and {len(sides[1])} negative prompts: they are compared in pairs")
