@@ -67,7 +67,7 @@ class Swap(Change):
     """
 
     mixes_positions = False
-    tokens: Ids = ()
+    tokens: Ids | Any = ()  # also a list or tensor of ids
 
     def __post_init__(self) -> None:
         if not (isinstance(self.tokens, tuple) and not self.tokens):
@@ -109,7 +109,7 @@ class Mean(Change):
     """
 
     mixes_positions = False
-    prompts: tuple[Ids, ...] = ()  # type: ignore[assignment]
+    prompts: tuple[Ids, ...] | Any = ()  # type: ignore[assignment]
     by_position: bool = False
 
     def __post_init__(self) -> None:
@@ -143,8 +143,8 @@ class Resample(Change):
     """
 
     mixes_positions = False
-    prompts: tuple[Ids, ...] = ()  # type: ignore[assignment]
-    seed: int = 0
+    prompts: tuple[Ids, ...] | Any = ()  # type: ignore[assignment]
+    seed: int | Any = 0
 
     def __post_init__(self) -> None:
         rows = rows_of_ids(self.prompts, "Resample", "Resample.of_prompts(lens, prompts)")
@@ -179,9 +179,9 @@ class Noise(Change):
     """
 
     mixes_positions = False
-    scale: int | float = 3.0
-    seed: int = 0
-    unit: float | None = None
+    scale: int | float | Any = 3.0
+    seed: int | Any = 0
+    unit: float | Any = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scale", number(self.scale, "Noise: scale"))
@@ -233,7 +233,7 @@ class Apply(Change):
     `key` tells it from other functions in a sweep's checkpoint, where its code, closure and globals cannot.
     """
 
-    fn: Callable[[Tensor], Tensor]
+    fn: Callable[[Tensor], Tensor] | Any
     key: str | None = None
 
     def __post_init__(self) -> None:
@@ -265,7 +265,7 @@ class Put(Change):
     """A number everywhere, or a vector along the last axis."""
 
     mixes_positions = False
-    value: tuple[float, ...] | int | float
+    value: tuple[float, ...] | int | float | Any
 
     def __post_init__(self) -> None:
         value = number(self.value, "Put", finite=False) if is_single(self.value) else numbers(self.value, "Put")
@@ -282,7 +282,7 @@ class Scale(Change):
     """The same numbers times a factor."""
 
     mixes_positions = False
-    factor: int | float
+    factor: int | float | Any
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "factor", number(self.factor, "Scale: factor"))
@@ -296,8 +296,8 @@ class Add(Change):
     """`scale` times a direction added along the last axis."""
 
     mixes_positions = False
-    direction: tuple[float, ...]
-    scale: int | float = 1.0
+    direction: tuple[float, ...] | Any
+    scale: int | float | Any = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "direction", numbers(self.direction, "Add: direction"))
@@ -315,7 +315,7 @@ class Remove(Change):
     """The part along a direction of the last axis taken out: x - (x·u)u for its unit vector u."""
 
     mixes_positions = False
-    direction: tuple[float, ...]
+    direction: tuple[float, ...] | Any
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "direction", numbers(self.direction, "Remove: direction"))

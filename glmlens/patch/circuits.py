@@ -49,7 +49,7 @@ class Circuit:
         """The edges as (writer, reader)."""
         return [(self.graph.writers[w], self.graph.readers[r]) for r, w in self.mask.nonzero().tolist()]
 
-    def without(self, edge: Edge) -> "Circuit":
+    def without(self, edge: Edge | Any) -> "Circuit":
         """The same without one edge (writer, reader); PatchError for one that is not in it."""
         writer, reader = edge
         known = writer in self.graph.writers and reader in self.graph.readers
@@ -86,7 +86,7 @@ def whole(graph: Graph) -> Circuit:
     return Circuit(graph, graph.mask.clone(), "every edge")
 
 
-def top(scores: EdgeScores, n: int, by: str = "abs") -> Circuit:
+def top(scores: EdgeScores, n: int | Any, by: str = "abs") -> Circuit:
     """The n edges with the largest scores: by "abs", or by "need", the most negative first."""
     order = ranked(scores, by)[: n_edges(n, scores)]
     mask = torch.zeros_like(scores.scores, dtype=torch.bool)
@@ -110,7 +110,7 @@ def ranked(scores: EdgeScores, by: str) -> Int[Tensor, "edge"]:
     return key.masked_fill(~edge, -torch.inf).flatten().argsort(descending=True, stable=True)[: scores.graph.n_edges]
 
 
-def greedy(scores: EdgeScores, n: int) -> Circuit:
+def greedy(scores: EdgeScores, n: int | Any) -> Circuit:
     """The n edges found from the logits backwards, each the largest in magnitude into what is in already (Hanna et al.
     2024, arXiv 2403.17806, section 3)."""
     n = n_edges(n, scores)
@@ -237,7 +237,7 @@ class Exact:
         found = [(edge, abs(f - self.faithfulness(circuit.without(edge)))) for edge in circuit.edges()]
         return sorted(found, key=lambda entry: entry[1])
 
-    def curve(self, scores: EdgeScores, fractions: Sequence[float] = FRACTIONS, by: str = "abs") -> "Curve":
+    def curve(self, scores: EdgeScores, fractions: Sequence[float] | Any = FRACTIONS, by: str = "abs") -> "Curve":
         """Faithfulness of the top share of edges, pruned, at several shares."""
         if isinstance(fractions, int | float):
             fractions = (fractions,)

@@ -66,7 +66,7 @@ def edges(
     *,
     metric: Any = None,
     method: str = "eap",
-    steps: int = 5,
+    steps: int | Any = 5,
 ) -> EdgeScores:
     """Scores of all edges from pairs of prompts of one length, changed from clean to corrupt.
 

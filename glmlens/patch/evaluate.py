@@ -68,7 +68,7 @@ class Job:
     prompts: Sequence[Ids]
     metric: Metric
     sources: Sequence[Ids] | None = None
-    names: Sequence[Names] | Names = ()
+    names: Sequence[Names] | Names | Any = ()
     most_bytes: int = BUDGET
     watched: Sequence[str] = ()  # points that a later job with the same `bases` will ask for
     bases: dict[tuple[Ids, ...], Base] = field(default_factory=dict)
@@ -234,10 +234,10 @@ class Job:
         """
         if len(writes) == 1:  # nothing can have been changed before it
             return [write.at(at) for write, at in writes if len(at)]
+        refuse_mixed([write for write, _ in writes])
         effective = [(self.order[write.name], int(at[0])) for write, at in writes if len(at)]
         if not effective:
             return []
-        refuse_mixed([write for write, _ in writes])
         point, first = min(order for order, _ in effective), min(at for _, at in effective)
         kept = []
         for write, at in writes:
@@ -278,9 +278,7 @@ def lengths_differ(lens: Lens, one: Ids, other: Ids) -> str:
     )
 
 
-def of_task(
-    prompts: Any, others: Any, metric: Any, names: Any
-) -> tuple[Prompt, Prompt | None, Any, Sequence[Names] | Names]:
+def of_task(prompts: Any, others: Any, metric: Any, names: Any) -> tuple[Any, Any, Any, Any]:
     """Prompts, others, metric and names of positions, where a task's Examples bring those that are not given."""
     if isinstance(prompts, Examples):
         names = names or [{**example.positions} for example in prompts]
@@ -300,11 +298,11 @@ def as_variants(variants: Any) -> list[list[Intervention]]:
 def evaluate(
     lens: Lens,
     prompts: Prompt | Examples,
-    variants: Sequence[Variant],
+    variants: Sequence[Variant] | Any,
     metric: Any = None,
     *,
     sources: Prompt | str | None = None,
-    names: Sequence[Names] | Names = (),
+    names: Sequence[Names] | Names | Any = (),
     allow: str | Sequence[str] = (),
     most_bytes: int = BUDGET,
     progress: bool = True,

@@ -24,8 +24,8 @@ class Intervention:
     `site` may be the name of a point. Raises PatchError for what is no site or no change.
     """
 
-    site: Site
-    do: Change
+    site: Site | Any
+    do: Change | Any
 
     def __post_init__(self) -> None:
         site: Any = self.site
@@ -208,7 +208,7 @@ FORMAT = "glmlens.interventions"
 
 
 def save(
-    path: str | Path, interventions: Sequence[Intervention], lens: Lens, *, functions: Functions | None = None
+    path: str | Path, interventions: Sequence[Intervention] | Any, lens: Lens, *, functions: Functions | None = None
 ) -> None:
     """Write interventions to a JSON file, with the hashes of the model and tokenizer that they are for.
 

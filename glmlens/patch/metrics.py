@@ -32,8 +32,8 @@ class Metric:
     sweep's checkpoint, where the code, closure and globals of `of` cannot.
     """
 
-    name: str
-    of: Measure
+    name: str | Any
+    of: Measure | Any
     everywhere: bool = False
     columns: Int[Tensor, "column"] | None = None
     key: str | None = None
@@ -47,7 +47,7 @@ class Metric:
             )
 
     @staticmethod
-    def of_answers(lens: Lens, answers: Sequence[tuple[Any, Any]]) -> "Metric":
+    def of_answers(lens: Lens, answers: Sequence[tuple[Any, Any]] | Any) -> "Metric":
         """The logit difference of a (right, wrong) pair per prompt, each the text of one token, its id, or several."""
         pairs = []
         for pair in answers:
@@ -65,7 +65,7 @@ class Metric:
         return logit_difference(pairs, lens)
 
     def __call__(self, logits: Tensor, example: Tensor) -> Float[Tensor, "row"]:
-        found = self.of(logits, example)
+        found: Any = self.of(logits, example)
         if not isinstance(found, Tensor) or found.shape != logits.shape[:1]:
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise PatchError(

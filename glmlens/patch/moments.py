@@ -258,7 +258,7 @@ def compiled(
 
 def scheduled(
     lens: Lens,
-    what: Hooks | Sequence[Intervention] | Intervention,
+    what: Hooks | Sequence[Intervention] | Intervention | Any,
     *,
     steps: Which = None,
     positions: Which = None,

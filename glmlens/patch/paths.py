@@ -30,7 +30,7 @@ def path_patch(
     lens: Lens,
     clean: Prompt | Examples,
     corrupt: Prompt | str,
-    receivers: Sequence[Site] | Site | str,
+    receivers: Sequence[Site | str] | Site | str | Any,
     *,
     metric: Any = None,
     mlps: str = "recomputed",

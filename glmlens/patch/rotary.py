@@ -13,6 +13,7 @@ token the second holds, unless they are of queries or keys alone: those turn on 
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from einops import einsum, repeat
@@ -38,7 +39,7 @@ Edits = list[tuple[str, Edit]]
 def freeze(
     lens: Lens,
     *,
-    at: int = 0,
+    at: int | Any = 0,
     layer: Which = None,
     head: Which = None,
     kv: Which = None,
@@ -59,7 +60,7 @@ def silence(
 
 def shift(
     lens: Lens,
-    by: int | Mapping[int, int],
+    by: int | Mapping[int, int] | Any,
     *,
     layer: Which = None,
     head: Which = None,
@@ -88,9 +89,9 @@ def shift(
 def stretch(
     lens: Lens,
     kind: str,
-    factor: float | int,
+    factor: float | int | Any,
     *,
-    context: int | None = None,
+    context: int | Any = None,
     layer: Which = None,
     head: Which = None,
     kv: Which = None,
@@ -253,7 +254,7 @@ class Breakage(Sheets):
     agreement: Labelled
 
 
-def breakage(lens: Lens, prompt: Prompt, surgeries: Mapping[str, Hooks]) -> Breakage:
+def breakage(lens: Lens, prompt: Prompt, surgeries: Mapping[str, Hooks] | Any) -> Breakage:
     """Measure what hooks break, each of several by its name; prompts of any length are run in pieces."""
     rows = Rows.of(lens, prompt)
     if not isinstance(surgeries, Mapping) or not surgeries:

@@ -196,9 +196,9 @@ class UngroupedLayer(LayerKV):
 def run(
     lens: Lens,
     prompt: Prompt,
-    interventions: Sequence[Intervention] | Intervention,
+    interventions: Sequence[Intervention] | Intervention | Any,
     *,
-    names: Names | None = None,
+    names: Names | Any = None,
     allow: str | Sequence[str] = (),
 ) -> Tensor:
     """Logits [batch, pos, vocab] of one prompt with interventions.
@@ -220,7 +220,7 @@ def generate(
     lens: Lens,
     prompt: Prompt,
     max_new_tokens: int,
-    interventions: Sequence[Intervention] | Intervention,
+    interventions: Sequence[Intervention] | Intervention | Any,
     *,
     allow: str | Sequence[str] = (),
     **options: Any,

@@ -35,7 +35,7 @@ class Site:
     share keys and values.
     """
 
-    point: str
+    point: str | Any
     layer: Places = None
     pos: Places = None
     head: Places = None

@@ -41,19 +41,19 @@ class Steering:
             for layer, vector in zip(self.layers, self.vectors, strict=True)
         ]
 
-    def __getitem__(self, layer: int) -> Float[Tensor, "model"]:
+    def __getitem__(self, layer: int | Any) -> Float[Tensor, "model"]:
         if layer not in self.layers:
             raise PatchError(f"no vector of layer {layer!r}; there are layers {', '.join(map(str, self.layers))}")
         return self.vectors[self.layers.index(layer)]
 
-    def __add__(self, other: "Steering") -> "Steering":
+    def __add__(self, other: "Steering | Any") -> "Steering":
         if not isinstance(other, Steering):
             raise PatchError(f"a steering and {other!r:.60} do not add up: another Steering does")
         if (self.point, self.layers, self.model) != (other.point, other.layers, other.model):
             raise PatchError(f"{self} and {other} are not of one model, point and layers")
         return replace(self, vectors=self.vectors + other.vectors, about=f"{self.about} + {other.about}")
 
-    def __mul__(self, factor: int | float) -> "Steering":
+    def __mul__(self, factor: int | float | Any) -> "Steering":
         factor = number(factor, "the factor of a steering")
         return replace(self, vectors=self.vectors * factor, about=f"{factor} ({self.about})")
 
@@ -98,7 +98,7 @@ def steering(
     layers: Places = None,
     point: str = "resid_post",
     method: str = "mean",
-    ridge: int | float = 0.01,
+    ridge: int | float | Any = 0.01,
 ) -> Steering:
     """Directions from negative to positive prompts, from what their last positions have at a point.
 

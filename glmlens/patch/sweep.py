@@ -59,16 +59,16 @@ def sweep(
     lens: Lens,
     clean: Prompt | Examples,
     corrupt: Prompt | str | None,
-    site: Site | str,
+    site: Site | str | Any,
     *,
     over: Sequence[str] | str,
     metric: Any = None,
-    do: Change | None = None,
+    do: Change | Any = None,
     direction: str = "denoise",
-    names: Sequence[Names] | Names = (),
+    names: Sequence[Names] | Names | Any = (),
     normalise: bool = True,
-    null: int = 0,
-    seed: int = 0,
+    null: int | Any = 0,
+    seed: int | Any = 0,
     most_bytes: int = BUDGET,
     checkpoint: str | Path | None = None,
     allow: str | Sequence[str] = (),
@@ -125,13 +125,13 @@ def check(
     lens: Lens,
     clean: Prompt | Examples,
     corrupt: Prompt | str | None,
-    site: Site | str,
+    site: Site | str | Any,
     *,
     over: Sequence[str] | str,
     metric: Any = None,
-    do: Change | None = None,
+    do: Change | Any = None,
     direction: str = "denoise",
-    names: Sequence[Names] | Names = (),
+    names: Sequence[Names] | Names | Any = (),
     most_bytes: int = BUDGET,
 ) -> Cost:
     """What such a sweep would take; only the prompts themselves are run."""
@@ -154,15 +154,15 @@ class Planned:
     variants: list[list[Intervention]]
     metric: Metric
     directions: tuple[str, ...]
-    names: Sequence[Names] | Names
+    names: Sequence[Names] | Names | Any
     most_bytes: int
     watched: tuple[str, ...] = ()
     bases: dict[tuple[Ids, ...], Base] = field(default_factory=dict)
 
     @staticmethod
     def of(
-        lens: Lens, clean: Any, corrupt: Any, site: Site | str, over: Sequence[str] | str, metric: Any,
-        do: Change | None, direction: str, names: Sequence[Names] | Names, most_bytes: int,
+        lens: Lens, clean: Any, corrupt: Any, site: Any, over: Sequence[str] | str, metric: Any,
+        do: Any, direction: str, names: Any, most_bytes: int,
     ) -> "Planned":  # fmt: skip
         clean, corrupt, metric, names = of_task(clean, corrupt, metric, names)
         if metric is None:

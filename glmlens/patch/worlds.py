@@ -17,7 +17,7 @@ from glmlens.patch.running import allowed
 from glmlens.patch.sites import PatchError
 from glmlens.prompt import Prompt
 
-Exchange = Callable[[dict[str, Tensor], Point], Mapping[str, Tensor]]
+Exchange = Callable[[dict[str, Tensor], Point], Mapping[str, Tensor] | Any]
 """From what every world has at a point, [pos, rest] each, to what some of them should have instead."""
 
 
@@ -35,7 +35,7 @@ class Worlds:
 
 def worlds(
     lens: Lens,
-    prompts: Mapping[str, Prompt],
+    prompts: Mapping[str, Prompt] | Any,
     hooks: Mapping[str, Exchange] | Sequence[tuple[str, Exchange]] = (),
     *,
     names: Names = (),
