@@ -146,7 +146,7 @@ def test_a_list_of_interventions_means_the_same_on_every_route(model_type, atten
         if not any(x.site.ungrouped for x in one):
             hooks = patch.scheduled(lens, one, names={"end": LENGTH - 1})
             agree(lens.run_with_hooks(torch.tensor([row]), hooks), expected, f"scheduled: {said}")
-        check_sweep(lens, row, other, asked[0], metric, measure, draw)
+        check_sweep(lens, row, other, asked[0], metric, measure)
 
 
 def check_generation(lens, row, one, expected, said):
@@ -162,7 +162,7 @@ def check_generation(lens, row, one, expected, said):
         agree(run.acts["logits"][:, -1], torch.stack(alone), f"generate, padded: {said}")
 
 
-def check_sweep(lens, row, other, one, metric, measure, draw):
+def check_sweep(lens, row, other, one, metric, measure):
     site = one.site
     over = ("pos",) if site.point in ROOT else ("layer", "pos")
     found = patch.sweep(
@@ -171,7 +171,7 @@ def check_sweep(lens, row, other, one, metric, measure, draw):
     )  # fmt: skip
     places = [site.at(**dict(zip(over, place, strict=True))) for place in product_of(site, over)]
     for i, (place, value) in enumerate(zip(places, found.raw.values.ravel(), strict=True)):
-        if i % 5 == 0:
+        if i % 7 == 0:
             logits = patch.run(lens, [row], paired_with(other, [Intervention(place, one.do)]), allow=BOTH)
             agree(value, measure(logits)[0], f"sweep: {place} <- {one.do}")
 
@@ -179,3 +179,60 @@ def check_sweep(lens, row, other, one, metric, measure, draw):
 def product_of(site, over):
     sizes = {"layer": range(3), "pos": range(LENGTH)}
     return product(*(getattr(site, axis) or sizes[axis] for axis in over))
+
+
+@pytest.mark.parametrize("point", ["resid_post", "ln_final.scale", "ln_final.normalized", "logits"])
+def test_a_function_that_mixes_positions_sees_them_all_behind_the_last_layer_too(lens, point):
+    row = [5, 17, 23, 42, 8, 60]
+    where = {"layer": 2} if point == "resid_post" else {}
+    for pos in (None, (1, 3, "end")):
+        one = Intervention(Site(point, pos=pos, **where), patch.Apply(centred))
+        found = patch.evaluate(lens, [row], [[one]], lambda logits: logits[:, 7], progress=False)
+        agree_32(found[0], patch.run(lens, [row], one)[:, -1, 7])
+
+
+def agree_32(found, expected):
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=1e-4 * max(1.0, float(expected.abs().max())))
+
+
+def test_noise_is_that_of_its_seed_point_and_position_wherever_it_is_drawn(lens):
+    """The same numbers alone, in a padded batch, in pieces of a generation and in another dtype."""
+    row, one = [5, 17, 23, 42, 8, 60], Intervention(Site("embed", pos=(2, 4)), patch.Noise(3, seed=5))
+
+    def added(lens, tokens, **forward):
+        seen = {}
+
+        def look(x, point):
+            seen[point.name] = x.clone()
+            return x
+
+        hooks = [("embed", look), *patch.scheduled(lens, one), ("embed", lambda x, p: seen.update(after=x) or x)]
+        lens.run_with_hooks(tokens, hooks, **forward)
+        return (seen["after"] - seen["embed"]).double()
+
+    alone = added(lens, torch.tensor([row]))[0]
+    padded = added(lens, [row, row[:3]])
+    torch.testing.assert_close(padded[0], alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(padded[1, -1], alone[2], rtol=0, atol=1e-5)
+    kv = lens.new_kv()
+    lens(torch.tensor([row[:3]]), kv=kv)
+    torch.testing.assert_close(added(lens, torch.tensor([row[3:]]), kv=kv)[0, 1], alone[4], rtol=0, atol=1e-5)
+    exact = added(small_lens(lens.cfg.model_type, dtype=torch.float64), torch.tensor([row]))[0]
+    torch.testing.assert_close(exact, alone, rtol=0, atol=1e-4)
+    assert float(alone[2].std()) == pytest.approx(3 * float(lens.W_E.std()), rel=0.3)
+    assert not torch.allclose(alone[2], alone[4])
+
+
+def test_noise_between_queries_and_keys_is_the_same_however_many_keys_there_are(lens):
+    row = [*range(10, 100)] * 2
+    site = Site("attn.scores", layer=1, pos=130, key=(3, 70, 129))
+    one = Intervention(site, patch.Noise(3, seed=1))
+    seen = []
+    for tokens in (row[:131], row):
+        before, after = (
+            lens.run_with_cache(torch.tensor([tokens]), "attn.scores", hooks)[1]["attn.scores", 1][0, :, 130]
+            for hooks in (None, patch.scheduled(lens, one))
+        )
+        seen.append((after - before)[:, [3, 70, 129]])
+        assert ((after != before).nonzero()[:, 1].unique() == torch.tensor([3, 70, 129])).all()
+    torch.testing.assert_close(*seen, rtol=0, atol=1e-4)

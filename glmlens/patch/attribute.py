@@ -31,7 +31,7 @@ QK = "batch query head d, batch key head d -> batch head query key"
 def attribute(
     lens: Lens,
     clean: Prompt | Examples,
-    corrupt: Prompt | str,
+    corrupt: Prompt | str | None,
     point: str,
     *,
     over: Sequence[str] | str = ("layer", "pos"),

@@ -248,7 +248,7 @@ class Apply(Change):
         except TypeError:  # a callable that compares by its fields and has no hash
             return hash((Apply, type(self.fn), self.key))
 
-    def new(self, old: Tensor, at: Where, kept: Tensor | None) -> Tensor:
+    def new(self, old: Tensor, at: Where, kept: Tensor | None) -> Any:
         return self.fn(old)
 
     def __str__(self) -> str:

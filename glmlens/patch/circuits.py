@@ -140,7 +140,7 @@ class Exact:
     """
 
     def __init__(
-        self, lens: Lens, clean: Prompt | Examples, corrupt: Prompt | str, *, metric: Any = None,
+        self, lens: Lens, clean: Prompt | Examples, corrupt: Prompt | str | None, *, metric: Any = None,
         ablation: str = "corrupt",
     ):  # fmt: skip
         if ablation not in ABLATIONS:

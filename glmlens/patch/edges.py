@@ -62,7 +62,7 @@ class EdgeScores:
 def edges(
     lens: Lens,
     clean: Prompt | Examples,
-    corrupt: Prompt | str,
+    corrupt: Prompt | str | None,
     *,
     metric: Any = None,
     method: str = "eap",

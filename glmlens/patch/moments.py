@@ -281,6 +281,11 @@ def scheduled(
             edits += [(name, edit) for name, edit in applied.hooks if cast(Applying, edit).i == done]
             done += 1
         else:
+            if not isinstance(entry, tuple):
+                raise PatchError(
+                    f"{entry!r:.60}: hooks are {{'blocks.3.attn.z': fn}} or [('blocks.3.attn.z', fn), ...], and "
+                    "interventions Intervention(site, change)"
+                )
             edits += pairs([entry])
     if steps is None and positions is None:
         return edits

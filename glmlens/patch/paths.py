@@ -29,7 +29,7 @@ RECEIVERS = ("attn.q", "attn.k", "attn.v", "logits")
 def path_patch(
     lens: Lens,
     clean: Prompt | Examples,
-    corrupt: Prompt | str,
+    corrupt: Prompt | str | None,
     receivers: Sequence[Site | str] | Site | str | Any,
     *,
     metric: Any = None,
