@@ -11,15 +11,15 @@ import glmlens
 
 PACKAGE = Path(glmlens.__file__).parent
 ORDER = """
-storage integers hooks config hub results tables kv_cache rope model losses angles formats checkpoint generate tokenizer chat prompt
-derive activations record check run weights splice running harvest saving lens
+storage integers hooks config hub results tables kv_cache rope model losses angles formats checkpoint generate tokenizer
+chat prompt derive activations record check run weights splice running harvest saving lens
 cache.places cache.change cache.move cache.drop cache.graft cache
 tasks.words tasks.task tasks.language tasks.formal tasks
 analysis.rows analysis.pattern analysis.logit_lens analysis.residual analysis.parts analysis.attribution
 analysis.factored analysis.circuits analysis.heads analysis.passes analysis.rotary analysis.distance
 analysis.entries analysis.leave_out
 analysis.probes analysis.selfcheck analysis
-patch.sites patch.changes patch.interventions patch.running patch.metrics patch.waves patch.engine
+patch.sites patch.keys patch.changes patch.interventions patch.running patch.metrics patch.waves patch.engine
 patch.evaluate patch.store patch.grid patch.sweep
 patch.worlds patch.steer patch.gradients patch.graph patch.edges patch.attribute
 patch.paths patch.circuits patch.rotary patch.moments patch.timeline patch

@@ -109,11 +109,12 @@ def test_interventions_print_compare_and_save(lens, tmp_path):
     assert len(set(asked)) == 12
     assert str(asked[1]) == "resid_mid [layer 1, pos S2+4] <- zero"
     patch.save(tmp_path / "these.json", asked, lens)
-    assert patch.load(tmp_path / "these.json", lens) == asked
+    functions = {"halved": halved}
+    assert patch.load(tmp_path / "these.json", lens, functions=functions) == asked
     other = small_lens(seed=5)
     with pytest.raises(PatchError, match="this is"):
         patch.load(tmp_path / "these.json", other)
-    assert patch.load(tmp_path / "these.json", other, other_model=True) == asked
+    assert patch.load(tmp_path / "these.json", other, other_model=True, functions=functions) == asked
     with pytest.raises(PatchError, match="cannot be saved"):
         patch.save(tmp_path / "x.json", [Intervention(site, patch.Apply(lambda x: x))], lens)
 

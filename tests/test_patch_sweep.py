@@ -325,6 +325,25 @@ def test_a_task_brings_its_metric_and_its_positions():
         assert found.raw.at(pair=i, layer=1, pos="S2") == pytest.approx(expected, abs=1e-5 * float(logits.abs().max()))
 
 
+def test_evaluate_takes_from_a_task_what_a_sweep_takes():
+    lens = glmlens.load()
+    examples = glmlens.tasks.ioi.examples(lens, 4)
+    site = Site("resid_pre", layer=1, pos="S2")
+    swept = patch.sweep(lens, examples, "flip", site, over=("layer",), direction="noise", progress=False)
+    variant = [[patch.Intervention(site, patch.Swap())]]
+    short = patch.evaluate(lens, examples, variant, sources="flip", progress=False)
+    spelt = patch.evaluate(
+        lens, examples.tokens, variant, examples, sources=examples.counterfactual("flip"),
+        names=[example.positions for example in examples], progress=False,
+    )  # fmt: skip
+    assert torch.equal(short, spelt)
+    np.testing.assert_allclose(short[0], swept.raw.values[:, 0], rtol=0, atol=1e-5)
+    answers = [(example.correct, example.wrong) for example in examples]
+    for metric in (examples, examples.measure, patch.Metric.of_answers(lens, answers)):
+        found = patch.evaluate(lens, examples, variant, metric, sources="flip", progress=False)
+        np.testing.assert_allclose(found, short, rtol=0, atol=1e-5)
+
+
 class Stop:
     """A metric that is interrupted at its n-th call."""
 
@@ -342,7 +361,7 @@ def test_an_interrupted_sweep_returns_what_is_finished_and_goes_on_from_disk(len
     clean, corrupt = pair((0,))
     whole = patch.sweep(lens, clean, corrupt, "mlp_out", over=("layer", "pos"), metric=Stop(-1), progress=False)
     asked = {"over": ("layer", "pos"), "progress": False, "most_bytes": 1, "checkpoint": tmp_path / "cells.safetensors"}
-    metric = patch.Metric("Stop", lambda logits, _: stop(logits[:, -1]))
+    metric = patch.Metric("Stop", lambda logits, _: stop(logits[:, -1]), key="5 - 9")  # it counts: its state changes
     stop = Stop(10)
     part = patch.sweep(lens, clean, corrupt, "mlp_out", metric=metric, **asked)
     assert not part.finished
@@ -356,6 +375,71 @@ def test_an_interrupted_sweep_returns_what_is_finished_and_goes_on_from_disk(len
     np.testing.assert_allclose(rest.values, whole.values, atol=1e-5)
     with pytest.raises(PatchError, match="another sweep"):
         patch.sweep(lens, clean, corrupt, "attn_out", metric=metric, **asked)
+
+
+def tripled(x):
+    return x * 3
+
+
+def test_a_checkpoint_gives_no_cells_of_another_sweep(lens, tmp_path):
+    """Other answers, functions of the same name, changes and models are refused; another null runs its own cells."""
+    clean, corrupt = (torch.cat(rows) for rows in zip(*(pair((0, 4), seed=i) for i in range(5)), strict=True))
+    answers = lambda right, wrong: lambda logits: logits[:, right] - logits[:, wrong]  # noqa: E731
+
+    def swept(path, lens=lens, **changes):
+        asked = {"metric": (5, 9), "null": 2, "seed": 0, "normalise": False, "direction": "noise"} | changes
+        site = asked.pop("site", "mlp_out")
+        return patch.sweep(lens, clean, corrupt, site, over=("layer",), checkpoint=path, progress=False, **asked)
+
+    def fresh(**changes):
+        return swept(None, **changes)
+
+    cases = [
+        ({}, {"metric": (5, 8)}, "metric"),
+        ({"metric": lambda logits: logits[:, 5]}, {"metric": lambda logits: logits[:, 6]}, "metric"),
+        ({"metric": answers(5, 6)}, {"metric": answers(5, 7)}, "metric"),
+        ({"do": patch.Apply(lambda x: x * 2), "null": 0}, {"do": patch.Apply(lambda x: x * 3), "null": 0}, "change"),
+        ({"do": patch.Noise(3, seed=1), "null": 0}, {"do": patch.Noise(3, seed=2), "null": 0}, "change"),
+        ({"do": patch.Apply(tripled), "null": 0}, {"do": patch.Apply(tripled, key="v2"), "null": 0}, "change"),
+        ({}, {"site": "attn_out"}, "places"),
+        ({}, {"lens": small_lens(seed=3)}, "model"),
+    ]
+    for i, (first, second, what) in enumerate(cases):
+        path = tmp_path / f"{i}.npz"
+        done = swept(path, **first)
+        again = swept(path, **first)
+        assert again.cost.cells == 0
+        np.testing.assert_array_equal(again.raw.values, done.raw.values)
+        with pytest.raises(PatchError, match=rf"another sweep, with other [a-z ]*{what}.*give another file"):
+            swept(path, **second)
+    swept(tmp_path / "null.npz")
+    other = swept(tmp_path / "null.npz", seed=5)
+    np.testing.assert_allclose(other.floor.values, fresh(seed=5).floor.values, atol=1e-5)
+    assert not np.allclose(other.floor.values, fresh().floor.values, atol=1e-5)
+    assert swept(tmp_path / "null.npz").cost.cells == 0
+
+
+def test_a_checkpoint_needs_functions_that_can_be_told_apart(lens, tmp_path):
+    clean, corrupt = pair((0,))
+    asked = {"over": ("layer",), "checkpoint": tmp_path / "cells.npz", "progress": False}
+    draw = torch.Generator().manual_seed(0)
+    metric = lambda logits: logits[:, 5] + torch.rand(len(logits), generator=draw)  # noqa: E731
+    with pytest.raises(PatchError, match=r"no key.*Generator.*Metric\('<lambda>', of, key='...'\)"):
+        patch.sweep(lens, clean, corrupt, "mlp_out", metric=metric, **asked)
+    do = patch.Apply(lambda x: x + torch.rand((), generator=draw))
+    with pytest.raises(PatchError, match=r"no key.*Apply\(<lambda>, key='...'\)"):
+        patch.sweep(lens, clean, corrupt, "mlp_out", metric=(5, 9), do=do, **asked)
+    assert not (tmp_path / "cells.npz").exists()
+    named = patch.Metric("noisy", lambda logits, _: metric(logits[:, -1]), key="noisy, seed 0")
+    assert patch.sweep(lens, clean, corrupt, "mlp_out", metric=named, **asked).finished
+
+
+def test_a_checkpoint_of_an_older_version_is_of_another_sweep(lens, tmp_path):
+    clean, corrupt = pair((0,))
+    with (tmp_path / "cells.npz").open("wb") as file:
+        np.savez(file, key=np.array("ab" * 32), denoise=np.zeros((3, 1)), **{"denoise moved": np.ones((3, 1), bool)})
+    with pytest.raises(PatchError, match="another sweep"):
+        patch.sweep(lens, clean, corrupt, "mlp_out", over=("layer",), metric=(5, 9), checkpoint=tmp_path / "cells.npz")
 
 
 def test_what_cannot_be_swept_is_said_at_once(lens):

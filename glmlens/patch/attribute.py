@@ -31,7 +31,7 @@ QK = "batch query head d, batch key head d -> batch head query key"
 def attribute(
     lens: Lens,
     clean: Prompt | Examples,
-    corrupt: Prompt | str,
+    corrupt: Prompt | str | None,
     point: str,
     *,
     over: str | Sequence[str] = ("layer", "pos"),
@@ -49,6 +49,10 @@ def attribute(
     that effects that cancel are seen. Values are means over pairs; all in the metric's unit.
     """
     over = list_axes(over)
+    if len(set(over)) != len(over):
+        raise PatchError(f"over {over}: one axis is there twice")
+    if drop and lens.cfg.n_layers < 2:
+        raise PatchError("GradDrop leaves one layer out of several: a model of one layer has no others, drop=False")
     one, other, read = paired(lens, clean, corrupt, metric)
     if direction not in ("noise", "denoise"):
         raise PatchError(f"direction is {direction!r}; choose 'noise' or 'denoise'")

@@ -1,10 +1,12 @@
 """What to put at a place: plain data that prints, compares and saves."""
 
-import importlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,19 +15,25 @@ from glmlens.patch.sites import PatchError
 from glmlens.prompt import Prompt
 
 Ids = tuple[int, ...]
+Functions = Mapping[str, Callable[..., Any]]
 
 
 @dataclass(frozen=True)
 class Where:
     """What a change may ask about the numbers it changes: [position, the chosen rest].
 
-    `pick` takes a tensor over all positions, [pos, the whole rest], to these places.
+    `positions` are absolute and `widths` the sizes of the whole axes after them; at a point with `query` and `key`
+    axes [query, head, key], `widths` are those of head alone and `keys` the absolute positions of the chosen keys.
+    `pick` takes a tensor over all positions, [pos, the whole rest], to these places; `choose` takes one that has these
+    positions (and keys) alone.
     """
 
     name: str
     positions: Tensor
-    rest: tuple[int, ...]
+    widths: tuple[int, ...]
+    keys: Tensor | None
     pick: Callable[[Tensor], Tensor]
+    choose: Callable[[Tensor], Tensor]
 
 
 class Change:
@@ -33,6 +41,11 @@ class Change:
 
     prompts: tuple[Ids, ...] = ()
     aligned: ClassVar[bool] = True  # the prompts must be as long as the one that is changed
+    mixes_positions: ClassVar[bool] = True  # the new numbers at a position may follow from those at other positions
+
+    def in_lens(self, lens: Lens) -> "Change":
+        """This change with what it takes from the model filled in."""
+        return self
 
     def of(self, values: Tensor) -> Tensor:
         """What to keep of the values [prompt, pos, rest] of its prompts: [pos or 1, rest]."""
@@ -48,14 +61,22 @@ class Change:
 
 @dataclass(frozen=True)
 class Swap(Change):
-    """The value of another run at the same place; without tokens, of the run that a sweep pairs this one with."""
+    """The value of another run at the same place; without tokens, of the run that a sweep pairs this one with.
 
-    tokens: Ids = ()
+    Raises PatchError for tokens that are not the ids of one prompt.
+    """
+
+    mixes_positions = False
+    tokens: Ids | Any = ()  # also a list or tensor of ids
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.tokens, tuple) and not self.tokens):
+            rows = rows_of_ids(self.tokens, "Swap", "Swap.of_prompt(lens, prompt)")
+            object.__setattr__(self, "tokens", only_row(rows, "Swap"))
 
     @classmethod
     def of_prompt(cls, lens: Lens, prompt: Prompt) -> "Swap":
-        (tokens,) = ids(lens, prompt)
-        return cls(tokens)
+        return cls(only_row(ids(lens, prompt), "Swap.of_prompt"))
 
     @property
     def prompts(self) -> tuple[Ids, ...]:  # type: ignore[override]
@@ -74,16 +95,26 @@ class Swap(Change):
 class Zero(Change):
     """Nothing."""
 
+    mixes_positions = False
+
     def new(self, old: Tensor, at: Where, kept: Tensor | None) -> Tensor:
         return torch.zeros_like(old)
 
 
 @dataclass(frozen=True)
 class Mean(Change):
-    """The mean over prompts, and over their positions unless `by_position`."""
+    """The mean over prompts, and over their positions unless `by_position`.
 
-    prompts: tuple[Ids, ...]  # type: ignore[assignment]
+    Raises PatchError for prompts that are not rows of token ids.
+    """
+
+    mixes_positions = False
+    prompts: tuple[Ids, ...] | Any = ()  # type: ignore[assignment]
     by_position: bool = False
+
+    def __post_init__(self) -> None:
+        rows = rows_of_ids(self.prompts, "Mean", "Mean.of_prompts(lens, prompts)")
+        object.__setattr__(self, "prompts", rows)
 
     @classmethod
     def of_prompts(cls, lens: Lens, prompts: Prompt, by_position: bool = False) -> "Mean":
@@ -106,10 +137,19 @@ class Mean(Change):
 
 @dataclass(frozen=True)
 class Resample(Change):
-    """The value of one of several prompts, drawn once by the seed."""
+    """The value of one of several prompts, drawn once by the seed.
 
-    prompts: tuple[Ids, ...]  # type: ignore[assignment]
-    seed: int = 0
+    Raises PatchError for prompts that are not rows of token ids.
+    """
+
+    mixes_positions = False
+    prompts: tuple[Ids, ...] | Any = ()  # type: ignore[assignment]
+    seed: int | Any = 0
+
+    def __post_init__(self) -> None:
+        rows = rows_of_ids(self.prompts, "Resample", "Resample.of_prompts(lens, prompts)")
+        object.__setattr__(self, "prompts", rows)
+        object.__setattr__(self, "seed", whole_number(self.seed, "Resample: seed"))
 
     @classmethod
     def of_prompts(cls, lens: Lens, prompts: Prompt, seed: int = 0) -> "Resample":
@@ -129,53 +169,107 @@ class Resample(Change):
 
 @dataclass(frozen=True)
 class Noise(Change):
-    """Gaussian noise added, of `scale` times the standard deviation of the token embeddings (Meng et al. 2022, arXiv
-    2202.05262, section 2.1, which takes 3).
+    """Gaussian noise added, of `scale` times the standard deviation of the model's token embeddings (Meng et al. 2022,
+    arXiv 2202.05262, section 2.1, which takes 3).
 
-    The same numbers at the same place for the same seed, whatever else is changed.
+    With `unit`, of `scale` times that number instead. The noise is a function of the seed, the name of the point, the
+    absolute position (at attention's scores and pattern also of the key's) and the width of the point: it is the same
+    in a forward, a generation and a sweep, for every prompt, and whatever else is changed. For other noise in other
+    prompts give other seeds. It is drawn on the CPU in float32, the same for every device and dtype.
     """
 
-    scale: int | float = 3.0
-    seed: int = 0
-    unit: float = 1.0
+    mixes_positions = False
+    scale: int | float | Any = 3.0
+    seed: int | Any = 0
+    unit: float | Any = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", number(self.scale, "Noise: scale"))
+        object.__setattr__(self, "seed", whole_number(self.seed, "Noise: seed"))
+        if self.unit is not None:
+            object.__setattr__(self, "unit", number(self.unit, "Noise: unit"))
 
     @classmethod
     def of_lens(cls, lens: Lens, scale: int | float = 3.0, seed: int = 0) -> "Noise":
+        """The same with the standard deviation of this model's embeddings written out."""
         return cls(scale, seed, float(lens.W_E.float().std()))
 
+    def in_lens(self, lens: Lens) -> "Noise":
+        return self if self.unit is not None else replace(self, unit=float(lens.W_E.float().std()))
+
     def new(self, old: Tensor, at: Where, kept: Tensor | None) -> Tensor:
-        noise = torch.zeros(int(at.positions.max()) + 1, *at.rest)
-        for position in at.positions.tolist():
-            draw = torch.Generator().manual_seed(hash((self.seed, position, *at.name.encode())) % 2**63)
-            noise[position] = torch.randn(at.rest, generator=draw)
-        return old + self.scale * self.unit * at.pick(noise.to(old.device, old.dtype))
+        assert self.unit is not None, "the change of an intervention that has not been compiled"
+        noise = torch.stack([self.drawn(at, position) for position in at.positions.tolist()])
+        return old + self.scale * self.unit * at.choose(noise.to(old.device, old.dtype))
+
+    def drawn(self, at: Where, position: int) -> Tensor:
+        """Standard normal numbers at one position, [the whole rest], or [the whole head, the chosen keys]."""
+        if at.keys is None:
+            return torch.randn(at.widths, generator=self.generator(at.name, position))
+        blocks, places = at.keys // BLOCK, at.keys % BLOCK  # drawn in blocks: the same however many keys there are
+        found = torch.empty(len(at.keys), *at.widths)
+        for block in set(blocks.tolist()):
+            draw = self.generator(at.name, position, block)
+            here = (blocks == block).cpu()
+            found[here] = torch.randn(BLOCK, *at.widths, generator=draw)[places.cpu()[here]]
+        return found.movedim(0, -1)
+
+    def generator(self, *place: Any) -> torch.Generator:
+        said = hashlib.sha256(repr((self.seed, *place)).encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(said[:8], "little") >> 1)
 
     def __str__(self) -> str:
-        return f"noise of {self.scale} x {self.unit:.3g} added (seed {self.seed})"
+        unit = "standard deviation of the embeddings" if self.unit is None else f"{self.unit:.3g}"
+        return f"noise of {self.scale} x {unit} added (seed {self.seed})"
+
+
+BLOCK = 64  # keys for which noise is drawn at once
 
 
 @dataclass(frozen=True)
 class Apply(Change):
-    """Any function of the numbers there, [position, the chosen rest]."""
+    """Any function of the numbers there, fn(x [position, the chosen rest]) -> numbers of the same shape and dtype.
 
-    fn: Callable[[Tensor], Tensor]
+    `key` tells it from other functions in a sweep's checkpoint, where its code, closure and globals cannot.
+    """
 
-    def new(self, old: Tensor, at: Where, kept: Tensor | None) -> Tensor:
+    fn: Callable[[Tensor], Tensor] | Any
+    key: str | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.fn):
+            raise PatchError(
+                f"Apply({self.fn!r}): expected a function of the numbers there, such as Apply(lambda x: x / 2)"
+            )
+
+    def __hash__(self) -> int:
+        try:
+            return hash((Apply, self.fn, self.key))
+        except TypeError:  # a callable that compares by its fields and has no hash
+            return hash((Apply, type(self.fn), self.key))
+
+    def new(self, old: Tensor, at: Where, kept: Tensor | None) -> Any:
         return self.fn(old)
 
     def __str__(self) -> str:
-        return f"{getattr(self.fn, '__name__', self.fn)}(it)"
+        return f"{name_of(self.fn)}(it)"
+
+
+def name_of(fn: Any) -> str:
+    """What to call a function, or an object that is called like one."""
+    return str(getattr(fn, "__name__", None) or type(fn).__name__)
 
 
 @dataclass(frozen=True)
 class Put(Change):
     """A number everywhere, or a vector along the last axis."""
 
-    value: tuple[float, ...] | int | float
+    mixes_positions = False
+    value: tuple[float, ...] | int | float | Any
 
     def __post_init__(self) -> None:
-        if not isinstance(self.value, int | float):
-            object.__setattr__(self, "value", numbers(self.value))
+        value = number(self.value, "Put", finite=False) if is_single(self.value) else numbers(self.value, "Put")
+        object.__setattr__(self, "value", value)
 
     def new(self, old: Tensor, at: Where, kept: Tensor | None) -> Tensor:
         if isinstance(self.value, int | float):
@@ -187,7 +281,11 @@ class Put(Change):
 class Scale(Change):
     """The same numbers times a factor."""
 
-    factor: int | float
+    mixes_positions = False
+    factor: int | float | Any
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "factor", number(self.factor, "Scale: factor"))
 
     def new(self, old: Tensor, at: Where, kept: Tensor | None) -> Tensor:
         return old * self.factor
@@ -197,11 +295,13 @@ class Scale(Change):
 class Add(Change):
     """`scale` times a direction added along the last axis."""
 
-    direction: tuple[float, ...]
-    scale: int | float = 1.0
+    mixes_positions = False
+    direction: tuple[float, ...] | Any
+    scale: int | float | Any = 1.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "direction", numbers(self.direction))
+        object.__setattr__(self, "direction", numbers(self.direction, "Add: direction"))
+        object.__setattr__(self, "scale", number(self.scale, "Add: scale"))
 
     def new(self, old: Tensor, at: Where, kept: Tensor | None) -> Tensor:
         return old + self.scale * vector(self.direction, old)
@@ -214,10 +314,11 @@ class Add(Change):
 class Remove(Change):
     """The part along a direction of the last axis taken out: x - (x·u)u for its unit vector u."""
 
-    direction: tuple[float, ...]
+    mixes_positions = False
+    direction: tuple[float, ...] | Any
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "direction", numbers(self.direction))
+        object.__setattr__(self, "direction", numbers(self.direction, "Remove: direction"))
         if not any(self.direction):
             raise PatchError("the direction to remove is zero")
 
@@ -232,6 +333,17 @@ class Remove(Change):
 CHANGES = {kind.__name__: kind for kind in (Swap, Zero, Mean, Resample, Noise, Apply, Put, Scale, Add, Remove)}
 
 
+def as_change(change: Any) -> Change:
+    """A change; PatchError for what is none, such as the kind without its brackets."""
+    if isinstance(change, Change):
+        return change
+    if isinstance(change, type) and issubclass(change, Change):
+        raise PatchError(f"{change.__name__} is a kind of change: make one, {change.__name__}(...)")
+    if callable(change):
+        raise PatchError(f"{name_of(change)} is a function: as a change it is Apply({name_of(change)})")
+    raise PatchError(f"{change!r:.60} is no change; the changes are {', '.join(CHANGES)}")
+
+
 def ids(lens: Lens, prompts: Prompt) -> tuple[Ids, ...]:
     """The token ids of one prompt or several, each without its padding."""
     tokens, mask = lens.to_batch(prompts)
@@ -239,10 +351,72 @@ def ids(lens: Lens, prompts: Prompt) -> tuple[Ids, ...]:
     return tuple(tuple(row[keep.bool()].tolist()) for row, keep in zip(tokens, real, strict=True))
 
 
-def numbers(direction: Any) -> tuple[float, ...]:
-    """A vector as plain numbers."""
-    listed = direction.detach().flatten().tolist() if isinstance(direction, Tensor) else direction
-    return tuple(float(x) for x in listed)
+def rows_of_ids(rows: Any, what: str, instead: str) -> tuple[Ids, ...]:
+    """Rows of token ids as tuples, one row or several; PatchError for anything else, which says to type `instead`."""
+    plain: Any = rows.tolist() if isinstance(rows, Tensor | np.ndarray) else rows
+    listed = list(plain) if isinstance(plain, Sequence) and not isinstance(plain, str | bytes) else [plain]
+    if listed and all(is_whole(i) for i in listed):
+        listed = [listed]
+    if not listed:
+        raise PatchError(f"{what} is of no prompt: type {instead}")
+    found = []
+    for row in listed:
+        row = row.tolist() if isinstance(row, Tensor | np.ndarray) else row
+        if not isinstance(row, list | tuple) or not row or not all(is_whole(i) for i in row):
+            raise PatchError(f"{what} holds token ids, not {rows!r:.60}: for a prompt of any kind type {instead}")
+        found.append(tuple(int(i) for i in row))
+    return tuple(found)
+
+
+def only_row(rows: Sequence[Ids], what: str) -> Ids:
+    if len(rows) != 1:
+        raise PatchError(f"{what} takes one prompt, not {len(rows)}: for several there are Mean and Resample")
+    return rows[0]
+
+
+def is_whole(x: Any) -> bool:
+    """Whether this is a whole number: Python's, numpy's or a tensor's, and no bool."""
+    if isinstance(x, Tensor):
+        return x.ndim == 0 and not x.is_floating_point() and not x.is_complex() and x.dtype != torch.bool
+    return isinstance(x, int | np.integer) and not isinstance(x, bool)
+
+
+def whole_number(x: Any, what: str) -> int:
+    if not is_whole(x):
+        raise PatchError(f"{what} is {x!r:.60}; expected a whole number")
+    return int(x)
+
+
+def is_single(x: Any) -> bool:
+    """Whether this is one number (or a bool), and not several."""
+    return isinstance(x, int | float | np.number | np.bool_) or (isinstance(x, Tensor | np.ndarray) and x.ndim == 0)
+
+
+def number(x: Any, what: str, *, finite: bool = True) -> int | float:
+    """One number as Python has it; PatchError for a bool, a text, nan, and unless `finite` is False infinity."""
+    plain = x.item() if isinstance(x, Tensor | np.ndarray | np.generic) and is_single(x) else x
+    if isinstance(plain, bool) or not isinstance(plain, int | float):
+        raise PatchError(f"{what} is {x!r:.60}; expected a number")
+    if math.isnan(plain) or (finite and math.isinf(plain)):
+        raise PatchError(f"{what} is {plain}; expected a {'finite number' if finite else 'number'}")
+    return plain
+
+
+def numbers(direction: Any, what: str) -> tuple[float, ...]:
+    """A vector as plain numbers; PatchError for a single number, a text, a matrix, nan and infinity."""
+    plain: Any = direction.detach() if isinstance(direction, Tensor) else direction
+    plain = plain.tolist() if isinstance(plain, Tensor | np.ndarray) else plain
+    if isinstance(plain, str | bytes | Mapping) or not isinstance(plain, Sequence):
+        raise PatchError(
+            f"{what} is {direction!r:.60}; expected a vector along the last axis. "
+            "For a function of the numbers there is Apply(lambda x: ...)"
+        )
+    if not plain:
+        raise PatchError(f"{what} is an empty vector")
+    if not all(is_single(x) for x in plain):
+        shape = tuple(direction.shape) if isinstance(direction, Tensor | np.ndarray) else f"{direction!r:.60}"
+        raise PatchError(f"{what} is {shape}; expected one vector, as wide as the last axis")
+    return tuple(float(number(x, what)) for x in plain)
 
 
 def vector(direction: Sequence[float], like: Tensor) -> Tensor:
@@ -251,40 +425,44 @@ def vector(direction: Sequence[float], like: Tensor) -> Tensor:
     return torch.tensor(direction, dtype=like.dtype, device=like.device)
 
 
-def to_data(change: Change) -> dict[str, Any]:
-    """A change as what JSON can say; PatchError for a function that cannot be found again by its name."""
+def to_data(change: Change, functions: Functions) -> dict[str, Any]:
+    """A change as what JSON can say: a function by its name in `functions`, or else by its own.
+
+    Raises PatchError for a kind of change that is not ours, and for a function without a name.
+    """
+    if type(change) not in CHANGES.values():
+        raise PatchError(f"a {type(change).__name__} cannot be saved; the changes that can are {', '.join(CHANGES)}")
     data: dict[str, Any] = {"kind": type(change).__name__, **vars(change)}
     if isinstance(change, Apply):
-        name = f"{change.fn.__module__}:{getattr(change.fn, '__qualname__', '?')}"
-        if found(name) is not change.fn:
-            raise PatchError(f"Apply({name}) cannot be saved: give a function that stands by name in a module")
-        data["fn"] = name
+        given = [name for name, fn in functions.items() if fn is change.fn]
+        data["fn"] = given[0] if given else getattr(change.fn, "__name__", "<lambda>")
+        if data["fn"] == "<lambda>":
+            raise PatchError(
+                f"{change} cannot be saved: name its function, save(..., functions={{'name': fn}}), as load will ask"
+            )
     return data
 
 
-def from_data(data: dict[str, Any]) -> Change:
-    """The change that `to_data` wrote."""
+def from_data(data: dict[str, Any], functions: Functions) -> Change:
+    """The change that `to_data` wrote; a function is taken from `functions` and from nowhere else."""
+    kind = data.get("kind")
+    if kind not in CHANGES:
+        raise PatchError(f"no change is called {kind!r}; there are {', '.join(CHANGES)}")
     fields = {name: deep(value) for name, value in data.items() if name != "kind"}
-    if data["kind"] not in CHANGES:
-        raise PatchError(f"no change is called {data['kind']!r}; there are {', '.join(CHANGES)}")
-    if data["kind"] == "Apply":
-        fields["fn"] = found(data["fn"])
-        if fields["fn"] is None:
-            raise PatchError(f"there is no function {data['fn']} here")
-    return CHANGES[data["kind"]](**fields)
+    if kind == "Apply":
+        name = str(fields.get("fn"))
+        short = name.rpartition(":")[2]  # older files say "module:name"
+        if name not in functions and short not in functions:
+            raise PatchError(
+                f"the file applies a function called {name!r}, which it does not hold: give it by its name, "
+                f"load(..., functions={{{short!r}: {short}}})"
+            )
+        fields["fn"] = functions.get(name, functions.get(short))
+    try:
+        return CHANGES[kind](**fields)
+    except TypeError as e:
+        raise PatchError(f"a {kind} with {', '.join(fields) or 'nothing'}: {e}") from None
 
 
 def deep(value: Any) -> Any:
     return tuple(map(deep, value)) if isinstance(value, list) else value
-
-
-def found(name: str) -> Any:
-    """The function "module:name", or None."""
-    module, _, path = name.partition(":")
-    try:
-        thing = importlib.import_module(module)
-        for part in path.split("."):
-            thing = getattr(thing, part)
-    except (ImportError, AttributeError):
-        return None
-    return thing

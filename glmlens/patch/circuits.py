@@ -49,9 +49,15 @@ class Circuit:
         """The edges as (writer, reader)."""
         return [(self.graph.writers[w], self.graph.readers[r]) for r, w in self.mask.nonzero().tolist()]
 
-    def without(self, edge: Edge) -> "Circuit":
+    def without(self, edge: Edge | Any) -> "Circuit":
+        """The same without one edge (writer, reader); PatchError for one that is not in it."""
+        writer, reader = edge
+        known = writer in self.graph.writers and reader in self.graph.readers
+        place = (self.graph.readers.index(reader), self.graph.writers.index(writer)) if known else None
+        if place is None or not bool(self.mask[place]):
+            raise PatchError(f"no edge {edge!r} in this circuit: an edge is (writer, reader), as in edges()")
         mask = self.mask.clone()
-        mask[self.graph.readers.index(edge[1]), self.graph.writers.index(edge[0])] = False
+        mask[place] = False
         return replace(self, mask=mask)
 
     def complement(self) -> "Circuit":
@@ -82,11 +88,15 @@ def whole(graph: Graph) -> Circuit:
 
 def top(scores: EdgeScores, n: Integer, by: str = "abs") -> Circuit:
     """The n edges with the largest scores: by "abs", or by "need", the most negative first."""
-    n = read_integer(n, "n", least=0, error=PatchError)
-    order = ranked(scores, by)[:n]
+    order = ranked(scores, by)[: n_edges(n, scores)]
     mask = torch.zeros_like(scores.scores, dtype=torch.bool)
     mask.view(-1)[order] = True
     return Circuit(scores.graph, mask, f"the {n} edges largest by {by} of {scores.about['method']}")
+
+
+def n_edges(n: Any, scores: EdgeScores) -> int:
+    """How many edges are asked for; PatchError unless it is a whole number from 0 to all."""
+    return read_integer(n, "n", size=scores.graph.n_edges + 1, error=PatchError)
 
 
 def ranked(scores: EdgeScores, by: str) -> Int[Tensor, "edge"]:
@@ -101,7 +111,7 @@ def ranked(scores: EdgeScores, by: str) -> Int[Tensor, "edge"]:
 def greedy(scores: EdgeScores, n: Integer) -> Circuit:
     """The n edges found from the logits backwards, each the largest in magnitude into what is in already (Hanna et al.
     2024, arXiv 2403.17806, section 3)."""
-    n = read_integer(n, "n", least=0, error=PatchError)
+    n = n_edges(n, scores)
     graph, feeds, size = scores.graph, scores.graph.feeds(), scores.scores.abs().cpu()
     mask, seen = torch.zeros_like(size, dtype=torch.bool), {len(graph.readers) - 1}
     heap: list[tuple[float, int, int]] = []
@@ -128,7 +138,7 @@ class Exact:
     """
 
     def __init__(
-        self, lens: Lens, clean: Prompt | Examples, corrupt: Prompt | str, *, metric: Any = None,
+        self, lens: Lens, clean: Prompt | Examples, corrupt: Prompt | str | None, *, metric: Any = None,
         ablation: str = "corrupt",
     ):  # fmt: skip
         if ablation not in ABLATIONS:
@@ -155,6 +165,8 @@ class Exact:
     def logits(self, circuit: Circuit) -> Float[Tensor, "example pos vocab"]:
         """Every logit of a circuit's run."""
         lens, graph = self.lens, self.graph
+        if circuit.graph != graph:
+            raise PatchError(f"a circuit of {circuit.graph}; this model is {graph}")
         mask = circuit.mask.to(lens.device, self.ablated.dtype)
         live = torch.zeros_like(self.ablated)
         live[0] = lens.model.embed(self.tokens)
@@ -223,8 +235,13 @@ class Exact:
         found = [(edge, abs(f - self.faithfulness(circuit.without(edge)))) for edge in circuit.edges()]
         return sorted(found, key=lambda entry: entry[1])
 
-    def curve(self, scores: EdgeScores, fractions: Sequence[float] = FRACTIONS, by: str = "abs") -> "Curve":
+    def curve(self, scores: EdgeScores, fractions: Sequence[float] | Any = FRACTIONS, by: str = "abs") -> "Curve":
         """Faithfulness of the top share of edges, pruned, at several shares."""
+        if isinstance(fractions, int | float):
+            fractions = (fractions,)
+        wrong = [k for k in fractions if isinstance(k, str) or not 0 <= k <= 1]
+        if wrong:
+            raise PatchError(f"a share of {wrong[0]!r} edges; shares are from 0 to 1")
         circuits = [top(scores, max(1, round(k * self.graph.n_edges)), by).prune() for k in fractions]
         about = self.choices() | {"scores": scores.about["method"], "model": self.lens.model_hash}
         return Curve(

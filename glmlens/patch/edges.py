@@ -18,7 +18,7 @@ from glmlens.integers import Integer, read_integer
 from glmlens.lens import Lens
 from glmlens.model import RMSNorm
 from glmlens.patch.changes import ids
-from glmlens.patch.evaluate import lengths_differ
+from glmlens.patch.evaluate import lengths_differ, of_task
 from glmlens.patch.gradients import Gradients, gradients
 from glmlens.patch.graph import Edge, Graph
 from glmlens.patch.metrics import Metric, as_metric
@@ -64,7 +64,7 @@ class EdgeScores:
 def edges(
     lens: Lens,
     clean: Prompt | Examples,
-    corrupt: Prompt | str,
+    corrupt: Prompt | str | None,
     *,
     metric: Any = None,
     method: str = "eap",
@@ -110,11 +110,12 @@ def paired(
     lens: Lens, clean: Any, corrupt: Any, metric: Any
 ) -> tuple[Int[Tensor, "example pos"], Int[Tensor, "example pos"], Metric]:
     """Pairs of one length as tokens, and what to measure; PatchError for several lengths."""
-    if isinstance(clean, Examples):
-        metric = clean if metric is None else metric
-        corrupt = clean.counterfactual(corrupt) if isinstance(corrupt, str) else corrupt
-        clean = clean.tokens
+    clean, corrupt, metric, _ = of_task(clean, corrupt, metric, ())
+    if corrupt is None:
+        raise PatchError("no corrupt prompts: give one for every clean one")
     one, other = ids(lens, clean), ids(lens, corrupt)
+    if len(one) != len(other):
+        raise PatchError(f"{len(one)} clean and {len(other)} corrupt prompts: they are compared in pairs")
     for a, b in zip(one, other, strict=True):
         if len(a) != len(b):
             raise PatchError(lengths_differ(lens, a, b))

@@ -7,7 +7,7 @@ past. All layers are passed once by a wave of rows, which rows join where they s
 reads is unembedded.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -94,6 +94,11 @@ class Editing:
         names = (f"blocks.{layer}.kv.k", f"blocks.{layer}.kv.v")
         return any(write.ungrouped for name in names for _, write in self.writes.get(name, ()))
 
+    def mixes_at_end(self, n_layers: int) -> bool:
+        """Whether, behind the last layer, the last position's numbers may follow from those of earlier ones."""
+        ends = (write for name in self.writes if layer_of(name, n_layers) == n_layers for _, write in self.writes[name])
+        return any(write.do.mixes_positions for write in ends)
+
     def __call__(self, name: str, x: Tensor) -> Tensor:
         if name not in self.writes:
             return x
@@ -104,19 +109,11 @@ class Editing:
             assert positions is not None
             slots = seat.columns(positions) if write.by_key else seat.slots(positions)
             row = view[seat.row]
-            whole_group = write.by_key and not write.ungrouped and self.splits(layer_of(name, 0))
-            into = self.by_group if whole_group else Write.into
-            self.changed[i] |= into(write, row, slots, positions, seat.columns)
+            if write.by_key and not write.ungrouped and self.splits(layer_of(name, 0)):
+                self.changed[i] |= write.into_group(row, slots, positions, seat.columns, self.group)
+            else:
+                self.changed[i] |= write.into(row, slots, positions, seat.columns)
         return x
-
-    def by_group(
-        self, write: Write, row: Tensor, slots: Tensor, positions: Tensor, column: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """A write of a whole group, in a row that other cells of the wave have made to be by head."""
-        grouped = row[:, :: self.group].clone()
-        changed = write.into(grouped, slots, positions, column)
-        row.copy_(ungrouped(grouped[None], self.group)[0])
-        return changed
 
 
 def unchanged(base: Base, n_layers: int) -> Wave:
@@ -180,9 +177,8 @@ def ending(
 ) -> Float[Tensor, "cell"]:
     """From the residual stream that leaves the last layer to the metric, at the positions that it reads alone."""
     length, n_layers = base.tokens.shape[1], model.cfg.n_layers
-    read = torch.arange(length if metric.everywhere else 1, device=owner.device) + (
-        0 if metric.everywhere else length - 1
-    )
+    everywhere = metric.everywhere or hook.mixes_at_end(n_layers)
+    read = torch.arange(0 if everywhere else length - 1, length, device=owner.device)
     x = base.resid[n_layers][owner][:, read]
     for i, (cell, seat) in enumerate(zip(wave.cells, wave.seats, strict=True)):
         if cell.start < n_layers:
@@ -198,7 +194,7 @@ def ending(
         logits = final @ model.unembed.get_parameter("weight")[metric.columns].T
         if model.cfg.head_bias:
             logits = logits + model.unembed.get_parameter("bias")[metric.columns]
-    return metric(logits, base.numbers[owner])
+    return metric(logits if metric.everywhere else logits[:, -1:], base.numbers[owner])
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,11 +12,20 @@ from tqdm import tqdm
 from glmlens.lens import Lens
 from glmlens.patch.changes import Ids, Swap, ids
 from glmlens.patch.engine import Base, through, unchanged
-from glmlens.patch.interventions import Compiler, Intervention, Write
+from glmlens.patch.interventions import (
+    Compiler,
+    Intervention,
+    Write,
+    as_interventions,
+    position_names,
+    refuse_mixed,
+)
 from glmlens.patch.metrics import Metric, as_metric
+from glmlens.patch.running import allowed
 from glmlens.patch.sites import PatchError, ungrouped
 from glmlens.patch.waves import Cell, Wave, row_bytes, waves
 from glmlens.prompt import Prompt
+from glmlens.tasks.task import Examples
 
 Names = Mapping[str, int]
 Variant = Sequence[Intervention]
@@ -50,27 +60,35 @@ NOTHING = Cost(0, 0, 0, 0, 0, 0)
 class Job:
     """Variants of prompts to be measured: which prompts, against which other runs, and how.
 
-    `names` are the named positions of every prompt.
+    `names` are the named positions of every prompt, or of all when they are the same. Raises PatchError for other
+    numbers of prompts, sources and names, and for sources of another length.
     """
 
     lens: Lens
     prompts: Sequence[Ids]
     metric: Metric
     sources: Sequence[Ids] | None = None
-    names: Sequence[Names] = ()
+    names: Sequence[Names] | Names | Any = ()
     most_bytes: int = BUDGET
     watched: Sequence[str] = ()  # points that a later job with the same `bases` will ask for
     bases: dict[tuple[Ids, ...], Base] = field(default_factory=dict)
     compiler: Compiler = field(init=False)
+    positions: list[dict[str, int]] = field(init=False)  # of every prompt by name
+    order: dict[str, int] = field(init=False)  # of every point in a forward
     spent: Cost = NOTHING
 
     def __post_init__(self) -> None:
         self.compiler = Compiler(self.lens)
-        ends: list[Names] = [{"end": len(prompt) - 1} for prompt in self.prompts]
-        self.names = [{**end, **given} for end, given in zip(ends, self.names or ends, strict=True)]
+        names = [self.names] * len(self.prompts) if isinstance(self.names, Mapping) else list(self.names)
+        for what, given in (("names of positions", names), ("sources", self.sources)):
+            if given and len(given) != len(self.prompts):
+                raise PatchError(f"{len(self.prompts)} prompts and {len(given)} {what}: give one for every prompt")
+        given = zip(names or [{}] * len(self.prompts), self.prompts, strict=True)
+        self.positions = [position_names(named, len(prompt)) for named, prompt in given]
         for prompt, source in zip(self.prompts, self.sources or self.prompts, strict=True):
             if len(prompt) != len(source):
                 raise PatchError(lengths_differ(self.lens, prompt, source))
+        self.order = {name: i for i, name in enumerate(self.compiler.atlas.points)}
 
     def baseline(self) -> Float[Tensor, "example"]:
         """The metric of the prompts as they are."""
@@ -173,7 +191,8 @@ class Job:
             cells, where, still = list[Cell](), dict[int, tuple[int, int]](), list[tuple[int, int]]()
             compiled: dict[tuple[Intervention, tuple], list[Write]] = {}
             for v, i in wanted:
-                writes = [w for one in variants[v] for w in self.writes(one, group[i], i, base, others, compiled)]
+                found = [pair for one in variants[v] for pair in self.writes(one, group[i], i, base, others, compiled)]
+                writes = self.needed(found)
                 if writes:
                     cells.append(Cell.of(i, writes, self.lens.cfg.n_layers))
                     where[id(cells[-1])] = (v, group[i])
@@ -192,24 +211,43 @@ class Job:
 
     def writes(
         self, one: Intervention, number: int, i: int, base: Base, others: Mapping[str, Tensor], compiled: dict
-    ) -> list[Write]:
-        """The writes of an intervention in an example, without those of values that are there already."""
-        key = (one, tuple(self.names[number].items()))
+    ) -> list[tuple[Write, Tensor]]:
+        """The writes of an intervention in an example, each with the positions at which it may change the base run."""
+        key = (one, tuple(self.positions[number].items()))
         if key not in compiled:
-            compiled[key] = self.compiler.writes(one, base.tokens.shape[1], self.names[number])
+            compiled[key] = self.compiler.writes(one, base.tokens.shape[1], self.positions[number])
         if one.do != Swap():
-            return compiled[key]
-        found = [self.swap(write, i, base, others) for write in compiled[key]]
-        return [write for write in found if write is not None]
+            return [(write, write.positions) for write in compiled[key]]
+        return [self.swap(write, i, base, others) for write in compiled[key]]
 
-    def swap(self, write: Write, i: int, base: Base, others: Mapping[str, Tensor]) -> Write | None:
+    def swap(self, write: Write, i: int, base: Base, others: Mapping[str, Tensor]) -> tuple[Write, Tensor]:
         value, here, at = others[write.name][i], base.values[write.name][i], write.positions
         assert at is not None
-        at = at[(value[at] != here[at]).flatten(1).any(1)]
-        if not len(at):
-            return None
         kept = ungrouped(value[None], self.lens.cfg.n_groups)[0] if write.ungrouped else value
-        return replace(write, positions=at, kept=kept)
+        return replace(write, kept=kept), at[(value[at] != here[at]).flatten(1).any(1)]
+
+    def needed(self, writes: Sequence[tuple[Write, Tensor]]) -> list[Write]:
+        """The writes without the positions at which they put what is there already.
+
+        A value of the base run is there as long as no write before it has changed anything: not before the first
+        position of any, nor, at any position, before the first point of any.
+        """
+        if len(writes) == 1:  # nothing can have been changed before it
+            return [write.at(at) for write, at in writes if len(at)]
+        refuse_mixed([write for write, _ in writes])
+        effective = [(self.order[write.name], int(at[0])) for write, at in writes if len(at)]
+        if not effective:
+            return []
+        point, first = min(order for order, _ in effective), min(at for _, at in effective)
+        kept = []
+        for write, at in writes:
+            if write.do == Swap():
+                assert write.positions is not None
+                later = self.order[write.name] >= point
+                at = write.positions[write.positions >= first] if later else at
+            if len(at):
+                kept.append(write.at(at))
+        return kept
 
     def waves(self, base: Base, cells: Sequence[Cell]) -> Iterator[Wave]:
         def weight(width: int, past: int) -> int:
@@ -240,24 +278,46 @@ def lengths_differ(lens: Lens, one: Ids, other: Ids) -> str:
     )
 
 
+def of_task(prompts: Any, others: Any, metric: Any, names: Any) -> tuple[Any, Any, Any, Any]:
+    """Prompts, others, metric and names of positions, where a task's Examples bring those that are not given."""
+    if isinstance(prompts, Examples):
+        names = names or [{**example.positions} for example in prompts]
+        metric = prompts if metric is None else metric
+        others = prompts.counterfactual(others) if isinstance(others, str) else others
+        prompts = prompts.tokens
+    return prompts, others, metric, names
+
+
+def as_variants(variants: Any) -> list[list[Intervention]]:
+    """Variants as lists; PatchError for interventions that are not in a list of their own."""
+    if isinstance(variants, Intervention | str | bytes | Mapping) or any(isinstance(v, Intervention) for v in variants):
+        raise PatchError("variants are lists of interventions that hold together: [[one], [another], [one, another]]")
+    return [as_interventions(variant) for variant in variants]
+
+
 def evaluate(
     lens: Lens,
-    prompts: Prompt,
-    variants: Sequence[Variant],
-    metric: object,
+    prompts: Prompt | Examples,
+    variants: Sequence[Variant] | Any,
+    metric: Any = None,
     *,
-    sources: Prompt | None = None,
-    names: Sequence[Names] = (),
+    sources: Prompt | str | None = None,
+    names: Sequence[Names] | Names | Any = (),
     allow: str | Sequence[str] = (),
     most_bytes: int = BUDGET,
     progress: bool = True,
 ) -> Float[Tensor, "variant example"]:
     """The metric of every prompt under every variant, a list of interventions that hold together.
 
-    `sources` are the runs that `Swap()` takes values from. Raises PatchError for a variant that changes nothing in
-    any prompt, unless allow="no change".
+    They hold as in `run`: in the order of the forward, and at one point in the order given. `sources` are the runs that
+    `Swap()` takes values from. With a task's Examples as `prompts`, the metric is theirs, positions have their names
+    and `sources` may name a counterfactual. `metric` is (right, wrong), Examples, a Metric or a function of the last
+    logits, fn(logits [row, vocab]) -> [row]. Raises PatchError for a variant that changes nothing in any prompt, unless
+    allow="no change".
     """
-    rows = ids(lens, prompts)
+    prompts, sources, metric, names = of_task(prompts, sources, metric, names)
+    rows, variants = ids(lens, prompts), as_variants(variants)
+    allow = allowed(allow)
     others = None if sources is None else ids(lens, sources)
     job = Job(lens, rows, as_metric(metric, lens, len(rows)), others, names, most_bytes)
     out = torch.full((len(variants), len(rows)), torch.nan, dtype=torch.float64, device=lens.device)
@@ -275,7 +335,7 @@ def refuse_idle(
 ) -> None:
     """Raise PatchError for variants that changed nothing in any example, unless "no change" is allowed."""
     idle = [v for v in range(len(variants)) if variants[v] and not bool(moved[v].any())]
-    if idle and "no change" not in ((allow,) if isinstance(allow, str) else allow):
+    if idle and "no change" not in allowed(allow):
         said = "; ".join(map(str, variants[idle[0]]))
         raise PatchError(
             f"{len(idle)} of {len(variants)} variants changed nothing: {said}. If meant, allow='no change'"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from glmlens.hooks import axes_of
 from glmlens.lens import Lens
-from glmlens.patch.changes import Change, Where, from_data, to_data
+from glmlens.patch.changes import Change, Functions, Where, as_change, from_data, is_whole, to_data
 from glmlens.patch.sites import Atlas, PatchError, Site, position_axis, seated, ungrouped
 from glmlens.storage import expand_path, field_of, list_of, read_json, write_json
 
@@ -20,20 +20,53 @@ Names = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Intervention:
-    """One change at one site: plain data, which prints, compares and saves."""
+    """One change at one site: plain data, which prints, compares and saves.
 
-    site: Site
-    do: Change
+    `site` may be the name of a point. Raises PatchError for what is no site or no change.
+    """
+
+    site: Site | Any
+    do: Change | Any
+
+    def __post_init__(self) -> None:
+        site: Any = self.site
+        if not isinstance(site, Site | str):
+            raise PatchError(f"{site!r:.60} is no site: give Site('resid_post', layer=3, pos='end') or a point's name")
+        object.__setattr__(self, "site", Site(site) if isinstance(site, str) else site)
+        object.__setattr__(self, "do", as_change(self.do))
 
     def __str__(self) -> str:
         return f"{self.site} <- {self.do}"
+
+
+def as_interventions(asked: Any) -> list[Intervention]:
+    """One intervention or several as a list; PatchError for anything else."""
+    listed = [asked] if isinstance(asked, Intervention) else asked
+    if isinstance(listed, str | bytes | Mapping | Site) or not isinstance(listed, Iterable):
+        raise PatchError(f"{asked!r:.60} is no intervention: give Intervention(site, change), or several in a list")
+    listed = list(listed)
+    for one in listed:
+        if not isinstance(one, Intervention):
+            raise PatchError(f"{one!r:.60} is no intervention: give Intervention(site, change)")
+    return listed
+
+
+def position_names(names: Any, length: int) -> dict[str, int]:
+    """Positions by name in a prompt of this length, with "end"; PatchError for what is no position of it."""
+    if not isinstance(names, Mapping):
+        raise PatchError(f"names are positions by name, {{'S2': 9}}, not {names!r:.60}")
+    for name, place in names.items():
+        if not isinstance(name, str) or not is_whole(place) or not 0 <= place < length:
+            raise PatchError(f"names: {name!r} is {place!r:.60}; the prompt has positions 0 to {length - 1}")
+    return {"end": length - 1, **{name: int(place) for name, place in names.items()}}
 
 
 @dataclass(frozen=True, eq=False)
 class Write:
     """An intervention at one tensor: the positions and the indices along the axes after them.
 
-    `kept` is what its change keeps of other runs, [pos or 1, the whole rest].
+    `kept` is what its change keeps of other runs, [pos or 1, the whole rest]. `origin` is the point that the
+    intervention names, where its numbers are those of another tensor.
     """
 
     name: str
@@ -42,12 +75,17 @@ class Write:
     do: Change
     kept: Tensor | None = None
     ungrouped: bool = False
-    length: int | None = None  # of the prompt, where it is known
+    origin: str = ""
 
     @property
     def by_key(self) -> bool:
         """Whether its positions are those of keys."""
         return position_axis(axes_of(self.name)) == "key"
+
+    @property
+    def by_query(self) -> bool:
+        """Whether its positions are those of queries, and the axes after them head and key."""
+        return "query" in axes_of(self.name)
 
     def at(self, positions: Tensor) -> "Write":
         return replace(self, positions=positions)
@@ -57,20 +95,54 @@ class Write:
 
         `slots` is where `positions` stand in the row, `column` where keys stand.
         """
-        rest, sizes = list(self.rest), list(x.shape[1:])
-        if "query" in axes_of(self.name):  # head key: what keys there are depends on the call
-            rest[1] = None if rest[1] is None else column(rest[1])
-            sizes[1] = sizes[1] if self.length is None else self.length
-        places = grid(slots, rest, x.shape[1:])
+        here, rest, keys = list(self.rest), list(self.rest), None
+        if self.by_query:  # head key: in which column a key stands depends on the call
+            keys = self.rest[1]
+            assert keys is not None, "the keys of a call are known before it is changed"
+            here[1], rest[1] = column(keys), None
+        places = grid(slots, here, x.shape[1:])
+        widths = tuple(x.shape[1:2] if self.by_query else x.shape[1:])
+        at = Where(
+            self.origin or self.name, positions, widths, keys,
+            pick=lambda whole: self.picked(whole, positions, keys),
+            choose=lambda part: part[grid(torch.arange(len(part), device=part.device), rest, part.shape[1:])],
+        )  # fmt: skip
         old = x[places]
-        at = Where(self.name, positions, tuple(sizes), lambda t: t[grid(positions, self.rest, t.shape[1:])])
-        new = self.do.new(old.clone(), at, self.kept)
-        if new.shape != old.shape or new.dtype != old.dtype:
-            raise PatchError(
-                f"{self.name}: {self.do} made {new.dtype} {tuple(new.shape)} of {old.dtype} {tuple(old.shape)}"
-            )
+        new: Any = self.do.new(old.clone(), at, self.kept)
+        if not isinstance(new, Tensor):
+            raise PatchError(f"{self.name}: {self.do} returned {type(new).__name__}; expected a tensor")
+        if (new.shape, new.dtype, new.device) != (old.shape, old.dtype, old.device):
+            made, expected = (f"{t.dtype} {tuple(t.shape)} on {t.device}" for t in (new, old))
+            raise PatchError(f"{self.name}: {self.do} made {made}; expected {expected}")
         x[places] = new
         return (new != old).any()
+
+    def picked(self, whole: Tensor, positions: Tensor, keys: Tensor | None) -> Tensor:
+        """These places of a tensor over all positions of another run; PatchError for a position it has not got."""
+        last = max(int(positions.max()), -1 if keys is None else int(keys.max()))
+        if last >= len(whole):
+            raise PatchError(
+                f"{self.name}: {self.do} has positions 0 to {len(whole) - 1}, and position {last} is to be changed: "
+                "name the positions that are meant, Site(..., pos=)"
+            )
+        return whole[grid(positions, self.rest, whole.shape[1:])]
+
+    def into_group(
+        self, x: Tensor, slots: Tensor, positions: Tensor, column: Callable[[Tensor], Tensor], group: int
+    ) -> Tensor:
+        """As `into`, of keys or values by group in a row that has them as every query head reads them."""
+        grouped = x[:, ::group].clone()
+        changed = self.into(grouped, slots, positions, column)
+        x.copy_(ungrouped(grouped[None], group)[0])
+        return changed
+
+
+def refuse_mixed(writes: Sequence[Write]) -> None:
+    """Raise PatchError for keys or values of one layer that are changed both by query head and by group."""
+    by_head = {write.name for write in writes if write.ungrouped}
+    both = sorted({write.name for write in writes if not write.ungrouped} & by_head) if by_head else []
+    if both:
+        raise PatchError(f"{', '.join(both)} both by query head and by group: say all of it in heads")
 
 
 def grid(slots: Tensor, rest: Sequence[Tensor | None], sizes: Sequence[int]) -> tuple[Tensor, ...]:
@@ -89,6 +161,7 @@ class Compiler:
     lens: Lens
     atlas: Atlas = field(init=False)
     kept: dict[tuple[Change, str, bool], Tensor] = field(default_factory=dict)
+    changes: dict[Change, Change] = field(default_factory=dict)  # with what they take from the model
 
     def __post_init__(self) -> None:
         self.atlas = Atlas(self.lens)
@@ -126,37 +199,51 @@ class Compiler:
         chosen = self.atlas.choose(one.site, length, names)
         at = None if chosen.positions is None else torch.tensor(chosen.positions, device=self.lens.device)
         split = chosen.ungrouped
-        return [
-            Write(name, at, chosen.rest, one.do, self.kept.get((one.do, name, split)), split, length)
-            for name in chosen.names
-        ]
+        if one.do not in self.changes:
+            self.changes[one.do] = one.do.in_lens(self.lens)
+        do = self.changes[one.do]
+        return [Write(name, at, chosen.rest, do, self.kept.get((one.do, name, split)), split) for name in chosen.names]
 
 
 FORMAT = "glmlens.interventions"
 
 
-def save(path: str | Path, interventions: Sequence[Intervention], lens: Lens) -> None:
+def save(
+    path: str | Path, interventions: Sequence[Intervention] | Any, lens: Lens, *, functions: Functions | None = None
+) -> None:
     """Write interventions to a JSON file, with the hashes of the model and tokenizer that they are for.
 
-    It is written whole or not at all. Raises PatchError for what cannot be saved.
+    Of `Apply(fn)` the file holds a name and never code: that in `functions`, {"halve": fn}, or else the function's own.
+    It is written whole or not at all. Raises PatchError for a function without a name, for two functions of one name,
+    and for what cannot be saved.
     """
+    interventions, functions = as_interventions(interventions), functions or {}
     sites = [{name: list(places) for name, places in one.site.given().items()} for one in interventions]
+    changes = [to_data(one.do, functions) for one in interventions]
+    named = {data["fn"]: one.do for one, data in zip(interventions, changes, strict=True) if "fn" in data}
+    for one, data in zip(interventions, changes, strict=True):
+        if "fn" in data and vars(named[data["fn"]])["fn"] is not vars(one.do)["fn"]:
+            raise PatchError(f"two functions are called {data['fn']!r}: name them apart, save(..., functions={{...}})")
     data = {
         "format": FORMAT,
         "model": lens.model_hash,
         "tokenizer": lens.tokenizer_hash,
         "interventions": [
-            {"site": {"point": one.site.point, **site}, "do": to_data(one.do)}
-            for one, site in zip(interventions, sites, strict=True)
+            {"site": {"point": one.site.point, **site}, "do": change}
+            for one, site, change in zip(interventions, sites, changes, strict=True)
         ],
     }
     write_json(path, data, PatchError, indent=None)
 
 
-def load(path: str | Path, lens: Lens, *, other_model: bool = False) -> list[Intervention]:
+def load(
+    path: str | Path, lens: Lens, *, other_model: bool = False, functions: Functions | None = None
+) -> list[Intervention]:
     """The interventions that `save` wrote; PatchError on another model or tokenizer, unless `other_model`.
 
-    Raises FileNotFoundError, and PatchError for a file that holds no such interventions.
+    A file runs nothing: the functions of `Apply` come from `functions`, {"halve": fn}, by the names that the file has
+    for them. Raises FileNotFoundError, and PatchError for a file that holds no such interventions or names a function
+    that is not there.
     """
     data, where = read_json(expand_path(path, PatchError), error=PatchError), str(path)
     if data.get("format") != FORMAT:
@@ -172,7 +259,7 @@ def load(path: str | Path, lens: Lens, *, other_model: bool = False) -> list[Int
         refuse_other_kinds(site, which)
         refuse_other_kinds(do, which)
         try:
-            loaded.append(Intervention(Site(**site), from_data(do)))
+            loaded.append(Intervention(Site(**site), from_data(do, functions or {})))
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as e:
             raise PatchError(f"{which}: {e}") from e
     return loaded

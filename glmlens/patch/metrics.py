@@ -4,54 +4,125 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from glmlens.lens import Lens
+from glmlens.patch.changes import is_whole, name_of
+from glmlens.patch.keys import key_of, key_or_refuse
 from glmlens.patch.sites import PatchError
 from glmlens.tasks.task import LOGIT_DIFFERENCE, Examples
 
 Measure = Callable[[Tensor, Tensor], Tensor]
+KINDS = (
+    "a metric is (right, wrong), each the text of one token or its id; a task's Examples; a function of the last "
+    "logits, fn(logits [row, vocab]) -> [row]; or Metric.of_answers(lens, [(right, wrong), ...]) with a pair per prompt"
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Metric:
     """A number per row of `of(logits [row, read, vocab], example [row])`, higher where the task is done.
 
-    `everywhere`: logits of all positions are read, not of the last alone. With `columns` only the logits of those
-    tokens exist: [row, read, column].
+    `of` gets the logits of `row` changed runs at the positions read, and for every row the number of the prompt that it
+    is of; it returns a tensor [row]. `everywhere`: logits of all positions are read, not of the last alone (read is 1).
+    With `columns` only the logits of those tokens exist: [row, read, column]. `key` tells the metric from others in a
+    sweep's checkpoint, where the code, closure and globals of `of` cannot.
     """
 
-    name: str
-    of: Measure
+    name: str | Any
+    of: Measure | Any
     everywhere: bool = False
     columns: Int[Tensor, "column"] | None = None
+    key: str | None = None
+    n_answers: int | None = None  # for how many prompts it has answers; None: for any
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not callable(self.of):
+            raise PatchError(
+                f"Metric({self.name!r:.40}, {self.of!r:.40}): expected a name and a function "
+                "of(logits [row, read, vocab], example [row]) -> [row]"
+            )
+
+    @staticmethod
+    def of_answers(lens: Lens, answers: Sequence[tuple[Any, Any]] | Any) -> "Metric":
+        """The logit difference of a (right, wrong) pair per prompt, each the text of one token, its id, or several."""
+        pairs = []
+        for pair in answers:
+            if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+                raise PatchError(f"{pair!r:.60} is no pair (right, wrong); give one for every prompt")
+            right, wrong = (
+                tuple(answer_id(lens, one) for one in (side if isinstance(side, list | tuple) else [side]))
+                for side in pair
+            )
+            if not right or not wrong:
+                raise PatchError(f"{pair!r:.60}: one side is empty")
+            pairs.append((right, wrong))
+        if not pairs:
+            raise PatchError("no answers: give a pair (right, wrong) for every prompt")
+        return logit_difference(pairs, lens)
 
     def __call__(self, logits: Tensor, example: Tensor) -> Float[Tensor, "row"]:
-        found = self.of(logits, example)
+        found: Any = self.of(logits, example)
         if not isinstance(found, Tensor) or found.shape != logits.shape[:1]:
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise PatchError(f"the metric {self.name} made {got} of logits of {len(logits)} rows; expected one per row")
+            raise PatchError(
+                f"the metric {self.name} made {got} of logits of {len(logits)} rows; expected a tensor with one "
+                "number per row, [row]"
+            )
         return found
+
+    def digest(self) -> str:
+        """The key that tells this metric from others; PatchError when there is none."""
+        if self.key is not None:
+            return key_of(("given", self.name, self.key, self.everywhere, self.columns))
+        return key_or_refuse(
+            (self.name, self.of, self.everywhere, self.columns),
+            f"the metric {self.name}",
+            f"give it one that changes with what it measures, Metric({self.name!r}, of, key='...'), where of takes "
+            "(logits [row, read, vocab], example [row])",
+        )
 
 
 def as_metric(metric: Any, lens: Lens, n_examples: int) -> Metric:
-    """A metric from a pair of tokens, a task's examples, or a function of the last logits [row, vocab].
+    """A metric from a pair of tokens, a task's examples, or a function of the last logits [row, vocab] to [row].
 
-    A pair is (right, wrong), ids or texts of one token, or labels of a class head: the logit difference.
+    A pair is (right, wrong), ids or texts of one token, or labels of a class head: the logit difference. Raises
+    PatchError for anything else.
     """
+    if metric is None:
+        raise PatchError(f"no metric: {KINDS}")
     if isinstance(metric, Metric):
+        if metric.n_answers not in (None, n_examples):
+            raise PatchError(f"{n_examples} prompts, but the metric has answers for {metric.n_answers}")
         return metric
+    owner = getattr(metric, "__self__", None)
+    if isinstance(owner, Examples) and getattr(metric, "__name__", "") == "measure":
+        metric = owner  # what examples.measure would say of whole logits
     if isinstance(metric, Examples):
         return of_examples(metric, n_examples, lens)
-    if isinstance(metric, Sequence) and len(metric) == 2:
-        right, wrong = (lens.to_answer(t) for t in metric)
-        return logit_difference([((right,), (wrong,))] * n_examples, lens)
-    if callable(metric):
+    if callable(metric) and not isinstance(metric, type):
         fn: Callable[..., Any] = metric
-        return Metric(getattr(metric, "__name__", "metric"), lambda logits, _: fn(logits[:, -1]))
-    raise PatchError(f"a metric is (right, wrong), a task's Examples or a function of logits [row, vocab]: {metric!r}")
+        return Metric(name_of(metric), lambda logits, _: fn(logits[:, -1]))
+    pair = metric.tolist() if isinstance(metric, Tensor | np.ndarray) else metric
+    if isinstance(pair, list | tuple) and len(pair) == 2:
+        right, wrong = (answer_id(lens, one) for one in pair)
+        if right == wrong:
+            raise PatchError(f"{metric!r:.60}: right and wrong are the same token, so their difference is always 0")
+        return logit_difference([((right,), (wrong,))] * n_examples, lens)
+    raise PatchError(f"{metric!r:.80}: {KINDS}")
+
+
+def answer_id(lens: Lens, answer: Any) -> int:
+    """Which logit an answer is; PatchError for what is neither the text of one token nor an id of this model."""
+    if not isinstance(answer, str) and not is_whole(answer):
+        raise PatchError(f"{answer!r:.60} is no answer: {KINDS}")
+    try:
+        return lens.to_answer(answer if isinstance(answer, str) else int(answer))
+    except ValueError as e:
+        raise PatchError(str(e)) from None
 
 
 def logit_difference(answers: Sequence[tuple[Sequence[int], Sequence[int]]], lens: Lens) -> Metric:
@@ -66,7 +137,9 @@ def logit_difference(answers: Sequence[tuple[Sequence[int], Sequence[int]]], len
         right, wrong = ((last + side[example]).amax(-1) for side in sides)
         return right - wrong
 
-    return Metric("logit difference", of, columns=torch.tensor(columns, device=lens.device))
+    key = repr([tuple(map(tuple, pair)) for pair in answers])
+    columns_there = torch.tensor(columns, device=lens.device)
+    return Metric("logit difference", of, columns=columns_there, key=key, n_answers=len(answers))
 
 
 def one_of(columns: list[int], side: Sequence[int]) -> Tensor:
@@ -85,4 +158,5 @@ def of_examples(examples: Examples, n_examples: int, lens: Lens) -> Metric:
         rows = Examples(examples.task, tuple(examples[i] for i in example.tolist()))
         return rows.measure(logits)
 
-    return Metric(examples.task.metric, of)
+    key = repr([(tuple(e.correct), tuple(e.wrong)) for e in examples])
+    return Metric(examples.task.metric, of, key=key, n_answers=len(examples))

@@ -15,7 +15,7 @@ from glmlens.hooks import Edit, HookError, Hooks, Only, Point, called, only, pai
 from glmlens.integers import Integers, read_integer, read_integers
 from glmlens.kv_cache import KVCache
 from glmlens.lens import Lens
-from glmlens.patch.interventions import Intervention
+from glmlens.patch.interventions import Intervention, as_interventions
 from glmlens.patch.running import Applied, Applying
 from glmlens.patch.sites import PatchError
 from glmlens.run import Run
@@ -190,7 +190,7 @@ class Recording:
     def all_held(self) -> None:
         """Raise HookError for an edit that never came to hold."""
         for i, (name, fn) in enumerate(pairs(self.hooks)):
-            if i not in self.held and isinstance(fn, Only):
+            if i not in self.held and isinstance(fn, Only | Applying):
                 raise HookError(
                     f"{name!r}: {called(fn)} asked for steps or positions that never came; "
                     f"the run ends with step {len(self.moments) - 1}"
@@ -247,25 +247,48 @@ def named(op: OnCache) -> str:
     return getattr(op, "__name__", type(op).__name__.lower())
 
 
-def compiled(lens: Lens, hooks: Hooks | None, interventions: Sequence[Intervention] | Intervention) -> Hooks:
-    """Hooks and interventions as hooks."""
-    return [*pairs(hooks), *scheduled(lens, interventions)]
+def compiled(
+    lens: Lens,
+    hooks: Hooks | None,
+    interventions: Sequence[Intervention] | Intervention,
+    tokens: Int[Tensor, "one pos"],
+) -> Hooks:
+    """Hooks, and interventions in a generation from these tokens, as hooks."""
+    names = {"end": tokens.shape[1] - 1}
+    return [*pairs(hooks), *scheduled(lens, as_interventions(interventions), names=names)]
 
 
 def scheduled(
     lens: Lens,
-    what: Hooks | Sequence[Intervention] | Intervention,
+    what: Hooks | Sequence[Intervention] | Intervention | Any,
     *,
     steps: Which = None,
     positions: Which = None,
+    names: Mapping[str, int] | None = None,
 ) -> list[tuple[str, Edit]]:
-    """Hooks, an intervention or several, as hooks at some steps of a generation and some absolute positions alone."""
-    if isinstance(what, Intervention):
-        what = [what]
-    ours = [one for one in what if isinstance(one, Intervention)] if not isinstance(what, Mapping) else []
-    if any(one.site.ungrouped for one in ours):
+    """Hooks, an intervention or several, as hooks at some steps of a generation and some absolute positions alone.
+
+    A list may hold both, in the order in which they are to hold at one point. `names` are positions by name, such as
+    {"end": 8}: hooks do not know a prompt. Raises PatchError for what is neither, and for sites by query head.
+    """
+    edits: list[tuple[str, Edit]] = []
+    single = [what] if isinstance(what, Intervention) else what
+    listed: list[Any] = list(single.items() if isinstance(single, Mapping) else single)
+    applied = Applied.to(lens, [one for one in listed if isinstance(one, Intervention)], names=names)
+    if any(one.site.ungrouped for one in applied.interventions):
         raise PatchError("keys or values by query head need a cache that is not grouped: use patch.generate")
-    edits: list[tuple[str, Edit]] = Applied.to(lens, ours).hooks if ours else pairs(cast(Hooks, what) or None)
+    done = 0  # interventions
+    for entry in listed:
+        if isinstance(entry, Intervention):
+            edits += [(name, edit) for name, edit in applied.hooks if cast(Applying, edit).i == done]
+            done += 1
+        else:
+            if not isinstance(entry, tuple):
+                raise PatchError(
+                    f"{entry!r:.60}: hooks are {{'blocks.3.attn.z': fn}} or [('blocks.3.attn.z', fn), ...], and "
+                    "interventions Intervention(site, change)"
+                )
+            edits += pairs([entry])
     if steps is None and positions is None:
         return edits
     at = {what: None if asked is None else read_integers(asked, what, error=HookError)

@@ -16,6 +16,7 @@ from glmlens.activations import Activations
 from glmlens.hooks import Edit, Point
 from glmlens.lens import Lens
 from glmlens.patch.edges import paired
+from glmlens.patch.interventions import grid
 from glmlens.patch.metrics import Metric
 from glmlens.patch.sites import Atlas, PatchError, Site, seated
 from glmlens.prompt import Prompt
@@ -28,8 +29,8 @@ RECEIVERS = ("attn.q", "attn.k", "attn.v", "logits")
 def path_patch(
     lens: Lens,
     clean: Prompt | Examples,
-    corrupt: Prompt | str,
-    receivers: Sequence[Site] | Site,
+    corrupt: Prompt | str | None,
+    receivers: Sequence[Site | str] | Site | str | Any,
     *,
     metric: Any = None,
     mlps: str = "recomputed",
@@ -44,8 +45,15 @@ def path_patch(
     """
     if mlps not in ("recomputed", "frozen"):
         raise PatchError(f"mlps is {mlps!r}; choose 'recomputed' or 'frozen'")
-    sites, atlas = [receivers] if isinstance(receivers, Site) else list(receivers), Atlas(lens)
+    listed: list[Any] = [receivers] if isinstance(receivers, Site | str) else list(receivers)
+    sites, atlas = [Site(one) if isinstance(one, str) else one for one in listed], Atlas(lens)
+    if not sites:
+        raise PatchError(f"no receivers: give sites at {', '.join(RECEIVERS)}")
     for site in sites:
+        if not isinstance(site, Site):
+            raise PatchError(
+                f"{site!r:.60} is no site: a receiver is Site('attn.q', layer=9, head=6) or Site('logits')"
+            )
         if site.point not in RECEIVERS or (site.point != "logits" and site.layer is None):
             raise PatchError(f"{site}: a receiver is one of {', '.join(RECEIVERS)}, of a layer where there are layers")
     one, other, read = paired(lens, clean, corrupt, metric)
@@ -119,15 +127,10 @@ class Paths:
 
     def receive(self, value: Tensor, chosen: Any) -> Edit:
         def receive(x: Tensor, point: Point) -> Tensor:
-            at = torch.tensor(chosen.positions, device=x.device)
-            index = [slice(None)] * (x.ndim - 2)
-            for axis, places in enumerate(chosen.rest):
-                if places is not None:
-                    index[axis] = places  # one axis at most is chosen: heads or groups
             view, new = seated(point.name, x), seated(point.name, value)
-            part = view[:, at]
-            part[(slice(None), slice(None), *index)] = new[:, at][(slice(None), slice(None), *index)]
-            view[:, at] = part
+            at = torch.tensor(chosen.positions, device=x.device)
+            places = (slice(None), *grid(at, chosen.rest, x.shape[2:]))
+            view[places] = new[places]
             return x
 
         return receive

@@ -28,6 +28,7 @@ from glmlens.hooks import Edit, Hooks, Point, only
 from glmlens.integers import Integer, Integers, read_integer
 from glmlens.lens import Lens
 from glmlens.model import Angles
+from glmlens.patch.changes import number
 from glmlens.patch.sites import PatchError, listed
 from glmlens.prompt import Prompt
 from glmlens.results import Labelled, Sheets
@@ -94,7 +95,7 @@ def shifts(by: Any) -> int | dict[int, int]:
 def stretch(
     lens: Lens,
     kind: str,
-    factor: float | int,
+    factor: float | int | Any,
     *,
     context: Integer | None = None,
     layer: Which = None,
@@ -105,6 +106,7 @@ def stretch(
 ) -> Edits:
     """Pairs turn by a rule that extends contexts: "theta", "linear", "ntk" or "yarn"; see `stretched_turning`."""
     context = None if context is None else read_integer(context, "context", least=1, error=PatchError)
+    factor = number(factor, "stretch: factor")
     rule = stretched(lens.cfg, kind, factor, context)
     return turning(lens, rule, layer=layer, head=head, kv=kv, pair=pair, of=of)
 
@@ -254,10 +256,10 @@ class Breakage(Sheets):
     agreement: Labelled
 
 
-def breakage(lens: Lens, prompt: Prompt, surgeries: Mapping[str, Hooks]) -> Breakage:
+def breakage(lens: Lens, prompt: Prompt, surgeries: Mapping[str, Hooks] | Any) -> Breakage:
     """Measure what hooks break, each of several by its name; prompts of any length are run in pieces."""
     rows = Rows.of(lens, prompt)
-    if not surgeries:
+    if not isinstance(surgeries, Mapping) or not surgeries:
         raise PatchError('no surgery to measure: give {"without pair 3": rotary.freeze(lens, pair=3), ...}')
     found = torch.stack([torch.stack(measured(rows, hooks)) for hooks in surgeries.values()])
     about = rows.about(metric="what breaks", direction="edited against published", positions="all, means over tokens")

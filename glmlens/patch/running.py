@@ -1,21 +1,40 @@
 """Interventions as ordinary hooks: one prompt, or a generation, and an error for what came to nothing."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from glmlens.hooks import Edit, Point
+from glmlens.hooks import Edit, Point, pairs
 from glmlens.integers import Integer
 from glmlens.kv_cache import KVCache, LayerKV
 from glmlens.lens import Lens
 from glmlens.patch.changes import Ids, ids
-from glmlens.patch.interventions import Compiler, Intervention, Names, Write
+from glmlens.patch.interventions import (
+    Compiler,
+    Intervention,
+    Names,
+    Write,
+    as_interventions,
+    position_names,
+    refuse_mixed,
+)
 from glmlens.patch.sites import PatchError, seated, ungrouped
 from glmlens.prompt import Prompt
 from glmlens.run import Run
+
+ALLOWED = ("never fired", "no change")
+
+
+def allowed(allow: str | Sequence[str]) -> tuple[str, ...]:
+    """What is allowed, as a tuple; PatchError for what cannot be."""
+    found = (allow,) if isinstance(allow, str) else tuple(allow)
+    unknown = [word for word in found if word not in ALLOWED]
+    if unknown:
+        raise PatchError(f"allow={unknown[0]!r}; what can be allowed is {' and '.join(map(repr, ALLOWED))}")
+    return found
 
 
 @dataclass
@@ -24,21 +43,46 @@ class Applied:
 
     lens: Lens
     interventions: Sequence[Intervention]
+    compiler: Compiler
     hooks: list[tuple[str, Edit]] = field(default_factory=list)
     fired: set[int] = field(default_factory=set)
     changed: set[int] = field(default_factory=set)
+    ends: list[int] | None = None  # of every row the last position of its prompt, once that has been run
+    late: dict[tuple[int, int], dict[str, Write]] = field(default_factory=dict)
 
     @staticmethod
     def to(
-        lens: Lens, interventions: Sequence[Intervention], length: int | None = None, names: Names | None = None
+        lens: Lens,
+        interventions: Sequence[Intervention],
+        length: int | None = None,
+        names: Names | None = None,
+        *,
+        end_when_run: bool = False,
     ) -> "Applied":
-        """Hooks for `run_with_hooks` or, without a length, for `generate`."""
-        compiler, applied = Compiler(lens), Applied(lens, interventions)
-        compiler.prepare(interventions, length)
+        """Hooks for `run_with_hooks` or, without a length, for `generate`.
+
+        With `end_when_run`, "end" is the last position of every row of the first call, whatever stands before it.
+        """
+        applied = Applied(lens, interventions, Compiler(lens))
+        applied.compiler.prepare(interventions, length)
+        writes = []
         for i, one in enumerate(interventions):
-            for write in compiler.writes(one, length, names or {}):
-                applied.hooks.append((write.name, Applying(applied, i, write)))
+            named = [place for places in one.site.given().values() for place in places]
+            late = end_when_run and "end" in named
+            for write in applied.compiler.writes(one, length, {"end": 0} if late else names or {}):
+                writes.append(write)
+                applied.hooks.append((write.name, Applying(applied, i, write, late)))
+        refuse_mixed(writes)
         return applied
+
+    def written(self, i: int, name: str, row: int) -> Write:
+        """The write of an intervention at the end of one row's prompt."""
+        assert self.ends is not None
+        end = self.ends[row]
+        if (i, end) not in self.late:
+            writes = self.compiler.writes(self.interventions[i], None, {"end": end})
+            self.late[i, end] = {write.name: write for write in writes}
+        return self.late[i, end][name]
 
     def finish(self, allow: Sequence[str]) -> None:
         """Raise PatchError for an intervention that never fired or changed nothing, unless that is allowed by name."""
@@ -52,9 +96,6 @@ class Applied:
         """The cache that interventions by query head need."""
         if not any(one.site.ungrouped for one in self.interventions):
             return None
-        mixed = {one.site.point for one in self.interventions if one.site.ungrouped}
-        if any(one.site.point in mixed and not one.site.ungrouped for one in self.interventions):
-            raise PatchError(f"{', '.join(mixed)} both by query head and by group: say all of it in heads")
         kv = self.lens.new_kv(batch, capacity)
         return Ungrouped(**{f.name: getattr(kv, f.name) for f in fields(kv)}, group=self.lens.cfg.n_groups)
 
@@ -66,32 +107,56 @@ class Applying:
     applied: Applied
     i: int
     write: Write
+    late: bool = False  # it names the end of a prompt that has not been run yet
 
     def __post_init__(self) -> None:
         self.__name__ = str(self.applied.interventions[self.i])
 
     def __call__(self, x: Tensor, point: Point) -> Tensor:
-        write, applied = self.write, self.applied
-        if write.ungrouped and x.shape[2] != applied.lens.cfg.n_heads:
-            raise PatchError(f"{write.name} by query head needs a cache that is not grouped: use patch.run")
+        applied, cfg, split = self.applied, self.applied.lens.cfg, False
+        if self.write.by_key:
+            split = x.shape[2] == cfg.n_heads != cfg.n_kv_heads
+            if self.write.ungrouped and not split and cfg.n_groups > 1:
+                raise PatchError(f"{self.write.name} by query head needs a cache that is not grouped: use patch.run")
         where, keys_of = self.where(point), cast(Tensor, point.key_positions)
-        for row, here, reached, keys in zip(seated(point.name, x), where, self.reached(where), keys_of, strict=True):
-            slots = reached.nonzero().squeeze(1)
-            if len(slots):
-                applied.fired.add(self.i)
-                if bool(write.into(row, slots, here[slots], lambda k, keys=keys: columns(k, keys))):
-                    applied.changed.add(self.i)
+        for i, (row, here, keys) in enumerate(zip(seated(point.name, x), where, keys_of, strict=True)):
+            write = self.written(i, point)
+            slots = reached(write, here).nonzero().squeeze(1)
+            if not len(slots):
+                continue
+            column = lambda asked, keys=keys: columns(asked, keys)  # noqa: E731 - one of two
+            if write.by_query and write.rest[1] is None:  # every key of this call, and no padding
+                real = (keys >= 0).nonzero().squeeze(1)
+                write, column = replace(write, rest=(write.rest[0], keys[real])), lambda asked, real=real: real
+            applied.fired.add(self.i)
+            if split and not write.ungrouped:
+                changed = write.into_group(row, slots, here[slots], column, cfg.n_groups)
+            else:
+                changed = write.into(row, slots, here[slots], column)
+            if bool(changed):
+                applied.changed.add(self.i)
         return x
+
+    def written(self, row: int, point: Point) -> Write:
+        """This write in one row of a call."""
+        if not self.late:
+            return self.write
+        if self.applied.ends is None:
+            self.applied.ends = cast(Tensor, point.positions).amax(1).tolist()
+        return self.applied.written(self.i, self.write.name, row)
 
     def holds(self, point: Point) -> bool:
         """Whether this call has any of the positions that are meant."""
-        return bool(self.reached(self.where(point)).any())
+        rows = enumerate(self.where(point))
+        return any(bool(reached(self.written(i, point), here).any()) for i, here in rows)
 
     def where(self, point: Point) -> Tensor:
         return cast(Tensor, point.key_positions if self.write.by_key else point.positions)
 
-    def reached(self, where: Tensor) -> Tensor:
-        return where >= 0 if self.write.positions is None else torch.isin(where, self.write.positions)
+
+def reached(write: Write, where: Tensor) -> Tensor:
+    """Which of these absolute positions a write is meant for; padding, at -1, is never."""
+    return where >= 0 if write.positions is None else torch.isin(where, write.positions)
 
 
 def columns(asked: Tensor, keys: Tensor) -> Tensor:
@@ -132,22 +197,23 @@ class UngroupedLayer(LayerKV):
 def run(
     lens: Lens,
     prompt: Prompt,
-    interventions: Sequence[Intervention] | Intervention,
+    interventions: Sequence[Intervention] | Intervention | Any,
     *,
-    names: Names | None = None,
+    names: Names | Any = None,
     allow: str | Sequence[str] = (),
 ) -> Tensor:
     """Logits [batch, pos, vocab] of one prompt with interventions.
 
-    `names` are positions by name. Raises PatchError for an intervention that "never fired" or made "no change",
-    unless `allow` says so.
+    They hold in the order of the forward; at one point, in the order given. `names` are positions by name, {"S2": 9},
+    and "end" is the last. Raises PatchError for an intervention that "never fired" or made "no change", unless `allow`
+    says so.
     """
     (tokens,) = one_prompt(lens, prompt)
-    asked = [interventions] if isinstance(interventions, Intervention) else list(interventions)
-    applied = Applied.to(lens, asked, len(tokens), {"end": len(tokens) - 1, **(names or {})})
+    asked, allow = as_interventions(interventions), allowed(allow)
+    applied = Applied.to(lens, asked, len(tokens), position_names(names or {}, len(tokens)))
     row = torch.tensor([tokens], device=lens.device)
     logits = lens.run_with_hooks(row, applied.hooks, kv=applied.kv(1, len(tokens)))
-    applied.finish((allow,) if isinstance(allow, str) else allow)
+    applied.finish(allow)
     return logits
 
 
@@ -155,22 +221,23 @@ def generate(
     lens: Lens,
     prompt: Prompt,
     max_new_tokens: int,
-    interventions: Sequence[Intervention] | Intervention,
+    interventions: Sequence[Intervention] | Intervention | Any,
     *,
     allow: str | Sequence[str] = (),
     **options: Any,
 ) -> Run:
     """`lens.generate` with interventions at absolute positions, checked as in `run`; `options` are those of generate.
 
-    A site without positions holds at every position, also of what is generated.
+    "end" is the last position of the prompt, of each by itself. A site without positions holds at every position, also
+    of what is generated.
     """
-    asked = [interventions] if isinstance(interventions, Intervention) else list(interventions)
-    applied = Applied.to(lens, asked)
-    if "kv" not in options and any(one.site.ungrouped for one in asked):
+    asked, allow = as_interventions(interventions), allowed(allow)
+    applied = Applied.to(lens, asked, end_when_run=True)
+    if options.get("kv") is None and any(one.site.ungrouped for one in asked):
         tokens, _ = lens.to_batch(prompt)
         options["kv"] = applied.kv(tokens.shape[0], tokens.shape[1] + max_new_tokens)
-    done = lens.generate(prompt, max_new_tokens, hooks=[*applied.hooks, *options.pop("hooks", ())], **options)
-    applied.finish((allow,) if isinstance(allow, str) else allow)
+    done = lens.generate(prompt, max_new_tokens, hooks=[*applied.hooks, *pairs(options.pop("hooks", None))], **options)
+    applied.finish(allow)
     return done
 
 

@@ -1,5 +1,6 @@
 """Where: one vocabulary for every place in a model that can be changed."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -35,7 +36,7 @@ class Site:
     share keys and values.
     """
 
-    point: str
+    point: str | Any
     layer: Places = None
     pos: Places = None
     head: Places = None
@@ -49,6 +50,10 @@ class Site:
     def __post_init__(self) -> None:
         for field in fields(self)[1:]:
             object.__setattr__(self, field.name, listed(getattr(self, field.name), field.name))
+        if not isinstance(self.point, str):
+            raise PatchError(f"{self.point!r:.60} is no point: give its name, as in lens.points()")
+        if self.point.startswith("blocks.") and not re.match(r"blocks\.(\d+|\*)\..", self.point):
+            raise PatchError(f"no point is called {self.point!r}: in a layer it is 'blocks.3.attn.z'")
         if self.point.startswith("blocks."):
             if self.layer is not None:
                 raise PatchError(f"{self.point!r} names its layer: leave layer= out")

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,7 +13,7 @@ from torch import Tensor
 from glmlens.hooks import POINTS
 from glmlens.integers import Integer, read_integer
 from glmlens.lens import Lens
-from glmlens.patch.changes import Add, Ids, ids, numbers
+from glmlens.patch.changes import Add, Ids, ids, number, numbers
 from glmlens.patch.interventions import Intervention
 from glmlens.patch.sites import Atlas, PatchError, Places, Site
 from glmlens.prompt import Prompt
@@ -37,7 +38,7 @@ class Steering:
     def interventions(self, scale: int | float = 1.0, pos: Places = None) -> list[Intervention]:
         """The vectors times `scale` added at absolute positions, by default at all: for `patch.generate` and others."""
         return [
-            Intervention(Site(self.point, layer=layer, pos=pos), Add(numbers(vector), scale))
+            Intervention(Site(self.point, layer=layer, pos=pos), Add(numbers(vector, "a steering vector"), scale))
             for layer, vector in zip(self.layers, self.vectors, strict=True)
         ]
 
@@ -47,12 +48,15 @@ class Steering:
             raise PatchError(f"no vector for layer {layer}; there are layers {', '.join(map(str, self.layers))}")
         return self.vectors[self.layers.index(layer)]
 
-    def __add__(self, other: "Steering") -> "Steering":
+    def __add__(self, other: "Steering | Any") -> "Steering":
+        if not isinstance(other, Steering):
+            raise PatchError(f"a steering and {other!r:.60} do not add up: another Steering does")
         if (self.point, self.layers, self.model) != (other.point, other.layers, other.model):
             raise PatchError(f"{self} and {other} are not of one model, point and layers")
         return replace(self, vectors=self.vectors + other.vectors, about=f"{self.about} + {other.about}")
 
-    def __mul__(self, factor: int | float) -> "Steering":
+    def __mul__(self, factor: int | float | Any) -> "Steering":
+        factor = number(factor, "the factor of a steering")
         return replace(self, vectors=self.vectors * factor, about=f"{factor} ({self.about})")
 
     __rmul__ = __mul__
@@ -104,7 +108,7 @@ def steering(
     layers: Places = None,
     point: str = "resid_post",
     method: str = "mean",
-    ridge: int | float = 0.01,
+    ridge: int | float | Any = 0.01,
 ) -> Steering:
     """Directions from negative to positive prompts, from what their last positions have at a point.
 
@@ -116,6 +120,9 @@ def steering(
     """
     if method not in METHODS:
         raise PatchError(f"method is {method!r}; choose from {', '.join(map(repr, METHODS))}")
+    ridge = number(ridge, "ridge")
+    if ridge < 0:
+        raise PatchError(f"ridge is {ridge}; expected at least 0")
     sides = [ids(lens, prompts) for prompts in (positive, negative)]
     if len(sides[0]) != len(sides[1]):
         raise PatchError(f"{len(sides[0])} positive and {len(sides[1])} negative prompts: they are compared in pairs")

@@ -1,12 +1,14 @@
 """Finished cells of a sweep on disk, so that it can go on where it was interrupted."""
 
-import hashlib
+import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
+from glmlens.patch.keys import differing
 from glmlens.patch.sites import PatchError
 from glmlens.storage import TensorFile, expand_path, write_tensors
 
@@ -15,22 +17,23 @@ FORMAT = "glmlens.Sweep"
 
 @dataclass
 class Store:
-    """Finished cells on disk, under a key that says what they are cells of."""
+    """Finished cells on disk, under keys that say what they are cells of."""
 
     path: Path | None
-    key: str
+    keys: Mapping[str, str]
     parts: dict[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def at(path: str | Path | None, said: tuple) -> "Store":
-        """The store at a path, with what is in it; PatchError when that is of another sweep, or no store."""
+    def at(path: str | Path | None, keys: Mapping[str, str]) -> "Store":
+        """The store at a path, with what is in it; PatchError when that is of another sweep, saying what differs."""
         where = None if path is None else expand_path(path, PatchError)
-        store = Store(where, hashlib.sha256(repr(said).encode()).hexdigest())
+        store = Store(where, keys)
         if where is not None and os.path.lexists(where):
             file = TensorFile(where, OtherFile)
             file.expect_format(FORMAT, "holds no cells of a sweep")
-            if file.metadata.get("key") != store.key:
-                raise PatchError(f"{path} holds cells of another sweep: give another file, or remove it")
+            other = differing(read_keys(file.metadata.get("key", "")), keys)
+            if other:
+                raise OtherFile(f"{path} holds cells of another sweep, with other {' and '.join(other)}")
             store.parts = {name: file.read(name) for name in file.names}
         return store
 
@@ -51,8 +54,9 @@ class Store:
         if self.path is None:
             return
         self.parts |= {name: values, f"{name} moved": moved}
+        metadata = {"format": FORMAT, "key": json.dumps(self.keys)}
         # Without waiting for the disk: what a power cut takes is run again, and a sweep saves often.
-        write_tensors(self.path, self.parts, {"format": FORMAT, "key": self.key}, PatchError, sync=False)
+        write_tensors(self.path, self.parts, metadata, PatchError, sync=False)
 
 
 class OtherFile(PatchError):
@@ -60,3 +64,12 @@ class OtherFile(PatchError):
 
     def __init__(self, why: str):
         super().__init__(f"{why}: give another file, or remove it")
+
+
+def read_keys(text: str) -> dict[str, str]:
+    """The keys that a file was written under; none where they cannot be read."""
+    try:
+        keys = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return keys if isinstance(keys, dict) else {}

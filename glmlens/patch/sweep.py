@@ -13,12 +13,14 @@ from tqdm import tqdm
 
 from glmlens.integers import Integer, read_integer
 from glmlens.lens import Lens
-from glmlens.patch.changes import Change, Ids, Swap, ids
+from glmlens.patch.changes import Apply, Change, Ids, Swap, as_change, ids, name_of
 from glmlens.patch.engine import Base
-from glmlens.patch.evaluate import BUDGET, NOTHING, Cost, Job, Names, refuse_idle
+from glmlens.patch.evaluate import BUDGET, NOTHING, Cost, Job, Names, of_task, refuse_idle
 from glmlens.patch.grid import attribute, label, places
 from glmlens.patch.interventions import Intervention
+from glmlens.patch.keys import key_of, key_or_refuse
 from glmlens.patch.metrics import Metric, as_metric
+from glmlens.patch.running import allowed
 from glmlens.patch.sites import Atlas, PatchError, Site
 from glmlens.patch.store import Store
 from glmlens.prompt import Prompt
@@ -58,13 +60,13 @@ def sweep(
     lens: Lens,
     clean: Prompt | Examples,
     corrupt: Prompt | str | None,
-    site: Site | str,
+    site: Site | str | Any,
     *,
     over: str | Sequence[str],
     metric: Any = None,
-    do: Change | None = None,
+    do: Change | Any = None,
     direction: str = "denoise",
-    names: Sequence[Names] = (),
+    names: Sequence[Names] | Names | Any = (),
     normalise: bool = True,
     null: Integer = 0,
     seed: Integer = 0,
@@ -76,32 +78,39 @@ def sweep(
     """Change a site place by place along the axes `over`, and measure.
 
     `clean` are prompts and `corrupt` as many others, each as long as its partner; with a task's Examples as `clean`,
-    `corrupt` names a counterfactual, `metric` is theirs and positions have their names. `over` are "layer" and axes of
-    the point, ("layer", "pos") or "layer" alone; along each, the places that the site names, or all. `direction` is
-    "denoise", "noise" or "both", an axis of its own. `do` is Swap(), the other run's value, unless given. `null` is how
-    often pairs exchange their sources for the floor. With a `checkpoint` file, finished cells are kept there and not
-    run again. Interrupted, it returns what is finished.
+    `corrupt` names a counterfactual, `metric` is theirs and positions have their names. `metric` is (right, wrong), a
+    task's Examples, a Metric or a function of the last logits, fn(logits [row, vocab]) -> [row]. `over` are "layer" and
+    axes of the point, ("layer", "pos") or "layer" alone; along each, the places that the site names, or all.
+    `direction` is "denoise", "noise" or "both", an axis of its own. `do` is Swap(), the other run's value, unless
+    given. `null` is how often pairs exchange their sources for the floor.
+
+    With a `checkpoint` file, finished cells are kept there and not run again. It is of one model, prompts, places,
+    change, named positions and metric; functions count by their code, closure and globals. Interrupted, a sweep returns
+    what is finished.
 
     Raises PatchError for pairs of different length, for a place that is not there, for baselines too close to
-    normalise by, and for a sweep of which no cell changes anything unless allow="no change".
+    normalise by, for a checkpoint of another sweep or of a function that cannot be told from others, and for a sweep of
+    which no cell changes anything unless allow="no change".
     """
-    null, seed = (read_integer(n, what, least=0, error=PatchError) for n, what in ((null, "null"), (seed, "seed")))
+    allow = allowed(allow)
+    null = read_integer(null, "null", least=0, error=PatchError)
+    seed = read_integer(seed, "seed", least=0, error=PatchError)
     plan = Planned.of(lens, clean, corrupt, site, over, metric, do, direction, names, most_bytes)
     plan.measurable(normalise)
     runs = [Grid.empty(plan, way) for way in plan.directions]
     nulls = plan.shuffled(null, seed)
     if nulls and plan.do != Swap():
         raise PatchError(f"a null floor exchanges the sources of Swap(), and {plan.do} has none: null=0")
-    store = Store.at(checkpoint, plan.said())
+    store = Store.at(checkpoint, {} if checkpoint is None else plan.keys())
     finished = False
     total = len(plan.variants) * len(plan.prompts) * len(plan.directions) * (1 + len(nulls))
     with tqdm(total=total, disable=not progress, unit="cell", desc=str(plan.site)) as bar:
         try:
             for run in runs:
                 run.fill(bar, store)
-            for i, order in enumerate(nulls):
+            for order in nulls:
                 for run in runs:
-                    run.fill_null(bar, store, order, i)
+                    run.fill_null(bar, store, order)
             finished = True
         except KeyboardInterrupt:
             bar.write(f"interrupted after {bar.n} of {total} cells")
@@ -116,13 +125,13 @@ def check(
     lens: Lens,
     clean: Prompt | Examples,
     corrupt: Prompt | str | None,
-    site: Site | str,
+    site: Site | str | Any,
     *,
     over: str | Sequence[str],
     metric: Any = None,
-    do: Change | None = None,
+    do: Change | Any = None,
     direction: str = "denoise",
-    names: Sequence[Names] = (),
+    names: Sequence[Names] | Names | Any = (),
     most_bytes: int = BUDGET,
 ) -> Cost:
     """What such a sweep would take; only the prompts themselves are run."""
@@ -145,27 +154,28 @@ class Planned:
     variants: list[list[Intervention]]
     metric: Metric
     directions: tuple[str, ...]
-    names: Sequence[Names]
+    names: Sequence[Names] | Names | Any
     most_bytes: int
     watched: tuple[str, ...] = ()
     bases: dict[tuple[Ids, ...], Base] = field(default_factory=dict)
 
     @staticmethod
     def of(
-        lens: Lens, clean: Any, corrupt: Any, site: Site | str, over: str | Sequence[str], metric: Any,
-        do: Change | None, direction: str, names: Sequence[Names], most_bytes: int,
+        lens: Lens, clean: Any, corrupt: Any, site: Any, over: Sequence[str] | str, metric: Any,
+        do: Any, direction: str, names: Any, most_bytes: int,
     ) -> "Planned":  # fmt: skip
-        if isinstance(clean, Examples):
-            names = names or [{**example.positions} for example in clean]
-            metric = clean if metric is None else metric
-            corrupt = clean.counterfactual(corrupt) if isinstance(corrupt, str) else corrupt
-            clean = clean.tokens
+        clean, corrupt, metric, names = of_task(clean, corrupt, metric, names)
         if metric is None:
             raise PatchError("no metric: give (right, wrong), a function of logits [row, vocab] or a task's Examples")
+        over = list_axes(over)
+        if len(set(over)) != len(over):
+            raise PatchError(f"over {over}: one axis is there twice")
+        if not isinstance(site, Site | str):
+            raise PatchError(f"{site!r:.60} is no site: give Site('resid_post', pos='end') or the name of a point")
         directions = tuple(DIRECTIONS) if direction == "both" else (direction,)
         if not set(directions) <= DIRECTIONS.keys():
             raise PatchError(f"direction is {direction!r}; choose from 'denoise', 'noise', 'both'")
-        do = Swap() if do is None else do
+        do = Swap() if do is None else as_change(do)
         if corrupt is None and (do == Swap() or direction != "noise"):
             raise PatchError(
                 "without corrupt prompts only clean ones can be changed: direction='noise' and a do= such as Zero()"
@@ -218,12 +228,22 @@ class Planned:
             found.append(order)
         return found
 
-    def said(self) -> tuple:
-        """What the cells are cells of: two sweeps that say the same may share them."""
-        return (
-            self.lens.model_hash, self.prompts, self.others, self.variants, self.metric.name,
-            [sorted(names.items()) for names in self.names],
-        )  # fmt: skip
+    def keys(self) -> dict[str, str]:
+        """What the cells are cells of, each by its key: sweeps of the same keys may share them.
+
+        Raises PatchError for a metric or a change that has no key.
+        """
+        change: Any = ("given", self.do.key) if isinstance(self.do, Apply) and self.do.key is not None else self.do
+        fn = name_of(self.do.fn) if isinstance(self.do, Apply) else ""
+        instead = f"give it one that changes with what it does, Apply({fn}, key='...')"
+        return {
+            "model": key_of((self.lens.model_hash, str(self.lens.dtype))),
+            "prompts": key_of((self.prompts, self.others)),
+            "places": key_of([str(one.site) for variant in self.variants for one in variant]),
+            "change": key_or_refuse(change, f"the change {self.do}", instead),
+            "positions": key_of(self.job("noise").positions),
+            "metric": self.metric.digest(),
+        }
 
     def result(self, runs: "Sequence[Grid]", normalise: bool, seed: int, finished: bool) -> Sweep:
         both = len(runs) > 1
@@ -290,8 +310,10 @@ class Grid:
         self.values, self.moved = store.load(self.direction, self.values, self.moved)
         self.measure(self.plan.job(self.direction), self.values, self.moved, bar, store, self.direction)
 
-    def fill_null(self, bar: Any, store: Store, order: Sequence[int], i: int) -> None:
-        name, empty = f"{self.direction} null {i}", torch.full_like(self.values, torch.nan)
+    def fill_null(self, bar: Any, store: Store, order: Sequence[int]) -> None:
+        """Run the cells with the sources in this order, under which they are kept."""
+        name = f"{self.direction} null {key_of(tuple(order))[:16]}"
+        empty = torch.full_like(self.values, torch.nan)
         values, moved = store.load(name, empty, torch.zeros_like(self.moved))
         self.nulls.append(values)
         self.measure(self.plan.job(self.direction, order), values, moved, bar, store, name)

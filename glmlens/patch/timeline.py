@@ -164,7 +164,8 @@ class Timeline:
             raise ValueError(f"max_new_tokens is {last}, counted from the start: nothing is left to say at step {step}")
         given, anew = self.hooks if hooks is None else hooks, step == 0 and token is None
         later = {i: op for i, op in self.at.items() if anew or i > step}
-        going = Recording(self.lens, compiled(self.lens, given, interventions), later if at is None else at, last)
+        edits = compiled(self.lens, given, interventions, self.prompt)
+        going = Recording(self.lens, edits, later if at is None else at, last)
         going.options, going.held = self.options, set(range(len(pairs(self.hooks)))) if hooks is None else set()
         if at is not None:
             going.possible(step + (token is not None))
@@ -210,7 +211,8 @@ def timeline(
 ) -> Timeline:
     """Generate from one prompt and keep what every step said and read.
 
-    `hooks` and `interventions` are those of a plain forward, and hold at every step, or as `scheduled` says. `at` are
+    `hooks` and `interventions` are those of a plain forward, and hold at every step, or as `scheduled` says; "end" is
+    the last position of the prompt. `at` are
     operations on the cache, {step: op}: before that step (at step 0, before the prompt's last token is run).
     `options` are those of `lens.generate`; `names=` records more, in `runs`. A prompt of more than 512 tokens is run in
     pieces, of which `names=` records the last token alone. A repetition penalty is on what is remembered. Raises
@@ -224,7 +226,7 @@ def timeline(
     if unknown:
         raise TypeError(f"{' and '.join(unknown)}: a timeline begins with its prompt; to go on, use rerun(step)")
     max_new_tokens = read_integer(max_new_tokens, "max_new_tokens", least=1)
-    going = Recording(lens, compiled(lens, hooks, interventions), at or {}, max_new_tokens, options)
+    going = Recording(lens, compiled(lens, hooks, interventions, tokens), at or {}, max_new_tokens, options)
     going.possible(0)
     going.draw_from(None)
     going.begin(tokens)

@@ -1,7 +1,7 @@
 """Changed runs as cells, packed end to end into rows, and rows into waves that pass the layers together."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ class Cell:
 
     @staticmethod
     def of(example: int, writes: Sequence[Write], n_layers: int) -> "Cell":
-        moved = tuple(earliest(write, n_layers) for write in writes)
+        # an edit of a layer's output comes before one of the next layer's input, as it does in a forward
+        moved = tuple(sorted((earliest(write, n_layers) for write in writes), key=lambda write: not write.origin))
         first = min(int(w.positions[0]) for w in moved if w.positions is not None)
         return Cell(example, moved, min(layer_of(w.name, n_layers) for w in moved), first)
 
@@ -38,9 +39,7 @@ def earliest(write: Write, n_layers: int) -> Write:
         name = "blocks.0.resid_pre"
     elif local_name(name) == "resid_post":
         name = f"blocks.{layer_of(name, n_layers) + 1}.resid_pre"
-    return write if name == write.name else Write(
-        name, write.positions, write.rest, write.do, write.kept, write.ungrouped, write.length
-    )  # fmt: skip
+    return write if name == write.name else replace(write, name=name, origin=write.name)
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,22 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from glmlens.activations import Activations
-from glmlens.hooks import Edit, Point
+from glmlens.hooks import Edit, Hooks, Point, pairs
 from glmlens.lens import Lens, Names
 from glmlens.patch.changes import ids
 from glmlens.patch.evaluate import lengths_differ
+from glmlens.patch.running import allowed
 from glmlens.patch.sites import PatchError
 from glmlens.prompt import Prompt
 
-Exchange = Callable[[dict[str, Tensor], Point], Mapping[str, Tensor]]
+Exchange = Callable[[dict[str, Tensor], Point], Mapping[str, Tensor] | Any]
 """From what every world has at a point, [pos, rest] each, to what some of them should have instead."""
 
 
@@ -33,7 +35,7 @@ class Worlds:
 
 def worlds(
     lens: Lens,
-    prompts: Mapping[str, Prompt],
+    prompts: Mapping[str, Prompt] | Any,
     hooks: Mapping[str, Exchange] | Sequence[tuple[str, Exchange]] = (),
     *,
     names: Names = (),
@@ -46,18 +48,25 @@ def worlds(
     one sees what an earlier one did. `names` are recorded, as by `run_with_cache`. Raises PatchError for prompts of
     different lengths, for a world that is not there, and for a hook that changed nothing unless allow="no change".
     """
-    rows = {name: row for name, prompt in prompts.items() for row in ids(lens, prompt)}
+    if not isinstance(prompts, Mapping) or not prompts:
+        raise PatchError('worlds are prompts by name, {"clean": prompt, "patched": prompt}')
+    rows = {}
+    for name, prompt in prompts.items():
+        found = ids(lens, prompt)
+        if len(found) != 1:
+            raise PatchError(f"the world {name!r} is of {len(found)} prompts: give one each")
+        rows[name] = found[0]
     first = next(iter(rows.values()))
     for row in rows.values():
         if len(row) != len(first):
             raise PatchError(lengths_differ(lens, first, row))
     tokens = torch.tensor(list(rows.values()), device=lens.device)
     moved: set[str] = set()
-    listed = list(hooks.items()) if isinstance(hooks, Mapping) else list(hooks)
-    ordinary = [(pattern, exchange(pattern, fn, list(rows), moved)) for pattern, fn in listed]
+    listed, allow = pairs(cast(Hooks, hooks)), allowed(allow)
+    ordinary = [(pattern, exchange(pattern, cast(Exchange, fn), list(rows), moved)) for pattern, fn in listed]
     logits, acts = lens.run_with_cache(tokens, names, ordinary)
     idle = [pattern for pattern, _ in listed if pattern not in moved]
-    if idle and "no change" not in ((allow,) if isinstance(allow, str) else allow):
+    if idle and "no change" not in allow:
         raise PatchError(f"the hook at {idle[0]!r} changed nothing. If that is meant, allow='no change'")
     assert logits is not None
     return Worlds(tuple(rows), dict(zip(rows, logits, strict=True)), acts)
@@ -68,12 +77,20 @@ def exchange(pattern: str, fn: Exchange, names: list[str], moved: set[str]) -> E
 
     def hook(x: Tensor, point: Point) -> Tensor:
         rows = dict(zip(names, x.clone(), strict=True))
-        for name, new in fn(rows, point).items():
+        made: Any = fn(rows, point)
+        if not isinstance(made, Mapping):
+            raise PatchError(
+                f"{point.name}: the hook returned {type(made).__name__}; expected the worlds that change, "
+                "{name: tensor}, or {} for none"
+            )
+        for name, new in made.items():
             if name not in names:
                 raise PatchError(f"no world is called {name!r}; there are {', '.join(names)}")
             row = x[names.index(name)]
-            if new.shape != row.shape or new.dtype != row.dtype:
-                found, expected = (f"{x.dtype} {tuple(x.shape)}" for x in (new, row))
+            if not isinstance(new, Tensor):
+                raise PatchError(f"{point.name}: {type(new).__name__} for {name!r}; expected a tensor")
+            if (new.shape, new.dtype, new.device) != (row.shape, row.dtype, row.device):
+                found, expected = (f"{x.dtype} {tuple(x.shape)} on {x.device}" for x in (new, row))
                 raise PatchError(f"{point.name}: {found} for {name!r}; expected {expected}")
             if not torch.equal(row, new):
                 moved.add(pattern)
