@@ -283,7 +283,7 @@ def pairs(hooks: Any) -> list[tuple[str, Edit]]:
         return []
     if isinstance(hooks, str) or not isinstance(hooks, Iterable):
         raise HookError(f"{SPELLINGS}; got {hooks!r:.80}")
-    listed = list(hooks.items()) if isinstance(hooks, Mapping) else list(hooks)
+    listed: list[Any] = list(hooks.items()) if isinstance(hooks, Mapping) else list(hooks)
     if len(listed) == 2 and isinstance(listed[0], str) and callable(listed[1]):
         raise HookError(f"{SPELLINGS}: put the pair of {listed[0]!r} in a list, hooks=[(name, fn)]")
     for entry in listed:
