@@ -270,11 +270,12 @@ def only(fn: Any, *, steps: Integers = None, positions: Integers = None) -> Only
         raise HookError("only() of an only(): give steps and positions in one call")
     if not callable(fn):
         raise HookError(f"only() restricts an edit, a function fn(x, point); got {fn!r:.80}")
+    edit: Edit = fn
     chosen = [
         None if numbers is None else frozenset(read_integers(numbers, what, error=HookError))
         for numbers, what in ((steps, "steps"), (positions, "positions"))
     ]
-    return Only(fn, *chosen)
+    return Only(edit, *chosen)
 
 
 def pairs(hooks: Any) -> list[tuple[str, Edit]]:
@@ -283,13 +284,14 @@ def pairs(hooks: Any) -> list[tuple[str, Edit]]:
         return []
     if isinstance(hooks, str) or not isinstance(hooks, Iterable):
         raise HookError(f"{SPELLINGS}; got {hooks!r:.80}")
-    listed = list(hooks.items()) if isinstance(hooks, Mapping) else list(hooks)
+    listed: list[Any] = list(hooks.items()) if isinstance(hooks, Mapping) else list(hooks)
     if len(listed) == 2 and isinstance(listed[0], str) and callable(listed[1]):
         raise HookError(f"{SPELLINGS}: put the pair of {listed[0]!r} in a list, hooks=[(name, fn)]")
     for entry in listed:
         if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)):
             raise HookError(f"{SPELLINGS}; got {entry!r:.80}")
-        name, fn = entry
+        name: str = entry[0]
+        fn: Any = entry[1]
         if isinstance(fn, list | tuple):
             raise HookError(f"{name!r} has {len(fn)} hooks: give a pair for each, [({name!r}, first), ...]")
         if not callable(fn):

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Complex, Float
 from torch import Tensor
 
 from glmlens.analysis.passes import recorded
-from glmlens.analysis.rows import Rows, finest, numbers, read_head, read_layer
+from glmlens.analysis.rows import Rows, finest, numbers, read_layer_and_head
 from glmlens.angles import frequencies, magnitude
 from glmlens.hooks import Hooks
 from glmlens.integers import Integer, Integers
@@ -136,7 +136,7 @@ def score_parts(
     several prompts, IndexError for a position that is not there.
     """
     rows = one(lens, prompt)
-    layer, head = read_layer(lens, layer), read_head(lens, head)
+    layer, head = read_layer_and_head(lens, layer, head)
     acts = recorded(rows, head_points(lens, layer), hooks)
     mine = Head.of(lens, acts, layer, head)
     at, keys = rows.columns_of(query), rows.columns_of(key)

@@ -188,6 +188,15 @@ def read_head(lens: Lens, head: Any) -> int:
     return read_integer(head, "head", size=lens.cfg.n_heads, outside=IndexError)
 
 
+def read_layer_and_head(lens: Lens, layer: Any, head: Any) -> tuple[int, int]:
+    """The numbers of a layer and of one of its query heads; IndexError for what is not there."""
+    layer, head = read_integer(layer, "layer"), read_integer(head, "head")
+    layers, heads = lens.cfg.n_layers, lens.cfg.n_heads
+    if not (0 <= layer < layers and 0 <= head < heads):
+        raise IndexError(f"layer {layer}, head {head}; there are {layers} layers of {heads} heads")
+    return layer, head
+
+
 def label(lens: Lens, token: int) -> str:
     return lens.tokenizer.label(token) if lens.tokenizer else f"⟨{token}⟩"
 

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from glmlens.analysis.passes import Memory
-from glmlens.analysis.rows import Token, exact, label, layers_of, numbers, read_head, read_layer
+from glmlens.analysis.rows import Token, exact, label, layers_of, numbers, read_layer_and_head
 from glmlens.hooks import HookError, Hooks, pairs
 from glmlens.integers import Integer, read_integer
 from glmlens.kv_cache import KVCache
@@ -102,7 +102,7 @@ class Timeline:
 
         Raises HookError where an edit changed what attention reads after the cache: record "attn.pattern" then.
         """
-        layer, head = read_layer(self.lens, layer), read_head(self.lens, head)
+        layer, head = read_layer_and_head(self.lens, layer, head)
         for event in self.events:
             if event.point.endswith(UNSEEN) and event.point.startswith(f"blocks.{layer}."):
                 raise HookError(f"{event.what} at {event.point} changed this: record it, names='attn.pattern'")

@@ -27,10 +27,10 @@ def lines(
 
     Numbers with one axis are one line. `limits` are the ends of the upward axis.
     """
-    axes = list_axes(axes)
+    named = list_axes(axes)
     if np.ndim(data.values if isinstance(data, Labelled) else array(data)) == 1:
-        data = single(labelled(data, axes[1:], labels), what)
-    found = labelled(data, axes, labels)
+        data = single(labelled(data, named[1:], labels), what)
+    found = labelled(data, named, labels)
     along = along or found.axes[1]
     if along not in found.axes:
         raise ValueError(f"along {along!r}; this result has {', '.join(found.axes)}")
