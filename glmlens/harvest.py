@@ -86,8 +86,8 @@ class Harvest:
         for shard in self.manifest["shards"]:
             file = open_shard(self.folder, shard)
             rows = file.read(name)
-            if len(rows) != shard["tokens"]:
-                raise FileError(f"{file.path}: {name!r} has {len(rows):,} rows; expected {shard['tokens']:,}")
+            if rows.shape[:1] != (shard["tokens"],):
+                raise FileError(f"{file.path}: {name!r} is {tuple(rows.shape)}; expected {shard['tokens']:,} rows")
             yield rows
 
     def _joined(self, name: str) -> Tensor:
@@ -96,6 +96,8 @@ class Harvest:
         for rows in self.shards(name):
             if not begin:
                 joined = rows.new_empty(len(self), *rows.shape[1:])
+            if rows.shape[1:] != joined.shape[1:] or rows.dtype != joined.dtype:
+                raise FileError(f"{self.folder}: {name!r} is not of one shape and dtype in all shards: harvest again")
             joined[begin : begin + len(rows)] = rows
             begin += len(rows)
         return joined

@@ -119,18 +119,17 @@ class KVCache:
         file = TensorFile(expand_path(path))
         file.expect_format(FORMAT, "is not a KV cache")
         parts = file.read_all("a cache", ("keys", "values", "positions"), ("tokens", "calls"))
-        keys, length = parts["keys"], parts["positions"].shape[-1]
-        shapes = {"keys": tuple(keys.shape), "values": tuple(keys.shape)}
-        shapes |= dict.fromkeys(OF_ENTRIES, (keys.shape[1], length) if keys.ndim == 5 else ())
+        keys = parts["keys"]
+        if keys.ndim != 5 or not keys.is_floating_point():
+            raise FileError(f"{path}: keys: expected layer batch entry kv d, found {keys.dtype} {tuple(keys.shape)}")
         for name, x in parts.items():
-            dtype = keys.dtype if name in ("keys", "values") else torch.long
-            if keys.ndim != 5 or keys.shape[2] != length or not keys.is_floating_point():
-                raise FileError(f"{path}: keys of {keys.dtype} {tuple(keys.shape)} for {length} positions: no KV cache")
-            if tuple(x.shape) != shapes[name] or x.dtype != dtype:
+            of_entries = name in OF_ENTRIES
+            shape, dtype = (keys.shape[1:3], torch.long) if of_entries else (keys.shape, keys.dtype)
+            if x.shape != shape or x.dtype != dtype:
                 raise FileError(
-                    f"{path}: {name}: expected {dtype} {shapes[name]}, found {x.dtype} {tuple(x.shape)}: no KV cache"
+                    f"{path}: {name}: expected {dtype} {tuple(shape)}, found {x.dtype} {tuple(x.shape)}: no KV cache"
                 )
-        return KVCache(**{name: x.to(device) for name, x in parts.items()}, length=length)
+        return KVCache(**{name: x.to(device) for name, x in parts.items()}, length=keys.shape[2])
 
     def fits(self, cfg: GLMConfig, x: Tensor) -> None:
         """Raise ValueError unless this cache can hold what such a model computes from x [batch, pos, model]."""

@@ -370,7 +370,7 @@ def take_lock(path: Path, what: str, error: Error) -> int:
         file = os.open(path, flags, 0o666)
         try:
             lock_file(file, path, what, error)
-            if path.exists() and path.stat().st_ino == os.fstat(file).st_ino:
+            if is_at(file, path):
                 os.ftruncate(file, 0)
                 os.write(file, dump_json({"host": socket.gethostname(), "pid": os.getpid(), "since": time.ctime()}))
                 return file
@@ -378,6 +378,14 @@ def take_lock(path: Path, what: str, error: Error) -> int:
             os.close(file)
             raise
         os.close(file)  # the one before has just ended and taken the name with it: begin again
+
+
+def is_at(file: int, path: Path) -> bool:
+    """Whether an open file still has its name."""
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def lock_file(file: int, path: Path, what: str, error: Error) -> None:

@@ -263,6 +263,20 @@ def test_a_recording_that_is_only_shown_is_not_read(inside, tmp_path, monkeypatc
     assert (repr(again), again.bytes) == (repr(acts), acts.bytes)
 
 
+def test_a_cache_whose_tensors_do_not_fit_together_is_an_error(tmp_path):
+    keys = torch.zeros(2, 1, 3, 2, 4)
+    fitting = {"keys": keys, "values": keys.clone(), "positions": torch.arange(3)[None]}
+    wrong = [("keys", keys[0]), ("keys", keys.long()), ("values", keys[:1]), ("values", keys.double())]
+    wrong += [("positions", torch.tensor(3)), ("positions", torch.arange(2)[None]), ("positions", torch.ones(1, 3))]
+    for name, x in (("calls", torch.zeros(1, 3).long()), *wrong):
+        storage.write_tensors(tmp_path / "kv", fitting | {name: x}, {"format": "glmlens.KVCache"})
+        if name == "calls":
+            assert glmlens.KVCache.load(tmp_path / "kv").length == 3
+        else:
+            with pytest.raises(FileError, match=r"keys: expected layer batch|: no KV cache"):
+                glmlens.KVCache.load(tmp_path / "kv")
+
+
 def test_cells_of_an_older_kind_are_one_clear_error(inside, tmp_path):
     np.savez(tmp_path / "cells.npz", key=np.array([print], dtype=object))
     with pytest.raises(PatchError, match=r"cells.npz: not a whole safetensors file.*: give another file, or remove it"):
