@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -270,12 +270,11 @@ def only(fn: Any, *, steps: Integers = None, positions: Integers = None) -> Only
         raise HookError("only() of an only(): give steps and positions in one call")
     if not callable(fn):
         raise HookError(f"only() restricts an edit, a function fn(x, point); got {fn!r:.80}")
-    edit: Edit = fn
     chosen = [
         None if numbers is None else frozenset(read_integers(numbers, what, error=HookError))
         for numbers, what in ((steps, "steps"), (positions, "positions"))
     ]
-    return Only(edit, *chosen)
+    return Only(cast(Edit, fn), *chosen)
 
 
 def pairs(hooks: Any) -> list[tuple[str, Edit]]:
@@ -296,7 +295,7 @@ def pairs(hooks: Any) -> list[tuple[str, Edit]]:
             raise HookError(f"{name!r} has {len(fn)} hooks: give a pair for each, [({name!r}, first), ...]")
         if not callable(fn):
             raise HookError(f"{SPELLINGS}; got {fn!r:.80} at {name!r}, which is no function")
-        check_signature(name, fn)
+        check_signature(name, cast(Edit, fn))
     return listed
 
 

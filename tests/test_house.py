@@ -11,7 +11,7 @@ import glmlens
 
 PACKAGE = Path(glmlens.__file__).parent
 ORDER = """
-storage integers hooks config hub results tables kv_cache rope model losses angles formats checkpoint generate tokenizer
+errors deprecated storage integers hooks config hub results tables kv_cache rope model losses angles formats checkpoint generate tokenizer
 chat prompt derive activations record check run weights splice running harvest saving lens
 cache.places cache.change cache.move cache.drop cache.graft cache
 tasks.words tasks.task tasks.language tasks.formal tasks
