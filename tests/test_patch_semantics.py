@@ -40,12 +40,11 @@ def some(draw, size, most=3):
     return tuple(sorted(draw.sample(range(size), min(size, draw.randint(1, most)))))
 
 
-def random_site(draw, lens):
-    local = sorted({point.local for point in lens.points()} | {"attn.result"})
+def random_site(draw, local):
     # edits at neighbouring points are asked for often: their order is the forward's
     point = draw.choice([*local, "embed", "resid_pre", "resid_post", "kv.k", "kv.v", "attn.z"])
     where = {}
-    if any(p.local == point and p.layer is not None for p in lens.points()) or point == "attn.result":
+    if point not in ROOT:
         where["layer"] = draw.choice([None, draw.randrange(3), some(draw, 3)])
     if draw.random() < 0.7:
         where["pos"] = draw.choice([some(draw, LENGTH), "end", (draw.randrange(LENGTH - 1), "end")])
@@ -62,7 +61,7 @@ def random_site(draw, lens):
     return site, SIZES[axes[-1]] if last is None else len(last)
 
 
-def random_change(draw, lens, site, width):
+def random_change(draw, site, width):
     vector = tuple(draw.gauss(0, 1) for _ in range(width))
     others = [[draw.randrange(10, 101) for _ in range(LENGTH)] for _ in range(3)]
     ragged = others if "query" in site.axes else [row[:n] for row, n in zip(others, (3, LENGTH, 5), strict=True)]
@@ -78,11 +77,11 @@ def random_change(draw, lens, site, width):
     return draw.choice(kinds)
 
 
-def random_list(draw, lens):
+def random_list(draw, local):
     found = []
     for _ in range(draw.choice((1, 1, 2, 3, 4))):
-        site, width = random_site(draw, lens)
-        found.append(Intervention(site, random_change(draw, lens, site, width)))
+        site, width = random_site(draw, local)
+        found.append(Intervention(site, random_change(draw, site, width)))
     return found
 
 
@@ -117,6 +116,7 @@ def test_a_list_of_interventions_means_the_same_on_every_route(model_type, atten
     """run == evaluate == a generation's prefill, alone and padded == scheduled hooks == the cell of a sweep."""
     draw = random.Random(f"{model_type} {attention} {seed}")
     lens = small_lens(model_type, attention, torch.float64, seed=seed)
+    local = sorted({point.local for point in lens.points()} | {"attn.result"})
     rows, others = prompts(draw)
     everywhere = bool(seed % 2)
     weights = WEIGHTS if everywhere else WEIGHTS[-1:]
@@ -124,7 +124,7 @@ def test_a_list_of_interventions_means_the_same_on_every_route(model_type, atten
     measure = lambda logits: (logits[:, -len(weights) :] * weights).sum((1, 2))  # noqa: E731
     lists = []
     while len(lists) < LISTS:
-        one = random_list(draw, lens)
+        one = random_list(draw, local)
         mixed = by_head_and_by_group(one)
         if mixed:
             with pytest.raises(PatchError, match="both by query head and by group"):
