@@ -23,6 +23,7 @@ class KVCache:
     newest entry stands at -2 - position: nobody sees it, and yet the next one comes after it. Only the first `length`
     entries count. Writing past the capacity doubles it. `tokens` are the ids that entries are of, -1
     where that is unknown, and `calls` the numbers of the calls that wrote them, from 0: in a generation, its steps.
+    `chosen` [batch] is the token that a generation chose last and did not run, -1 after a stop token.
     """
 
     keys: Float[Tensor, "layer batch capacity kv d"]
@@ -31,6 +32,7 @@ class KVCache:
     length: int = 0
     tokens: Int[Tensor, "batch capacity"] = field(default=None)  # type: ignore[assignment]
     calls: Int[Tensor, "batch capacity"] = field(default=None)  # type: ignore[assignment]
+    chosen: Int[Tensor, "batch"] | None = None
 
     def __post_init__(self) -> None:
         if self.tokens is None:
@@ -71,6 +73,7 @@ class KVCache:
         end = self.length + positions.shape[1]
         if end > self.capacity:
             self.grow(max(end, 2 * self.capacity))
+        self.chosen = None
         self.positions[:, self.length : end] = positions
         self.tokens[:, self.length : end] = -1 if tokens is None else tokens
         self.calls[:, self.length : end] = self.calls[:, : self.length].amax() + 1 if self.length else 0
@@ -92,6 +95,7 @@ class KVCache:
             values=self.values.new_zeros(shape),
             positions=self.positions.new_full((self.batch, capacity), -1),
             length=self.length,
+            chosen=None if self.chosen is None else self.chosen.clone(),
         )
         for new, old in ((copy.keys, self.keys), (copy.values, self.values)):
             new[:, :, : self.length] = old[:, :, : self.length]
@@ -103,12 +107,14 @@ class KVCache:
         """Forget all but the first `length` entries of every row."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot truncate to {length}: the cache holds {self.length} entries")
+        self.chosen = self.chosen if length == self.length else None
         self.length = length
 
     def save(self, path: str | Path) -> None:
         """Write the entries to one safetensors file."""
         kept = {"keys": self.keys[:, :, : self.length], "values": self.values[:, :, : self.length]}
         kept |= {name: getattr(self, name)[:, : self.length] for name in OF_ENTRIES}
+        kept |= {} if self.chosen is None else {"chosen": self.chosen}
         save_file({name: t.contiguous() for name, t in kept.items()}, path, {"format": "glmlens.KVCache"})
 
     @staticmethod
