@@ -181,11 +181,16 @@ def make_environment() -> Any:
 def answer_job(template: str, variables: Mapping[str, Any], required: Collection[str]) -> tuple[str, Any]:
     """("rendered", text), ("failed", why), or ("unread", the required variables that are not read, all that are)."""
     try:
-        if required:
-            known = compile_template(template)[1]
-            if unread := sorted(set(required) - known):
-                return "unread", [unread, sorted(known - make_environment().globals.keys())]
-        return "rendered", rendered(template, variables)
+        text = rendered(template, variables)
+        known = compile_template(template)[1] if required else frozenset()
+        unread = set(required) - known
+        # A template may give the name to the tools of a message, and read no others: they would be left out unsaid.
+        if "tools" in required and rendered(template, {**variables, "tools": None}) == text:
+            unread.add("tools")
+            known -= {"tools"}
+        if unread:
+            return "unread", [sorted(unread), sorted(known - make_environment().globals.keys())]
+        return "rendered", text
     except TemplateError as e:
         return "failed", str(e)
 

@@ -59,7 +59,7 @@ def continue_chat(messages: Sequence[Message], row: CachedRow, tokenizer: Tokeni
 
     Raises ValueError where these are not known to be the ids of the whole conversation from there on.
     """
-    ids = tokenizer.encoding(render(messages)).ids
+    ids = tokenizer.encode(render(messages), suffix=False)
     held = row.tokens
     whole = row.whole and (ids[: len(held)] == held or held[: len(ids)] == ids)
     if whole or any(message.get("role") in BEFORE for message in messages):
@@ -86,8 +86,8 @@ def rest_of_whole(ids: list[int], row: CachedRow, tokenizer: Tokenizer, kind: st
         )
     if same == len(ids):
         raise ValueError(
-            f"the KV cache holds all {same} tokens of this {kind} already ({len(held)} entries): pass what comes after "
-            f"them (the whole chat with the answer and the next message), token ids, or run it without kv="
+            f"the KV cache holds all {same} tokens of this {kind} already ({len(held)} entries). To go on, or to say "
+            f"the same again, pass all of it with the answers and what comes next, or token ids; or leave out kv="
         )
     return ids[len(held) :]
 
@@ -105,11 +105,14 @@ def rest_after(messages: Sequence[Message], row: CachedRow, tokenizer: Tokenizer
             "conversation so far is not known: pass the ids that come next"
         )
     text = tokenizer.decode(held)
+    prefix = tokenizer.decode(tokenizer.prefix)
     for past in read_messages(text):
         try:
             whole = render([*past, *messages])
         except TemplateError:
             continue
+        if not whole.startswith(prefix):
+            whole = prefix + whole
         rest = tokenizer.encoding(whole.removeprefix(text)).ids
         ends = tokenizer.encoding(whole).ids[-len(rest) :] == rest
         # Behind a special token nothing is merged with what stands before it.

@@ -83,8 +83,8 @@ class Prompts:
         return tokens.to(device, torch.long), None if mask is None else mask.to(device)
 
     def _chat_ids(self, messages: Sequence[Message], prefix: bool) -> list[int]:
-        """The ids of what the template writes: nothing is put before or behind it, as in transformers."""
-        ids = self._text().encode(self.render(messages), prefix=False)
+        """The ids of what the template writes, with the prefix where it does not write that; nothing behind it."""
+        ids = self._text().encode(self.render(messages), prefix, suffix=False)
         return ids if prefix else self._text().without_prefix(ids)
 
     def continue_prompt(self, prompt: Prompt, kv: KVCache | None) -> Prompt:
@@ -168,7 +168,7 @@ class Prompts:
 
         Before a text stands, once, what its tokenizer puts there (`[gMASK]<sop>`, a BOS, nothing), and behind it what
         it puts there (an EOS, mostly nothing): the ids are those of transformers. With prefix=False there is neither.
-        Before and behind a chat is what its template writes.
+        A chat has the prefix once too, whether or not its template writes it, and nothing behind what that writes.
         """
         return self.to_batch(prompt, prefix)[0]
 

@@ -27,7 +27,7 @@ GLM4_SPLIT = (
 MOST_TOKENS, LONGEST = 1 << 24, 1024  # of a vocabulary; bytes of a token: to find its merges costs their square
 MOST_VALUES = 2_000_000  # GLM-4 has 800,000; to read one that is no tokenizer costs 100 bytes each
 MOST_JSON = 1 << 28  # bytes of a converted one
-SECONDS, MOST_MEMORY = 60.0, 4 << 30  # to read or convert a tokenizer in a child; GLM-4's takes 5 s and 1 GB
+SECONDS, MOST_MEMORY = 30.0, 2 << 30  # to read or convert a tokenizer in a child; GLM-4's takes 5 s and 1 GB
 VETTED = {
     "d114fbae8ca1babcb6a32192910b2cd0cad387e466e0c327c2600fe8ff56b291"
 }  # by sha256: the demo model's, and what this process has tried in a child
@@ -35,6 +35,17 @@ PROBES = ("a", "0", ".", "Mary went to the store in 1785, and", "\n \t\u4f60\u59
 STEMS = ("a", "\n", ".", "0", "(", "\u4f60")  # texts that another may continue
 ROLES = ("system", "user", "assistant", "observation")  # <|user|> and the others begin a turn in every GLM chat
 VISIBLE = {" ": "·", "\n": "↵", "\t": "→", "\r": "␍"}
+
+
+@contextmanager
+def no_panic(where: str) -> Iterator[None]:
+    """Turn a panic of the tokenizers library, which is no Exception, into a ValueError."""
+    try:
+        yield
+    except BaseException as e:
+        if type(e).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizer of this checkpoint broke down {where}: {e}") from e
 
 
 class Tokenizer:
@@ -53,7 +64,7 @@ class Tokenizer:
         self._words: list[str] | None = None
         self.prefix, self.suffix = added_ids(engine)
         self._stem, self._stem_text = self._find_stem()
-        self.adds_space = "".join(self.strings(self.encoding("a").ids)) == " a"
+        self.adds_space = "".join(self.strings(self._probe_ids("a"))) == " a"
 
     @staticmethod
     def from_folder(folder: Path) -> "Tokenizer | None":
@@ -134,6 +145,7 @@ class Tokenizer:
             return self._decode(list(ids), special)
         return self._decode([*self._stem, *ids], special)[len(self._stem_text) :]
 
+    @no_panic("at its vocabulary")
     def settled(self, ids: Sequence[int]) -> Sequence[int]:
         """The first of `ids`, whose text no later token changes: one bad byte makes all in a row unreadable."""
         end = len(ids)
@@ -141,12 +153,19 @@ class Tokenizer:
             end -= 1
         return ids[:end]
 
+    def _probe_ids(self, text: str) -> list[int]:
+        """The ids of a text that this tokenizer may be unable to write: without an unknown token, it has none."""
+        try:
+            return self.encoding(text).ids
+        except Exception:
+            return []
+
     def _find_stem(self) -> tuple[list[int], str]:
         """A token to decode others behind, and its text; neither where texts are just those of their tokens.
 
         Decoders of SentencePiece take a space from the first token. With another token before it, it keeps the space.
         """
-        probed = [i for probe in PROBES for i in self.encoding(probe).ids]
+        probed = dict.fromkeys(i for probe in PROBES for i in self._probe_ids(probe))
         for stem in probed:
             text = self._decode([stem], special=False)
             if text.strip() and "\ufffd" not in text:
@@ -167,11 +186,11 @@ class Tokenizer:
             raise ValueError(f"{text!r} is {len(ids)} tokens, not one: {self.strings(ids)}")
         return ids[0]
 
+    @no_panic("at its vocabulary")
     def word_ids(self) -> list[int]:
         """The ids that are a space and a word, as they stand in the middle of a text."""
         ids = sorted(i for i in self.engine.get_vocab().values() if i not in self.special)
-        with no_panic("at its own vocabulary"):
-            texts = self.engine.decode_batch([[*self._stem, i] for i in ids])
+        texts = self.engine.decode_batch([[*self._stem, i] for i in ids])
         texts = [text[len(self._stem_text) :] for text in texts]
         return [
             i for i, text in zip(ids, texts, strict=True) if text[:1] == " " and len(text) > 2 and text[1:].isalpha()
@@ -183,6 +202,7 @@ class Tokenizer:
             self._words = self.strings(self.word_ids())
         return self._words
 
+    @no_panic("at its vocabulary")
     def fingerprint(self) -> str:
         """12 hex digits that tell this tokenizer from others."""
         return hashlib.sha256(self.engine.to_str().encode()).hexdigest()[:12]
@@ -200,6 +220,7 @@ class Tokenizer:
         labels = [self.label(i) for i in ids]
         return labels if width is None else [t if len(t) <= width else t[: width - 1] + "…" for t in labels]
 
+    @no_panic("at its vocabulary")
     def roles(self, ids: Sequence[int]) -> list[str]:
         """Whose turn each id is in: that of the last role token, which is itself the first of its turn; "" before any.
 
@@ -213,6 +234,7 @@ class Tokenizer:
             found.append(begins.get(i, found[-1]))
         return found[1:]
 
+    @no_panic("at its vocabulary")
     def label(self, i: int) -> str:
         token = self.engine.id_to_token(i)
         if token is None:
@@ -238,22 +260,15 @@ BYTE_OF = {c: b for b, c in byte_alphabet().items()}
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # how SentencePiece writes a byte
 
 
-@contextmanager
-def no_panic(where: str) -> Iterator[None]:
-    """Turn a panic of the tokenizers library, which is no Exception, into a ValueError."""
-    try:
-        yield
-    except BaseException as e:
-        if type(e).__name__ != "PanicException":
-            raise
-        raise ValueError(f"the tokenizer of this checkpoint broke down {where}: {e}") from e
-
-
 def added_ids(engine: Engine) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The ids that the post-processor of `engine` puts before a text and behind it."""
     with no_panic("at its post-processor"):
-        for probe in PROBES:
-            encoded = engine.encode(probe, add_special_tokens=True)
+        words = (engine.id_to_token(i) for i in range(min(100, engine.get_vocab_size())))
+        for probe in (*PROBES, *filter(None, words)):
+            try:
+                encoded = engine.encode(probe, add_special_tokens=True)
+            except Exception:  # a text that it has no tokens for
+                continue
             own = [i for i, sequence in enumerate(encoded.sequence_ids) if sequence is not None]
             if own:
                 return tuple(encoded.ids[: own[0]]), tuple(encoded.ids[own[-1] + 1 :])
@@ -308,10 +323,9 @@ def answer(job: list[Any]) -> tuple[bool, Any]:
                 engine = from_ranks(ranks, None if numbered is None else {int(i): token for i, token in numbered})
                 return True, engine.to_str()
             tokenizer = Tokenizer(Engine.from_str(text))
-            for probe in PROBES:
-                ids = tokenizer.encode(probe)
-                tokenizer.strings(ids)
-                tokenizer.decode(ids)
+            for probe in PROBES:  # what only cannot be written is an error where it is asked for
+                with suppress(ValueError):
+                    tokenizer.decode(tokenizer._probe_ids(probe))
             return True, None
     except Exception as e:
         return False, str(e)
@@ -360,7 +374,8 @@ def converted(path: Path, special: dict[int, str] | None) -> Engine:
         except ChildError as e:
             raise ValueError(f"{path}: not a tokenizer.model that can be converted: {e}") from e
         keep(key, text)
-    return Engine.from_str(text)
+    with no_panic("while it was read"):
+        return Engine.from_str(text)
 
 
 def cache_folder() -> Path:

@@ -9,7 +9,10 @@ from glmlens import cache
 from glmlens.conversation import CachedRow, cached_rows, continue_chat
 from glmlens.tokenizer import Tokenizer
 
-A, B = ({"role": "user", "content": f"What is the {x}?"} for x in ("capital of France", "continent of Greece"))
+A, B, C = (
+    {"role": "user", "content": f"What is the {asked}?"}
+    for asked in ("capital of France", "continent of Greece", "language of Japan")
+)
 PARIS = {"role": "assistant", "content": "Paris."}
 
 
@@ -52,11 +55,15 @@ def test_two_turns_on_one_cache_are_the_whole_conversation(lens, new):
 def test_three_turns_on_one_cache_are_the_whole_conversation(lens):
     one = lens.generate([A], 10)
     two = lens.generate([B], 10, kv=one.kv)
-    three = lens.generate([A], 10, kv=two.kv)  # what was asked before, again
+    three = lens.generate([C], 10, kv=two.kv)
     said = [{"role": "assistant", "content": run.text.strip()} for run in (one, two)]
-    whole = lens.generate([A, said[0], B, said[1], A], 10)
+    whole = lens.generate([A, said[0], B, said[1], C], 10)
     assert three.text == whole.text
     same_memory(three.kv, whole.kv)
+    with pytest.raises(ValueError, match="or to say the same again, pass all of it with the answers"):
+        lens.generate([A], 10, kv=two.kv)  # said again, or the whole chat put in twice? It cannot be known
+    again = lens.generate([A, said[0], B, said[1], A], 10, kv=two.kv)
+    assert again.text == lens.generate([A, said[0], B, said[1], A], 10).text
 
 
 def test_several_conversations_go_on_in_one_batch(lens):
@@ -106,7 +113,7 @@ def test_a_chat_of_another_beginning_is_refused_and_the_cache_stays(lens, messag
     kv = lens.generate([A], 10).kv
     before = entries(kv).clone()
     for prompt in (messages, lens.render(messages)):
-        with pytest.raises(ValueError, match=error.replace("this chat", "this (chat|text)")):
+        with pytest.raises(ValueError, match=error.replace("this chat", "this (chat|text.*)")):
             lens.generate(prompt, 5, kv=kv)
         with pytest.raises(ValueError, match="cache"):
             lens(prompt, kv=kv)
@@ -132,8 +139,8 @@ def test_what_the_template_would_write_otherwise_is_refused_with_what_to_type(le
 
 
 CHATML = (
-    "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
-    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n"
+    "{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPOKEN = {  # what a model of each family says after the cue of its template
@@ -145,17 +152,20 @@ SPOKEN = {  # what a model of each family says after the cue of its template
 }
 
 
+@pytest.mark.parametrize("plain", [False, True])  # whether the prefix is left to the tokenizer
 @pytest.mark.parametrize("default", [False, True])
 @pytest.mark.parametrize("name", SPOKEN)
-def test_the_next_message_is_what_each_published_template_writes(templates, name, default):
+def test_the_next_message_is_what_each_published_template_writes(templates, name, default, plain):
     engine = tokenizer()
     engine.add_special_tokens(["<|system|>", "<|observation|>", "<|im_start|>", "<|im_end|>"])
     text = Tokenizer(engine, CHATML if name == "ChatML" else templates[name])
     here = glmlens.Lens(glmlens.load().model, text)
+    if plain:
+        text.chat_template = text.chat_template.removeprefix("[gMASK]<sop>")
     asked = [{"role": "system", "content": "the store"}] * (not default) + [{"role": "user", "content": "Mary went"}]
     told = [*asked, {"role": "assistant", "content": "to"}, {"role": "user", "content": "John\ngave"}]
-    held = text.encode(here.render(asked) + SPOKEN[name], prefix=False)
-    expected = text.encode(here.render(told), prefix=False)
+    held = text.encode(here.render(asked) + SPOKEN[name])
+    expected = text.encode(here.render(told))
     assert expected[: len(held)] == held
     for cut in (0, 1):
         row = CachedRow(held[: len(held) - cut], held[len(held) - cut :], whole=True)

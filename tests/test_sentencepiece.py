@@ -127,16 +127,16 @@ def test_a_vocabulary_that_merely_has_the_prefix_gets_none():
     assert lens.to_str_tokens([{"role": "user", "content": "Mary"}]) == ["<|user|>", "Mary"]
 
 
-def test_before_a_chat_stands_what_its_template_writes_as_in_transformers(text):
+def test_before_a_chat_stands_the_prefix_once_whether_its_template_writes_it_or_not(text):
     reference = theirs(text.engine)
     messages = [{"role": "user", "content": "Mary went"}, {"role": "assistant", "content": " to"}]
-    for template in (
-        "{% for m in messages %}<s>[{{ m.role }}] {{ m.content }}</s>{% endfor %}",
-        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}",
+    for template, added in (
+        ("{% for m in messages %}<s>[{{ m.role }}] {{ m.content }}</s>{% endfor %}", []),
+        ("{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}", [*text.prefix]),
     ):
         text.chat_template = reference.chat_template = template
         expected = reference.apply_chat_template(messages, return_dict=False)
-        assert lens_of(text).to_tokens(messages)[0].tolist() == expected
+        assert lens_of(text).to_tokens(messages)[0].tolist() == added + expected
 
 
 def test_tokens_keep_their_spaces(text):
