@@ -234,7 +234,7 @@ class Prompts:
         A SentencePiece-like tokenizer leaves out the space of the first token where a text begins.
         """
         ids = torch.as_tensor(tokens)
-        if ids.is_floating_point() or (ids.ndim > 1 and ids.numel() != ids.shape[-1]):
+        if (ids.numel() and ids.is_floating_point()) or (ids.ndim > 1 and ids.numel() != ids.shape[-1]):
             raise ValueError(f"a text is of one row of token ids; got {ids.dtype} {tuple(ids.shape)}")
         decode = self._text().decode_continuation if continues else self._text().decode
         return decode(ids.flatten().tolist())

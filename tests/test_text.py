@@ -268,3 +268,15 @@ def test_prompts_can_be_tested(lens, capsys):
     probs = lens("Mary went to the")[0, -1].softmax(-1)
     i = lens.to_single_token(" store")
     assert f"'·store': rank {int((probs > probs[i]).sum())}, probability {float(probs[i]):.2%}" in said
+
+
+def test_a_text_is_of_one_row_of_ids(lens):
+    tokens = lens.to_tokens("Mary went")
+    assert lens.to_string([]) == ""
+    assert lens.to_string(tokens) == lens.to_string(tokens[0]) == lens.to_string(tokens[0].tolist())
+    with pytest.raises(ValueError, match=r"of one row of token ids; got torch.int64 \(2, 4\)"):
+        lens.to_string(torch.cat([tokens, tokens]))
+    with pytest.raises(ValueError, match=r"got torch\.float32"):
+        lens.to_string(torch.zeros(2))
+    with pytest.raises(ValueError, match="-1 is no token id"):
+        lens.to_string([-1, 3])
