@@ -24,6 +24,7 @@ class KVCache:
     newest entry stands at -2 - position: nobody sees it, and yet the next one comes after it. Only the first `length`
     entries count. Writing past the capacity doubles it. `tokens` are the ids that entries are of, -1
     where that is unknown, and `calls` the numbers of the calls that wrote them, from 0: in a generation, its steps.
+    `chosen` [batch] is the token that a generation chose last and did not run, -1 after a stop token.
     """
 
     keys: Float[Tensor, "layer batch capacity kv d"]
@@ -32,6 +33,7 @@ class KVCache:
     length: int = 0
     tokens: Int[Tensor, "batch capacity"] = field(default=None)  # type: ignore[assignment]
     calls: Int[Tensor, "batch capacity"] = field(default=None)  # type: ignore[assignment]
+    chosen: Int[Tensor, "batch"] | None = None
 
     def __post_init__(self) -> None:
         if self.tokens is None:
@@ -72,6 +74,7 @@ class KVCache:
         end = self.length + positions.shape[1]
         if end > self.capacity:
             self.grow(max(end, 2 * self.capacity))
+        self.chosen = None
         self.positions[:, self.length : end] = positions
         self.tokens[:, self.length : end] = -1 if tokens is None else tokens
         self.calls[:, self.length : end] = self.calls[:, : self.length].amax() + 1 if self.length else 0
@@ -93,6 +96,7 @@ class KVCache:
             values=self.values.new_zeros(shape),
             positions=self.positions.new_full((self.batch, capacity), -1),
             length=self.length,
+            chosen=None if self.chosen is None else self.chosen.clone(),
         )
         for new, old in ((copy.keys, self.keys), (copy.values, self.values)):
             new[:, :, : self.length] = old[:, :, : self.length]
@@ -105,12 +109,14 @@ class KVCache:
         length = read_integer(length, "length")
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot truncate to {length}: the cache holds {self.length} entries")
+        self.chosen = self.chosen if length == self.length else None
         self.length = length
 
     def save(self, path: str | Path) -> None:
         """Write the entries to one safetensors file, whole or not at all."""
         kept = {"keys": self.keys[:, :, : self.length], "values": self.values[:, :, : self.length]}
         kept |= {name: getattr(self, name)[:, : self.length] for name in OF_ENTRIES}
+        kept |= {} if self.chosen is None else {"chosen": self.chosen}
         write_tensors(path, kept, {"format": FORMAT})
 
     @staticmethod
@@ -118,13 +124,13 @@ class KVCache:
         """The cache that `save` wrote. Raises FileNotFoundError, and FileError for a file that is not such a cache."""
         file = TensorFile(expand_path(path))
         file.expect_format(FORMAT, "is not a KV cache")
-        parts = file.read_all("a cache", ("keys", "values", "positions"), ("tokens", "calls"))
+        parts = file.read_all("a cache", ("keys", "values", "positions"), ("tokens", "calls", "chosen"))
         keys = parts["keys"]
         if keys.ndim != 5 or not keys.is_floating_point():
             raise FileError(f"{path}: keys: expected layer batch entry kv d, found {keys.dtype} {tuple(keys.shape)}")
+        expected = dict.fromkeys(OF_ENTRIES, (keys.shape[1:3], torch.long)) | {"chosen": (keys.shape[1:2], torch.long)}
         for name, x in parts.items():
-            of_entries = name in OF_ENTRIES
-            shape, dtype = (keys.shape[1:3], torch.long) if of_entries else (keys.shape, keys.dtype)
+            shape, dtype = expected.get(name, (keys.shape, keys.dtype))
             if x.shape != shape or x.dtype != dtype:
                 raise FileError(
                     f"{path}: {name}: expected {dtype} {tuple(shape)}, found {x.dtype} {tuple(x.shape)}: no KV cache"

@@ -159,8 +159,10 @@ class Lens(Running, Weights):
 
         `hooks` work at every step: `point.step` is 0 for the prompt, `point.positions` are absolute. `names` records
         what really happened, joined over the steps. With `kv`, the prompt is what comes after the cache, which stays
-        as it was. Interrupting returns what there is. Raises HookError (with what there is as its `.run`) for an edit
-        at a step or position that was never reached.
+        as it was: a text or the next message of a chat, behind the token that was chosen last (it is run first), or of
+        a whole chat what the cache does not hold yet. Interrupting returns what there is. Raises HookError (with what
+        there is as its `.run`) for an edit at a step or position that was never reached, ValueError for a chat that
+        the cache does not hold the beginning of.
         """
         return self._start(
             prompt,
@@ -279,7 +281,7 @@ class Lens(Running, Weights):
         self._speaks("test_prompt")
         top = min(read_integer(top, "top", least=1), self.cfg.d_vocab)
         for text in [answer] if isinstance(answer, str) else answer:
-            ids, (tokens, _) = self._text().encode(text, prefix=False), self.to_batch(prompt)
+            ids, (tokens, _) = self._text().encode_continuation(text), self.to_batch(prompt)
             if not ids or tokens.shape[0] != 1:
                 raise ValueError(f"one prompt and an answer of at least one token: got {tokens.shape[0]} and {text!r}")
             whole = torch.cat([tokens, torch.tensor([ids], device=tokens.device)], 1)

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from glmlens import chat
 from glmlens.chat import Message
+from glmlens.conversation import cached_rows, continue_chat, continue_text
 from glmlens.integers import Integer, read_integer
+from glmlens.kv_cache import KVCache
 from glmlens.model import GLM
 from glmlens.tokenizer import Tokenizer
 
@@ -82,8 +84,29 @@ class Prompts:
         return tokens.to(device, torch.long), None if mask is None else mask.to(device)
 
     def _chat_ids(self, messages: Sequence[Message], prefix: bool) -> list[int]:
-        ids = self._text().encode(self.render(messages), prefix)
+        """The ids of what the template writes, with the prefix where it does not write that; nothing behind it."""
+        ids = self._text().encode(self.render(messages), prefix, suffix=False)
         return ids if prefix else self._text().without_prefix(ids)
+
+    def continue_prompt(self, prompt: Prompt, kv: KVCache | None) -> Prompt:
+        """The ids of what a text or a chat comes to after a cache; other prompts as they are.
+
+        A text comes after what the cache holds; so does the next message of a chat, where the template is known to
+        write it in the same way. Of a whole chat, and of a text with the prefix before it, it is what the cache does
+        not hold yet. Raises ValueError where it holds another beginning.
+        """
+        if kv is None or not kv.length or kv.positions.is_meta or isinstance(prompt, Tensor | Rows):
+            return prompt
+        many = list(prompt) if isinstance(prompt, list | tuple) and not is_chat(prompt) else [prompt]
+        rows = cached_rows(kv) if many and all(isinstance(one, str) or is_chat(one) for one in many) else []
+        if len(rows) != len(many):
+            return prompt  # what does not fit is said where it is run
+        return [
+            continue_text(one, row, self._text())
+            if isinstance(one, str)
+            else continue_chat(cast(Sequence[Message], one), row, self._text(), self.render)
+            for one, row in zip(many, rows, strict=True)
+        ]
 
     def render(
         self,
@@ -91,22 +114,34 @@ class Prompts:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool | None = None,
+        continue_final_message: bool | str = False,
         **variables: Any,
     ) -> str:
         """The text of chat messages by the checkpoint's own template, run where it can do no harm.
 
-        By default the assistant is asked to speak next, unless the last message is its own. Other `variables` are the
-        template's, such as enable_thinking. Raises ValueError without a template, TemplateError for one that fails.
+        By default the assistant is asked to speak next, unless the last message is its own. With
+        `continue_final_message` the text ends where the last message does, to be continued; a name is that of the field
+        that is continued, instead of "content". Other `variables` are the template's, such as enable_thinking.
+
+        Raises ValueError without a template, TemplateError for one that fails, TypeError for a variable (or tools) that
+        the template does not read.
         """
         template = self._text().chat_template
         if template is None:
             raise ValueError("this checkpoint has no chat template: write the text of the chat yourself")
-        if not messages:
-            raise ValueError("a chat without messages: give at least one")
-        variables = {"documents": None, **self._text().named, **variables}
+        chat.check_messages(messages)
+        chat.check_tools(tools)
+        required = [*variables, *(["tools"] if tools else [])]
         if add_generation_prompt is None:
-            add_generation_prompt = messages[-1].get("role") != "assistant"
-        return chat.render(template, messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables)
+            add_generation_prompt = not continue_final_message and messages[-1].get("role") != "assistant"
+        variables = {"documents": None, **self._text().named, **variables}
+        variables |= {"tools": tools, "add_generation_prompt": add_generation_prompt}
+        if not continue_final_message:
+            return chat.render(template, messages, required, **variables)
+        if add_generation_prompt:
+            raise ValueError("add_generation_prompt begins a message after the one that continue_final_message goes on")
+        field = continue_final_message if isinstance(continue_final_message, str) else "content"
+        return chat.render_open(template, messages, field, required, **variables)
 
     def _written_padding(self, tokens: Tensor) -> Tensor | None:
         prefix = torch.tensor(self.tokenizer.prefix if self.tokenizer else (), device=tokens.device)
@@ -130,11 +165,16 @@ class Prompts:
             raise ValueError(f"token ids run from {found}; this model has 0 to {self.model.cfg.d_vocab - 1}")
 
     def to_tokens(self, prompt: Prompt, prefix: bool = True) -> Int[Tensor, "batch pos"]:
-        """Token ids [batch, pos] of text, with `[gMASK]<sop>` once before each; `to_batch` gives their mask too."""
+        """Token ids [batch, pos]; `to_batch` gives their mask too.
+
+        Before a text stands, once, what its tokenizer puts there (`[gMASK]<sop>`, a BOS, nothing), and behind it what
+        it puts there (an EOS, mostly nothing): the ids are those of transformers. With prefix=False there is neither.
+        A chat has the prefix once too, whether or not its template writes it, and nothing behind what that writes.
+        """
         return self.to_batch(prompt, prefix)[0]
 
     def to_single_token(self, text: str) -> int:
-        """The one id of `text`; ValueError showing its tokens when it is not one."""
+        """The one id of `text`, as it is written: " Mary" with its space; ValueError showing its tokens if not one."""
         return self._text().single(text)
 
     def to_answer(self, answer: str | Integer) -> int:
@@ -161,7 +201,11 @@ class Prompts:
         return self.tokenizer.label(answer) if self.tokenizer else f"⟨{answer}⟩"
 
     def to_str_tokens(self, prompt: Prompt, prefix: bool = True) -> list[str] | list[list[str]]:
-        """Each token's text: a list, or for several prompts a list of lists without their padding."""
+        """Each token's text: a list, or for several prompts a list of lists without their padding.
+
+        It is the text that the token has in the middle of others: with the space that it begins with, also where a
+        SentencePiece-like tokenizer has put that space before the text.
+        """
         tokens, mask = self.to_batch(prompt, prefix)
         real = tokens >= 0 if mask is None else mask.bool()
         rows = [self._text().strings(row[keep].tolist()) for row, keep in zip(tokens, real, strict=True)]
@@ -186,14 +230,26 @@ class Prompts:
             raise ValueError(f"roles are for one prompt, not {tokens.shape[0]}")
         return self._text().roles(tokens[0].tolist())
 
-    def to_string(self, tokens: Tensor | Sequence[int]) -> str:
-        """The text of one row of token ids."""
-        return self._text().decode(torch.as_tensor(tokens).flatten().tolist())
+    def to_string(self, tokens: Tensor | Sequence[int], continues: bool = False) -> str:
+        """The text of one row of token ids, as it is where a text begins, or where it `continues` another one.
+
+        A SentencePiece-like tokenizer leaves out the space of the first token where a text begins.
+        """
+        ids = torch.as_tensor(tokens)
+        if (ids.numel() and ids.is_floating_point()) or (ids.ndim > 1 and ids.numel() != ids.shape[-1]):
+            raise ValueError(f"a text is of one row of token ids; got {ids.dtype} {tuple(ids.shape)}")
+        decode = self._text().decode_continuation if continues else self._text().decode
+        return decode(ids.flatten().tolist())
 
     def _text(self) -> Tokenizer:
         if self.tokenizer is None:
             raise ValueError("this checkpoint has no tokenizer.json: pass token ids, a LongTensor [batch, pos]")
         return self.tokenizer
+
+
+def is_chat(prompt: object) -> bool:
+    """Whether this is a list of messages."""
+    return isinstance(prompt, list | tuple) and bool(prompt) and all(isinstance(m, Mapping) for m in prompt)
 
 
 def padded(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor | None]:

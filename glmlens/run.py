@@ -50,12 +50,14 @@ class Going:
     last: int = 0  # how many tokens there can be at most
     said: tuple[int, ...] = ()  # by its one row before it began, where a stop string may have begun
     of: Of | None = None
+    chosen: Int[Tensor, "batch"] | None = None  # the last real token of every row
 
     def __iter__(self) -> Iterator[Step]:
         """Every step, once it is whole; at the end, HookError for an edit that never came to hold."""
         for step in self.steps:
             self.recorder.commit()
             self.tokens = torch.cat([self.tokens, step.tokens[:, None]], 1)
+            self.chosen = step.tokens if self.chosen is None else torch.where(step.live, step.tokens, self.chosen)
             yield step
         self.recorder.plan.finish(self.recorder.current)
 
@@ -69,9 +71,12 @@ class Going:
             return []
         new = self.tokens[:, self.prompt_length :].tolist()
         ends = [next((i for i, token in enumerate(row) if token in self.stop_ids), len(row)) for row in new]
-        texts = [self.tokenizer.decode(row[:end], special=False) for row, end in zip(new, ends, strict=True)]
+        done = whole or self.tokens.shape[1] == self.last or bool(self.stopped().all())
+        rows = [row[:end] for row, end in zip(new, ends, strict=True)]
+        rows = rows if done else [self.tokenizer.settled(row) for row in rows]
+        texts = [self.tokenizer.decode_continuation(row, special=False) for row in rows]
         texts = [up_to(self.stop_strings, text) for text in texts]
-        if whole or self.tokens.shape[1] == self.last or bool(self.stopped().all()):
+        if done:
             return texts
         return [self.settled(text.rstrip("\ufffd")) for text in texts]
 
@@ -89,7 +94,9 @@ class Going:
     def said_enough(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch"]:
         """Where a row has said one of the stop strings."""
         assert self.tokenizer is not None
-        texts = [self.tokenizer.decode([*self.said, *row]) for row in tokens[:, self.prompt_length :].tolist()]
+        texts = [
+            self.tokenizer.decode_continuation([*self.said, *row]) for row in tokens[:, self.prompt_length :].tolist()
+        ]
         return torch.tensor([any(s in text for s in self.stop_strings) for text in texts], device=tokens.device)
 
     def whole(self) -> Run:
@@ -110,6 +117,9 @@ class Going:
         stopped = stopped or ("stop" if bool(self.stopped().all()) else "max_new_tokens")
         covered = self.start + self.tokens.shape[1] - 1  # an interrupted step may have run and chosen nothing
         self.kv.truncate(min(self.kv.length, covered))
+        if self.chosen is not None and self.kv.length == covered:
+            stop = torch.tensor(self.stop_ids, dtype=torch.long, device=self.chosen.device)
+            self.kv.chosen = self.chosen.masked_fill(torch.isin(self.chosen, stop), -1)
         text = texts[0] if len(texts) == 1 else texts or None
         acts = self.recorder.activations(self.of_what_was_run())
         return Run(self.tokens, text, acts, self.kv, self.prompt_length, stopped)

@@ -283,6 +283,7 @@ class Running(Prompts):
         if prompt is None or (isinstance(prompt, Tensor) and prompt.is_floating_point()):
             return prompt if prompt is None else prompt.to(self.device)
         kv = forward.get("kv")
+        prompt = self.continue_prompt(prompt, kv)
         tokens, mask = self.to_batch(prompt, prefix=kv is None or kv.length == 0)
         if forward.get("attention_mask") is None and mask is not None:
             forward["attention_mask"] = mask

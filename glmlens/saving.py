@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from tokenizers import Tokenizer as Engine
-from tokenizers import processors
 from torch import Tensor
 
 from glmlens.config import SCALINGS, GLMConfig
 from glmlens.formats import BASE, names_of
 from glmlens.model import GLM
 from glmlens.storage import dump_json, refuse_strange, sync_path
-from glmlens.tokenizer import PREFIX, Tokenizer
+from glmlens.tokenizer import Tokenizer
 
 SHARD = 5_000_000_000  # bytes of a file of weights
 CLASSES = {"vocab": "ForCausalLM", "sequence": "ForSequenceClassification", "token": "ForTokenClassification"}
@@ -126,11 +124,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, source: Path | None) -> 
             if (source / name).exists():
                 shutil.copyfile(source / name, folder / name)
         return
-    engine = Engine.from_str(tokenizer.engine.to_str())
-    if tokenizer.prefix:
-        pieces = list(zip(PREFIX, tokenizer.prefix, strict=True))
-        engine.post_processor = processors.TemplateProcessing(f"{' '.join(PREFIX)} $A", special_tokens=pieces)
-    engine.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.engine.to_str(pretty=True), encoding="utf-8")
     stated = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left", **tokenizer.named}
     chat = {} if tokenizer.chat_template is None else {"chat_template": tokenizer.chat_template}
     write_json(folder / "tokenizer_config.json", {**stated, **chat})

@@ -1,16 +1,19 @@
-"""Text to token ids and back, with the `[gMASK]<sop>` prefix of a GLM exactly once."""
+"""Text to token ids and back, with what the checkpoint's tokenizer puts before a text (`[gMASK]<sop>`) exactly once."""
 
 import base64
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Engine
+
+from glmlens.child import Child, ChildError
 
 PREFIX = ("[gMASK]", "<sop>")
 GLM4_SPECIAL = [
@@ -23,15 +26,34 @@ GLM4_SPLIT = (
 )
 MOST_TOKENS, LONGEST = 1 << 24, 1024  # of a vocabulary; bytes of a token: to find its merges costs their square
 MOST_VALUES = 2_000_000  # GLM-4 has 800,000; to read one that is no tokenizer costs 100 bytes each
+MOST_JSON = 1 << 28  # bytes of a converted one
+SECONDS, MOST_MEMORY = 30.0, 2 << 30  # to read or convert a tokenizer in a child; GLM-4's takes 5 s and 1 GB
+VETTED = {
+    "d114fbae8ca1babcb6a32192910b2cd0cad387e466e0c327c2600fe8ff56b291"
+}  # by sha256: the demo model's, and what this process has tried in a child
+PROBES = ("a", "0", ".", "Mary went to the store in 1785, and", "\n \t\u4f60\u597d\U0001f600", "a" * 1000)
+STEMS = ("a", "\n", ".", "0", "(", "\u4f60")  # texts that another may continue
 ROLES = ("system", "user", "assistant", "observation")  # <|user|> and the others begin a turn in every GLM chat
 VISIBLE = {" ": "·", "\n": "↵", "\t": "→", "\r": "␍"}
+
+
+@contextmanager
+def no_panic(where: str) -> Iterator[None]:
+    """Turn a panic of the tokenizers library, which is no Exception, into a ValueError."""
+    try:
+        yield
+    except BaseException as e:
+        if type(e).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizer of this checkpoint broke down {where}: {e}") from e
 
 
 class Tokenizer:
     """A checkpoint's tokenizer and its chat template, if it has one.
 
-    `prefix` holds the ids of `[gMASK]<sop>`, which a GLM sees before every text, or nothing when the vocabulary has
-    none.
+    `prefix` holds the ids that its post-processor puts before every text, such as `[gMASK]<sop>` or a BOS, and `suffix`
+    those behind it, such as an EOS: what transformers puts there, for which the tokenizer.json alone counts (not
+    add_bos_token or add_eos_token of a tokenizer_config.json). Either is empty where there are none.
     """
 
     def __init__(self, engine: Engine, chat_template: str | None = None, named: dict[str, str] | None = None):
@@ -39,9 +61,10 @@ class Tokenizer:
         engine.no_truncation()
         self.engine, self.chat_template, self.named = engine, chat_template, named or {}
         self.special = frozenset(engine.get_added_tokens_decoder())
-        ids = [i for token in PREFIX if (i := engine.token_to_id(token)) is not None]
         self._words: list[str] | None = None
-        self.prefix: tuple[int, ...] = tuple(ids) if len(ids) == len(PREFIX) else ()
+        self.prefix, self.suffix = added_ids(engine)
+        self._stem, self._stem_text = self._find_stem()
+        self.adds_space = "".join(self.strings(self._probe_ids("a"))) == " a"
 
     @staticmethod
     def from_folder(folder: Path) -> "Tokenizer | None":
@@ -53,6 +76,9 @@ class Tokenizer:
             raise ValueError(f"{stated}: not readable as JSON: {e}") from e
         if not isinstance(config, dict):
             raise ValueError(f"{stated}: expected an object, found {type(config).__name__}")
+        spelt = {name: config.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        texts = {name: t.get("content") if isinstance(t, dict) else t for name, t in spelt.items()}
+        named = {name: text for name, text in texts.items() if isinstance(text, str)}
         path, ranks = folder / "tokenizer.json", folder / "tokenizer.model"
         if path.exists():
             engine = read_engine(path)
@@ -60,50 +86,112 @@ class Tokenizer:
             engine = converted(ranks, special_tokens(config, stated))
         else:
             return None
-        spelt = {name: config.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        texts = {name: t.get("content") if isinstance(t, dict) else t for name, t in spelt.items()}
-        named = {name: text for name, text in texts.items() if isinstance(text, str)}
         return Tokenizer(engine, chat_template(folder, config), named)
 
-    def encode(self, text: str, prefix: bool = True) -> list[int]:
-        """The ids of `text`: with the prefix before it exactly once, or just as it is written."""
+    def encode(self, text: str, prefix: bool = True, suffix: bool | None = None) -> list[int]:
+        """The ids of `text` as it is written, with the prefix before it and the suffix behind it exactly once each.
+
+        Without `prefix` there is neither; `suffix=False` leaves out the suffix alone, for a text that goes on.
+        """
         ids = self.encoding(text).ids
-        written = tuple(ids[: len(self.prefix)]) == self.prefix
-        return [*self.prefix, *ids] if prefix and not written else ids
+        before = self.prefix if prefix and tuple(ids[: len(self.prefix)]) != self.prefix else ()
+        behind = self.suffix if (prefix if suffix is None else suffix) else ()
+        if behind and tuple(ids[-len(behind) :]) == behind:
+            behind = ()
+        return [*before, *ids, *behind]
 
     def encoding(self, text: str) -> Any:
         """What the engine makes of `text`; ValueError if its rules come to no end, as regular expressions can."""
-        try:
+        with no_panic(f"at {text!r:.80}"):
             return self.engine.encode(text, add_special_tokens=False)
-        except BaseException as e:  # a panic of the engine is no Exception
-            if type(e).__name__ != "PanicException":
-                raise
-            raise ValueError(f"the tokenizer of this checkpoint broke down at {text!r:.80}: {e}") from e
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """The ids of `text` where it continues another one.
+
+        A SentencePiece-like tokenizer puts a space before every text. It does not stand between a text and its
+        continuation: " Mary" is the token with a space and "Mary" the one without.
+        """
+        plain = self.encoding(text).ids
+        if not self.adds_space or not text:
+            return plain
+        continued = None
+        for stem in STEMS:
+            before, ids = self.encoding(stem).ids, self.encoding(stem + text).ids
+            if ids[: len(before)] == before:
+                continued = continued or ids[len(before) :]
+                if "".join(self.strings(ids[len(before) :])) == text:
+                    return ids[len(before) :]
+        return continued or plain
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """The ids of `text`, and the characters [start, end) that each stands for: none for a prefix that is added."""
+        """The ids of `text`, and the characters [start, end) that each stands for: none for a prefix that is added.
+
+        Without the suffix: what is asked about such a text goes on.
+        """
         encoded = self.encoding(text)
-        added = len(self.encode(text)) - len(encoded.ids)
+        added = len(self.encode(text, suffix=False)) - len(encoded.ids)
         return [*self.prefix[:added], *encoded.ids], [(0, 0)] * added + encoded.offsets
 
     def without_prefix(self, ids: list[int]) -> list[int]:
         return ids[len(self.prefix) :] if tuple(ids[: len(self.prefix)]) == self.prefix else ids
 
     def decode(self, ids: Sequence[int], special: bool = True) -> str:
-        """The text of `ids`, with or without special tokens."""
-        return self.engine.decode(list(ids), skip_special_tokens=not special)
+        """The text of `ids`, with or without special tokens, as it is where a text begins."""
+        return self._decode(list(ids), special)
+
+    def decode_continuation(self, ids: Sequence[int], special: bool = True) -> str:
+        """The text of `ids` where they continue another text: a space that the first begins with is part of it."""
+        if not self._stem_text:
+            return self._decode(list(ids), special)
+        return self._decode([*self._stem, *ids], special)[len(self._stem_text) :]
+
+    @no_panic("at its vocabulary")
+    def settled(self, ids: Sequence[int]) -> Sequence[int]:
+        """The first of `ids`, whose text no later token changes: one bad byte makes all in a row unreadable."""
+        end = len(ids)
+        while end and BYTE_TOKEN.fullmatch(self.engine.id_to_token(ids[end - 1]) or ""):
+            end -= 1
+        return ids[:end]
+
+    def _probe_ids(self, text: str) -> list[int]:
+        """The ids of a text that this tokenizer may be unable to write: without an unknown token, it has none."""
+        try:
+            return self.encoding(text).ids
+        except Exception:
+            return []
+
+    def _find_stem(self) -> tuple[list[int], str]:
+        """A token to decode others behind, and its text; neither where texts are just those of their tokens.
+
+        Decoders of SentencePiece take a space from the first token. With another token before it, it keeps the space.
+        """
+        probed = dict.fromkeys(i for probe in PROBES for i in self._probe_ids(probe))
+        for stem in probed:
+            text = self._decode([stem], special=False)
+            if text.strip() and "\ufffd" not in text:
+                alike = all(self._decode([stem, i]) == text + self._decode([i]) for i in probed)
+                return ([], "") if alike else ([stem], text)
+        return [], ""
+
+    def _decode(self, ids: list[int], special: bool = True) -> str:
+        if ids and min(ids) < 0:
+            raise ValueError(f"{min(ids)} is no token id: padding and unknown tokens of a cache have no text")
+        with no_panic(f"at the ids {ids!r:.80}"):
+            return self.engine.decode(ids, skip_special_tokens=not special)
 
     def single(self, text: str) -> int:
         """The one id of `text`, without prefix; ValueError showing the tokens when it is not one."""
-        ids = self.encode(text, prefix=False)
+        ids = self.encode_continuation(text)
         if len(ids) != 1:
             raise ValueError(f"{text!r} is {len(ids)} tokens, not one: {self.strings(ids)}")
         return ids[0]
 
+    @no_panic("at its vocabulary")
     def word_ids(self) -> list[int]:
         """The ids that are a space and a word, as they stand in the middle of a text."""
         ids = sorted(i for i in self.engine.get_vocab().values() if i not in self.special)
-        texts = self.engine.decode_batch([[i] for i in ids])
+        texts = self.engine.decode_batch([[*self._stem, i] for i in ids])
+        texts = [text[len(self._stem_text) :] for text in texts]
         return [
             i for i, text in zip(ids, texts, strict=True) if text[:1] == " " and len(text) > 2 and text[1:].isalpha()
         ]
@@ -114,13 +202,14 @@ class Tokenizer:
             self._words = self.strings(self.word_ids())
         return self._words
 
+    @no_panic("at its vocabulary")
     def fingerprint(self) -> str:
         """12 hex digits that tell this tokenizer from others."""
         return hashlib.sha256(self.engine.to_str().encode()).hexdigest()[:12]
 
     def strings(self, ids: Sequence[int]) -> list[str]:
-        """Each id decoded by itself."""
-        return [self.decode([i]) for i in ids]
+        """Each id decoded by itself, as it stands in the middle of a text: with the space that it begins with."""
+        return [self.decode_continuation([i]) for i in ids]
 
     def labels(self, ids: Sequence[int], width: int | None = None) -> list[str]:
         """Each id as people can see it: spaces and newlines drawn, bytes of half a character in hex.
@@ -131,6 +220,7 @@ class Tokenizer:
         labels = [self.label(i) for i in ids]
         return labels if width is None else [t if len(t) <= width else t[: width - 1] + "…" for t in labels]
 
+    @no_panic("at its vocabulary")
     def roles(self, ids: Sequence[int]) -> list[str]:
         """Whose turn each id is in: that of the last role token, which is itself the first of its turn; "" before any.
 
@@ -144,13 +234,16 @@ class Tokenizer:
             found.append(begins.get(i, found[-1]))
         return found[1:]
 
+    @no_panic("at its vocabulary")
     def label(self, i: int) -> str:
         token = self.engine.id_to_token(i)
         if token is None:
             return f"⟨{i}⟩"
         if i in self.special:
             return token
-        text = self.decode([i])
+        text = self.decode_continuation([i])
+        if "\ufffd" in text and BYTE_TOKEN.fullmatch(token):
+            return f"⟨{token[3:5]}⟩"
         if "\ufffd" in text and all(c in BYTE_OF for c in token):
             return "⟨" + " ".join(f"{BYTE_OF[c]:02X}" for c in token) + "⟩"
         return "".join(VISIBLE.get(c, c) for c in text)
@@ -164,15 +257,78 @@ def byte_alphabet() -> dict[int, str]:
 
 
 BYTE_OF = {c: b for b, c in byte_alphabet().items()}
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # how SentencePiece writes a byte
+
+
+def added_ids(engine: Engine) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that the post-processor of `engine` puts before a text and behind it."""
+    with no_panic("at its post-processor"):
+        words = (engine.id_to_token(i) for i in range(min(100, engine.get_vocab_size())))
+        for probe in (*PROBES, *filter(None, words)):
+            try:
+                encoded = engine.encode(probe, add_special_tokens=True)
+            except Exception:  # a text that it has no tokens for
+                continue
+            own = [i for i, sequence in enumerate(encoded.sequence_ids) if sequence is not None]
+            if own:
+                return tuple(encoded.ids[: own[0]]), tuple(encoded.ids[own[-1] + 1 :])
+    return (), ()
 
 
 def read_engine(path: Path) -> Engine:
-    if (values := path.read_bytes().count(b",")) > MOST_VALUES:
+    """The tokenizer of a tokenizer.json, which a child process reads before this one does.
+
+    Raises ValueError for one that cannot be read, and for one that ends or holds up the process that reads it.
+    """
+    data = path.read_bytes()
+    if (values := data.count(b",")) > MOST_VALUES:
         raise ValueError(f"{path}: a tokenizer.json of {values:,} values; expected at most {MOST_VALUES:,}")
     try:
-        return Engine.from_file(str(path))
+        text = data.decode("utf-8")
+        vet(text)
+        with no_panic("while it was read"):
+            return Engine.from_str(text)
     except Exception as e:  # tokenizers raises nothing narrower
         raise ValueError(f"{path}: not a tokenizer.json that the tokenizers library can read: {e}") from e
+
+
+def vet(text: str) -> None:
+    """Raise ValueError unless a child process can read this tokenizer.json, and use it on a few texts."""
+    key = hashlib.sha256(text.encode("utf-8")).hexdigest()
+    if key not in VETTED:
+        ask_child(["read", text])
+        VETTED.add(key)
+
+
+def ask_child(job: list[Any]) -> Any:
+    """What a child process makes of a stranger's tokenizer; ValueError where it ends, hangs, or finds it bad."""
+    child = Child("tokenizer", MOST_MEMORY, MOST_JSON)
+    try:
+        said, result = child.ask(job, SECONDS)
+    finally:
+        child.close()
+    if not said:
+        raise ValueError(result)
+    return result
+
+
+def answer(job: list[Any]) -> tuple[bool, Any]:
+    """What the child answers: whether all went well, and the converted tokenizer or what is wrong."""
+    kind, text, *rest = job
+    try:
+        with no_panic("while it was read"):
+            if kind == "convert":
+                path, numbered = rest
+                ranks = ranks_of(text.encode("latin-1"), Path(path))
+                engine = from_ranks(ranks, None if numbered is None else {int(i): token for i, token in numbered})
+                return True, engine.to_str()
+            tokenizer = Tokenizer(Engine.from_str(text))
+            for probe in PROBES:  # what only cannot be written is an error where it is asked for
+                with suppress(ValueError):
+                    tokenizer.decode(tokenizer._probe_ids(probe))
+            return True, None
+    except Exception as e:
+        return False, str(e)
 
 
 def chat_template(folder: Path, config: dict[str, Any]) -> str | None:
@@ -204,21 +360,58 @@ def special_tokens(config: dict[str, Any], path: Path) -> dict[int, str] | None:
 def converted(path: Path, special: dict[int, str] | None) -> Engine:
     """The tokenizer of a tiktoken-style tokenizer.model, which takes seconds to make and is kept in the user's cache.
 
+    What is kept has the hash of its content in its name: cut, unreadable or altered, it is made again. Without a place
+    to keep it, it is made each time.
+
     Raises ValueError for a file of another kind, such as the SentencePiece model of ChatGLM2 and ChatGLM3.
     """
     data = path.read_bytes()
-    name = hashlib.sha256(data + json.dumps(special, sort_keys=True).encode() + b"1").hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glmlens" / "tokenizers"
-    kept = cache / f"{name}.json"
-    if kept.exists():
-        return read_engine(kept)
-    engine = from_ranks(ranks_of(data, path), special)
-    with suppress(OSError):  # where the cache cannot be written, it is made again next time
+    key = hashlib.sha256(data + json.dumps(special, sort_keys=True).encode() + b"2").hexdigest()[:32]
+    if (text := read_kept(key)) is None:
+        numbered = None if special is None else list(special.items())
+        try:
+            text = ask_child(["convert", data.decode("latin-1"), str(path), numbered])
+        except ChildError as e:
+            raise ValueError(f"{path}: not a tokenizer.model that can be converted: {e}") from e
+        keep(key, text)
+    with no_panic("while it was read"):
+        return Engine.from_str(text)
+
+
+def cache_folder() -> Path:
+    """Where converted tokenizers are kept; OSError without a home."""
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        return base / "glmlens" / "tokenizers"
+    except RuntimeError as e:
+        raise OSError("no home folder") from e
+
+
+def read_kept(key: str) -> str | None:
+    """What `keep` kept by this key, if it is still what it was."""
+    with suppress(OSError, UnicodeDecodeError):
+        for path in cache_folder().glob(f"{key}-*.json"):
+            if path.is_file() and path.stat().st_size <= MOST_JSON:
+                data = path.read_bytes()
+                if path.stem == f"{key}-{hashlib.sha256(data).hexdigest()[:32]}":
+                    return data.decode("utf-8")
+    return None
+
+
+def keep(key: str, text: str) -> None:
+    """Write a tokenizer to the user's cache, whole or not at all; where it cannot be written, go on without."""
+    data = text.encode("utf-8")
+    with suppress(OSError):
+        cache = cache_folder()
         cache.mkdir(parents=True, exist_ok=True)
-        new = cache / f"{name}.{os.getpid()}.new"
-        new.write_text(engine.to_str(), encoding="utf-8")
-        os.replace(new, kept)
-    return engine
+        new = cache / f"{key}.{os.getpid()}.new"
+        try:
+            new.write_bytes(data)
+            for bad in cache.glob(f"{key}-*.json"):
+                bad.unlink()
+            os.replace(new, cache / f"{key}-{hashlib.sha256(data).hexdigest()[:32]}.json")
+        finally:
+            new.unlink(missing_ok=True)
 
 
 def ranks_of(data: bytes, path: Path) -> dict[bytes, int]:
@@ -262,6 +455,9 @@ def from_ranks(ranks: dict[bytes, int], special: dict[int, str] | None = None) -
     numbered = special or {len(ranks) + i: token for i, token in enumerate(GLM4_SPECIAL)}
     tokens = [AddedToken(numbered[i], special=True, normalized=False) for i in sorted(numbered)]
     engine.add_special_tokens(tokens)
+    pieces = [(token, i) for token in PREFIX for i, known in numbered.items() if known == token]
+    if len(pieces) == len(PREFIX):  # THUDM's ChatGLM4Tokenizer puts it before every text, and no file says so
+        engine.post_processor = processors.TemplateProcessing(single=[*PREFIX, "$A"], special_tokens=pieces)
     for i, token in numbered.items():
         if engine.token_to_id(token) != i:
             raise ValueError(f"special token {token!r} is said to be {i}, but follows the vocabulary at another place")

@@ -123,6 +123,90 @@ def test_coloured_tokens_say_who_speaks(lens):
         plot.tokens([1.0, 2.0], ["a", "b"], roles=["user"])
 
 
+CONTINUED = [
+    [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A begins"}],
+    [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A begins \n"}],
+    [{"role": "user", "content": "A"}, {"role": "assistant", "content": [{"type": "text", "text": "A"}]}],
+]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "stripping", "ending"])
+def test_a_final_message_is_continued_as_in_transformers(templates, name):
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    others = {
+        "stripping": "{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}\n{% endfor %}",
+        "ending": "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>\n{% endfor %}",
+    }
+    template = (templates | others)[name]
+    here = glmlens.Lens(glmlens.load().model, Tokenizer(tokenizer(), template))
+    for messages in CONTINUED[: 3 if name == "GLM-4.6" else 2]:
+        (expected,), _ = render_jinja_template([messages], chat_template=template, continue_final_message=True)
+        assert here.render(messages, continue_final_message=True) == expected
+    assert here.render(CONTINUED[0], continue_final_message="content").endswith("A begins")
+    assert CONTINUED[0][1] == {"role": "assistant", "content": "A begins"}
+
+
+def test_what_cannot_be_continued_is_an_error(lens):
+    spoken = CONTINUED[0]
+    with pytest.raises(ValueError, match="begins a message after the one that continue_final_message goes on"):
+        lens.render(spoken, continue_final_message=True, add_generation_prompt=True)
+    with pytest.raises(ValueError, match="the last message has no 'reasoning' with a text to continue"):
+        lens.render(spoken, continue_final_message="reasoning")
+    with pytest.raises(ValueError, match="does not write the 'thought' of the last message"):
+        lens.render([spoken[0], {**spoken[1], "thought": "x"}], continue_final_message="thought")
+
+
+def test_a_word_that_the_template_does_not_read_is_an_error(templates):
+    def render(name, messages=MESSAGES, **words):
+        text = Tokenizer(tokenizer(), templates[name])
+        return glmlens.Lens(glmlens.load().model, text).render(messages, **words)
+
+    assert render("GLM-4.6", enable_thinking=False) != render("GLM-4.6")
+    for words in ({"enable_thinkin": False}, {"add_special_tokens": True}, {"tokenize": True}, {"enable_thinking": 0}):
+        name = "GLM-4.6" if "enable_thinking" not in words else "GLM-4-0414"
+        with pytest.raises(
+            TypeError, match=rf"reads no '{next(iter(words))}'; it reads .*add_generation_prompt.*tools"
+        ):
+            render(name, **words)
+    assert "# Tools" in render("GLM-4.6", tools=TOOLS)
+    for name in ("glm-edge-chat", "glm-4-9b-chat"):
+        with pytest.raises(TypeError, match=r"reads no 'tools'; .* of a message, pass \{\"role\": \"system\""):
+            render(name, tools=TOOLS)
+        assert render(name, tools=None) == render(name, tools=[]) == render(name)
+    system = {"role": "system", "content": "", "tools": TOOLS}
+    assert "## add" in render("glm-4-9b-chat", [system, *MESSAGES[1:]])
+
+
+def test_what_is_no_tool_and_no_message_is_an_error(lens):
+    lens.tokenizer.chat_template, kept = "{{ tools }}{{ messages }}", lens.tokenizer.chat_template
+    for tools in ("add", TOOLS[0], [add_tool], ["add"], [{"type": 1}], [{"function": {}}], 3, {"add"}):
+        with pytest.raises(TypeError, match=r"tools.* is .*; expected"):
+            chat.check_tools(tools)
+    with pytest.raises(TypeError, match=r"tools.* is .*; expected"):
+        lens.render(MESSAGES, tools=[{"function": {}}])
+    for tools in (TOOLS, [ADD], [{"type": "python"}], tuple(TOOLS)):
+        assert lens.render(MESSAGES, tools=tools)
+    lens.tokenizer.chat_template = kept
+    for messages, error in (
+        (MESSAGES[0], "one chat message; a chat is a list of them"),
+        ("hello", "a chat is a list of messages; got str"),
+        ([["a"]], "message 0 is a list"),
+        ([{"from": "human", "value": "U"}], "message 0 has 'from', 'value'; expected 'role', 'content'"),
+        ([], "a chat without messages"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=error):
+            chat.check_messages(messages)
+    with pytest.raises(TypeError, match="chat messages and the variables of a template are text"):
+        lens.render([{"role": "user", "content": {1, 2}}])
+    with pytest.raises(ValueError, match="message 0 has 'from', 'value'"):
+        lens.render([{"from": "human", "value": "U"}])
+
+
+def add_tool(a: int) -> int:
+    return a
+
+
 HOSTILE = [
     "{{ cycler.__init__.__globals__.os.system('true') }}",
     "{{ messages.__class__.__base__.__subclasses__() }}",

@@ -8,6 +8,7 @@ import torch
 from conftest import small_config
 from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Engine
+from tokenizers.processors import TemplateProcessing
 
 import glmlens
 from glmlens import chat
@@ -32,6 +33,9 @@ def tokenizer(prefix=True):
     engine = Engine(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
     engine.pre_tokenizer, engine.decoder = spell, decoders.ByteLevel()
     engine.add_special_tokens(special)
+    if prefix:
+        ids = [(token, engine.token_to_id(token)) for token in ("[gMASK]", "<sop>")]
+        engine.post_processor = TemplateProcessing(single="[gMASK] <sop> $A", special_tokens=ids)
     return engine
 
 
@@ -64,11 +68,8 @@ def test_the_prefix_is_there_exactly_once_whatever_the_route(lens):
 
 
 def test_a_post_processor_does_not_add_a_second_prefix():
-    from tokenizers.processors import TemplateProcessing
-
     engine = tokenizer()
     ids = [(t, engine.token_to_id(t)) for t in ("[gMASK]", "<sop>")]
-    engine.post_processor = TemplateProcessing(single="[gMASK] <sop> $A", special_tokens=ids)
     assert Tokenizer(engine).encode("Mary") == [ids[0][1], ids[1][1], engine.token_to_id("Mary")]
     assert Tokenizer(engine).encode("Mary", prefix=False) == [engine.token_to_id("Mary")]
 
@@ -267,3 +268,15 @@ def test_prompts_can_be_tested(lens, capsys):
     probs = lens("Mary went to the")[0, -1].softmax(-1)
     i = lens.to_single_token(" store")
     assert f"'·store': rank {int((probs > probs[i]).sum())}, probability {float(probs[i]):.2%}" in said
+
+
+def test_a_text_is_of_one_row_of_ids(lens):
+    tokens = lens.to_tokens("Mary went")
+    assert lens.to_string([]) == ""
+    assert lens.to_string(tokens) == lens.to_string(tokens[0]) == lens.to_string(tokens[0].tolist())
+    with pytest.raises(ValueError, match=r"of one row of token ids; got torch.int64 \(2, 4\)"):
+        lens.to_string(torch.cat([tokens, tokens]))
+    with pytest.raises(ValueError, match=r"got torch\.float32"):
+        lens.to_string(torch.zeros(2))
+    with pytest.raises(ValueError, match="-1 is no token id"):
+        lens.to_string([-1, 3])

@@ -67,7 +67,7 @@ def answer(story: Story, prompt: str) -> None:
 
 
 def label_of(lens: Lens, i: int) -> str:
-    return repr(lens.to_string([i])) if lens.tokenizer else str(i)
+    return repr(lens.tokenizer.strings([i])[0]) if lens.tokenizer else str(i)
 
 
 def giving(story: Story) -> None:

@@ -176,7 +176,7 @@ class Recording:
         """Whether what was said has ended with a stop id or a stop string."""
         said = [moment.token for moment in self.moments]
         ids, strings = self.lens.stops(self.options.get("stop_ids"), self.options.get("stop_strings"))
-        text = self.lens.to_string(said) if strings else ""
+        text = self.lens.to_string(said, continues=True) if strings else ""
         return bool(said) and (said[-1] in ids or any(s in text for s in strings))
 
     def noted(self, start: int) -> list[tuple[str, Edit]]:

@@ -55,7 +55,7 @@ class Timeline:
     def text(self) -> str:
         """What was said, with the stop token, if one ended it, and without the stop string."""
         _, strings = self.lens.stops(stop_strings=self.options.get("stop_strings"))
-        return up_to(strings, self.lens.to_string(self.tokens))
+        return up_to(strings, self.lens.to_string(self.tokens, continues=True))
 
     @property
     def logits(self) -> Float[Tensor, "step vocab"]:

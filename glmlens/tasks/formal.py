@@ -67,9 +67,8 @@ def draw_greater_than(draw: random.Random, tokenizer: Tokenizer | None) -> Item:
     century, year = draw.randrange(11, 20), draw.randrange(2, 98)
     start = f"{century}{year:02}"
     tokenizer = known(tokenizer)
-    pieces = {
-        f"{century}{y:02}": tokenizer.strings(tokenizer.encode(f"{century}{y:02}", prefix=False)) for y in range(100)
-    }
+    years = [f"{century}{y:02}" for y in range(100)]
+    pieces = {later: tokenizer.strings(tokenizer.encode_continuation(later)) for later in years}
     shown = ""
     for piece in pieces[start]:
         if len(shown) >= 2:

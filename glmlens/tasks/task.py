@@ -281,7 +281,7 @@ def located(said: Said, tokenizer: Tokenizer) -> tuple[list[int], dict[str, int]
 
 def answer_id(text: str, tokens: list[int], answer: str, tokenizer: Tokenizer) -> int:
     """The one token that continues `tokens` when the text goes on with `answer`."""
-    ids = tokenizer.encode(text + answer)
+    ids = tokenizer.encode(text + answer, suffix=False)
     if ids[:-1] != tokens:
         shown = tokenizer.strings(ids[max(0, len(tokens) - 1) :])
         raise Unaskable("an answer of several tokens", f"{answer!r} after {text[-20:]!r} is {shown}")
