@@ -11,8 +11,8 @@ import glmlens
 
 PACKAGE = Path(glmlens.__file__).parent
 ORDER = """
-hooks config hub results tables kv_cache rope model losses angles formats checkpoint generate tokenizer chat prompt
-derive activations record check run weights splice running harvest saving lens
+hooks config hub results tables keywords kv_cache rope model losses angles formats checkpoint generate tokenizer chat
+prompt_kinds prompt derive activations record check run weights splice running harvest saving lens
 cache.places cache.change cache.move cache.drop cache.graft cache
 tasks.words tasks.task tasks.language tasks.formal tasks
 analysis.rows analysis.pattern analysis.logit_lens analysis.residual analysis.parts analysis.attribution
@@ -31,7 +31,9 @@ demo.world demo.vocabulary demo.train demo.circuits demo.history demo.card demo.
 course.quote course course.verdict lab cli
 """.split()
 ORDER += sorted(f"course.{path.stem}" for path in PACKAGE.glob("course/check_*.py"))  # a tutorial brings its own
-ALONE = ["hooks", "config", "results", "tokenizer", "chat", "page", "lab", "tasks.words"]  # import nothing of ours
+ALONE = """
+hooks config results keywords prompt_kinds tokenizer chat page lab tasks.words
+""".split()  # import nothing of ours
 
 
 def modules():

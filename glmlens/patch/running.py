@@ -145,7 +145,8 @@ def run(
     asked = [interventions] if isinstance(interventions, Intervention) else list(interventions)
     applied = Applied.to(lens, asked, len(tokens), {"end": len(tokens) - 1, **(names or {})})
     row = torch.tensor([tokens], device=lens.device)
-    logits = lens.run_with_hooks(row, applied.hooks, kv=applied.kv(1, len(tokens)))
+    kv = applied.kv(1, len(tokens))
+    logits = lens.run_with_hooks(row, applied.hooks, kv=kv, attention_mask=torch.ones_like(row))
     applied.finish((allow,) if isinstance(allow, str) else allow)
     return logits
 

@@ -219,7 +219,7 @@ def timeline(
     this run cannot have.
     """
     tokens, mask = lens.to_batch(prompt)
-    if tokens.shape[0] != 1 or mask is not None:
+    if tokens.shape[0] != 1 or (mask is not None and not bool(mask.all())):
         raise ValueError(f"a timeline is of one prompt without padding, not of {tokens.shape[0]}")
     unknown = sorted({"kv", "attention_mask"} & set(options))
     if unknown:

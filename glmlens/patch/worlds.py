@@ -10,8 +10,8 @@ from torch import Tensor
 from glmlens.activations import Activations
 from glmlens.hooks import Edit, Point
 from glmlens.lens import Lens, Names
-from glmlens.patch.changes import ids
 from glmlens.patch.evaluate import lengths_differ
+from glmlens.patch.running import one_prompt
 from glmlens.patch.sites import PatchError
 from glmlens.prompt import Prompt
 
@@ -46,7 +46,7 @@ def worlds(
     one sees what an earlier one did. `names` are recorded, as by `run_with_cache`. Raises PatchError for prompts of
     different lengths, for a world that is not there, and for a hook that changed nothing unless allow="no change".
     """
-    rows = {name: row for name, prompt in prompts.items() for row in ids(lens, prompt)}
+    rows = {name: one_prompt(lens, prompt)[0] for name, prompt in prompts.items()}
     first = next(iter(rows.values()))
     for row in rows.values():
         if len(row) != len(first):
@@ -55,7 +55,7 @@ def worlds(
     moved: set[str] = set()
     listed = list(hooks.items()) if isinstance(hooks, Mapping) else list(hooks)
     ordinary = [(pattern, exchange(pattern, fn, list(rows), moved)) for pattern, fn in listed]
-    logits, acts = lens.run_with_cache(tokens, names, ordinary)
+    logits, acts = lens.run_with_cache(tokens, names, ordinary, attention_mask=torch.ones_like(tokens))
     idle = [pattern for pattern, _ in listed if pattern not in moved]
     if idle and "no change" not in ((allow,) if isinstance(allow, str) else allow):
         raise PatchError(f"the hook at {idle[0]!r} changed nothing. If that is meant, allow='no change'")
