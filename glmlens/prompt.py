@@ -44,21 +44,20 @@ class Prompts:
     pad_id: int
 
     def to_batch(
-        self, prompt: Prompt, prefix: bool = True, attention_mask: Tensor | None = None
+        self,
+        prompt: Prompt,
+        prefix: bool = True,
+        attention_mask: Tensor | None = None,
+        *,
+        may_be_open: bool = False,
     ) -> tuple[Int[Tensor, "batch pos"], Tensor | None]:
         """Token ids [batch, pos], left-padded, and their attention mask (None where there is no padding).
 
         Token ids pass unchanged. In them, padding ids right before the model's prefix are padding. A row that begins
         with the padding id and goes on without the prefix could be either: ValueError, unless `attention_mask`, or that
-        of a mapping, says it. The mask is also given, all ones, where the ids alone would leave that open. Raises
-        TypeError for what is no prompt; see `prompt_kinds`.
+        of a mapping, says it, or `may_be_open` takes them for tokens. The mask is also given, all ones, where the ids
+        alone would leave that open. Raises TypeError for what is no prompt; see `prompt_kinds`.
         """
-        return self._read(prompt, prefix, attention_mask)
-
-    def _read(
-        self, prompt: Prompt, prefix: bool, attention_mask: Tensor | None = None, may_be_open: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """`to_batch`; with `may_be_open`, ids that could be padding count as tokens and raise nothing."""
         found, device = read_prompt(prompt), self.model.ln_final.weight.device
         if isinstance(found, Texts):
             rows = [TokenRow(torch.tensor(self._text().encode(text, prefix)).long()) for text in found.texts]
@@ -173,7 +172,7 @@ class Prompts:
         seen a lens raises ValueError.
         """
         refuse_keywords("to_tokens", unknown, ["prompt", "prefix"])
-        tokens, mask = self._read(prompt, prefix, may_be_open=True)
+        tokens, mask = self.to_batch(prompt, prefix, may_be_open=True)
         if mask is not None and not isinstance(prompt, Tensor):
             setattr(tokens, "attention_mask", mask)  # noqa: B010 - torch's types know no such attribute
         return tokens
@@ -209,14 +208,14 @@ class Prompts:
     ) -> list[str] | list[list[str]]:
         """Each token's text: a list, or for several prompts a list of lists without their padding."""
         refuse_keywords("to_str_tokens", unknown, ["prompt", "prefix"])
-        tokens, mask = self._read(prompt, prefix, may_be_open=True)
+        tokens, mask = self.to_batch(prompt, prefix, may_be_open=True)
         real = tokens >= 0 if mask is None else mask.bool()
         rows = [self._text().strings(row[keep].tolist()) for row, keep in zip(tokens, real, strict=True)]
         return rows[0] if len(rows) == 1 else rows
 
     def to_labels(self, prompt: Prompt, width: int | None = None, prefix: bool = True) -> list[str]:
         """A label for every token of one prompt, for people to read: ids without a token have one too."""
-        tokens, _ = self._read(prompt, prefix, may_be_open=True)
+        tokens, _ = self.to_batch(prompt, prefix, may_be_open=True)
         if tokens.shape[0] != 1:
             raise ValueError(f"labels are for one prompt, not {tokens.shape[0]}")
         if self.tokenizer is None:
@@ -228,7 +227,7 @@ class Prompts:
 
         "" stands before the first turn. ValueError for a vocabulary without role tokens.
         """
-        tokens, _ = self._read(prompt, prefix, may_be_open=True)
+        tokens, _ = self.to_batch(prompt, prefix, may_be_open=True)
         if tokens.shape[0] != 1:
             raise ValueError(f"roles are for one prompt, not {tokens.shape[0]}")
         return self._text().roles(tokens[0].tolist())

@@ -228,7 +228,7 @@ class Running(Prompts):
 
     def points(self, prompt: Prompt | None = None) -> Points:
         """The catalogue of points alive in this model, with shapes for `prompt` (by default one token)."""
-        shape = (1, 1) if prompt is None else self.to_batch(prompt)[0].shape
+        shape = (1, 1) if prompt is None else self.to_batch(prompt, may_be_open=True)[0].shape
         return Points(self._catalogue(*shape).values())
 
     def check(
@@ -294,7 +294,7 @@ class Running(Prompts):
             return
         batch, pos, _ = entering.shape
         type_this = f"pass attention_mask=torch.ones({batch}, {pos}) where none are, or that of lens.to_batch(texts)"
-        if forward.get("start_layer", 0):
+        if forward.get("start_layer", 0) > 0:
             if batch > 1:
                 raise ValueError(
                     f"a residual stream of {batch} rows that enters layer {forward.get('start_layer')}: which of its "

@@ -134,11 +134,12 @@ def test_heads_sum_to_what_attention_writes(tokens):
 
 def test_a_run_can_start_from_the_residual_stream_and_stop_before_a_layer(any_lens, tokens):
     full = any_lens(tokens)
-    resid = any_lens(tokens, stop_layer=2)
-    assert torch.equal(any_lens(resid, start_layer=2), full)
-    assert torch.equal(any_lens(any_lens(tokens, stop_layer=1), start_layer=1, stop_layer=2), resid)
+    resid, mask = any_lens(tokens, stop_layer=2), torch.ones_like(tokens)
+    assert torch.equal(any_lens(resid, start_layer=2, attention_mask=mask), full)
+    entering = any_lens(tokens, stop_layer=1)
+    assert torch.equal(any_lens(entering, start_layer=1, stop_layer=2, attention_mask=mask), resid)
     last = any_lens(tokens, stop_layer=any_lens.cfg.n_layers)
-    assert torch.equal(any_lens(last, start_layer=any_lens.cfg.n_layers), full)
+    assert torch.equal(any_lens(last, start_layer=any_lens.cfg.n_layers, attention_mask=mask), full)
 
 
 def test_a_run_over_part_of_the_layers_reads_the_cache_and_leaves_it(lens, tokens):
@@ -147,7 +148,8 @@ def test_a_run_over_part_of_the_layers_reads_the_cache_and_leaves_it(lens, token
     lens(tokens[:, :6], kv=kv)
     resid = lens(tokens, stop_layer=1)[:, 6:]
     for _ in range(2):
-        assert_close(lens(resid, start_layer=1, kv=kv), full[:, 6:], rtol=0, atol=1e-5 * float(full.abs().max()))
+        found = lens(resid, start_layer=1, kv=kv, attention_mask=torch.ones(2, 3))
+        assert_close(found, full[:, 6:], rtol=0, atol=1e-5 * float(full.abs().max()))
         assert kv.length == 6
 
 
