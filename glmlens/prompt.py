@@ -24,6 +24,8 @@ Prompt = (
     | Sequence[Message]
     | Sequence[Sequence[Message]]
     | Sequence[Tensor]
+    | Sequence[np.integer]
+    | Sequence[np.ndarray]
     | Mapping[str, Any]
     | Tensor
     | np.ndarray

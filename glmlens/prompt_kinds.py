@@ -79,6 +79,39 @@ def read_prompt(prompt: Any) -> Texts | Chats | TokenRows:
     return read_list(prompt)
 
 
+def read_prompts(prompts: Any) -> Iterable[Any]:
+    """Return any number of prompts to be taken one by one: an iterable of texts, chats or rows of token ids.
+
+    Raises TypeError for what would be taken apart into something else: a text into letters, a chat into messages, a row
+    of ids into ids, a mapping into its keys.
+    """
+    several = "prompts are a list or an iterator of texts, chats or rows of token ids"
+    if isinstance(prompts, Rows) and isinstance(prompts.tokens, list):
+        return prompts.tokens
+    if isinstance(prompts, (Mapping, set, frozenset, *NOT_LISTS)) or not isinstance(prompts, Iterable):
+        hint = ": put one prompt in a list, [prompt]" if isinstance(prompts, Mapping | str) else ""
+        raise TypeError(f"{several}; got {type(prompts).__name__} {prompts!r:.80}{hint}")
+    if isinstance(prompts, Tensor | np.ndarray) and prompts.ndim == 1:
+        raise TypeError(f"{several}; got one row of ids: put it in a list, [prompt]")
+    if is_array(prompts) and kept_mask(prompts) is not None:  # its rows alone would not say what is padding
+        return [row.ids if row.mask is None else row.ids[row.mask.bool()] for row in read_array(prompts)]
+    return prompts
+
+
+def check_one_prompt(prompt: Any, number: int) -> None:
+    """Raise TypeError for an element of many prompts that is not one prompt of its own."""
+    kind = kind_of(prompt)
+    if kind == "a message":
+        chat = "it is a message, and a chat is a list of messages"
+        what = chat if "role" in prompt else no_prompt(prompt)
+    elif kind == "a token id":
+        what = "it is a token id, and a prompt is a list of them"
+    else:
+        what = None if kind else no_prompt(prompt)
+    if what is not None:
+        raise TypeError(f"prompt {number}: {what}")
+
+
 def read_list(prompt: Sequence[Any]) -> Texts | Chats | TokenRows:
     """Return what a list is, all of whose elements must be of one kind."""
     if not len(prompt):
@@ -246,7 +279,7 @@ def plain_data(prompt: Any) -> Any:
         return {name: plain_data(value) for name, value in prompt.items()}
     if isinstance(prompt, np.generic):
         return prompt.item()
-    return [plain_data(element) for element in prompt] if isinstance(prompt, list | tuple) else prompt
+    return type(prompt)(map(plain_data, prompt)) if type(prompt) in (list, tuple) else prompt
 
 
 def is_part(part: Any) -> bool:
