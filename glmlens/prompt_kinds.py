@@ -219,10 +219,16 @@ def read_ids(value: Any, name: str, boolean: bool = False) -> list[TokenRow]:
     if is_array(value):
         return read_array(value)
     if isinstance(value, Sequence) and not isinstance(value, NOT_LISTS) and len(value):
-        found = read_list([[*map(int, row)] if isinstance(row, list | tuple) else row for row in value])
+        found = read_list(numbers_of_truth(value) if boolean else value)
         if isinstance(found, TokenRows):
             return found.rows
     raise TypeError(f"{name} of a prompt: expected rows of whole numbers, got {type(value).__name__} {value!r:.60}")
+
+
+def numbers_of_truth(mask: Sequence[Any]) -> list[Any]:
+    """A mask in lists, with 1 for True and 0 for False."""
+    rows = [numbers_of_truth(row) if isinstance(row, list | tuple) else row for row in mask]
+    return [int(x) if isinstance(x, bool) else x for x in rows]
 
 
 def refuse_padding_elsewhere(mask: Tensor, row: int) -> None:

@@ -271,7 +271,7 @@ class Running(Prompts):
             raise TypeError("no prompt: give text, chat messages, token ids, or inputs_embeds=")
         for name in ("position_ids", "attention_mask", "inputs_embeds"):
             if (given := forward.get(name)) is not None:
-                forward[name] = given.to(self.device)
+                forward[name] = given.to(self.device, torch.long if name == "attention_mask" else None)
         kv = forward.get("kv")
         if prompt is None or (isinstance(prompt, Tensor) and prompt.is_floating_point() and prompt.ndim == 3):
             entering = cast(Tensor, forward.get("inputs_embeds") if prompt is None else prompt.to(self.device))

@@ -24,7 +24,7 @@ WORDS = (" Mary", " John")  # the metric is the difference of their logits
 ZERO = patch.Intervention(patch.Site("resid_pre", layer=1), patch.Zero())
 
 
-def lens_of_words(prefix=True, **changes):
+def lens_of_words(prefix=True, dtype=torch.float32, **changes):
     """A small model under the tokenizer of a few words, with or without a prefix."""
     torch.manual_seed(0)
     engine = tokenizer(prefix)
@@ -34,7 +34,7 @@ def lens_of_words(prefix=True, **changes):
         for p in model.parameters():
             if p.ndim > 1:
                 p.mul_(10)
-    return glmlens.Lens(model, Tokenizer(engine))
+    return glmlens.Lens(model.to(dtype), Tokenizer(engine))
 
 
 def harvested(lens, prompt):
