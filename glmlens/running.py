@@ -348,7 +348,7 @@ def count_positions(entering: Tensor, kv: KVCache | None, mask: Tensor | None) -
         new = entering.shape[1] if entering.ndim > 1 else 0
     else:
         new = int(mask.bool().sum(1).max())
-    return new if kv is None or not kv.length else new + int(kv.next_positions().max())
+    return new if kv is None or not kv.length or kv.positions.is_meta else new + int(kv.next_positions().max())
 
 
 def frames_of_package() -> int:

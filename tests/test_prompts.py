@@ -25,8 +25,8 @@ def words():
 
 @pytest.fixture(scope="module")
 def bare():
-    """A lens whose tokenizer puts nothing before a text."""
-    return lens_of_words(prefix=False)
+    """A lens whose tokenizer puts nothing before a text; beside longer prompts sums round otherwise, so in float64."""
+    return lens_of_words(False, torch.float64)
 
 
 def close(found, expected):
@@ -132,9 +132,10 @@ def test_messages_as_templates_take_them_are_messages(message):
     assert check_messages([message]) == [message]
 
 
-@pytest.mark.parametrize(
-    "message", [{"role": "user"}, {"role": "tool", "content": {"a": 1}}, {"content": "a"}, {"role": 3}]
-)
+OTHER_MESSAGES = [{"role": "user"}, {"role": "tool", "content": {"a": 1}}, {"content": "a"}, {"role": 3}]
+
+
+@pytest.mark.parametrize("message", OTHER_MESSAGES, ids=str)
 def test_other_messages_are_refused_before_a_template_makes_them_empty(words, message):
     with pytest.raises(TypeError, match="message 0 of a chat"):
         check_messages([message])
@@ -151,13 +152,9 @@ def test_other_messages_are_refused_before_a_template_makes_them_empty(words, me
 TEXTS = [TEXT, "Mary went to", OTHER, "John"]
 
 
-def one_by_one(lens, function):
-    return [function(lens, text) for text in TEXTS]
-
-
 @pytest.mark.parametrize("prefix", [True, False], ids=["prefix", "no prefix"])
 def test_tokens_of_several_texts_are_run_as_each_text_alone(prefix):
-    lens = lens_of_words(prefix)
+    lens = lens_of_words(prefix, torch.float64)
     tokens = lens.to_tokens(TEXTS)
     assert torch.equal(tokens.attention_mask, lens.to_batch(TEXTS)[1])
     together, log_probs = lens(tokens), lens.log_probs(tokens)
@@ -167,31 +164,23 @@ def test_tokens_of_several_texts_are_run_as_each_text_alone(prefix):
     total = count = 0
     for row, text in enumerate(TEXTS):
         alone, n = lens(text), lens.to_tokens(text).shape[1]
-        assert_close(together[row, -n:], alone[0], rtol=0, atol=2e-5)
-        assert_close(
-            recorded[:, row, -n:], lens.run_with_cache(text, "resid_post")[1]["resid_post"][:, 0], rtol=0, atol=2e-5
-        )
+        assert_close(together[row, -n:], alone[0], rtol=0, atol=1e-9)
+        acts = lens.run_with_cache(text, "resid_post")[1]
+        assert_close(recorded[:, row, -n:], acts["resid_post"][:, 0], rtol=0, atol=1e-9)
         assert torch.equal(run.new_tokens[row], lens.generate(text, 4, stop_ids=()).new_tokens[0])
         expected = patch.evaluate(lens, text, [[prompt_table.ZERO]], (" Mary", " John"), progress=False)
-        assert_close(measured[:, row], expected[:, 0], rtol=0, atol=2e-5)
+        assert_close(measured[:, row], expected[:, 0], rtol=0, atol=1e-9)
         if n > 1:
             each = lens.log_probs(text)[0]
-            assert_close(log_probs[row, log_probs.shape[1] - n + 1 :], each, rtol=0, atol=2e-5)
+            assert_close(log_probs[row, log_probs.shape[1] - n + 1 :], each, rtol=0, atol=1e-9)
             total, count = total - float(each.sum()), count + n - 1
     assert float(lens.loss(tokens)) == pytest.approx(total / count, abs=1e-5)
 
 
 def test_ids_that_could_begin_with_padding_are_refused_where_nothing_says_it(bare):
     tokens, mask = bare.to_batch(TEXTS)
-    loose = (
-        tokens,
-        tokens.numpy(),
-        tokens.tolist(),
-        tokens[1:2],
-        list(bare.to_tokens(TEXTS)),
-        bare.to_tokens(TEXTS)[:, :-1],
-    )
-    for ids in loose:
+    sliced = bare.to_tokens(TEXTS)[:, :-1]
+    for ids in (tokens, tokens.numpy(), tokens.tolist(), tokens[1:2], list(tokens), sliced):
         for run in (bare, bare.loss, bare.log_probs, bare.generate, lambda p: patch.Mean.of_prompts(bare, p)):
             with pytest.raises(ValueError, match="whether they are padding cannot be seen"):
                 run(ids)
@@ -202,12 +191,13 @@ def test_ids_that_could_begin_with_padding_are_refused_where_nothing_says_it(bar
         bare(TEXTS, attention_mask=torch.ones_like(tokens))
 
 
-def test_padding_before_the_prefix_is_seen_in_slices_lists_and_arrays(words):
+def test_padding_before_the_prefix_is_seen_in_slices_lists_and_arrays():
+    words = lens_of_words(True, torch.float64)
     tokens = words.to_tokens(TEXTS)
     together = words(TEXTS)
     for ids in (tokens.clone(), tokens.tolist(), tokens.numpy(), list(tokens)):
-        assert_close(words(ids), together, rtol=0, atol=1e-5)
-    assert_close(words(tokens[1:2])[0, -5:], words(TEXTS[1])[0], rtol=0, atol=1e-5)
+        assert_close(words(ids), together, rtol=0, atol=1e-9)
+    assert_close(words(tokens[1:2])[0, -5:], words(TEXTS[1])[0], rtol=0, atol=1e-9)
 
 
 def test_a_prefix_that_is_the_padding_id_is_told_from_padding():
@@ -268,8 +258,6 @@ def test_embeddings_that_begin_with_that_of_padding_say_whether_they_are_padded(
 def test_a_mask_of_ones_is_no_mask(attention, tokens):
     lens = small_lens("glm", attention)
     assert torch.equal(lens(tokens, attention_mask=torch.ones_like(tokens)), lens(tokens))
-    with pytest.raises(ValueError, match="attention_mask is"):
-        lens(tokens, attention_mask=torch.ones(1, 9))
 
 
 # ---- hooks and keywords ----
@@ -322,11 +310,11 @@ def test_a_keyword_of_another_library_is_answered_with_ours(words, call, keyword
 def test_a_run_beyond_the_context_warns_once_for_every_lens():
     lens, tokens = small_lens(max_position_embeddings=8), torch.arange(2, 12)[None]
     lens(tokens[:, :8])
-    with pytest.warns(UserWarning, match=r"10 tokens.*context is 8 \(max_position_embeddings\)") as said:
+    with pytest.warns(UserWarning, match=r"10 tokens.*context is 8 \(max_position_embeddings\)"):
         lens(tokens)
-        lens.run_with_cache(tokens)
-    assert len(said) == 1
-    assert said[0].filename == __file__
+    lens.run_with_cache(tokens)  # a warning would be an error
+    with pytest.warns(UserWarning, match="10 tokens"):
+        small_lens(max_position_embeddings=8).check(tokens, "all")
 
 
 def test_a_generation_warns_at_the_step_that_passes_the_context():
@@ -382,7 +370,7 @@ def test_a_harvest_of_ids_in_any_form_is_that_of_the_texts(bare, tmp_path):
     for name, prompts in ways.items():
         found = bare.harvest(prompts, "resid_post", tmp_path / name)
         assert torch.equal(found.tokens, expected.tokens)
-        assert_close(found["resid_post", 2], expected["resid_post", 2], rtol=0, atol=1e-5)
+        assert_close(found["resid_post", 2], expected["resid_post", 2], rtol=0, atol=1e-9)
     long = [list(range(2, 100)) * 20 for _ in range(2)]
     long[1][1000] = 1  # printed in short, two long tensors look alike
     bare.harvest([{"input_ids": torch.tensor(long[0])}], "ln_final.scale", tmp_path / "long")
