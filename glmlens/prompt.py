@@ -25,6 +25,7 @@ Prompt = (
     | Sequence[Sequence[Message]]
     | Sequence[Tensor]
     | Sequence[np.integer]
+    | Sequence[Sequence[np.integer]]
     | Sequence[np.ndarray]
     | Mapping[str, Any]
     | Tensor
