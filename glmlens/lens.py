@@ -348,6 +348,9 @@ class Lens(Running, Weights):
             raise ValueError("this model has no class head: it was saved as a language model or without a head")
         forward: Forward = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         tokens = self._inputs(prompt, forward)
+        if forward.get("attention_mask") is None:  # it was looked at once: for the run below nothing is left open
+            entering = cast(Tensor, forward.get("inputs_embeds") if tokens is None else tokens)
+            forward["attention_mask"] = torch.ones(entering.shape[:2], dtype=torch.long, device=entering.device)
         logits = self.run_with_hooks(tokens, hooks, **forward)
         return logits if self.cfg.head == "token" else losses.pooled(logits, tokens, self.cfg.pad_token_id)
 
