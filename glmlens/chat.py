@@ -81,23 +81,6 @@ def render_open(
     return whole[:at] if whole[at:].startswith(mark) else whole[:at].rstrip()
 
 
-def check_messages(messages: Any) -> None:
-    """Raise TypeError or ValueError for what is no list of messages, each with the role that speaks."""
-    if isinstance(messages, Mapping):
-        raise TypeError("one chat message; a chat is a list of them: pass [message]")
-    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
-        raise TypeError(f"a chat is a list of messages; got {type(messages).__name__}")
-    if not messages:
-        raise ValueError("a chat without messages: give at least one")
-    for i, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise TypeError(f"message {i} is a {type(message).__name__}; expected {{'role': ..., 'content': ...}}")
-        if not isinstance(message.get("role"), str):
-            raise ValueError(
-                f"message {i} has {', '.join(map(repr, message)) or 'nothing'}; expected 'role', 'content'"
-            )
-
-
 def check_tools(tools: Any) -> None:
     """Raise TypeError for what is no list of tools as JSON."""
     if tools is None:

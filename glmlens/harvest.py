@@ -16,6 +16,7 @@ from tqdm import tqdm
 from glmlens.activations import Activations
 from glmlens.hooks import HookError, axes_of, local_name, resolve
 from glmlens.integers import Integer, read_integer
+from glmlens.prompt_kinds import check_one_prompt, plain_data, read_prompts
 from glmlens.storage import (
     FileError,
     TensorFile,
@@ -199,7 +200,7 @@ class Shard:
 
 def said(prompt: Any) -> bytes:
     """A prompt as bytes, to tell it from others."""
-    return repr(prompt.tolist() if isinstance(prompt, Tensor) else prompt).encode() + b"\0"
+    return repr(plain_data(prompt)).encode() + b"\0"
 
 
 def harvest(
@@ -214,13 +215,16 @@ def harvest(
 ) -> Harvest:
     """Run prompts one batch after the other and write what was at the named points to shards in `out`.
 
-    Every prompt is a text, a chat or a row of token ids; `hashes` tell the model and tokenizer from others. Memory
-    holds one batch and one shard. A shard is written whole, then said in the manifest: killed at any moment, the same
-    call goes on after the last shard, nothing lost and nothing twice. Interrupting writes what there is and returns it.
-    The folder is locked meanwhile. Raises HookError for a point without a row per token, and ValueError when `out`
+    Every prompt is a text, a chat or a row of token ids; of a row of a dataset it is `row["text"]`. `hashes` tell the
+    model and tokenizer from others. Memory holds one batch and one shard. A shard is written whole, then said in the
+    manifest: killed at any moment, the same call goes on after the last shard, nothing lost and nothing twice.
+    Interrupting writes what there is and returns it. The folder is locked meanwhile.
+
+    Raises TypeError for what is no prompt, HookError for a point without a row per token, and ValueError when `out`
     holds the harvest of another model, tokenizer, set of points or prompts, or files that are not as they were written,
     or when another harvest is under way there.
     """
+    prompts = read_prompts(prompts)
     batch, shard_tokens = read_integer(batch, "batch", least=1), read_integer(shard_tokens, "shard_tokens", least=1)
     folder, points = expand_path(out), resolve(names, [point.name for point in lens.points()])
     for name in points:
@@ -234,6 +238,8 @@ def harvest(
         with tqdm(initial=manifest["prompts"], unit=" prompts", desc="harvesting") as bar:
             try:
                 while chunk := list(itertools.islice(left, batch)):
+                    for i, prompt in enumerate(chunk, manifest["prompts"] + shard.prompts):
+                        check_one_prompt(prompt, i)
                     _, acts = lens.run_with_cache(chunk, points, logits=False)
                     shard.add(acts, chunk, manifest["prompts"] + shard.prompts)
                     bar.update(len(chunk))

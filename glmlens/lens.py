@@ -13,16 +13,17 @@ from typing_extensions import Unpack
 
 from glmlens import checkpoint, hub, losses, saving
 from glmlens.config import CheckpointError, Reader
-from glmlens.generate import Choose, Sampling, Step, steps
+from glmlens.generate import Choose, HookAt, Sampling, Step, steps
 from glmlens.harvest import Harvest, harvest
-from glmlens.hooks import HookError, Hooks
+from glmlens.hooks import Hook, HookError, Hooks
 from glmlens.integers import Integer, Integers, read_integer, read_integers
+from glmlens.keywords import NoKeywords, refuse_keywords
 from glmlens.kv_cache import KVCache
 from glmlens.model import GLM
 from glmlens.prompt import Prompt
 from glmlens.record import Plan, Recorder
 from glmlens.run import Going, Run
-from glmlens.running import Forward, Names, Running
+from glmlens.running import Forward, Names, Running, count_positions
 from glmlens.splice import Coder, splice_between
 from glmlens.storage import expand_path
 from glmlens.tokenizer import Tokenizer
@@ -150,6 +151,7 @@ class Lens(Running, Weights):
         min_p: float | None = None,
         repetition_penalty: float | None = None,
         seed: Integer | torch.Generator | None = None,
+        **unknown: Unpack[NoKeywords],
     ) -> Run:
         """Continue the prompt, greedily unless a temperature is given, until every row has said a stop id or string.
 
@@ -164,6 +166,7 @@ class Lens(Running, Weights):
         there is as its `.run`) for an edit at a step or position that was never reached, ValueError for a chat that
         the cache does not hold the beginning of.
         """
+        refuse_keywords("generate", unknown, ["max_new_tokens", "names", *Options.__annotations__])
         return self._start(
             prompt,
             max_new_tokens,
@@ -183,6 +186,7 @@ class Lens(Running, Weights):
 
     def stream(self, prompt: Prompt, max_new_tokens: Integer = 20, **options: Unpack[Options]) -> Iterator[Step]:
         """The steps of `generate`, which has the same options, as they happen, each with the text that it completes."""
+        refuse_keywords("stream", options.keys() - Options.__annotations__.keys(), Options.__annotations__)
         return self._flow(self._start(prompt, max_new_tokens, (), **options))
 
     def _flow(self, going: Going) -> Iterator[Step]:
@@ -212,7 +216,7 @@ class Lens(Running, Weights):
         forward: Forward = {"kv": kv, "attention_mask": attention_mask}
         tokens = cast(Tensor, self._inputs(prompt, forward))
         self._check_ids(tokens)
-        room = tokens.shape[1] + max_new_tokens - 1
+        room, before = tokens.shape[1] + max_new_tokens - 1, kv
         kv = self.new_kv(tokens.shape[0], room) if kv is None else kv.fork(room)
         plan = Plan.of(self._passed(tokens, {}), names, hooks)
         plan.reachable(max_new_tokens - 1, int(kv.next_positions().max()) + room - 1)
@@ -228,7 +232,7 @@ class Lens(Running, Weights):
             tokens,
             mask,
             kv,
-            self._hook_at(recorder),
+            self._watch_context(self._hook_at(recorder), count_positions(tokens, before, mask)),
             max_new_tokens=max_new_tokens,
             choose=self._sound(self._choosing(how, kv, None if mask is None else mask == 0)),
             stop_ids=stop_ids,
@@ -236,6 +240,15 @@ class Lens(Running, Weights):
             pad_id=self.pad_id,
         )
         return going
+
+    def _watch_context(self, hook_at: HookAt, positions: int) -> HookAt:
+        """`hook_at`, with a warning at the step that passes the model's context; the prompt ends at `positions`."""
+
+        def hook_of_step(step: int, at: Tensor, keys: Tensor) -> Hook:
+            self.warn_beyond_context(positions + step)
+            return hook_at(step, at, keys)
+
+        return hook_of_step
 
     def stops(
         self, stop_ids: Integers = None, stop_strings: str | Sequence[str] | None = None
@@ -276,29 +289,55 @@ class Lens(Running, Weights):
 
     # ---- text ----
 
-    def test_prompt(self, prompt: Prompt, answer: str | Sequence[str], top: Integer = 10) -> None:
-        """Print the rank and probability of each token of the answer (or of each answer), and the top tokens there."""
+    def test_prompt(
+        self,
+        prompt: Prompt,
+        answer: str | Sequence[str],
+        top: Integer = 10,
+        *,
+        hooks: Hooks | None = None,
+        **unknown: Unpack[NoKeywords],
+    ) -> None:
+        """Print the rank and probability of each token of the answer (or of each answer), and the top tokens there.
+
+        With `hooks`, those of a run that is edited.
+        """
+        refuse_keywords("test_prompt", unknown, ["prompt", "answer", "top", "hooks"])
         self._speaks("test_prompt")
         top = min(read_integer(top, "top", least=1), self.cfg.d_vocab)
         for text in [answer] if isinstance(answer, str) else answer:
-            ids, (tokens, _) = self._text().encode_continuation(text), self.to_batch(prompt)
+            ids, (tokens, mask) = self._text().encode_continuation(text), self.to_batch(prompt)
             if not ids or tokens.shape[0] != 1:
                 raise ValueError(f"one prompt and an answer of at least one token: got {tokens.shape[0]} and {text!r}")
             whole = torch.cat([tokens, torch.tensor([ids], device=tokens.device)], 1)
-            probs = self(whole, logits_to_keep=len(ids) + 1)[0, :-1].to(torch.float32).softmax(-1)
-            print(f"{self.to_labels(prompt)[-1]!r} ← {text!r}")
+            real = torch.ones_like(whole)
+            if mask is not None:
+                real[:, : mask.shape[1]] = mask
+            logits = self._edited_logits(whole, hooks, attention_mask=real, logits_to_keep=len(ids) + 1)
+            probs = logits[0, :-1].to(torch.float32).softmax(-1)
+            print(f"{self.to_labels(tokens)[-1]!r} ← {text!r}")
             for i, p in zip(ids, probs, strict=True):
                 rank = int((p > p[i]).sum())
                 print(f"  {self._text().label(i)!r}: rank {rank}, probability {float(p[i]):.2%}")
                 best = ", ".join(f"{self._text().label(int(j))!r} {float(p[j]):.1%}" for j in p.topk(top).indices)
                 print(f"    top {top}: {best}")
 
-    def log_probs(self, prompt: Prompt) -> Float[Tensor, "batch next"]:
-        """The log-probability in nats of every token but the first, given those before it; nan at padding."""
+    def log_probs(
+        self, prompt: Prompt, *, hooks: Hooks | None = None, **unknown: Unpack[NoKeywords]
+    ) -> Float[Tensor, "batch next"]:
+        """The log-probability in nats of every token but the first, given those before it; nan at padding.
+
+        With `hooks`, those of a run that is edited.
+        """
+        refuse_keywords("log_probs", unknown, ["prompt", "hooks"])
         tokens, mask = self.to_batch(prompt)
         self._speaks("log_probs")
-        found = losses.token_log_probs(self(tokens, attention_mask=mask), tokens)
+        found = losses.token_log_probs(self._edited_logits(tokens, hooks, attention_mask=mask), tokens)
         return found if mask is None else found.masked_fill(mask[:, :-1] == 0, torch.nan)
+
+    def _edited_logits(self, tokens: Tensor, hooks: Hooks | None, **forward: Unpack[Forward]) -> Tensor:
+        """The logits of a run with hooks, or of the published model where there are none."""
+        return self(tokens, **forward) if hooks is None else self.run_with_hooks(tokens, hooks, **forward)
 
     def classify(
         self,
@@ -316,18 +355,28 @@ class Lens(Running, Weights):
             raise ValueError("this model has no class head: it was saved as a language model or without a head")
         forward: Forward = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         tokens = self._inputs(prompt, forward)
+        if forward.get("attention_mask") is None:  # it was looked at once: for the run below nothing is left open
+            entering = cast(Tensor, forward.get("inputs_embeds") if tokens is None else tokens)
+            forward["attention_mask"] = torch.ones(entering.shape[:2], dtype=torch.long, device=entering.device)
         logits = self.run_with_hooks(tokens, hooks, **forward)
         return logits if self.cfg.head == "token" else losses.pooled(logits, tokens, self.cfg.pad_token_id)
 
     def loss(
-        self, prompt: Prompt, labels: Tensor | None = None, num_items: int | Tensor | None = None
+        self,
+        prompt: Prompt,
+        labels: Tensor | None = None,
+        num_items: int | Tensor | None = None,
+        *,
+        hooks: Hooks | None = None,
+        **unknown: Unpack[NoKeywords],
     ) -> Float[Tensor, ""]:
         """The mean next-token cross-entropy in nats; padding, what it predicts, and labels of -100 do not count.
 
         `labels` [batch, pos] are the tokens themselves by default. With `num_items` it is the sum over that. For a
         class head it is the loss of its labels, which must be given: [batch, pos] of tokens, without padding, or of
-        sequences [batch] or [batch, label]; see `losses.of_sequences`.
+        sequences [batch] or [batch, label]; see `losses.of_sequences`. With `hooks`, that of an edited run.
         """
+        refuse_keywords("loss", unknown, ["prompt", "labels", "num_items", "hooks"])
         tokens, mask = self.to_batch(prompt)
         if labels is None:
             self._speaks("loss without labels")
@@ -335,15 +384,15 @@ class Lens(Running, Weights):
         if self.cfg.head == "sequence":
             if num_items is not None:
                 raise ValueError("num_items counts tokens; the loss of sequences is a mean over them")
-            return losses.of_sequences(self.classify(tokens, attention_mask=mask), labels, self.cfg.problem_type)
+            return losses.of_sequences(self.classify(tokens, hooks, attention_mask=mask), labels, self.cfg.problem_type)
         if mask is not None:
             labels = labels.masked_fill(mask == 0, -100)
         if self.cfg.head == "token":
-            return losses.of_tokens(self(tokens, attention_mask=mask), labels, num_items)
+            return losses.of_tokens(self._edited_logits(tokens, hooks, attention_mask=mask), labels, num_items)
         self._speaks("loss")
         if mask is not None:
             labels = labels.masked_fill(torch.nn.functional.pad(mask, (1, 0))[:, :-1] == 0, -100)
-        return losses.of_next_tokens(self(tokens, attention_mask=mask), labels, num_items)
+        return losses.of_next_tokens(self._edited_logits(tokens, hooks, attention_mask=mask), labels, num_items)
 
     def _speaks(self, what: str) -> None:
         """Raise ValueError for what takes a language model, in a model that is none."""

@@ -1,29 +1,23 @@
 """Prompts of every kind - text, texts, chats, token ids - to token ids and their mask, and ids to what people read."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from typing_extensions import Unpack
 
 from glmlens import chat
 from glmlens.chat import Message
 from glmlens.conversation import cached_rows, continue_chat, continue_text
 from glmlens.integers import Integer, read_integer
+from glmlens.keywords import NoKeywords, refuse_keywords
 from glmlens.kv_cache import KVCache
 from glmlens.model import GLM
+from glmlens.prompt_kinds import Chats, Rows, Texts, TokenRow, check_messages, read_prompt
 from glmlens.tokenizer import Tokenizer
-
-
-@runtime_checkable
-class Rows(Protocol):
-    """Prompts that have been tokenized and know their positions by name, as the examples of a task do."""
-
-    @property
-    def tokens(self) -> list[list[int]]: ...
-    def at(self, name: str) -> Tensor: ...
-
 
 Prompt = (
     str
@@ -32,11 +26,17 @@ Prompt = (
     | Sequence[Sequence[int]]
     | Sequence[Message]
     | Sequence[Sequence[Message]]
+    | Sequence[Tensor]
+    | Sequence[np.integer]
+    | Sequence[Sequence[np.integer]]
+    | Sequence[np.ndarray]
+    | Mapping[str, Any]
     | Tensor
+    | np.ndarray
     | Rows
 )
-"""Text, several texts, chat messages ({"role", "content"}), several chats, token ids [pos] or [batch, pos], or rows
-of ids of several lengths.
+"""Text, several texts, chat messages ({"role", "content"}), several chats, token ids [pos] or [batch, pos] of Python,
+numpy or torch, rows of ids of several lengths, or a mapping with input_ids and attention_mask, as tokenizers make it.
 
 With start_layer it is a residual stream [batch, pos, model].
 """
@@ -49,39 +49,50 @@ class Prompts:
     tokenizer: Tokenizer | None
     pad_id: int
 
-    def to_batch(self, prompt: Prompt, prefix: bool = True) -> tuple[Int[Tensor, "batch pos"], Tensor | None]:
+    def to_batch(
+        self,
+        prompt: Prompt,
+        prefix: bool = True,
+        attention_mask: Tensor | None = None,
+        *,
+        may_be_open: bool = False,
+    ) -> tuple[Int[Tensor, "batch pos"], Tensor | None]:
         """Token ids [batch, pos], left-padded, and their attention mask (None where there is no padding).
 
-        Token tensors pass unchanged; in one, padding ids before the model's prefix are padding.
+        Token ids pass unchanged. In them, padding ids right before the model's prefix are padding. A row that begins
+        with the padding id and goes on without the prefix could be either: ValueError, unless `attention_mask`, or that
+        of a mapping, says it, or `may_be_open` takes them for tokens. The mask is also given, all ones, where the ids
+        alone would leave that open. Raises TypeError for what is no prompt; see `prompt_kinds`.
         """
-        if isinstance(prompt, Tensor):
-            tokens = prompt[None] if prompt.ndim == 1 else prompt
-            rows = []
-        elif isinstance(prompt, Rows):
-            tokens, rows = None, prompt.tokens
-        elif isinstance(prompt, str):
-            tokens, rows = None, [self._text().encode(prompt, prefix)]
-        elif len(prompt) and all(isinstance(text, str) for text in prompt):
-            tokens, rows = None, [self._text().encode(cast(str, text), prefix) for text in prompt]
-        elif len(prompt) and all(isinstance(i, int) for i in prompt):
-            tokens, rows = None, [list(cast(Sequence[int], prompt))]
-        elif len(prompt) and all(isinstance(row, list | tuple) and row and isinstance(row[0], int) for row in prompt):
-            tokens, rows = None, [list(cast(Sequence[int], row)) for row in prompt]
-        elif len(prompt) and all(isinstance(message, Mapping) for message in prompt):
-            tokens, rows = None, [self._chat_ids(cast(Sequence[Message], prompt), prefix)]
-        elif len(prompt) and all(isinstance(c, list | tuple) and isinstance(c[0], Mapping) for c in prompt if c):
-            tokens, rows = None, [self._chat_ids(cast(Sequence[Message], messages), prefix) for messages in prompt]
+        found, device = read_prompt(prompt), self.model.ln_final.weight.device
+        if isinstance(found, Texts):
+            rows = [TokenRow(torch.tensor(self._text().encode(text, prefix)).long()) for text in found.texts]
+        elif isinstance(found, Chats):
+            rows = [TokenRow(torch.tensor(self._chat_ids(messages, prefix)).long()) for messages in found.chats]
         else:
-            raise TypeError(
-                f"a prompt is text, texts, chat messages, chats, token ids or rows of them; got {prompt!r:.80}"
-            )
-        if tokens is None:
-            tokens, mask = padded(rows, self.pad_id)
-        else:
-            mask = self._written_padding(tokens)
+            rows = found.rows
+        rows = [TokenRow(row.ids.to(device, torch.long), row.mask) for row in rows]
+        written = not isinstance(found, Texts | Chats) and not found.exact  # padding may stand in the ids
+        if len({len(row.ids) for row in rows}) > 1:
+            rows = [self._without_padding(row, i, may_be_open) if written else row for i, row in enumerate(rows)]
+            written = False
+        tokens, mask = pad_rows(rows, self.pad_id)
         self._check_ids(tokens)
-        device = self.model.ln_final.weight.device
-        return tokens.to(device, torch.long), None if mask is None else mask.to(device)
+        if attention_mask is not None:
+            return tokens, agreed(attention_mask.to(device), mask)
+        if mask is None and written:
+            mask = self._written_padding(tokens, may_be_open)
+        if mask is None or (not mask.is_meta and bool(mask.all())):
+            mask = torch.ones_like(tokens) if self._is_open(tokens) else None
+        return tokens, mask
+
+    def _without_padding(self, row: TokenRow, number: int, may_be_open: bool) -> TokenRow:
+        """A row of ids without the padding that its mask or, before the prefix, its ids say."""
+        mask = row.mask
+        if mask is None:
+            written = self._written_padding(row.ids[None], may_be_open, number)
+            mask = None if written is None else written[0]
+        return TokenRow(row.ids if mask is None else row.ids[mask.to(row.ids.device).bool()])
 
     def _chat_ids(self, messages: Sequence[Message], prefix: bool) -> list[int]:
         """The ids of what the template writes, with the prefix where it does not write that; nothing behind it."""
@@ -95,17 +106,19 @@ class Prompts:
         write it in the same way. Of a whole chat, and of a text with the prefix before it, it is what the cache does
         not hold yet. Raises ValueError where it holds another beginning.
         """
-        if kv is None or not kv.length or kv.positions.is_meta or isinstance(prompt, Tensor | Rows):
+        if kv is None or not kv.length or kv.positions.is_meta or isinstance(prompt, Tensor):
             return prompt
-        many = list(prompt) if isinstance(prompt, list | tuple) and not is_chat(prompt) else [prompt]
-        rows = cached_rows(kv) if many and all(isinstance(one, str) or is_chat(one) for one in many) else []
+        asked = read_prompt(prompt)
+        if not isinstance(asked, Texts | Chats):
+            return prompt
+        rows, many = cached_rows(kv), asked.texts if isinstance(asked, Texts) else asked.chats
         if len(rows) != len(many):
             return prompt  # what does not fit is said where it is run
+        if isinstance(asked, Texts):
+            return [continue_text(text, row, self._text()) for text, row in zip(asked.texts, rows, strict=True)]
         return [
-            continue_text(one, row, self._text())
-            if isinstance(one, str)
-            else continue_chat(cast(Sequence[Message], one), row, self._text(), self.render)
-            for one, row in zip(many, rows, strict=True)
+            continue_chat(messages, row, self._text(), self.render)
+            for messages, row in zip(asked.chats, rows, strict=True)
         ]
 
     def render(
@@ -129,7 +142,7 @@ class Prompts:
         template = self._text().chat_template
         if template is None:
             raise ValueError("this checkpoint has no chat template: write the text of the chat yourself")
-        chat.check_messages(messages)
+        check_messages(messages)
         chat.check_tools(tools)
         required = [*variables, *(["tools"] if tools else [])]
         if add_generation_prompt is None:
@@ -143,17 +156,46 @@ class Prompts:
         field = continue_final_message if isinstance(continue_final_message, str) else "content"
         return chat.render_open(template, messages, field, required, **variables)
 
-    def _written_padding(self, tokens: Tensor) -> Tensor | None:
-        prefix = torch.tensor(self.tokenizer.prefix if self.tokenizer else (), device=tokens.device)
-        if not len(prefix) or tokens.is_meta or tokens.ndim != 2:
+    def _leading_padding(self, tokens: Tensor) -> Int[Tensor, "batch"]:
+        """How many padding ids each row begins with."""
+        return (tokens == self.pad_id).long().cumprod(1).sum(1)
+
+    def _is_open(self, tokens: Tensor) -> bool:
+        """Whether ids alone would leave open if they begin with padding: one row begins with the padding id."""
+        return not tokens.is_meta and tokens.shape[1] > 1 and bool((tokens[:, 0] == self.pad_id).any())
+
+    def _written_padding(self, tokens: Tensor, may_be_open: bool, number: int = 0) -> Tensor | None:
+        """The mask of ids in which padding stands before the prefix; None where no row begins with the padding id.
+
+        A row of one token is a token. Raises ValueError for a row that begins with the padding id, but not so.
+        `number` is that of the first row.
+        """
+        if not self._is_open(tokens):
             return None
-        starts = (tokens.unfold(1, len(prefix), 1) == prefix).all(-1) if tokens.shape[1] >= len(prefix) else None
-        if starts is None or not bool(starts.any(1).all()):
-            return None
-        columns = torch.arange(tokens.shape[1], device=tokens.device)
-        before = columns < starts.int().argmax(1, keepdim=True)
-        padding = before & (tokens == self.pad_id)
-        return ~padding if bool(padding.any()) and torch.equal(padding, before) else None
+        prefix = torch.tensor(self.tokenizer.prefix if self.tokenizer else (), device=tokens.device).long()
+        leading = self._leading_padding(tokens)
+        # The prefix may itself begin with the padding id: the last of the leading ids are then the prefix's.
+        starts = leading - int(self._leading_padding(prefix[None])) if len(prefix) else leading
+        columns = starts[:, None] + torch.arange(len(prefix), device=tokens.device)
+        fits = (starts >= 0) & (columns[:, -1] < tokens.shape[1]) if len(prefix) else torch.zeros_like(leading).bool()
+        seen = tokens.gather(1, columns.clamp(0, tokens.shape[1] - 1))
+        clear = (leading == 0) | (fits & (seen == prefix).all(1))
+        if not bool(clear.all()):
+            if may_be_open:
+                return None
+            raise ValueError(self._open_row(tokens, number, int((~clear).int().argmax())))
+        starts = torch.where(leading == 0, 0, starts)
+        return (torch.arange(tokens.shape[1], device=tokens.device) >= starts[:, None]).long()
+
+    def _open_row(self, tokens: Tensor, first: int, row: int) -> str:
+        name = repr(self.tokenizer.label(self.pad_id)) if self.tokenizer else "no name"
+        here = "ids" if tokens.shape[0] == 1 else f"row {first + row} of ids"
+        many = int(self._leading_padding(tokens)[row])
+        return (
+            f"{here} beginning with {many} of the padding id {self.pad_id} ({name}): "
+            'whether they are padding cannot be seen. Pass the texts, or {"input_ids": ids, "attention_mask": mask}, '
+            "where mask is 0 at padding (lens.to_batch(texts) gives both), all ones where nothing is padding"
+        )
 
     def _check_ids(self, tokens: Tensor) -> None:
         if tokens.is_floating_point() or tokens.ndim != 2:
@@ -164,14 +206,22 @@ class Prompts:
             found = f"{int(tokens.min())} to {int(tokens.max())}"
             raise ValueError(f"token ids run from {found}; this model has 0 to {self.model.cfg.d_vocab - 1}")
 
-    def to_tokens(self, prompt: Prompt, prefix: bool = True) -> Int[Tensor, "batch pos"]:
+    def to_tokens(self, prompt: Prompt, prefix: bool = True, **unknown: Unpack[NoKeywords]) -> Int[Tensor, "batch pos"]:
         """Token ids [batch, pos]; `to_batch` gives their mask too.
 
         Before a text stands, once, what its tokenizer puts there (`[gMASK]<sop>`, a BOS, nothing), and behind it what
         it puts there (an EOS, mostly nothing): the ids are those of transformers. With prefix=False there is neither.
         A chat has the prefix once too, whether or not its template writes it, and nothing behind what that writes.
+
+        Where there is padding, the tensor carries its mask as an attribute, `tokens.attention_mask`, and a lens that is
+        given it uses that. A slice or copy has lost it: padding before the prefix is still seen, and where it cannot be
+        seen a lens raises ValueError.
         """
-        return self.to_batch(prompt, prefix)[0]
+        refuse_keywords("to_tokens", unknown, ["prompt", "prefix"])
+        tokens, mask = self.to_batch(prompt, prefix, may_be_open=True)
+        if mask is not None and not isinstance(prompt, Tensor):
+            setattr(tokens, "attention_mask", mask)  # noqa: B010 - torch's types know no such attribute
+        return tokens
 
     def to_single_token(self, text: str) -> int:
         """The one id of `text`, as it is written: " Mary" with its space; ValueError showing its tokens if not one."""
@@ -200,20 +250,23 @@ class Prompts:
             return self.model.cfg.labels[answer]
         return self.tokenizer.label(answer) if self.tokenizer else f"⟨{answer}⟩"
 
-    def to_str_tokens(self, prompt: Prompt, prefix: bool = True) -> list[str] | list[list[str]]:
+    def to_str_tokens(
+        self, prompt: Prompt, prefix: bool = True, **unknown: Unpack[NoKeywords]
+    ) -> list[str] | list[list[str]]:
         """Each token's text: a list, or for several prompts a list of lists without their padding.
 
         It is the text that the token has in the middle of others: with the space that it begins with, also where a
         SentencePiece-like tokenizer has put that space before the text.
         """
-        tokens, mask = self.to_batch(prompt, prefix)
+        refuse_keywords("to_str_tokens", unknown, ["prompt", "prefix"])
+        tokens, mask = self.to_batch(prompt, prefix, may_be_open=True)
         real = tokens >= 0 if mask is None else mask.bool()
         rows = [self._text().strings(row[keep].tolist()) for row, keep in zip(tokens, real, strict=True)]
         return rows[0] if len(rows) == 1 else rows
 
     def to_labels(self, prompt: Prompt, width: int | None = None, prefix: bool = True) -> list[str]:
         """A label for every token of one prompt, for people to read: ids without a token have one too."""
-        tokens, _ = self.to_batch(prompt, prefix)
+        tokens, _ = self.to_batch(prompt, prefix, may_be_open=True)
         if tokens.shape[0] != 1:
             raise ValueError(f"labels are for one prompt, not {tokens.shape[0]}")
         if self.tokenizer is None:
@@ -225,7 +278,7 @@ class Prompts:
 
         "" stands before the first turn. ValueError for a vocabulary without role tokens.
         """
-        tokens, _ = self.to_batch(prompt, prefix)
+        tokens, _ = self.to_batch(prompt, prefix, may_be_open=True)
         if tokens.shape[0] != 1:
             raise ValueError(f"roles are for one prompt, not {tokens.shape[0]}")
         return self._text().roles(tokens[0].tolist())
@@ -247,15 +300,21 @@ class Prompts:
         return self.tokenizer
 
 
-def is_chat(prompt: object) -> bool:
-    """Whether this is a list of messages."""
-    return isinstance(prompt, list | tuple) and bool(prompt) and all(isinstance(m, Mapping) for m in prompt)
-
-
-def padded(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor | None]:
-    """Rows of ids as one left-padded tensor, and its attention mask unless they are all of one length."""
-    longest = max(map(len, rows))
-    tokens = torch.tensor([[pad_id] * (longest - len(row)) + row for row in rows], dtype=torch.long)
-    if all(len(row) == longest for row in rows):
+def pad_rows(rows: list[TokenRow], pad_id: int) -> tuple[Tensor, Tensor | None]:
+    """Rows of ids as one left-padded tensor, and its attention mask: None for rows of one length without masks."""
+    empty = [i for i, row in enumerate(rows) if not len(row.ids)]
+    if empty:
+        raise ValueError("the prompt has no tokens" if len(rows) == 1 else f"prompt {empty[0]} has no tokens")
+    longest = max(len(row.ids) for row in rows)
+    tokens = torch.stack([torch.nn.functional.pad(row.ids, (longest - len(row.ids), 0), value=pad_id) for row in rows])
+    if all(len(row.ids) == longest and row.mask is None for row in rows):
         return tokens, None
-    return tokens, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    masks = [torch.ones_like(row.ids) if row.mask is None else row.mask.to(row.ids) for row in rows]
+    return tokens, torch.stack([torch.nn.functional.pad(mask, (longest - len(mask), 0)) for mask in masks])
+
+
+def agreed(given: Tensor, known: Tensor | None) -> Tensor:
+    """The mask that was given; ValueError where it takes for tokens what is known to be padding."""
+    if known is not None and given.shape == known.shape and bool((given.bool() & ~known.bool()).any()):
+        raise ValueError("attention_mask takes padding of the prompt for tokens: leave it out, the prompt has its own")
+    return given

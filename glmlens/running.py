@@ -1,5 +1,7 @@
 """Running a model: plain, recorded and edited, in one pass; and what that would be, before it is paid for."""
 
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -16,9 +18,11 @@ from glmlens.check import Check, OnMeta, Points
 from glmlens.config import CheckpointError, GLMConfig
 from glmlens.hooks import Hook, HookError, Hooks, Point, off
 from glmlens.integers import as_python, read_integer, read_integers
+from glmlens.keywords import refuse_keywords
 from glmlens.kv_cache import KVCache
 from glmlens.model import absolute_positions
-from glmlens.prompt import Prompt, Prompts, Rows
+from glmlens.prompt import Prompt, Prompts
+from glmlens.prompt_kinds import Rows
 from glmlens.record import Enough, Plan, Recorder, Watch
 from glmlens.splice import Splice, Spliced
 from glmlens.weights import fingerprint
@@ -55,6 +59,7 @@ class Running(Prompts):
 
     def __init__(self) -> None:
         self._names: list[str] = []
+        self._said_beyond_context = False
         self._weights_are_sound = False  # not looked at before a run gives cause
 
     def __call__(self, prompt: Prompt | None = None, **forward: Unpack[Forward]) -> Float[Tensor, "batch kept vocab"]:
@@ -233,7 +238,7 @@ class Running(Prompts):
 
     def points(self, prompt: Prompt | None = None) -> Points:
         """The catalogue of points alive in this model, with shapes for `prompt` (by default one token)."""
-        shape = (1, 1) if prompt is None else self.to_batch(prompt)[0].shape
+        shape = (1, 1) if prompt is None else self.to_batch(prompt, may_be_open=True)[0].shape
         return Points(self._catalogue(*shape).values())
 
     def check(
@@ -266,10 +271,12 @@ class Running(Prompts):
         return Check(Points(points[name] for name in plan.named), stored, plan.fires(), watch.raised)
 
     def _inputs(self, prompt: Prompt | None, forward: Forward) -> Tensor | None:
-        """What `GLM.forward` takes first; the mask that padding of texts needs goes into `forward`."""
-        for name in forward.keys() - Forward.__annotations__.keys():
-            known = ", ".join(Forward.__annotations__)
-            raise TypeError(f"unexpected keyword argument {name!r}; a forward takes {known}")
+        """What `GLM.forward` takes first; the mask that padding of texts needs goes into `forward`.
+
+        Raises TypeError for a keyword that no forward takes; ValueError for embeddings or a residual stream of which it
+        cannot be known whether they are padded.
+        """
+        refuse_keywords("a run", forward.keys() - Forward.__annotations__.keys(), Forward.__annotations__)
         if prompt is None and forward.get("inputs_embeds") is None:
             raise TypeError("no prompt: give text, chat messages, token ids, or inputs_embeds=")
         for name in ("start_layer", "stop_layer"):
@@ -279,15 +286,53 @@ class Running(Prompts):
             forward["logits_to_keep"] = read_positions_to_keep(positions)
         for name in ("position_ids", "attention_mask", "inputs_embeds"):
             if (given := forward.get(name)) is not None:
-                forward[name] = given.to(self.device)
-        if prompt is None or (isinstance(prompt, Tensor) and prompt.is_floating_point()):
-            return prompt if prompt is None else prompt.to(self.device)
+                forward[name] = given.to(self.device, torch.long if name == "attention_mask" else None)
         kv = forward.get("kv")
-        prompt = self.continue_prompt(prompt, kv)
-        tokens, mask = self.to_batch(prompt, prefix=kv is None or kv.length == 0)
-        if forward.get("attention_mask") is None and mask is not None:
-            forward["attention_mask"] = mask
+        if prompt is None or (isinstance(prompt, Tensor) and prompt.is_floating_point() and prompt.ndim == 3):
+            entering = cast(Tensor, forward.get("inputs_embeds") if prompt is None else prompt.to(self.device))
+            self._refuse_unknown_padding(entering, forward)
+            tokens = None if prompt is None else entering
+        else:
+            given, prompt = forward.get("attention_mask"), self.continue_prompt(prompt, kv)
+            entering, forward["attention_mask"] = self.to_batch(prompt, kv is None or kv.length == 0, given)
+            tokens = entering
+        mask = forward.get("attention_mask")
+        if mask is not None and mask.shape == entering.shape[:2] and not mask.is_meta and bool(mask.all()):
+            forward["attention_mask"] = mask = None  # the same as no mask, by the same path
+        self.warn_beyond_context(count_positions(entering, kv, mask))
         return tokens
+
+    def _refuse_unknown_padding(self, entering: Tensor, forward: Forward) -> None:
+        """Raise ValueError for floats that may be padded, where neither a mask nor positions say whether they are."""
+        known = forward.get("attention_mask") is not None or forward.get("position_ids") is not None
+        if known or entering.is_meta or entering.ndim != 3 or entering.shape[1] < 2:
+            return
+        batch, pos, _ = entering.shape
+        type_this = f"pass attention_mask=torch.ones({batch}, {pos}) where none are, or that of lens.to_batch(texts)"
+        if forward.get("start_layer", 0) > 0:
+            if batch > 1:
+                raise ValueError(
+                    f"a residual stream of {batch} rows that enters layer {forward.get('start_layer')}: which of its "
+                    f"positions are padding cannot be seen; {type_this}"
+                )
+            return
+        padding = self.model.embed.weight[self.pad_id].to(entering)
+        if entering.shape[2] == len(padding) and bool((entering[:, 0] == padding).all(-1).any()):
+            raise ValueError(
+                f"embeddings of which a row begins with that of the padding id {self.pad_id}: whether it is padding "
+                f"cannot be seen; {type_this}"
+            )
+
+    def warn_beyond_context(self, positions: int) -> None:
+        """Warn, once for every lens, of a run over more positions than the model was made for."""
+        if positions > self.cfg.n_ctx and not self._said_beyond_context:
+            self._said_beyond_context = True
+            warnings.warn(
+                f"{positions:,} tokens, and this model's context is {self.cfg.n_ctx:,} (max_position_embeddings): "
+                "what it says beyond is not what it was trained for",
+                UserWarning,
+                stacklevel=frames_of_package(),
+            )
 
     @property
     def cfg(self) -> GLMConfig:
@@ -310,3 +355,20 @@ class Running(Prompts):
     def tokenizer_hash(self) -> str:
         """12 hex digits that tell this tokenizer from others, or "none"."""
         return "none" if self.tokenizer is None else self.tokenizer.fingerprint()
+
+
+def count_positions(entering: Tensor, kv: KVCache | None, mask: Tensor | None) -> int:
+    """How many positions a run has reached at its end, counted in its longest row."""
+    if mask is None or mask.is_meta or mask.ndim != 2:
+        new = entering.shape[1] if entering.ndim > 1 else 0
+    else:
+        new = int(mask.bool().sum(1).max())
+    return new if kv is None or not kv.length or kv.positions.is_meta else new + int(kv.next_positions().max())
+
+
+def frames_of_package() -> int:
+    """How many calls of this package stand between a warning and the code that called it: its stacklevel."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "glmlens":
+        level, frame = level + 1, frame.f_back
+    return level

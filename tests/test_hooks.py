@@ -145,7 +145,7 @@ def test_points_outside_a_partial_run_are_an_error(tokens):
     with pytest.raises(glmlens.HookError):
         lens.run_with_cache(tokens, "blocks.2.resid_post", stop_layer=2)
     with pytest.raises(glmlens.HookError):
-        lens.run_with_cache(lens(tokens, stop_layer=1), "embed", start_layer=1)
+        lens.run_with_cache(lens(tokens, stop_layer=1), "embed", start_layer=1, attention_mask=torch.ones(2, 9))
     with pytest.raises(glmlens.HookError):
         lens.run_with_cache(tokens, "logits", stop_layer=1)
 
@@ -407,7 +407,9 @@ def test_positions_are_absolute_also_with_left_padding(lens):
     lens.generate(tokens, 3, attention_mask=mask, hooks={"blocks.1.attn.z": look}, stop_ids=())
     assert seen["blocks.1.attn.z", 2][0] == [[4], [6]]
     assert seen["blocks.1.attn.z", 2][1] == [[-1, -1, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6]]
-    lens.generate(tokens, 1, hooks={"logits": look}, stop_ids=())
+    with pytest.raises(ValueError, match="whether they are padding cannot be seen"):
+        lens.generate(tokens, 1, hooks={"logits": look}, stop_ids=())
+    lens.generate(tokens, 1, hooks={"logits": look}, stop_ids=(), attention_mask=torch.ones_like(tokens))
     assert seen["logits", 0][0] == [[4], [4]]
 
 

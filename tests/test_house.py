@@ -11,8 +11,8 @@ import glmlens
 
 PACKAGE = Path(glmlens.__file__).parent
 ORDER = """
-errors deprecated storage integers hooks config hub results tables kv_cache rope model losses angles formats checkpoint generate
-child tokenizer chat conversation prompt derive activations record check run weights splice running harvest saving lens
+errors deprecated storage integers hooks config hub results tables keywords kv_cache rope model losses angles formats checkpoint generate
+child tokenizer chat prompt_kinds conversation prompt derive activations record check run weights splice running harvest saving lens
 cache.places cache.change cache.move cache.drop cache.graft cache
 tasks.words tasks.task tasks.language tasks.formal tasks
 analysis.rows analysis.pattern analysis.logit_lens analysis.residual analysis.parts analysis.attribution
@@ -31,7 +31,7 @@ demo.world demo.vocabulary demo.train demo.circuits demo.history demo.card demo.
 course.quote course course.verdict lab cli
 """.split()
 ORDER += sorted(f"course.{path.stem}" for path in PACKAGE.glob("course/check_*.py"))  # a tutorial brings its own
-ALONE = ["errors", "deprecated", "storage", "integers", "child"]  # import nothing of ours
+ALONE = ["errors", "deprecated", "storage", "integers", "child", "keywords", "prompt_kinds"]  # import nothing of ours
 LOW = ["config", "hooks", "results", "tokenizer", "chat", "page", "lab", "tasks.words"]  # rest on those alone
 
 

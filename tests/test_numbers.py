@@ -34,7 +34,7 @@ def test_residuals_patterns_and_logits_equal_transformers_bit_for_bit(tmp_path, 
 
 def test_d_vocab_may_equal_d_model(tmp_path):
     write_checkpoint(tmp_path, 4, vocab_size=64, hidden_size=64)
-    tokens = torch.arange(12)[None]
+    tokens = torch.arange(1, 13)[None]
     with torch.no_grad():
         assert torch.equal(glmlens.load(tmp_path)(tokens), reference(tmp_path)(tokens).logits)
 
@@ -46,9 +46,9 @@ def test_sdpa_agrees_with_eager(tmp_path, seed):
     tokens = torch.randint(0, eager.cfg.d_vocab, (3, 17), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones_like(tokens)
     mask[1, :5] = 0
-    for options in ({}, {"attention_mask": mask}):
-        a, b = eager(tokens, **options), sdpa(tokens, **options)
-        real = mask.bool() if options else torch.ones_like(tokens).bool()
+    for given in (torch.ones_like(tokens), mask):
+        a, b = eager(tokens, attention_mask=given), sdpa(tokens, attention_mask=given)
+        real = given.bool()
         assert_close(b[real], a[real], rtol=0, atol=1e-5 * float(a.abs().max()))
         assert torch.isfinite(b).all()
 
@@ -113,7 +113,8 @@ def test_outputs_recorded_from_the_original_code_are_reproduced(fixtures, name, 
     lens = glmlens.Lens(model)
     kv = lens.new_kv()
     for tokens, expected in pairs:
-        _, acts = lens.run_with_cache(tokens, "ln_final.normalized", kv=kv)
+        every = torch.ones_like(tokens)  # the padding id 0 is a token here
+        _, acts = lens.run_with_cache(tokens, "ln_final.normalized", kv=kv, attention_mask=every)
         assert_close(acts["ln_final.normalized"], expected, rtol=0, atol=1e-6)
 
 
@@ -134,11 +135,12 @@ def test_heads_sum_to_what_attention_writes(tokens):
 
 def test_a_run_can_start_from_the_residual_stream_and_stop_before_a_layer(any_lens, tokens):
     full = any_lens(tokens)
-    resid = any_lens(tokens, stop_layer=2)
-    assert torch.equal(any_lens(resid, start_layer=2), full)
-    assert torch.equal(any_lens(any_lens(tokens, stop_layer=1), start_layer=1, stop_layer=2), resid)
+    resid, mask = any_lens(tokens, stop_layer=2), torch.ones_like(tokens)
+    assert torch.equal(any_lens(resid, start_layer=2, attention_mask=mask), full)
+    entering = any_lens(tokens, stop_layer=1)
+    assert torch.equal(any_lens(entering, start_layer=1, stop_layer=2, attention_mask=mask), resid)
     last = any_lens(tokens, stop_layer=any_lens.cfg.n_layers)
-    assert torch.equal(any_lens(last, start_layer=any_lens.cfg.n_layers), full)
+    assert torch.equal(any_lens(last, start_layer=any_lens.cfg.n_layers, attention_mask=mask), full)
 
 
 def test_a_run_over_part_of_the_layers_reads_the_cache_and_leaves_it(lens, tokens):
@@ -147,7 +149,8 @@ def test_a_run_over_part_of_the_layers_reads_the_cache_and_leaves_it(lens, token
     lens(tokens[:, :6], kv=kv)
     resid = lens(tokens, stop_layer=1)[:, 6:]
     for _ in range(2):
-        assert_close(lens(resid, start_layer=1, kv=kv), full[:, 6:], rtol=0, atol=1e-5 * float(full.abs().max()))
+        found = lens(resid, start_layer=1, kv=kv, attention_mask=torch.ones(2, 3))
+        assert_close(found, full[:, 6:], rtol=0, atol=1e-5 * float(full.abs().max()))
         assert kv.length == 6
 
 

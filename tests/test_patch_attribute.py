@@ -107,14 +107,14 @@ def test_dropped_gradients_are_the_mean_magnitude_without_each_layer():
     lens = small_lens(dtype=torch.float64)
     found = patch.attribute(lens, CLEAN, CORRUPT, "resid_pre", over=("layer",), metric=PAIR, drop=True)
     a, b = (lens.run_with_cache(t, "resid_pre")[1]["resid_pre"] for t in (CLEAN, CORRUPT))
-    total = torch.zeros(3, 2, dtype=torch.float64)
+    total, mask = torch.zeros(3, 2, dtype=torch.float64), torch.ones_like(CLEAN)
     for dropped in range(3):
         resid, leaves = lens.W_E[CLEAN], []
         for i in range(3):
             leaves.append(resid if resid.requires_grad else resid.requires_grad_())
-            after = lens(resid, start_layer=i, stop_layer=i + 1)
+            after = lens(resid, start_layer=i, stop_layer=i + 1, attention_mask=mask)
             resid = resid + (after - resid).detach() if i == dropped else after
-        slopes = torch.autograd.grad(difference(lens(resid, start_layer=3)).sum(), leaves)
+        slopes = torch.autograd.grad(difference(lens(resid, start_layer=3, attention_mask=mask)).sum(), leaves)
         total += torch.stack([((b[i] - a[i]) * slopes[i]).sum((1, 2)).abs() for i in range(3)])
     np.testing.assert_allclose(found.values, (total / 2).mean(1), rtol=1e-9)
 

@@ -48,7 +48,8 @@ def test_other_ablations_are_what_every_edge_carries(lens64, ablation):
     exact = patch.Exact(lens64, CLEAN, CORRUPT, metric=PAIR, ablation=ablation)
     last = lens64.run_with_cache(CORRUPT, "resid_post")[1]["resid_post", 2]
     resid = torch.zeros_like(last) if ablation == "zero" else last.mean(0, keepdim=True).expand_as(last)
-    torch.testing.assert_close(exact.logits(exact.nothing()), lens64(resid, start_layer=3), rtol=1e-10, atol=1e-10)
+    expected = lens64(resid, start_layer=3, attention_mask=torch.ones_like(CLEAN))
+    torch.testing.assert_close(exact.logits(exact.nothing()), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_circuits_are_the_edges_that_were_asked_for(scores):

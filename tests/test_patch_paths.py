@@ -52,7 +52,7 @@ def test_a_path_to_the_logits_is_a_directly_changed_residual_stream():
     a, b = (lens.run_with_cache(t, ["attn.result", "resid_post"])[1] for t in (CLEAN, CORRUPT))
     for layer, head in ((0, 0), (1, 2), (2, 3)):
         moved = a["resid_post", 2] + (b["attn.result", layer] - a["attn.result", layer])[:, :, head]
-        change = difference(lens(moved, start_layer=3)) - difference(lens(CLEAN))
+        change = difference(lens(moved, start_layer=3, attention_mask=torch.ones_like(CLEAN))) - difference(lens(CLEAN))
         assert found.at(layer=layer, head=head) == pytest.approx(float(change.mean()), abs=1e-12)
 
 

@@ -81,8 +81,9 @@ def test_with_a_cache_before_it_what_is_derived_is_what_was_there(lens, tokens):
 
 def test_a_run_over_some_layers_derives_what_was_there(lens, tokens):
     resid = lens(tokens, stop_layer=1)
-    _, acts = lens.run_with_cache(resid, start_layer=1)
-    assert same(acts, truth(lens, resid, start_layer=1)) == []
+    forward = {"start_layer": 1, "attention_mask": torch.ones(2, 9)}
+    _, acts = lens.run_with_cache(resid, **forward)
+    assert same(acts, truth(lens, resid, **forward)) == []
     assert "blocks.1.resid_pre" in acts.stored
 
 
@@ -250,11 +251,12 @@ def test_gradients_begin_anew_where_a_hook_puts_a_value(lens, tokens):
     value = torch.randn(2, 9, 48, generator=torch.Generator().manual_seed(4))
     hooks = {"blocks.1.resid_post": lambda x, point: value.clone()}
     _, acts = lens.run_with_cache(tokens, "resid_post", hooks, gradients_of=metric)
-    _, alone = lens.run_with_cache(value, "resid_post", start_layer=2, gradients_of=metric)
+    mask = torch.ones(2, 9)
+    _, alone = lens.run_with_cache(value, "resid_post", start_layer=2, attention_mask=mask, gradients_of=metric)
     assert float(acts.gradients["resid_post", 0].abs().max()) == 0.0
     assert torch.allclose(acts.gradients["resid_post", 2], alone.gradients["resid_post", 2])
     leaf = value.clone().requires_grad_()
-    metric(lens(leaf, start_layer=2)).sum().backward()
+    metric(lens(leaf, start_layer=2, attention_mask=mask)).sum().backward()
     assert torch.allclose(acts.gradients["resid_post", 1], leaf.grad, rtol=1e-4, atol=1e-6)
 
 

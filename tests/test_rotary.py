@@ -341,7 +341,9 @@ def test_yarn_is_the_formula_of_its_paper_but_for_what_lies_between():
     between = found[~stay & ~slow] / plain[~stay & ~slow]
     assert (between.diff() < 0).all()
     assert ((between <= 1) & (between >= 1 / 8)).all()
-    _, acts = lens.run_with_cache(torch.arange(9)[None], "rotary.cos", surgery.stretch(lens, "yarn", 8.0, context=200))
+    _, acts = lens.run_with_cache(
+        torch.arange(1, 10)[None], "rotary.cos", surgery.stretch(lens, "yarn", 8.0, context=200)
+    )
     assert_close(acts["rotary.cos", 0][0, 0], torch.full((16,), 0.1 * math.log(8) + 1))
 
 

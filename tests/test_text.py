@@ -119,10 +119,12 @@ def test_text_after_a_cache_gets_no_prefix(lens):
 
 
 def test_what_is_no_prompt_is_an_error(lens):
-    for prompt in (3.5, [], ["a", 3], {"a": 1}):
-        with pytest.raises((TypeError, ValueError)):
+    for prompt in (3.5, ["a", 3], {"a": 1}):
+        with pytest.raises(TypeError):
             lens(prompt)
-    with pytest.raises(ValueError, match="whole numbers"):
+    with pytest.raises(ValueError, match="an empty list"):
+        lens([])
+    with pytest.raises(TypeError, match="whole numbers"):
         lens.to_tokens(torch.zeros(1, 2))
 
 

@@ -121,7 +121,7 @@ def pair_use(
     rows, length = read_integer(rows, "rows", least=1), read_integer(length, "length", least=1)
     ids, prefix = random_words(lens, rows, length, seed, words), lens.tokenizer.prefix if lens.tokenizer else ()
     tokens = torch.cat([torch.tensor(prefix, dtype=torch.long).expand(rows, -1), ids.repeat(1, 2)], 1)
-    batch = Rows.of(lens, tokens)
+    batch = Rows.of(lens, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)})
     word = torch.cat([torch.arange(-len(prefix), 0), torch.arange(length).repeat(2)]).to(lens.device)
     said = Said([], word)
     sought = {"previous": said.previous(), "duplicate": said.same(), "induction": said.after_same()}

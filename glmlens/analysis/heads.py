@@ -115,7 +115,7 @@ class Said:
     @staticmethod
     def of(lens: Lens, ids: Int[Tensor, "batch word"], prefix: Sequence[int], times: int) -> "Said":
         tokens = torch.cat([torch.tensor(prefix, dtype=torch.long).expand(len(ids), -1), ids.repeat(1, times)], 1)
-        rows = Rows.of(lens, tokens)
+        rows = Rows.of(lens, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)})
         acts = rows.record(pattern_points(lens))
         at = rows.positions
         patterns = [exact(pattern(acts, layer, at, at)) for layer in range(lens.cfg.n_layers)]

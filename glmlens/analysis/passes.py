@@ -57,7 +57,8 @@ def pieces(
     keep = None if logits else torch.zeros(0, dtype=torch.long, device=rows.tokens.device)
     for start in range(0, rows.tokens.shape[1], size):
         here = slice(start, min(start + size, rows.tokens.shape[1]))
-        mask = None if rows.mask is None else rows.mask[:, here]
+        # A piece may begin with the padding id in the middle of a prompt: only a mask says that it is a token.
+        mask = torch.ones_like(rows.tokens[:, here]) if rows.mask is None else rows.mask[:, here]
         out, acts = rows.lens.run_with_cache(
             rows.tokens[:, here], names, edits, kv=kv, attention_mask=mask, logits_to_keep=keep, logits=logits
         )

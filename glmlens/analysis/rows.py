@@ -34,6 +34,9 @@ class Rows:
     @staticmethod
     def of(lens: Lens, prompt: Prompt) -> "Rows":
         tokens, mask = lens.to_batch(prompt)
+        if mask is not None and tokens.shape[0] == 1:  # of a single prompt nothing need be padding
+            tokens = tokens[:, mask[0].bool()]
+            mask = torch.ones_like(tokens)
         return Rows(lens, tokens, None if mask is None else mask.long())
 
     @property

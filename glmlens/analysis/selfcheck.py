@@ -81,9 +81,11 @@ def tried(check: str, measure: "Check", lens: Lens, prompt: Prompt) -> Row:
         return Row(check, np.nan, 0, f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")
 
 
-def random_tokens(lens: Lens) -> Tensor:
+def random_tokens(lens: Lens) -> Prompt:
     prefix = torch.tensor([lens.tokenizer.prefix if lens.tokenizer else ()], dtype=torch.long)
-    return torch.cat([prefix, torch.randint(lens.cfg.d_vocab, (1, 12), generator=torch.Generator().manual_seed(0))], 1)
+    drawn = torch.randint(lens.cfg.d_vocab, (1, 12), generator=torch.Generator().manual_seed(0))
+    tokens = torch.cat([prefix, drawn], 1)
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
 Measured = tuple[float | int, float | int, str]

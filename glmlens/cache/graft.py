@@ -36,6 +36,8 @@ def find(lens: Lens, kv: KVCache, text: str, occurrence: Integer | None = None) 
     """
     if lens.tokenizer is None or kv.batch != 1:
         raise CacheError("texts are found in caches of one row, with a tokenizer: give positions")
+    if not isinstance(text, str):
+        raise TypeError(f"what is found in a cache is a text; got {type(text).__name__} {text!r:.60}")
     asked, said = lens.to_tokens(text, prefix=False)[0].tolist(), kv.tokens[0, : kv.length].tolist()
     starts = [i for i in range(len(said) - len(asked) + 1) if said[i : i + len(asked)] == asked]
     if not starts or (occurrence is None and len(starts) > 1):

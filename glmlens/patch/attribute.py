@@ -73,7 +73,7 @@ def attribute(
         estimate, needed = plain, names
     also = [f"blocks.{i}.{p}" for i in range(lens.cfg.n_layers) for p in (*READ_AGAIN, point)]
     also = [n for n in dict.fromkeys(also) if n in {p.name for p in lens.points()} and (method == "atp*" or n in names)]
-    _, there = lens.run_with_cache(source, also, logits=False)
+    _, there = lens.run_with_cache(source, also, logits=False, attention_mask=torch.ones_like(source))
     passes: list[Hooks | None] = [None] if not drop else [without(lens, i) for i in range(lens.cfg.n_layers)]
     total: Tensor | None = None
     for dropped, hooks in enumerate(passes):

@@ -48,7 +48,10 @@ class Base:
         wanted = ["resid_pre", last, *names]
         keep_none = torch.zeros(0, dtype=torch.long, device=lens.device)
         all_logits = any(name == "logits" for name in names)
-        _, acts = lens.run_with_cache(tokens, wanted, kv=kv, logits_to_keep=None if all_logits else keep_none)
+        keep = None if all_logits else keep_none
+        _, acts = lens.run_with_cache(
+            tokens, wanted, kv=kv, logits_to_keep=keep, attention_mask=torch.ones_like(tokens)
+        )
         resid = [acts["resid_pre", i] for i in range(lens.cfg.n_layers)] + [acts[last]]
         return Base(tokens, numbers, resid, kv, {name: seated(name, acts[name]) for name in names})
 

@@ -38,5 +38,8 @@ def gradients(
         return found[0]
 
     last, asked = None if metric.everywhere else 1, list(dict.fromkeys((*names, *also)))
-    _, acts = lens.run_with_cache(tokens, asked, hooks, gradients_of=measured, logits_to_keep=last)
+    every = torch.ones_like(tokens)  # prompts of one length
+    _, acts = lens.run_with_cache(
+        tokens, asked, hooks, gradients_of=measured, logits_to_keep=last, attention_mask=every
+    )
     return Gradients(dict(acts), {name: acts.gradients[name] for name in names}, found[0].detach())

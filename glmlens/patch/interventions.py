@@ -186,7 +186,9 @@ class Compiler:
         values: dict[tuple[str, bool], list[Tensor]] = {place: [] for place in places}
         for tokens in change.prompts:
             row = torch.tensor([tokens], device=self.lens.device)
-            _, acts = self.lens.run_with_cache(row, sorted({name for name, _ in places}), logits=False)
+            _, acts = self.lens.run_with_cache(
+                row, sorted({name for name, _ in places}), logits=False, attention_mask=torch.ones_like(row)
+            )
             for name, split in places:
                 x = seated(name, acts[name])[0]
                 values[name, split].append(ungrouped(x[None], self.lens.cfg.n_groups)[0] if split else x)

@@ -161,7 +161,8 @@ class Recording:
         ]
         edits = [*noted, *((name, watch) for name in [*points, "logits"])]
         options = {**self.options, **({} if self.draw is None else {"seed": self.draw})}
-        going = self.lens._start(tokens, until - start, options.pop("names", ()), hooks=edits, kv=kv, **options)
+        names, every = options.pop("names", ()), torch.ones_like(tokens)
+        going = self.lens._start(tokens, until - start, names, hooks=edits, kv=kv, attention_mask=every, **options)
         going.said = tuple(moment.token for moment in self.moments)
         run = going.whole()
         self.note(noted)

@@ -63,7 +63,7 @@ def path_patch(
     paths = Paths(lens, one, read, mlps == "frozen", [(name, c) for c in chosen for name in c.names])
     base = paths.measured(one, None).mean()
     values = np.full((lens.cfg.n_layers, lens.cfg.n_heads), np.nan)
-    _, theirs = lens.run_with_cache(other, "attn.z", logits=False)
+    _, theirs = lens.run_with_cache(other, "attn.z", logits=False, attention_mask=torch.ones_like(other))
     for layer in tqdm(range(lens.cfg.n_layers), disable=not progress, desc="senders", unit="layer"):
         if layer < paths.last_reader:
             for head in range(lens.cfg.n_heads):
@@ -90,7 +90,9 @@ class Paths:
         receivers: Sequence[tuple[str, Any]],
     ):  # fmt: skip
         self.lens, self.tokens, self.metric, self.frozen, self.receivers = lens, tokens, metric, frozen, receivers
-        self.clean: Activations = lens.run_with_cache(tokens, ["resid_pre", "attn.z", "mlp_out"], logits=False)[1]
+        self.every = torch.ones_like(tokens)  # prompts of one length, without padding
+        needed = ["resid_pre", "attn.z", "mlp_out"]
+        self.clean: Activations = lens.run_with_cache(tokens, needed, logits=False, attention_mask=self.every)[1]
         layers = [int(name.split(".")[1]) if name != "logits" else lens.cfg.n_layers for name, _ in receivers]
         self.last_reader, self.first_reader = max(layers), min(layers)
 
@@ -107,7 +109,8 @@ class Paths:
         if self.frozen:
             hooks += [(f"blocks.{i}.mlp_out", self.keep) for i in range(layer, self.lens.cfg.n_layers)]
         names = [name for name, _ in self.receivers if name == "logits" or int(name.split(".")[1]) > layer]
-        _, acts = self.lens.run_with_cache(self.clean["resid_pre", layer], names, hooks, start_layer=layer, logits=True)
+        entering = self.clean["resid_pre", layer]
+        _, acts = self.lens.run_with_cache(entering, names, hooks, start_layer=layer, attention_mask=self.every)
         return dict(acts)
 
     def keep(self, x: Tensor, point: Point) -> Tensor:
@@ -120,7 +123,8 @@ class Paths:
             if received is not None and name in received:
                 hooks.append((name, self.receive(received[name], chosen)))
         start = min(self.first_reader, self.lens.cfg.n_layers - 1)
-        logits = self.lens.run_with_hooks(self.clean["resid_pre", start], hooks, start_layer=start)
+        entering = self.clean["resid_pre", start]
+        logits = self.lens.run_with_hooks(entering, hooks, start_layer=start, attention_mask=self.every)
         read = logits if self.metric.everywhere else logits[:, -1:]
         read = read if self.metric.columns is None else read[..., self.metric.columns]
         return self.metric(read, torch.arange(len(tokens), device=tokens.device))

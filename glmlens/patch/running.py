@@ -212,7 +212,8 @@ def run(
     asked, allow = as_interventions(interventions), allowed(allow)
     applied = Applied.to(lens, asked, len(tokens), position_names(names or {}, len(tokens)))
     row = torch.tensor([tokens], device=lens.device)
-    logits = lens.run_with_hooks(row, applied.hooks, kv=applied.kv(1, len(tokens)))
+    kv = applied.kv(1, len(tokens))
+    logits = lens.run_with_hooks(row, applied.hooks, kv=kv, attention_mask=torch.ones_like(row))
     applied.finish(allow)
     return logits
 

@@ -141,7 +141,8 @@ def ends(lens: Lens, rows: Sequence[Ids], names: Sequence[str]) -> Float[Tensor,
     """What the last position of every prompt has at these points, in float64."""
     found = []
     for row in rows:
-        _, acts = lens.run_with_cache(torch.tensor([row], device=lens.device), list(names), logits=False)
+        tokens = torch.tensor([row], device=lens.device)
+        _, acts = lens.run_with_cache(tokens, list(names), logits=False, attention_mask=torch.ones_like(tokens))
         found.append(torch.stack([acts[name][0, -1] for name in names]))
     return torch.stack(found, 1).double()
 

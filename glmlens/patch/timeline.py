@@ -220,8 +220,9 @@ def timeline(
     this run cannot have.
     """
     tokens, mask = lens.to_batch(prompt)
-    if tokens.shape[0] != 1 or mask is not None:
-        raise ValueError(f"a timeline is of one prompt without padding, not of {tokens.shape[0]}")
+    if tokens.shape[0] != 1:
+        raise ValueError(f"a timeline is of one prompt, not of {tokens.shape[0]}")
+    tokens = tokens if mask is None else tokens[:, mask[0].bool()]
     unknown = sorted({"kv", "attention_mask"} & set(options))
     if unknown:
         raise TypeError(f"{' and '.join(unknown)}: a timeline begins with its prompt; to go on, use rerun(step)")

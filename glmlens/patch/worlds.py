@@ -11,7 +11,6 @@ from torch import Tensor
 from glmlens.activations import Activations
 from glmlens.hooks import Edit, Hooks, Point, pairs
 from glmlens.lens import Lens, Names
-from glmlens.patch.changes import ids
 from glmlens.patch.evaluate import lengths_differ
 from glmlens.patch.running import allowed
 from glmlens.patch.sites import PatchError
@@ -64,7 +63,7 @@ def worlds(
     moved: set[str] = set()
     listed, allow = pairs(cast(Hooks, hooks)), allowed(allow)
     ordinary = [(pattern, exchange(pattern, cast(Exchange, fn), list(rows), moved)) for pattern, fn in listed]
-    logits, acts = lens.run_with_cache(tokens, names, ordinary)
+    logits, acts = lens.run_with_cache(tokens, names, ordinary, attention_mask=torch.ones_like(tokens))
     idle = [pattern for pattern, _ in listed if pattern not in moved]
     if idle and "no change" not in allow:
         raise PatchError(f"the hook at {idle[0]!r} changed nothing. If that is meant, allow='no change'")

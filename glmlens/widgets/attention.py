@@ -12,6 +12,7 @@ from torch import Tensor
 
 from glmlens.analysis.pattern import pattern, pattern_points
 from glmlens.lens import Lens
+from glmlens.patch.changes import ids
 from glmlens.plot import attention_pattern
 from glmlens.plot.style import visible
 from glmlens.prompt import Prompt
@@ -71,16 +72,18 @@ class AttentionExplorer(Explorer):
         self.first()
 
     def compute(self, inputs: Mapping[str, Any]) -> Said:
-        tokens = self.lens.to_tokens(inputs["prompt"])
-        if tokens.shape[0] != 1:
-            raise ValueError(f"one prompt at a time, not {tokens.shape[0]}")
+        rows = ids(self.lens, inputs["prompt"])
+        if len(rows) != 1:
+            raise ValueError(f"one prompt at a time, not {len(rows)}")
+        tokens = torch.tensor(rows, device=self.lens.device)
         n = self.lens.cfg.n_layers
 
         def through(x: Tensor, point: Any) -> Tensor:
             self.tick(point.layer + 1, n, "layers")
             return x
 
-        _, acts = self.lens.run_with_cache(tokens, "resid_pre", {"blocks.*.resid_pre": through}, logits=False)
+        hooks, every = {"blocks.*.resid_pre": through}, torch.ones_like(tokens)
+        _, acts = self.lens.run_with_cache(tokens, "resid_pre", hooks, logits=False, attention_mask=every)
         labels = [visible(label) for label in self.lens.to_labels(tokens)]
         return Said(labels, [acts["resid_pre", i] for i in range(n)])
 

@@ -162,7 +162,8 @@ class PatchExplorer(Explorer):
         """A run of these tokens, with a change."""
         lens, n = self.lens, len(tokens)
         hooks = [] if change is None else Applied.to(lens, [change], n, {"end": n - 1}).hooks
-        logits, acts = lens.run_with_cache(torch.tensor([tokens], device=lens.device), pattern_points(lens), hooks)
+        row = torch.tensor([tokens], device=lens.device)
+        logits, acts = lens.run_with_cache(row, pattern_points(lens), hooks, attention_mask=torch.ones_like(row))
         at = torch.arange(n, device=lens.device)[None]
         patterns = [pattern(acts, layer, at, at)[0].float() for layer in range(lens.cfg.n_layers)]
         assert logits is not None

@@ -7,6 +7,7 @@ from typing import Any
 import ipywidgets as W
 import numpy as np
 import plotly.graph_objects as go
+import torch
 import traitlets as T
 
 from glmlens.analysis.distance import DistanceProfile, distance_profile
@@ -14,6 +15,7 @@ from glmlens.analysis.rotary import ScoreParts, frequencies_of, score_parts, tok
 from glmlens.analysis.rows import label, numbers
 from glmlens.integers import read_integer, read_integers
 from glmlens.lens import Lens
+from glmlens.patch.changes import ids
 from glmlens.plot import attention_pattern, lines
 from glmlens.plot.style import GREY
 from glmlens.prompt import Prompt
@@ -114,13 +116,14 @@ class RotaryExplorer(Explorer):
         self.first()
 
     def compute(self, inputs: Mapping[str, Any]) -> Read:
-        prompt = inputs["prompt"]
-        tokens = self.lens.to_tokens(prompt)
-        if tokens.shape[0] != 1:
-            raise ValueError(f"one prompt at a time, not {tokens.shape[0]}")
+        rows = ids(self.lens, inputs["prompt"])
+        if len(rows) != 1:
+            raise ValueError(f"one prompt at a time, not {len(rows)}")
         self.tick(0, 1, "passes")
-        labels = [label(self.lens, token) for token in tokens[0].tolist()]
-        return Read(tokens, labels, distance_profile(self.lens, tokens, distances=max(len(labels), FAR) + 1))
+        labels = [label(self.lens, token) for token in rows[0]]
+        tokens = torch.tensor(rows)
+        prompt: Prompt = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        return Read(prompt, labels, distance_profile(self.lens, prompt, distances=max(len(labels), FAR) + 1))
 
     def select(self, **places: Any) -> None:
         """Look at another head, pair of tokens (query, key), distance, or choice of parts (pairs, content).

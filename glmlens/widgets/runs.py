@@ -5,13 +5,13 @@ from html import escape
 from typing import Any
 
 import ipywidgets as W
-import torch
 
 from glmlens.analysis.rows import label
 from glmlens.lens import Lens
 from glmlens.patch.timeline import Timeline, parting, timeline
 from glmlens.plot.style import visible
 from glmlens.prompt import Prompt
+from glmlens.prompt_kinds import plain_data
 from glmlens.widgets.base import Explorer, prompt_box
 from glmlens.widgets.chart import Chart
 
@@ -132,7 +132,7 @@ def same(new: tuple[Any, Any], old: tuple[Any, ...]) -> bool:
     """Whether two prompts and lengths are the same, whatever prompts are made of."""
     if not old or new[1] != old[1] or type(new[0]) is not type(old[0]):
         return False
-    return torch.equal(new[0], old[0]) if isinstance(new[0], torch.Tensor) else new[0] == old[0]
+    return plain_data(new[0]) == plain_data(old[0])
 
 
 def column(title: str, line: Timeline, other: Timeline | None, step: int) -> str:
