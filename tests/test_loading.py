@@ -439,6 +439,24 @@ def sized(*options):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_last_logits_of_a_batch_copy_no_weight(keep):
+    """PyTorch copies the unembedding for every row whose last positions are apart in memory, in bfloat16 on a CPU."""
+    code = """
+import glmlens, torch
+from glmlens.model import Unembed
+cfg = glmlens.GLMConfig.from_dict({"model_type": "glm", "vocab_size": 200_000, "hidden_size": 64,
+    "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 16,
+    "num_key_value_heads": 1})
+W_U = Unembed(cfg).to(torch.bfloat16).requires_grad_(False)
+x = torch.randn(8, 5, 64, dtype=torch.bfloat16)
+"""
+    without = peak(code + f"W_U(x[:, :{keep}].contiguous())")
+    with_gap = peak(code + f"W_U(x[:, -{keep}:])")
+    weight, logits = 200_000 * 64 * 2, 8 * keep * 200_000 * 2
+    assert with_gap - without < logits + 0.5 * weight  # the logits a second time, and of eight copies of the weight none
+
+
 def test_a_model_in_shards_is_run_within_the_memory_of_its_weights():
     """Beside what the same process takes with a model of nothing."""
     nothing, found = sized("--scale", "16", "--depth", "1"), sized("--scale", "4", "--depth", "3", "--shard", "0.1")
