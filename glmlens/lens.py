@@ -349,7 +349,6 @@ class Lens(Running, Weights):
     def to(self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> "Lens":
         """Move this lens to a device or dtype, in place as in torch, and return it."""
         self.model.to(device=device, dtype=None if dtype is None else checkpoint.dtype_named(dtype))
-        self.__dict__.pop("model_hash", None)  # found anew when it is asked for
         return self
 
     def save(self, folder: str | Path, *, shard_bytes: int = saving.SHARD) -> Path:

@@ -20,7 +20,7 @@ from glmlens.model import absolute_positions
 from glmlens.prompt import Prompt, Prompts, Rows
 from glmlens.record import Enough, Plan, Recorder, Watch
 from glmlens.splice import Splice, Spliced
-from glmlens.weights import fingerprint
+from glmlens.weights import ModelHash, stamp_of
 
 Names = str | Sequence[str]
 Metric = Callable[[Tensor], Tensor]
@@ -45,6 +45,7 @@ class Running(Prompts):
 
     def __init__(self) -> None:
         self._names: list[str] = []
+        self._hash = ModelHash()
         self._weights_are_sound = False  # not looked at before a run gives cause
 
     def __call__(self, prompt: Prompt | None = None, **forward: Unpack[Forward]) -> Float[Tensor, "batch kept vocab"]:
@@ -165,16 +166,18 @@ class Running(Prompts):
         edited: frozenset[str] = frozenset(),
     ) -> Of:
         """What a recording is of."""
+        stamp, found, model = stamp_of(self.model), self._hash, self.model
         return Of(
             None if tokens is None or tokens.is_floating_point() else tokens,
             positions,
             key_positions,
-            self.model,
-            lambda: self.model_hash,
+            model,
+            lambda: found.at(stamp, model),
             self.tokenizer,
             prompt.at if isinstance(prompt, Rows) else None,
             edited,
             past_entries=kv is not None and kv.length > 0,
+            unchanged=lambda: stamp == stamp_of(model),
         )
 
     def _watch(self, plan: Plan, tokens: Tensor | None, forward: Forward) -> Watch:
@@ -285,10 +288,10 @@ class Running(Prompts):
     def device(self) -> torch.device:
         return self.model.ln_final.weight.device
 
-    @cached_property
+    @property
     def model_hash(self) -> str:
-        """12 hex digits that tell this model from others."""
-        return fingerprint(self.model)
+        """12 hex digits that tell this model from others, as it is now; see `weights.ModelHash`."""
+        return self._hash.of(self.model)
 
     @cached_property
     def tokenizer_hash(self) -> str:

@@ -124,14 +124,18 @@ ROPES = [
     ({"rope_theta": 5e6, "partial_rotary_factor": 1.0, "rope_parameters": {"rope_theta": 3e4}}, 3e4, 16),
     ({"rope_parameters": {"rope_theta": 3e4, "partial_rotary_factor": 0.5}, "partial_rotary_factor": 1.0}, 3e4, 8),
     ({"rope_theta": 5e6, "rope_scaling": None}, 5e6, 8),
+    ({"rope_theta": 5e6, "partial_rotary_factor": None}, 5e6, 16),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 2e4}, "partial_rotary_factor": None}, 2e4, 16),
+    ({"rope_parameters": {"rope_theta": 2e4, "partial_rotary_factor": 0.25}, "partial_rotary_factor": None}, 2e4, 4),
     ({}, 1e4, 8),
 ]
 
 
+@pytest.mark.parametrize("glm4", [False, True], ids=["glm", "glm4"])
 @pytest.mark.parametrize(("fields", "theta", "rotated"), ROPES)
-def test_rope_fields_in_both_spellings_and_nested_wins(tmp_path, fields, theta, rotated):
+def test_rope_fields_in_both_spellings_and_nested_wins(tmp_path, fields, theta, rotated, glm4):
     """The same reading as transformers', checked by logits."""
-    write_checkpoint(tmp_path, 2, head_dim=16, num_hidden_layers=2)
+    write_checkpoint(tmp_path, 2, head_dim=16, num_hidden_layers=2, glm4=glm4)
     config = json.loads((tmp_path / "config.json").read_text())
     for name in ("rope_parameters", "rope_theta", "partial_rotary_factor"):
         config.pop(name, None)
@@ -221,6 +225,9 @@ def wrong(case, folder):
     if case == "rope is no object":
         rewrite_json(folder / "config.json", rope_parameters="x")
         return ["config.json", "rope_parameters is 'x'"]
+    if case == "rotary factor":
+        rewrite_json(folder / "config.json", rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": None})
+        return ["config.json", "partial_rotary_factor is null"]
     if case == "stop ids":
         rewrite_json(folder / "config.json", eos_token_id="ab")
         return ["config.json", "eos_token_id is 'ab'"]
@@ -263,7 +270,7 @@ def wrong(case, folder):
     [
         "unknown tensor", "layer too many", "missing tensor", "wrong shape", "quantised tensor", "quantised config",
         "truncated", "empty", "no weights", "missing shard", "shard outside", "shard elsewhere", "index is wrong",
-        "tensor in two shards", "rope is no object", "stop ids", "generation config", "tokenizer config", "huge",
+        "tensor in two shards", "rope is no object", "rotary factor", "stop ids", "generation config", "tokenizer config", "huge",
         "index without a map", "model_type", "rope_type", "hidden_act", "size", "not json", "no config",
     ],
 )  # fmt: skip
