@@ -7,6 +7,7 @@ from step k starts from the cache as it was.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ class Timeline:
     at: Mapping[int, OnCache]
     last: int
     options: Mapping[str, Any]
+    edits_left_out: bool = False  # by pickling, which keeps no functions
 
     @property
     def tokens(self) -> list[int]:
@@ -160,6 +162,8 @@ class Timeline:
         are in place of this run's own, from that step on; their steps and positions count as in this run. What was done
         to the cache up to that step stays done. At step 0 the prompt is run anew. A sampled run draws as it drew then.
         """
+        if self.edits_left_out and ((hooks is None and not interventions) or at is None):
+            raise HookError("this timeline was pickled without its edits, which are functions: give hooks= and at= again")
         moment, last = self.moment(step), self.last if max_new_tokens is None else max_new_tokens
         if last <= step:
             raise ValueError(f"max_new_tokens is {last}, counted from the start: nothing is left to say at step {step}")
@@ -190,6 +194,19 @@ class Timeline:
         kv = moment.kv.fork(1)
         kv.truncate(moment.before + 1)
         return kv
+
+    def __reduce__(self) -> Any:
+        """Pickle what was recorded and the model's hash: no model, and no edits, which are functions.
+
+        What needs weights (`logit_lens`, `rerun`) waits for `with_lens`.
+        """
+        return restore_timeline, (pickled(self),)
+
+    def with_lens(self, lens: Lens) -> "Timeline":
+        """This timeline with the model that it is of; ValueError for another."""
+        if lens.model_hash != self.lens.model_hash:
+            raise ValueError(f"this timeline is of model {self.lens.model_hash}; this lens has {lens.model_hash}")
+        return replace(self, lens=lens)
 
     def __repr__(self) -> str:
         said = " ".join(label(self.lens, token) for token in self.tokens)
@@ -245,6 +262,63 @@ def told(going: Recording, prompt: Int[Tensor, "one pos"], before: Sequence[Even
         going.last,
         going.options,
     )
+
+
+class PickledLens:
+    """What a timeline that was pickled knows of its lens: sizes, the texts of its tokens, and the model's hash."""
+
+    def __init__(self, known: Mapping[str, Any]):
+        self.known = known
+        self.model_hash, self.device, self.dtype = known["model_hash"], known["device"], known["dtype"]
+        self.cfg = SimpleNamespace(**known["sizes"])
+        self.tokenizer = self if known["labels"] else None
+
+    def label(self, token: int) -> str:
+        return self.known["labels"].get(token, f"⟨{token}⟩")
+
+    def to_string(self, tokens: Sequence[int]) -> str:
+        return self.known["text"]
+
+    def to_answer(self, answer: str | int) -> int:
+        return answer if isinstance(answer, int) else self.__getattr__("to_answer")
+
+    def stops(self, stop_ids: Any = None, stop_strings: str | Sequence[str] | None = None) -> tuple[Any, Any]:
+        return (), (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings or ())
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise HookError("this timeline was pickled without its model: line = line.with_lens(lens) gives it back")
+
+
+def pickled(line: Timeline) -> dict[str, Any]:
+    """A timeline as dictionaries, lists and tensors, its runs and its caches."""
+    lens, cfg = line.lens, line.lens.cfg
+    caches = [moment.kv.tokens[0, : moment.kv.length].tolist() for moment in line.moments]
+    ids = {i for row in [*caches, line.prompt[0].tolist(), line.tokens] for i in row if i >= 0}
+    known = {
+        "model_hash": lens.model_hash, "device": lens.device, "dtype": lens.dtype,
+        "sizes": {name: getattr(cfg, name) for name in ("n_layers", "n_heads", "n_groups")},
+        "labels": {i: label(lens, i) for i in ids} if lens.tokenizer else {},
+        "text": lens.to_string(line.tokens) if lens.tokenizer else "",
+    }  # fmt: skip
+    kept = {name: x for name, x in line.options.items() if name != "seed" or not isinstance(x, torch.Generator)}
+    return {
+        "lens": known, "prompt": line.prompt, "moments": [dict(vars(moment)) for moment in line.moments],
+        "events": [dict(vars(event)) for event in line.events], "runs": list(line.runs), "last": line.last,
+        "options": kept, "edits_left_out": line.edits_left_out or bool(pairs(line.hooks)) or bool(line.at),
+    }  # fmt: skip
+
+
+def restore_timeline(state: dict[str, Any]) -> Timeline:
+    """The timeline that was pickled."""
+    parts = {**state, "lens": PickledLens(state["lens"]), "runs": tuple(state["runs"])}
+    parts["moments"] = tuple(Moment(**moment) for moment in state["moments"])
+    parts["events"] = tuple(Event(**event) for event in state["events"])
+    return Timeline(**parts, hooks=[], at={})
+
+
+torch.serialization.add_safe_globals([restore_timeline])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
