@@ -20,7 +20,7 @@ from glmlens.derive import Origin, barred, derive, follows
 from glmlens.hooks import HookError, axes_of, local_name
 from glmlens.model import GLM
 from glmlens.tables import size, spans, table
-from glmlens.tokenizer import Tokenizer
+from glmlens.tokenizer import RowTexts, Tokenizer
 
 Value = Tensor | list[Tensor]
 MANIFEST, VALUES = "manifest.json", "activations.safetensors"
@@ -45,7 +45,7 @@ class Of:
     key_positions: Int[Tensor, "batch key"]
     model: GLM | None = None
     model_hash: Callable[[], str] = lambda: "unknown"
-    tokenizer: "Tokenizer | RowTexts | None" = None
+    tokenizer: Tokenizer | RowTexts | None = None
     named: Callable[[str], Int[Tensor, "batch"]] | None = None
     edited: frozenset[str] = frozenset()
     past_entries: bool = False
@@ -398,35 +398,12 @@ class AtPosition:
         return f"positions {self.positions.tolist()} of {self.acts!r}"
 
 
-@dataclass(frozen=True)
-class RowTexts:
-    """What a tokenizer says of the rows of one recording, where the tokenizer itself is not there."""
-
-    hash: str
-    rows: Mapping[tuple[int, ...], tuple[list[str], list[str]]]  # ids to labels and strings
-
-    def labels(self, ids: Sequence[int]) -> list[str]:
-        return self.rows[tuple(ids)][0]
-
-    def strings(self, ids: Sequence[int]) -> list[str]:
-        return self.rows[tuple(ids)][1]
-
-    def fingerprint(self) -> str:
-        return self.hash
-
-    @staticmethod
-    def of(of: Of) -> "RowTexts | None":
-        if of.tokenizer is None or of.tokens is None:
-            return None
-        rows = [row[at >= 0].tolist() for row, at in zip(of.tokens, of.positions, strict=True)]
-        texts = {tuple(ids): (of.tokenizer.labels(ids), of.tokenizer.strings(ids)) for ids in rows}
-        return RowTexts(of.tokenizer.fingerprint(), texts)
-
-
 def pickled(acts: Activations) -> dict[str, Any]:
     """A recording as dictionaries, lists and tensors alone, so that torch.load reads it with weights_only too."""
     acts, of = acts.store_all().detach(), acts.of
-    texts = None if of is None else RowTexts.of(of)
+    texts = None
+    if of is not None and of.tokenizer is not None and of.tokens is not None:
+        texts = RowTexts.of(of.tokenizer, [row[at >= 0].tolist() for row, at in zip(of.tokens, of.positions, strict=True)])
     places = None if of is None else {
         "tokens": of.tokens, "positions": of.positions, "key_positions": of.key_positions,
         "model_hash": of.model_hash(), "edited": sorted(of.edited), "past_entries": of.past_entries,

@@ -54,11 +54,15 @@ class Weights:
 
     @property
     def W_E(self) -> Float[Tensor, "vocab model"]:
+        """In a tied model (`cfg.tied`) it is W_U too: an edit of one is an edit of both, unless load(..., untie=True)."""
         return self.model.embed.weight
 
     @property
     def W_U(self) -> Float[Tensor, "model vocab"]:
-        """Of a class head, a column for each label; AttributeError in a checkpoint without a head."""
+        """Of a class head, a column for each label; AttributeError in a checkpoint without a head.
+
+        In a tied model (`cfg.tied`) it is W_E, and edits reach both, unless it was opened by load(..., untie=True).
+        """
         if not self.model.cfg.d_logits:
             raise AttributeError("this checkpoint has no unembedding: it was saved as the model without a head")
         return self.model.unembed.get_parameter("weight").T

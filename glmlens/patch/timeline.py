@@ -25,6 +25,7 @@ from glmlens.patch.moments import CACHE, Event, Moment, OnCache, Recording, comp
 from glmlens.prompt import Prompt
 from glmlens.results import Labelled
 from glmlens.run import Run, up_to
+from glmlens.weights import Stamp, stamp_of
 
 UNSEEN = ("kv.k", "attn.scores", "attn.pattern")  # edits there change attention, and neither queries nor the cache
 
@@ -45,6 +46,7 @@ class Timeline:
     at: Mapping[int, OnCache]
     last: int
     options: Mapping[str, Any]
+    stamp: Stamp | None = None  # of the weights that were run
     edits_left_out: bool = False  # by pickling, which keeps no functions
 
     @property
@@ -68,7 +70,7 @@ class Timeline:
             "metric": metric, "direction": "the token that each step chose", "positions": "steps of a generation",
             "prompt": " ".join(label(self.lens, i) for i in self.prompt[0].tolist()),
             "edits": ", ".join(dict.fromkeys(event.what for event in self.events)) or "none",
-            "model": self.lens.model_hash,
+            "model": self.model_hash,
         }  # fmt: skip
         return Labelled(numbers(x), tuple(axes.split()), {"step": steps, **labels}, about)
 
@@ -95,6 +97,7 @@ class Timeline:
 
     def readings(self) -> Float[Tensor, "layer step vocab"]:
         """The logits of every layer's stream; see `logit_lens`."""
+        self.refuse_edited_weights("logit_lens")
         model, resid = self.lens.model, torch.stack([moment.resid for moment in self.moments], 1)
         return torch.stack([model.unembed(model.ln_final(x[None]))[0] for x in resid])
 
@@ -164,6 +167,7 @@ class Timeline:
         """
         if self.edits_left_out and ((hooks is None and not interventions) or at is None):
             raise HookError("this timeline was pickled without its edits, which are functions: give hooks= and at= again")
+        self.refuse_edited_weights("rerun")
         moment, last = self.moment(step), self.last if max_new_tokens is None else max_new_tokens
         if last <= step:
             raise ValueError(f"max_new_tokens is {last}, counted from the start: nothing is left to say at step {step}")
@@ -202,11 +206,21 @@ class Timeline:
         """
         return restore_timeline, (pickled(self),)
 
+    @property
+    def model_hash(self) -> str:
+        """The hash of the model that was run, also after an edit; "unknown" if it was not asked for before that."""
+        return self.lens.model_hash if self.stamp is None else self.lens.model_hash_at(self.stamp)
+
+    def refuse_edited_weights(self, what: str) -> None:
+        """Raise HookError if the weights are not those that were run any more."""
+        if self.stamp is not None and self.stamp != stamp_of(self.lens.model):
+            raise HookError(f"{what}: the weights were edited after this timeline was recorded: record it again")
+
     def with_lens(self, lens: Lens) -> "Timeline":
         """This timeline with the model that it is of; ValueError for another."""
-        if lens.model_hash != self.lens.model_hash:
-            raise ValueError(f"this timeline is of model {self.lens.model_hash}; this lens has {lens.model_hash}")
-        return replace(self, lens=lens)
+        if lens.model_hash != self.model_hash:
+            raise ValueError(f"this timeline is of model {self.model_hash}; this lens has {lens.model_hash}")
+        return replace(self, lens=lens, stamp=stamp_of(lens.model))
 
     def __repr__(self) -> str:
         said = " ".join(label(self.lens, token) for token in self.tokens)
@@ -261,6 +275,7 @@ def told(going: Recording, prompt: Int[Tensor, "one pos"], before: Sequence[Even
         going.at,
         going.last,
         going.options,
+        stamp_of(going.lens.model),
     )
 
 
@@ -297,7 +312,7 @@ def pickled(line: Timeline) -> dict[str, Any]:
     caches = [moment.kv.tokens[0, : moment.kv.length].tolist() for moment in line.moments]
     ids = {i for row in [*caches, line.prompt[0].tolist(), line.tokens] for i in row if i >= 0}
     known = {
-        "model_hash": lens.model_hash, "device": lens.device, "dtype": lens.dtype,
+        "model_hash": line.model_hash, "device": lens.device, "dtype": lens.dtype,
         "sizes": {name: getattr(cfg, name) for name in ("n_layers", "n_heads", "n_groups")},
         "labels": {i: label(lens, i) for i in ids} if lens.tokenizer else {},
         "text": lens.to_string(line.tokens) if lens.tokenizer else "",
@@ -315,7 +330,7 @@ def restore_timeline(state: dict[str, Any]) -> Timeline:
     parts = {**state, "lens": PickledLens(state["lens"]), "runs": tuple(state["runs"])}
     parts["moments"] = tuple(Moment(**moment) for moment in state["moments"])
     parts["events"] = tuple(Event(**event) for event in state["events"])
-    return Timeline(**parts, hooks=[], at={})
+    return Timeline(**parts, hooks=[], at={})  # the stamp is of weights that are not here
 
 
 torch.serialization.add_safe_globals([restore_timeline])
@@ -347,8 +362,8 @@ class Parting:
 
 def parting(first: Timeline, second: Timeline) -> Parting | None:
     """Where two runs part, or None where one says what the other begins with. ValueError for two models."""
-    if first.lens.model_hash != second.lens.model_hash:
-        raise ValueError(f"runs of two models, {first.lens.model_hash} and {second.lens.model_hash}")
+    if first.model_hash != second.model_hash:
+        raise ValueError(f"runs of two models, {first.model_hash} and {second.model_hash}")
     both = enumerate(zip(first.tokens, second.tokens, strict=False))
     step = next((i for i, (a, b) in both if a != b), None)
     if step is None:
@@ -363,7 +378,7 @@ def parting(first: Timeline, second: Timeline) -> Parting | None:
     about = {
         "direction": "the first run against the second",
         "positions": f"step {step}",
-        "model": first.lens.model_hash,
+        "model": first.model_hash,
     }
     named = {"run": ["first", "second"], "token": list(words)}
     probability = Labelled(numbers(probs), ("run", "token"), named, {**about, "metric": "probability"})
