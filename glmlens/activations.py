@@ -403,7 +403,9 @@ def pickled(acts: Activations) -> dict[str, Any]:
     acts, of = acts.store_all().detach(), acts.of
     texts = None
     if of is not None and of.tokenizer is not None and of.tokens is not None:
-        texts = RowTexts.of(of.tokenizer, [row[at >= 0].tolist() for row, at in zip(of.tokens, of.positions, strict=True)])
+        texts = RowTexts.of(
+            of.tokenizer, [row[at >= 0].tolist() for row, at in zip(of.tokens, of.positions, strict=True)]
+        )
     places = None if of is None else {
         "tokens": of.tokens, "positions": of.positions, "key_positions": of.key_positions,
         "model_hash": of.model_hash(), "edited": sorted(of.edited), "past_entries": of.past_entries,
@@ -415,13 +417,13 @@ def pickled(acts: Activations) -> dict[str, Any]:
 
 def restore_activations(state: dict[str, Any]) -> Activations:
     """The recording that was pickled."""
-    of, texts = None, None
+    of = None
     if state["of"] is not None:
         places = dict(state["of"])
         model_hash, texts = places.pop("model_hash"), places.pop("tokenizer")
         tokenizer = RowTexts(**texts) if texts else None
+        places["edited"] = frozenset(places["edited"])
         of = Of(**places, model_hash=lambda: model_hash, tokenizer=tokenizer)
-        of = replace(of, edited=frozenset(of.edited))
     gradients = state["gradients"] and restore_activations(state["gradients"])
     return Activations(state["values"], state["names"], of, gradients)
 

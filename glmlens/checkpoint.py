@@ -109,8 +109,8 @@ def refuse_rewritten_files(model: GLM) -> None:
             now = (0, 0, 0)
         if now[0] == before[0] and now != before:
             raise CheckpointError(
-                f"{path}: was written to since it was opened ({before[1]:,} bytes then, {now[1]:,} now), and this model "
-                f"is a view of it: load it again. To replace a file under a model, write another and rename it"
+                f"{path}: was written to since it was opened ({before[1]:,} bytes then, {now[1]:,} now), and this "
+                f"model is a view of it: load it again. To replace a file under a model, write another and rename it"
             )
         if now[0] != before[0]:
             del MAPPED[model][path]

@@ -241,7 +241,9 @@ class Reader:
         field, fixed = replace(self, raw={**self.raw, **nested}), self.format.rotated
         name = "partial_rotary_factor"
         if fixed is None and nested.get(name, 1.0) is None:
-            raise self.error(f"{name} is null among the rotary fields, where transformers computes nothing; take it out")
+            raise self.error(
+                f"{name} is null among the rotary fields, where transformers computes nothing; take it out"
+            )
         null = name in field.raw and field.raw[name] is None  # at the top, transformers reads null as all channels
         factor = field.number(name, fixed or (1.0 if null else self.format.defaults[name]))
         if fixed not in (None, factor):

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -54,7 +54,7 @@ class Weights:
 
     @property
     def W_E(self) -> Float[Tensor, "vocab model"]:
-        """In a tied model (`cfg.tied`) it is W_U too: an edit of one is an edit of both, unless load(..., untie=True)."""
+        """In a tied model (`cfg.tied`) it is W_U too, and edits reach both; see load(..., untie=True)."""
         return self.model.embed.weight
 
     @property
@@ -172,9 +172,9 @@ def quick_digest(p: Tensor) -> Digest:
 class ModelHash:
     """12 hex digits that tell a model from others: of its config and every number of its parameters.
 
-    A parameter is read whole once, and again when it was edited: its version counter says so after an edit in place, its
-    storage after `p.data = ...`, and a sample of 4,096 of its numbers after most edits through `.data` or numpy, which
-    no counter sees. Copies of a lens find their own.
+    A parameter is read whole once, and again when it was edited: its version counter says so after an edit in place,
+    its storage after `p.data = ...`, and a sample of 4,096 of its numbers after most edits through `.data` or numpy,
+    which no counter sees. Copies of a lens find their own.
     """
 
     def __init__(self) -> None:
@@ -211,4 +211,4 @@ class ModelHash:
 
 
 def sha256(x: Tensor) -> bytes:
-    return hashlib.sha256(x.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()).digest()
+    return hashlib.sha256(x.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data).digest()

@@ -13,8 +13,9 @@ from conftest import reference, rewrite_json, small_lens, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 import glmlens
-from glmlens import analysis, patch
+from glmlens import analysis, only, patch
 from glmlens.config import CheckpointError
+from glmlens.hooks import HookError
 
 
 def shard(folder, parts=3):
@@ -270,7 +271,8 @@ def wrong(case, folder):
     [
         "unknown tensor", "layer too many", "missing tensor", "wrong shape", "quantised tensor", "quantised config",
         "truncated", "empty", "no weights", "missing shard", "shard outside", "shard elsewhere", "index is wrong",
-        "tensor in two shards", "rope is no object", "rotary factor", "stop ids", "generation config", "tokenizer config", "huge",
+        "tensor in two shards", "rope is no object", "rotary factor", "stop ids", "generation config",
+        "tokenizer config", "huge",
         "index without a map", "model_type", "rope_type", "hidden_act", "size", "not json", "no config",
     ],
 )  # fmt: skip
@@ -304,6 +306,49 @@ def test_a_weight_that_is_no_number_is_named_when_it_is_first_heard_of(tmp_path,
     for ask in (lens, lens.generate, lens.run_with_cache, lambda t: lens.generate(t, temperature=1.0)):
         with pytest.raises(CheckpointError, match=told):
             ask(TOKENS)
+
+
+def test_a_weight_beyond_float16_is_not_blamed_on_the_file(tmp_path):
+    write_checkpoint(tmp_path, 2)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][3, 2] = 70_000.0
+    broken(tmp_path, tensors)
+    with pytest.raises(
+        CheckpointError, match=r"down_proj.weight': 1 of its .* numbers are beyond 65,504, where float16"
+    ):
+        glmlens.load(tmp_path, dtype="float16")
+    lens = glmlens.load(tmp_path)
+    assert lens(TOKENS).isfinite().all()
+    with pytest.raises(
+        CheckpointError, match=r"down\.weight: 1 of its .* float16 ends at 65,504: load with dtype='bfl"
+    ):
+        lens.to(dtype="float16").generate(TOKENS)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 0}])
+def test_a_generation_does_not_go_on_from_nan(sampling):
+    lens = small_lens(dtype=torch.float16)
+    lens.model.blocks[1].mlp.down.weight.fill_(60_000)
+    told = "the logits are nan.*a sum went beyond 65,504, where float16 ends: load with dtype='bfloat16'"
+    with pytest.raises(HookError, match=told) as error:
+        lens.generate(TOKENS, 5, **sampling)
+    assert torch.equal(error.value.run.tokens, TOKENS)
+    lens = small_lens()
+    broken_at_2 = only(lambda x, point: x * torch.nan, steps=2)
+    with pytest.raises(HookError, match="a hook made them so") as error:
+        lens.generate(TOKENS, 5, hooks={"blocks.0.mlp_out": broken_at_2}, stop_ids=(), **sampling)
+    assert error.value.run.new_tokens.shape == (1, 2)  # what was said before it is kept
+    with pytest.raises(HookError, match="the logits are nan"):
+        list(lens.stream(TOKENS, 5, hooks={"blocks.0.mlp_out": broken_at_2}, stop_ids=(), **sampling))
+
+
+def test_an_edit_that_makes_weights_no_numbers_is_heard_of_also_after_an_overflow():
+    lens = small_lens()
+    lens.run_with_hooks(TOKENS, {"blocks.0.resid_pre": lambda x, point: x * torch.nan})
+    lens(TOKENS)
+    lens.model.blocks[1].mlp.down.weight[3, 2] = torch.nan
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.mlp\.down\.weight: 1 of its"):
+        lens(TOKENS)
 
 
 @pytest.mark.parametrize(
@@ -461,7 +506,9 @@ x = torch.randn(8, 5, 64, dtype=torch.bfloat16)
     without = peak(code + f"W_U(x[:, :{keep}].contiguous())")
     with_gap = peak(code + f"W_U(x[:, -{keep}:])")
     weight, logits = 200_000 * 64 * 2, 8 * keep * 200_000 * 2
-    assert with_gap - without < logits + 0.5 * weight  # the logits a second time, and of eight copies of the weight none
+    assert (
+        with_gap - without < logits + 0.5 * weight
+    )  # the logits a second time, and of eight copies of the weight none
 
 
 def test_a_model_in_shards_is_run_within_the_memory_of_its_weights():

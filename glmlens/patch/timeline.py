@@ -8,7 +8,7 @@ from step k starts from the cache as it was.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -166,7 +166,9 @@ class Timeline:
         to the cache up to that step stays done. At step 0 the prompt is run anew. A sampled run draws as it drew then.
         """
         if self.edits_left_out and ((hooks is None and not interventions) or at is None):
-            raise HookError("this timeline was pickled without its edits, which are functions: give hooks= and at= again")
+            raise HookError(
+                "this timeline was pickled without its edits, which are functions: give hooks= and at= again"
+            )
         self.refuse_edited_weights("rerun")
         moment, last = self.moment(step), self.last if max_new_tokens is None else max_new_tokens
         if last <= step:
@@ -279,31 +281,49 @@ def told(going: Recording, prompt: Int[Tensor, "one pos"], before: Sequence[Even
     )
 
 
-class PickledLens:
+class PickledLens(Lens):
     """What a timeline that was pickled knows of its lens: sizes, the texts of its tokens, and the model's hash."""
 
     def __init__(self, known: Mapping[str, Any]):
         self.known = known
-        self.model_hash, self.device, self.dtype = known["model_hash"], known["device"], known["dtype"]
-        self.cfg = SimpleNamespace(**known["sizes"])
-        self.tokenizer = self if known["labels"] else None
+        self.tokenizer = cast(Any, self if known["labels"] else None)
+
+    @property
+    def model(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        raise HookError("this timeline was pickled without its model: line = line.with_lens(lens) gives it back")
+
+    @property
+    def cfg(self) -> Any:
+        return SimpleNamespace(**self.known["sizes"])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.known["dtype"]
+
+    @property
+    def device(self) -> torch.device:
+        return self.known["device"]
+
+    @property
+    def model_hash(self) -> str:
+        return self.known["model_hash"]
 
     def label(self, token: int) -> str:
         return self.known["labels"].get(token, f"⟨{token}⟩")
 
-    def to_string(self, tokens: Sequence[int]) -> str:
+    def to_string(self, tokens: Tensor | Sequence[int]) -> str:
         return self.known["text"]
 
     def to_answer(self, answer: str | int) -> int:
-        return answer if isinstance(answer, int) else self.__getattr__("to_answer")
+        return answer if isinstance(answer, int) else super().to_answer(answer)
 
-    def stops(self, stop_ids: Any = None, stop_strings: str | Sequence[str] | None = None) -> tuple[Any, Any]:
+    def stops(
+        self, stop_ids: Sequence[int] | None = None, stop_strings: str | Sequence[str] | None = None
+    ) -> tuple[tuple[int, ...], tuple[str, ...]]:
         return (), (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings or ())
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise HookError("this timeline was pickled without its model: line = line.with_lens(lens) gives it back")
+    def __repr__(self) -> str:
+        return f"PickledLens(of model {self.model_hash}, which is not here)"
 
 
 def pickled(line: Timeline) -> dict[str, Any]:
