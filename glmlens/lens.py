@@ -213,6 +213,8 @@ class Lens(Running, Weights):
         self.before_run(forward)
         tokens = cast(Tensor, self._inputs(prompt, forward))
         self._check_ids(tokens)
+        if kv is not None:
+            kv.fits_model(self.cfg, tokens.shape[0], self.dtype, self.device)
         room = tokens.shape[1] + max_new_tokens - 1
         begin = min(room, tokens.shape[1] + 256)  # the cache grows by itself: what is never said takes no memory
         kv = self.new_kv(tokens.shape[0], begin) if kv is None else kv.fork(begin)
