@@ -28,7 +28,7 @@ from glmlens.storage import (
     write_tensors,
 )
 from glmlens.tables import size, spans, table
-from glmlens.tokenizer import Tokenizer
+from glmlens.tokenizer import RowTexts, Tokenizer
 
 Value = Tensor | list[Tensor]
 MANIFEST, VALUES, FORMAT = "manifest.json", "activations.safetensors", "glmlens.Activations 2"
@@ -53,10 +53,11 @@ class Of:
     key_positions: Int[Tensor, "batch key"]
     model: GLM | None = None
     model_hash: Callable[[], str] = lambda: "unknown"
-    tokenizer: Tokenizer | None = None
+    tokenizer: Tokenizer | RowTexts | None = None
     named: Callable[[str], Int[Tensor, "batch"]] | None = None
     edited: frozenset[str] = frozenset()
     past_entries: bool = False
+    unchanged: Callable[[], bool] = lambda: True  # whether the model's weights are those of the run
     by_steps: bool = False  # joined over the steps of a generation: nothing is derived, each step had its own shape
 
     def follows(self, name: str, stored: Mapping[str, Any]) -> bool:
@@ -66,8 +67,13 @@ class Of:
         return follows(name, self.model, stored, barred(self.edited, self.model, self.past_entries))
 
     def derived(self, name: str, there: ChainMap[str, Any]) -> Tensor | None:
-        """The value that follows from what is there."""
+        """The value that follows from what is there; HookError if the weights are not those of the run any more."""
         assert self.model is not None
+        if not self.unchanged():
+            raise HookError(
+                f"{name!r} is not stored but computed from the weights, and they were edited after this run: name it "
+                f"alone in names= when you run, or call acts.store_all() before the edit"
+            )
         origin = Origin(self.model, self.positions, self.key_positions)
         return derive(name, origin, there, barred(self.edited, self.model, self.past_entries))
 
@@ -260,9 +266,23 @@ class Activations(Mapping[str, Any]):
         """The recording on another device or in another dtype: away from its model, so all that was named is stored."""
         if dtype is None and (device is None or torch.device(device) == self.device):
             return self
-        moved = self._mapped(dict(self), lambda x: x.to(device=device or x.device, dtype=dtype or x.dtype))
-        moved.of = moved.of and replace(moved.of, model=None)
-        return moved
+        return self._stored(lambda x: x.to(device=device or x.device, dtype=dtype or x.dtype))
+
+    def store_all(self) -> "Activations":
+        """The recording with every named point stored, away from its model: later edits of weights cannot reach it."""
+        return self._stored(lambda x: x)
+
+    def _stored(self, fn: Callable[[Tensor], Tensor]) -> "Activations":
+        stored = self._mapped(dict(self), fn)
+        stored.of = stored.of and replace(stored.of, model=None, unchanged=lambda: True)
+        return stored
+
+    def __reduce__(self) -> Any:
+        """Pickle what `store_all` holds, detached: values, tokens, positions, texts and the model's hash, no model.
+
+        Names of a task's positions are not kept.
+        """
+        return restore_activations, (pickled(self),)
 
     def cpu(self) -> "Activations":
         return self.to("cpu")
@@ -346,11 +366,19 @@ class Activations(Mapping[str, Any]):
             layers, held = self.layers(local), [self._outline(name) for name in names if name in self.stored]
             which = f"blocks.{spans(layers)}.{local}" if layers else local
             weight = size(sum(x.nbytes for v in held for x in (v if isinstance(v, list) else [v])))
-            first = held[0] if held else self[names[0]]
+            first = held[0] if held else self._shown(names[0])
             per_step = f" x {len(first)} steps" if isinstance(first, list) else ""
-            shape = str(tuple((first[-1] if isinstance(first, list) else first).shape)) + per_step
+            last = first[-1] if isinstance(first, list) else first
+            shape = "not to be had" if last is None else str(tuple(last.shape)) + per_step
             out.append((which, " ".join(axes_of(local)), shape, weight if held else "derived"))
         return out
+
+    def _shown(self, name: str) -> Any:
+        """A derived point's value; None where it cannot be derived: without the model, or when weights were edited."""
+        try:
+            return self[name]
+        except HookError:
+            return None
 
 
 @dataclass(frozen=True)
@@ -382,6 +410,39 @@ class AtPosition:
 
     def __repr__(self) -> str:
         return f"positions {self.positions.tolist()} of {self.acts!r}"
+
+
+def pickled(acts: Activations) -> dict[str, Any]:
+    """A recording as dictionaries, lists and tensors alone, so that torch.load reads it with weights_only too."""
+    acts, of = acts.store_all().detach(), acts.of
+    texts = None
+    if of is not None and of.tokenizer is not None and of.tokens is not None:
+        texts = RowTexts.of(
+            of.tokenizer, [row[at >= 0].tolist() for row, at in zip(of.tokens, of.positions, strict=True)]
+        )
+    places = None if of is None else {
+        "tokens": of.tokens, "positions": of.positions, "key_positions": of.key_positions,
+        "model_hash": of.model_hash(), "edited": sorted(of.edited), "past_entries": of.past_entries,
+        "by_steps": of.by_steps, "tokenizer": texts and {"hash": texts.hash, "rows": dict(texts.rows)},
+    }  # fmt: skip
+    gradients = acts._gradients and pickled(acts._gradients)
+    return {"values": dict(acts.stored), "names": list(acts.names), "of": places, "gradients": gradients}
+
+
+def restore_activations(state: dict[str, Any]) -> Activations:
+    """The recording that was pickled."""
+    of = None
+    if state["of"] is not None:
+        places = dict(state["of"])
+        model_hash, texts = places.pop("model_hash"), places.pop("tokenizer")
+        tokenizer = RowTexts(**texts) if texts else None
+        places["edited"] = frozenset(places["edited"])
+        of = Of(**places, model_hash=lambda: model_hash, tokenizer=tokenizer)
+    gradients = state["gradients"] and restore_activations(state["gradients"])
+    return Activations(state["values"], state["names"], of, gradients)
+
+
+torch.serialization.add_safe_globals([restore_activations])  # which runs nothing: plain values come in
 
 
 def tensors(values: Mapping[str, Value]) -> Iterator[Tensor]:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +36,11 @@ def load_model(
     device: torch.device | str = "cpu",
     attention: str = "eager",
     rope_theta: float | int | None = None,
+    untie: bool = False,
 ) -> GLM:
     """The GLM in `folder`, frozen. On the meta device only its config is read.
+
+    With `untie`, a tied embedding gets memory of its own; the unembedding stays the file's.
 
     Everything is checked before anything is read. `rope_theta` is used instead of the config's. Raises CheckpointError
     naming the file, the tensor, what was expected and what was found.
@@ -48,7 +52,7 @@ def load_model(
         dtype = dtype_named(cfg.dtype, f"{folder / 'config.json'}: ")
     model = blank(cfg, attention, dtype or torch.float32)
     if device.type == "meta":
-        return model
+        return blank(replace(cfg, tied=False), attention, model.ln_final.weight.dtype) if untie else model
 
     files, ours = files_of(folder), checkpoint_names(model)
     if not any(name in files for name in ours):  # a checkpoint of the model without any head
@@ -58,13 +62,69 @@ def load_model(
     size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     with tqdm(total=size, desc=f"loading {folder.name}", unit="B", unit_scale=True, delay=2) as bar:
         for path in dict.fromkeys(path for path, _ in found.values()):
+            identity = identity_of(path)
             with opened(path) as file:
                 for name in (name for name in ours if found[name][0] == path):
-                    bar.update(place(model, file.get_tensor(name).to(device, dtype), ours[name]))
+                    stored = file.get_tensor(name)
+                    x = stored.to(device, dtype)
+                    refuse_overflow(stored, x, f"{path}: tensor {name!r}")
+                    if x is stored:
+                        MAPPED.setdefault(model, {})[path] = identity
+                    bar.update(place(model, x, ours[name]))
     if cfg.tied:
         model.unembed.weight = model.embed.weight
         refuse_another_unembedding(found, names_of(cfg))
+    if untie and cfg.tied:
+        # The embedding is copied and not the unembedding: looking rows up rounds nothing wherever they lie in memory.
+        model.embed.weight = nn.Parameter(model.embed.weight.detach().clone(), requires_grad=False)
+        model.cfg = replace(cfg, tied=False)
     return model
+
+
+Identity = tuple[int, int, int]
+MAPPED: WeakKeyDictionary[GLM, dict[Path, Identity]] = WeakKeyDictionary()
+"""The files that a model's parameters are views of, as they were when they were opened. A copied model has none."""
+
+
+def identity_of(path: Path) -> Identity:
+    """Inode, size and time of a file's last change; CheckpointError if it is gone."""
+    try:
+        at = path.stat()
+    except OSError as e:
+        raise CheckpointError(f"{path}: not found: {e}") from e
+    return at.st_ino, at.st_size, at.st_mtime_ns
+
+
+def refuse_rewritten_files(model: GLM) -> None:
+    """Raise CheckpointError if a file that parameters are views of was written again since it was opened.
+
+    Of one that was replaced by another file, or deleted, the views stay what they were: a warning says so once.
+    """
+    for path, before in list(MAPPED.get(model, {}).items()):
+        try:
+            now = identity_of(path)
+        except CheckpointError:
+            now = (0, 0, 0)
+        if now[0] == before[0] and now != before:
+            raise CheckpointError(
+                f"{path}: was written to since it was opened ({before[1]:,} bytes then, {now[1]:,} now), and this "
+                f"model is a view of it: load it again. To replace a file under a model, write another and rename it"
+            )
+        if now[0] != before[0]:
+            del MAPPED[model][path]
+            what = "was replaced by another file" if now[0] else "is no longer there"
+            warnings.warn(f"{path}: {what}; this model goes on with the one it was opened from", stacklevel=4)
+
+
+def refuse_overflow(stored: Tensor, x: Tensor, where: str) -> None:
+    """Raise CheckpointError for finite numbers that are infinite in float16."""
+    if x.dtype == torch.float16 and stored.dtype != torch.float16 and bool((over := x.isinf()).any()):
+        count = int((over & stored.to(x.device).isfinite()).sum())
+        if count:
+            raise CheckpointError(
+                f"{where}: {count:,} of its {x.numel():,} numbers are beyond {torch.finfo(x.dtype).max:,.0f}, where "
+                f"float16 ends: load with dtype='bfloat16' or 'float32'"
+            )
 
 
 def turned_by(cfg: GLMConfig, rope_theta: float | int | None, folder: Path) -> GLMConfig:

@@ -239,7 +239,13 @@ class Reader:
         if several := next((key for key, value in nested.items() if isinstance(value, Mapping)), None):
             raise self.error(f"{name} has an object of its own for {several!r}; the layers of a GLM all turn alike")
         field, fixed = replace(self, raw={**self.raw, **nested}), self.format.rotated
-        factor = field.number("partial_rotary_factor", fixed or self.format.defaults["partial_rotary_factor"])
+        name = "partial_rotary_factor"
+        if fixed is None and nested.get(name, 1.0) is None:
+            raise self.error(
+                f"{name} is null among the rotary fields, where transformers computes nothing; take it out"
+            )
+        null = name in field.raw and field.raw[name] is None  # at the top, transformers reads null as all channels
+        factor = field.number(name, fixed or (1.0 if null else self.format.defaults[name]))
         if fixed not in (None, factor):
             raise self.error(f"partial_rotary_factor is {factor}; in this format it is always {fixed}")
         d_rotary = int(d_head * factor)

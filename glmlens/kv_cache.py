@@ -139,11 +139,15 @@ class KVCache:
 
     def fits(self, cfg: GLMConfig, x: Tensor) -> None:
         """Raise ValueError unless this cache can hold what such a model computes from x [batch, pos, model]."""
-        expected = (cfg.n_layers, x.shape[0], cfg.n_kv_heads, cfg.d_head, x.dtype, x.device)
-        layers, batch, _, kv, d = self.keys.shape
-        found = (layers, batch, kv, d, self.keys.dtype, self.keys.device)
+        self.fits_model(cfg, x.shape[0], x.dtype, x.device)
+
+    def fits_model(self, cfg: GLMConfig, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Raise ValueError unless this cache is of such a model and of so many rows."""
+        expected = (cfg.n_layers, batch, cfg.n_kv_heads, cfg.d_head, dtype, device, device)
+        layers, rows, _, kv, d = self.keys.shape
+        found = (layers, rows, kv, d, self.keys.dtype, self.keys.device, self.positions.device)
         if found != expected:
-            names = ("layers", "batch", "kv heads", "d_head", "dtype", "device")
+            names = ("layers", "batch", "kv heads", "d_head", "dtype", "device", "positions on")
             wrong = [f"{n} {f}, not {e}" for n, f, e in zip(names, found, expected, strict=True) if f != e]
             raise ValueError(f"this KV cache has {'; '.join(wrong)}: make one with lens.new_kv(batch=...)")
 
@@ -164,6 +168,18 @@ class KVCache:
         layers, batch, capacity, kv, d = self.keys.shape
         sizes = f"{layers} layers, batch {batch}, {kv} kv heads, d {d}"
         return f"KVCache({self.length} entries of {capacity}; {sizes}, {size(self.bytes)})"
+
+
+def refuse_other_caches(kv: object, cfg: GLMConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise TypeError for a cache that is no KVCache, and ValueError for one that another model filled."""
+    if kv is None:
+        return
+    if not isinstance(kv, KVCache):
+        raise TypeError(
+            f"kv is a {type(kv).__name__} of {type(kv).__module__.split('.')[0]}; expected a KVCache: make one with "
+            f"lens.new_kv(batch=...) and run the tokens into it, lens(tokens, kv=kv)"
+        )
+    kv.fits_model(cfg, kv.batch, dtype, device)
 
 
 def stood(positions: Int[Tensor, "*batch key"]) -> Int[Tensor, "*batch key"]:

@@ -27,7 +27,7 @@ from glmlens.running import Forward, Names, Running, count_positions
 from glmlens.splice import Coder, splice_between
 from glmlens.storage import expand_path
 from glmlens.tokenizer import Tokenizer
-from glmlens.weights import Weights
+from glmlens.weights import Weights, stamp_of
 
 EMBEDDED = Path(__file__).parent / "demo" / "model"
 
@@ -56,19 +56,22 @@ def load(
     attention: str = "eager",
     revision: str | None = None,
     rope_theta: float | int | None = None,
+    untie: bool = False,
 ) -> "Lens":
     """Open a checkpoint: the small GLM inside this package, a local folder, or a hub id.
 
     Of a hub repository only config, tokenizer and safetensors are downloaded. The formats are `glm`, `glm4`, `chatglm`,
     `llama` and `qwen2`; no code of a checkpoint is ever run. `rope_theta` is used instead of the config's.
     `dtype` defaults to the checkpoint's own; `attention` is "eager" or "sdpa" (faster, without scores and pattern).
+    With `untie`, a tied embedding is parted from the unembedding: an edit of `W_E` leaves `W_U` as it is.
     With device="meta" only the config is read, for `check` and `points`. Raises CheckpointError.
     """
     if path_or_hub_id is None and revision is not None:
         raise CheckpointError(f"revision {revision!r} of what? Name a hub id; without one the model inside is opened")
     folder = EMBEDDED if path_or_hub_id is None else hub.find(path_or_hub_id, revision)
     chosen = None if dtype is None else checkpoint.dtype_named(dtype)
-    model, cfg = checkpoint.load_model(folder, chosen, device, attention, rope_theta), folder / "generation_config.json"
+    model = checkpoint.load_model(folder, chosen, device, attention, rope_theta=rope_theta, untie=untie)
+    cfg = folder / "generation_config.json"
     stated = Reader(checkpoint.read_json(cfg), str(cfg)) if cfg.exists() else Reader({}, str(cfg))
     stop, pad = stated.ids("eos_token_id"), stated.ids("pad_token_id")
     for name in ("tokenizer.json", "tokenizer.model"):
@@ -214,10 +217,14 @@ class Lens(Running, Weights):
         how = Sampling(**sampling)
         max_new_tokens = read_integer(max_new_tokens, "max_new_tokens", least=1)
         forward: Forward = {"kv": kv, "attention_mask": attention_mask}
+        self.before_run(forward)
         tokens = cast(Tensor, self._inputs(prompt, forward))
         self._check_ids(tokens)
+        if kv is not None:
+            kv.fits_model(self.cfg, tokens.shape[0], self.dtype, self.device)
         room, before = tokens.shape[1] + max_new_tokens - 1, kv
-        kv = self.new_kv(tokens.shape[0], room) if kv is None else kv.fork(room)
+        begin = min(room, tokens.shape[1] + 256)  # the cache grows by itself: what is never said takes no memory
+        kv = self.new_kv(tokens.shape[0], begin) if kv is None else kv.fork(begin)
         plan = Plan.of(self._passed(tokens, {}), names, hooks)
         plan.reachable(max_new_tokens - 1, int(kv.next_positions().max()) + room - 1)
         stop_ids, strings = self.stops(stop_ids, stop_strings)
@@ -234,7 +241,7 @@ class Lens(Running, Weights):
             kv,
             self._watch_context(self._hook_at(recorder), count_positions(tokens, before, mask)),
             max_new_tokens=max_new_tokens,
-            choose=self._sound(self._choosing(how, kv, None if mask is None else mask == 0)),
+            choose=self._sound(self._choosing(how, kv, None if mask is None else mask == 0), bool(plan.edits)),
             stop_ids=stop_ids,
             said_enough=going.said_enough if strings else None,
             pad_id=self.pad_id,
@@ -273,11 +280,11 @@ class Lens(Running, Weights):
             padding = torch.cat([at < 0, now], 1)
         return how.chooser(at.device, said, padding)
 
-    def _sound(self, choose: Choose) -> Choose:
+    def _sound(self, choose: Choose, edited: bool = False) -> Choose:
         """Choosing, which asks for numbers to choose by."""
 
         def chosen(logits: Tensor, tokens: Tensor) -> Tensor:
-            self.blame_weights(logits)
+            self.refuse_nan(logits, edited)
             return choose(logits, tokens)
 
         return chosen
@@ -404,8 +411,10 @@ class Lens(Running, Weights):
 
     def to(self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> "Lens":
         """Move this lens to a device or dtype, in place as in torch, and return it."""
+        before = stamp_of(self.model)
         self.model.to(device=device, dtype=None if dtype is None else checkpoint.dtype_named(dtype))
-        self.__dict__.pop("model_hash", None)  # found anew when it is asked for
+        if stamp_of(self.model) != before:  # no longer views of the file
+            checkpoint.MAPPED.pop(self.model, None)
         return self
 
     def save(self, folder: str | Path, *, shard_bytes: int = saving.SHARD) -> Path:
@@ -433,6 +442,7 @@ class Lens(Running, Weights):
         c = self.cfg
         millions = sum(p.numel() for p in self.model.parameters()) / 1e6
         said = f", labels {', '.join(c.labels)}" if c.labels else "" if c.d_logits else ", no unembedding"
+        said += ", W_U is W_E" if c.tied else ""
         heads = f"{c.n_heads} heads on {c.n_kv_heads} kv heads of {c.d_head} ({c.d_rotary} of them turn)"
         return (
             f"Lens({c.model_type}: {c.n_layers} layers, d_model {c.d_model}, {heads}, d_mlp {c.d_mlp}, "

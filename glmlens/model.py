@@ -283,6 +283,10 @@ class Unembed(nn.Linear):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Float[Tensor, "batch pos model"], hook: Hook = off
     ) -> Float[Tensor, "batch pos vocab"]:
+        # The last positions of several are apart in memory. PyTorch then multiplies row by row, and its bfloat16 kernel
+        # on a CPU first copies the whole weight for each row: the same product of one row alone copies nothing.
+        if x.dtype == torch.bfloat16 and x.is_cpu and self.bias is None and x.stride(0) != x.shape[1] * x.shape[2]:
+            return hook("logits", torch.stack([F.linear(row, self.weight) for row in x]))
         return hook("logits", F.linear(x, self.weight, self.bias))
 
 

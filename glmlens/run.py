@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -32,6 +33,18 @@ class Run:
     @property
     def new_tokens(self) -> Int[Tensor, "batch new"]:
         return self.tokens[:, self.prompt_length :]
+
+    def __reduce__(self) -> Any:
+        """Pickle the values alone, of the cache its entries: no model; see `Activations.__reduce__`."""
+        return restore_run, ({**vars(self), "kv": self.kv.fork()},)
+
+
+def restore_run(state: dict[str, Any]) -> Run:
+    """The generation that was pickled."""
+    return Run(**state)
+
+
+torch.serialization.add_safe_globals([restore_run, KVCache])
 
 
 @dataclass

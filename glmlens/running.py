@@ -15,20 +15,22 @@ from typing_extensions import Unpack
 from glmlens import record
 from glmlens.activations import Activations, Of
 from glmlens.check import Check, OnMeta, Points
+from glmlens.checkpoint import refuse_rewritten_files
 from glmlens.config import CheckpointError, GLMConfig
 from glmlens.hooks import Hook, HookError, Hooks, Point, off
 from glmlens.integers import as_python, read_integer, read_integers
 from glmlens.keywords import refuse_keywords
-from glmlens.kv_cache import KVCache
+from glmlens.kv_cache import KVCache, refuse_other_caches
 from glmlens.model import absolute_positions
 from glmlens.prompt import Prompt, Prompts
 from glmlens.prompt_kinds import Rows
 from glmlens.record import Enough, Plan, Recorder, Watch
 from glmlens.splice import Splice, Spliced
-from glmlens.weights import fingerprint
+from glmlens.weights import ModelHash, Stamp, stamp_of
 
 Names = str | Sequence[str]
 Metric = Callable[[Tensor], Tensor]
+HALF = torch.finfo(torch.float16).max
 
 
 class Forward(TypedDict, total=False):
@@ -60,10 +62,12 @@ class Running(Prompts):
     def __init__(self) -> None:
         self._names: list[str] = []
         self._said_beyond_context = False
-        self._weights_are_sound = False  # not looked at before a run gives cause
+        self._hash = ModelHash()
+        self._sound_at: Stamp | None = None  # the weights that were looked at, when a run gave cause, and are finite
 
     def __call__(self, prompt: Prompt | None = None, **forward: Unpack[Forward]) -> Float[Tensor, "batch kept vocab"]:
         """The logits of the published model; with stop_layer, the residual stream that enters that layer."""
+        self.before_run(forward)
         out = self.model(self._inputs(prompt, forward), **forward)
         self.blame_weights(out[:, -1:])
         return out
@@ -106,6 +110,7 @@ class Running(Prompts):
         forward: Forward,
         metric: Metric | None = None,
     ) -> tuple[Tensor | None, Activations]:
+        self.before_run(forward)
         tokens, kv = self._inputs(prompt, forward), forward.get("kv")
         plan = Plan.of(self._passed(tokens, forward), names, hooks)
         if metric is None:
@@ -134,21 +139,44 @@ class Running(Prompts):
         at its last position, or the last that it records, shows it for nothing. Where the weights are sound, an
         overflow or a hook did it.
         """
-        if self._weights_are_sound or out.is_meta or bool(out.isfinite().all()):
+        if out.is_meta or bool(out.isfinite().all()):
+            return
+        stamp = stamp_of(self.model)
+        if self._sound_at == stamp:
             return
         for name, p in self.model.named_parameters():
             if (count := int((~p.isfinite()).sum())) > 0:
-                raise CheckpointError(
-                    f"{name}: {count:,} of its {p.numel():,} numbers are nan or infinite: the file is bad"
-                )
-        self._weights_are_sound = True
+                why = "the file is bad, or an edit made them so"
+                if p.dtype == torch.float16:
+                    why = f"float16 ends at {HALF:,.0f}: load with dtype='bfloat16' or 'float32'; if they stay, {why}"
+                raise CheckpointError(f"{name}: {count:,} of its {p.numel():,} numbers are nan or infinite: {why}")
+        self._sound_at = stamp
+
+    def refuse_nan(self, logits: Tensor, edited: bool) -> None:
+        """Raise HookError for logits by which no token can be chosen, though every weight is a number."""
+        if not bool(logits.isnan().any()):
+            return
+        self.blame_weights(logits)
+        why = "a hook made them so, or " if edited else ""
+        hint = ": load with dtype='bfloat16' or 'float32'" if self.dtype == torch.float16 else ""
+        raise HookError(
+            f"the logits are nan, and no token can be chosen by them: {why}a sum went beyond "
+            f"{torch.finfo(self.dtype).max:,.5g}, where {str(self.dtype).removeprefix('torch.')} ends{hint}"
+        )
+
+    def before_run(self, forward: Forward) -> None:
+        """Raise an error if this run cannot be right: another's KV cache, or a file of weights that was rewritten."""
+        refuse_other_caches(forward.get("kv"), self.cfg, self.dtype, self.device)
+        refuse_rewritten_files(self.model)
 
     def _differentiated(
         self, tokens: Tensor | None, forward: Forward, watch: Watch, metric: Metric, of: Of
     ) -> tuple[Tensor, Activations]:
         """A run whose graph begins at the embeddings, the metric of it, and the gradient at every kept point."""
+        if any(p.is_inference() for p in self.model.parameters()):
+            raise HookError("no gradients here: this model was made under torch.inference_mode(); load it outside")
         watch.in_graph = True
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             entering = cast(Tensor, forward.pop("inputs_embeds", None) if tokens is None else tokens)
             if not entering.is_floating_point():
                 entering = self.model.embed(entering)
@@ -161,6 +189,11 @@ class Running(Prompts):
             value = metric(logits)
             if not isinstance(value, Tensor) or not value.requires_grad:
                 raise HookError(f"gradients_of must give a number that follows from the logits; it gave {value!r:.80}")
+            if value.ndim and value.shape != (len(logits),):
+                raise HookError(
+                    f"gradients_of must give one number, or one per row [{len(logits)}]; it gave {tuple(value.shape)}: "
+                    f"end it with .sum() if the sum is meant"
+                )
             kept = dict(watch.kept)
             found = torch.autograd.grad(value.sum(), list(kept.values()), allow_unused=True)
         gradients = {
@@ -180,16 +213,18 @@ class Running(Prompts):
         edited: frozenset[str] = frozenset(),
     ) -> Of:
         """What a recording is of."""
+        stamp, found, model = stamp_of(self.model), self._hash, self.model
         return Of(
             None if tokens is None or tokens.is_floating_point() else tokens,
             positions,
             key_positions,
-            self.model,
-            lambda: self.model_hash,
+            model,
+            lambda: found.at(stamp, model),
             self.tokenizer,
             prompt.at if isinstance(prompt, Rows) else None,
             edited,
             past_entries=kv is not None and kv.length > 0,
+            unchanged=lambda: stamp == stamp_of(model),
         )
 
     def _watch(self, plan: Plan, tokens: Tensor | None, forward: Forward) -> Watch:
@@ -254,6 +289,7 @@ class Running(Prompts):
         passed over. Raises what the run would raise: HookError for a name that matches nothing or a result that does
         not fit.
         """
+        self.before_run(forward)
         tokens, kv = self._inputs(prompt, forward), forward.get("kv")
         order = self._passed(tokens, forward)
         plan = Plan.of(order, names, hooks)
@@ -346,10 +382,14 @@ class Running(Prompts):
     def device(self) -> torch.device:
         return self.model.ln_final.weight.device
 
-    @cached_property
+    @property
     def model_hash(self) -> str:
-        """12 hex digits that tell this model from others."""
-        return fingerprint(self.model)
+        """12 hex digits that tell this model from others, as it is now; see `weights.ModelHash`."""
+        return self._hash.of(self.model)
+
+    def model_hash_at(self, stamp: Stamp) -> str:
+        """The hash of this model when it had this stamp; "unknown" if it was edited since and not asked for before."""
+        return self._hash.at(stamp, self.model)
 
     @cached_property
     def tokenizer_hash(self) -> str:

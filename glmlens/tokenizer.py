@@ -5,8 +5,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -462,3 +463,25 @@ def from_ranks(ranks: dict[bytes, int], special: dict[int, str] | None = None) -
         if engine.token_to_id(token) != i:
             raise ValueError(f"special token {token!r} is said to be {i}, but follows the vocabulary at another place")
     return engine
+
+
+@dataclass(frozen=True)
+class RowTexts:
+    """What a tokenizer says of some rows of ids, kept where the tokenizer itself is not: in a pickled recording."""
+
+    hash: str
+    rows: Mapping[tuple[int, ...], tuple[list[str], list[str]]]  # ids to their labels and strings
+
+    def labels(self, ids: Sequence[int]) -> list[str]:
+        return self.rows[tuple(ids)][0]
+
+    def strings(self, ids: Sequence[int]) -> list[str]:
+        return self.rows[tuple(ids)][1]
+
+    def fingerprint(self) -> str:
+        return self.hash
+
+    @staticmethod
+    def of(tokenizer: "Tokenizer | RowTexts", rows: Sequence[Sequence[int]]) -> "RowTexts":
+        texts = {tuple(ids): (tokenizer.labels(ids), tokenizer.strings(ids)) for ids in rows}
+        return RowTexts(tokenizer.fingerprint(), texts)

@@ -1,13 +1,17 @@
 """Weights by the field's names, `W_Q[layer, head]` and the others: views of the loaded parameters, never copies."""
 
 import hashlib
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from glmlens.config import Scaling
 from glmlens.integers import read_integer
@@ -54,11 +58,15 @@ class Weights:
 
     @property
     def W_E(self) -> Float[Tensor, "vocab model"]:
+        """In a tied model (`cfg.tied`) it is W_U too, and edits reach both; see load(..., untie=True)."""
         return self.model.embed.weight
 
     @property
     def W_U(self) -> Float[Tensor, "model vocab"]:
-        """Of a class head, a column for each label; AttributeError in a checkpoint without a head."""
+        """Of a class head, a column for each label; AttributeError in a checkpoint without a head.
+
+        In a tied model (`cfg.tied`) it is W_E, and edits reach both, unless it was opened by load(..., untie=True).
+        """
         if not self.model.cfg.d_logits:
             raise AttributeError("this checkpoint has no unembedding: it was saved as the model without a head")
         return self.model.unembed.get_parameter("weight").T
@@ -126,11 +134,85 @@ class Weights:
         return Stacked([rearrange(block.get_parameter(name), pattern, **sizes) for block in self.model.blocks])
 
 
-def fingerprint(model: GLM) -> str:
-    """12 hex digits that tell this model from others: of its config and at most 65,536 numbers of every parameter."""
-    stretched = "" if model.cfg.rope_scaling == Scaling() else repr(model.cfg.rope_scaling)
-    found = hashlib.sha256(f"{model.cfg!r}{stretched}".encode())
-    for name, p in model.named_parameters():
-        some = p.detach().flatten()[:: max(1, p.numel() // 65_536)].contiguous().cpu()
-        found.update(f"{name} {tuple(p.shape)} {p.dtype}".encode() + some.view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:12]
+Stamp = tuple[tuple[int, int | None], ...]
+"""Where every parameter lies and its version: another after an edit in place, also through a view such as `W_Q[3]`."""
+SAMPLE = 4_096  # numbers of a parameter
+
+
+def stamp_of(model: nn.Module) -> Stamp:
+    """The stamp of a model, without reading a weight. Edits through `.data` or numpy leave it as it is."""
+    return tuple((p.data_ptr(), version_of(p)) for p in model.parameters())
+
+
+def version_of(p: Tensor) -> int | None:
+    """How often a tensor was edited in place; None for one made in inference mode, which does not count."""
+    return None if p.is_inference() else p._version
+
+
+@dataclass(eq=False)
+class Digest:
+    """The SHA-256 of a parameter's numbers, and by what is seen whether they are still the same."""
+
+    storage: StorageWeakRef  # as long as it is referred to, no other storage takes its identity
+    place: tuple[Any, ...]
+    sample: bytes
+    numbers: bytes = b""
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both are of the same numbers, which are not compared."""
+        return isinstance(other, Digest) and self.seen() == other.seen() and self.place[-1] is not None
+
+    def seen(self) -> tuple[Any, ...]:
+        return self.storage.cdata, self.place, self.sample
+
+
+def quick_digest(p: Tensor) -> Digest:
+    """The digest of a parameter without its numbers."""
+    place = (p.storage_offset(), p.shape, p.stride(), p.dtype, p.device, version_of(p))
+    some = p.detach().flatten()[:: max(1, p.numel() // SAMPLE) | 1]  # an odd stride: in every head, in all columns
+    return Digest(StorageWeakRef(p.untyped_storage()), place, sha256(some))
+
+
+class ModelHash:
+    """12 hex digits that tell a model from others: of its config and every number of its parameters.
+
+    A parameter is read whole once, and again when it was edited: its version counter says so after an edit in place,
+    its storage after `p.data = ...`, and a sample of 4,096 of its numbers after most edits through `.data` or numpy,
+    which no counter sees. Copies of a lens find their own.
+    """
+
+    def __init__(self) -> None:
+        self.digests: dict[str, Digest] = {}
+        self.known: dict[Stamp, str] = {}
+
+    def of(self, model: GLM) -> str:
+        """The hash of this model as it is now; ValueError on the meta device."""
+        parameters = dict(model.named_parameters())
+        if any(p.is_meta for p in parameters.values()):
+            raise ValueError("on the meta device there are no numbers to tell a model by: load on the CPU")
+        found = {name: quick_digest(p) for name, p in parameters.items()}
+        changed = [name for name, new in found.items() if new != self.digests.get(name)]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # which SHA-256 of large parts does not block
+            for name, numbers in zip(changed, pool.map(lambda name: sha256(parameters[name]), changed), strict=True):
+                found[name].numbers = numbers
+        self.digests = {name: new if new.numbers else self.digests[name] for name, new in found.items()}
+        stretched = "" if model.cfg.rope_scaling == Scaling() else repr(model.cfg.rope_scaling)
+        all_of_it = hashlib.sha256(f"{model.cfg!r}{stretched}".encode())
+        for name, p in parameters.items():
+            all_of_it.update(f"{name} {tuple(p.shape)} {p.dtype}".encode() + self.digests[name].numbers)
+        self.known[stamp_of(model)] = all_of_it.hexdigest()[:12]
+        return self.known[stamp_of(model)]
+
+    def at(self, stamp: Stamp, model: GLM) -> str:
+        """The hash of the model as it was at this stamp; "unknown" if it was edited and not asked for before that."""
+        return self.of(model) if stamp == stamp_of(model) else self.known.get(stamp, "unknown")
+
+    def __deepcopy__(self, memo: Any) -> "ModelHash":
+        return ModelHash()
+
+    def __reduce__(self) -> Any:
+        return ModelHash, ()
+
+
+def sha256(x: Tensor) -> bytes:
+    return hashlib.sha256(x.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data).digest()

@@ -4,6 +4,8 @@ import pytest
 import torch
 from conftest import small_lens
 
+from glmlens.hooks import HookError
+
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("model_type", ["glm", "glm4"])
@@ -51,3 +53,31 @@ def test_a_gradient_through_a_cache_is_an_error_not_a_wrong_number(lens, tokens)
     kv = lens.new_kv(batch=2)
     with pytest.raises(ValueError, match="run without kv"):
         lens.run_with_hooks(tokens, {"blocks.0.resid_pre": lambda x, point: x.requires_grad_()}, kv=kv)
+
+
+@pytest.mark.parametrize(
+    ("metric", "shape"),
+    [
+        (lambda logits: logits[:, -1, :3], r"\(2, 3\)"),
+        (lambda logits: logits, r"\(2, 9, 101\)"),
+        (lambda logits: logits[0, -1, :3], r"\(3,\)"),
+        (lambda logits: logits[:, -1:, 3], r"\(2, 1\)"),
+    ],
+)
+def test_gradients_are_of_one_number_or_one_per_row(lens, tokens, metric, shape):
+    with pytest.raises(HookError, match=rf"one number, or one per row \[2\]; it gave {shape}: end it with .sum"):
+        lens.run_with_cache(tokens, "resid_post", gradients_of=metric)
+    summed = lens.run_with_cache(tokens, "resid_post", gradients_of=lambda logits: metric(logits).sum())[1]
+    assert summed.gradients["resid_post"].abs().sum() > 0
+
+
+def test_gradients_under_no_grad_and_inference_mode_are_the_same(lens, tokens):
+    def gradients(tokens, names):
+        return lens.run_with_cache(tokens, names, gradients_of=lambda logits: logits[:, -1, 3])[1].gradients
+
+    for names in ("all", "resid_post"):
+        expected = gradients(tokens, names)
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                found = gradients(tokens.clone(), names)  # tokens made inside, as a tokenizer makes them
+            assert all(torch.equal(found[name], expected[name]) for name in expected)

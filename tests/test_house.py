@@ -11,8 +11,9 @@ import glmlens
 
 PACKAGE = Path(glmlens.__file__).parent
 ORDER = """
-errors deprecated storage integers hooks config hub results tables keywords kv_cache rope model losses angles formats checkpoint generate
-child tokenizer chat prompt_kinds conversation prompt derive activations record check run weights splice running harvest saving lens
+errors deprecated storage integers keywords child hooks config hub results tables kv_cache rope model losses angles
+formats checkpoint generate tokenizer chat prompt_kinds conversation prompt
+derive activations record check run weights splice running harvest saving lens
 cache.places cache.change cache.move cache.drop cache.graft cache
 tasks.words tasks.task tasks.language tasks.formal tasks
 analysis.rows analysis.pattern analysis.logit_lens analysis.residual analysis.parts analysis.attribution

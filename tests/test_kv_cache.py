@@ -7,6 +7,8 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 import glmlens
+from glmlens import patch
+from glmlens.kv_cache import KVCache
 
 
 def test_a_fork_never_writes_into_its_parent(lens, tokens):
@@ -144,3 +146,54 @@ def test_the_calls_of_a_generation_are_its_steps(lens, tokens):
     run = lens.generate(tokens[:1], 4, stop_ids=())
     assert run.kv.calls[0, : run.kv.length].tolist() == [0] * 9 + [1, 2, 3]
     assert torch.equal(run.kv.tokens[:, : run.kv.length], run.tokens[:, :-1])
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_cache_grows_by_itself_and_no_bit_depends_on_its_capacity(attention):
+    lens, tokens = small_lens(attention=attention), torch.arange(2, 14)[None]
+    whole = KVCache.empty(lens.cfg, 1, 2000, lens.dtype, "cpu")
+    expected = lens.generate(tokens, 600, kv=whole, stop_ids=(), names=["resid_post"])
+    found = lens.generate(tokens, 600, stop_ids=(), names=["resid_post"])
+    assert torch.equal(found.tokens, expected.tokens)
+    assert torch.equal(found.acts["resid_post"], expected.acts["resid_post"])
+    assert found.kv.length == 611
+    assert found.kv.capacity < 2 * 611
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_ten_million_tokens_cost_no_memory_before_they_are_said(begun):
+    lens, tokens = small_lens(), torch.arange(2, 14)[None]
+    kv = lens.new_kv() if begun else None
+    every = tuple(range(101))
+    run = lens.generate(tokens, 10**7, kv=kv, stop_ids=every)  # whatever comes first ends it
+    assert run.stopped == "stop"
+    assert run.kv.capacity <= 300
+    assert next(iter(lens.stream(tokens, 10**7, stop_ids=every))).index == 0
+    assert patch.timeline(lens, tokens, 10**7, stop_ids=every).moments[0].kv.capacity <= 300
+    edit = patch.Intervention(patch.Site("kv.k", layer=0), patch.Zero())
+    assert patch.generate(lens, tokens, 10**7, edit, stop_ids=every).kv.capacity <= 300
+
+
+def test_a_cache_of_another_kind_model_or_device_is_one_clear_error():
+    from transformers import DynamicCache
+
+    lens, tokens = small_lens(), torch.arange(2, 14)[None]
+    other = small_lens(num_hidden_layers=2)
+    for kv, error, told in [
+        (
+            DynamicCache(),
+            TypeError,
+            "kv is a DynamicCache of transformers; expected a KVCache: make one with lens.new_kv",
+        ),
+        ((torch.zeros(2), torch.zeros(2)), TypeError, "kv is a tuple of builtins"),
+        (KVCache.empty(lens.cfg, 1, 8, lens.dtype, "meta"), ValueError, "device meta, not cpu"),
+        (KVCache.empty(lens.cfg, 1, 8, torch.bfloat16, "cpu"), ValueError, "dtype torch.bfloat16, not torch.float32"),
+        (other.new_kv(), ValueError, "layers 2, not 3"),
+        (lens.new_kv(batch=2), ValueError, "batch 2, not 1"),
+    ]:
+        # The tests check annotations too, and say the same of generate's kv= before it is called.
+        says = (lens.generate,) if isinstance(kv, KVCache) else ()
+        for ask in (lens, lens.run_with_cache, lens.run_with_hooks, lens.check, *says):
+            with pytest.raises(error, match=told):
+                ask(tokens, kv=kv)
+        assert not isinstance(kv, KVCache) or kv.length == 0

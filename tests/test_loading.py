@@ -1,6 +1,7 @@
 """Loading: exactly the file, as views of it, or one clear error."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from conftest import reference, rewrite_json, small_lens, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 import glmlens
-from glmlens import analysis, patch
+from glmlens import analysis, only, patch
 from glmlens.config import CheckpointError
+from glmlens.hooks import HookError
 
 
 def shard(folder, parts=3):
@@ -123,14 +125,18 @@ ROPES = [
     ({"rope_theta": 5e6, "partial_rotary_factor": 1.0, "rope_parameters": {"rope_theta": 3e4}}, 3e4, 16),
     ({"rope_parameters": {"rope_theta": 3e4, "partial_rotary_factor": 0.5}, "partial_rotary_factor": 1.0}, 3e4, 8),
     ({"rope_theta": 5e6, "rope_scaling": None}, 5e6, 8),
+    ({"rope_theta": 5e6, "partial_rotary_factor": None}, 5e6, 16),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 2e4}, "partial_rotary_factor": None}, 2e4, 16),
+    ({"rope_parameters": {"rope_theta": 2e4, "partial_rotary_factor": 0.25}, "partial_rotary_factor": None}, 2e4, 4),
     ({}, 1e4, 8),
 ]
 
 
+@pytest.mark.parametrize("glm4", [False, True], ids=["glm", "glm4"])
 @pytest.mark.parametrize(("fields", "theta", "rotated"), ROPES)
-def test_rope_fields_in_both_spellings_and_nested_wins(tmp_path, fields, theta, rotated):
+def test_rope_fields_in_both_spellings_and_nested_wins(tmp_path, fields, theta, rotated, glm4):
     """The same reading as transformers', checked by logits."""
-    write_checkpoint(tmp_path, 2, head_dim=16, num_hidden_layers=2)
+    write_checkpoint(tmp_path, 2, head_dim=16, num_hidden_layers=2, glm4=glm4)
     config = json.loads((tmp_path / "config.json").read_text())
     for name in ("rope_parameters", "rope_theta", "partial_rotary_factor"):
         config.pop(name, None)
@@ -220,6 +226,9 @@ def wrong(case, folder):
     if case == "rope is no object":
         rewrite_json(folder / "config.json", rope_parameters="x")
         return ["config.json", "rope_parameters is 'x'"]
+    if case == "rotary factor":
+        rewrite_json(folder / "config.json", rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": None})
+        return ["config.json", "partial_rotary_factor is null"]
     if case == "stop ids":
         rewrite_json(folder / "config.json", eos_token_id="ab")
         return ["config.json", "eos_token_id is 'ab'"]
@@ -262,7 +271,8 @@ def wrong(case, folder):
     [
         "unknown tensor", "layer too many", "missing tensor", "wrong shape", "quantised tensor", "quantised config",
         "truncated", "empty", "no weights", "missing shard", "shard outside", "shard elsewhere", "index is wrong",
-        "tensor in two shards", "rope is no object", "stop ids", "generation config", "tokenizer config", "huge",
+        "tensor in two shards", "rope is no object", "rotary factor", "stop ids", "generation config",
+        "tokenizer config", "huge",
         "index without a map", "model_type", "rope_type", "hidden_act", "size", "not json", "no config",
     ],
 )  # fmt: skip
@@ -296,6 +306,49 @@ def test_a_weight_that_is_no_number_is_named_when_it_is_first_heard_of(tmp_path,
     for ask in (lens, lens.generate, lens.run_with_cache, lambda t: lens.generate(t, temperature=1.0)):
         with pytest.raises(CheckpointError, match=told):
             ask(TOKENS)
+
+
+def test_a_weight_beyond_float16_is_not_blamed_on_the_file(tmp_path):
+    write_checkpoint(tmp_path, 2)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][3, 2] = 70_000.0
+    broken(tmp_path, tensors)
+    with pytest.raises(
+        CheckpointError, match=r"down_proj.weight': 1 of its .* numbers are beyond 65,504, where float16"
+    ):
+        glmlens.load(tmp_path, dtype="float16")
+    lens = glmlens.load(tmp_path)
+    assert lens(TOKENS).isfinite().all()
+    with pytest.raises(
+        CheckpointError, match=r"down\.weight: 1 of its .* float16 ends at 65,504: load with dtype='bfl"
+    ):
+        lens.to(dtype="float16").generate(TOKENS)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 0}])
+def test_a_generation_does_not_go_on_from_nan(sampling):
+    lens = small_lens(dtype=torch.float16)
+    lens.model.blocks[1].mlp.down.weight.fill_(60_000)
+    told = "the logits are nan.*a sum went beyond 65,504, where float16 ends: load with dtype='bfloat16'"
+    with pytest.raises(HookError, match=told) as error:
+        lens.generate(TOKENS, 5, **sampling)
+    assert torch.equal(error.value.run.tokens, TOKENS)
+    lens = small_lens()
+    broken_at_2 = only(lambda x, point: x * torch.nan, steps=2)
+    with pytest.raises(HookError, match="a hook made them so") as error:
+        lens.generate(TOKENS, 5, hooks={"blocks.0.mlp_out": broken_at_2}, stop_ids=(), **sampling)
+    assert error.value.run.new_tokens.shape == (1, 2)  # what was said before it is kept
+    with pytest.raises(HookError, match="the logits are nan"):
+        list(lens.stream(TOKENS, 5, hooks={"blocks.0.mlp_out": broken_at_2}, stop_ids=(), **sampling))
+
+
+def test_an_edit_that_makes_weights_no_numbers_is_heard_of_also_after_an_overflow():
+    lens = small_lens()
+    lens.run_with_hooks(TOKENS, {"blocks.0.resid_pre": lambda x, point: x * torch.nan})
+    lens(TOKENS)
+    lens.model.blocks[1].mlp.down.weight[3, 2] = torch.nan
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.mlp\.down\.weight: 1 of its"):
+        lens(TOKENS)
 
 
 @pytest.mark.parametrize(
@@ -361,9 +414,9 @@ def test_a_path_that_is_not_there_is_an_error(name):
 
 
 HUB = """
-import glmlens, torch
+import glmlens, math, torch
 lens = glmlens.load("some-org/some-glm")
-print(float(lens(torch.arange(2, 14)[None]).double().sum()))
+print(math.fsum(lens(torch.arange(2, 14)[None]).flatten().tolist()))
 try:
     glmlens.load("some-org/another")
 except glmlens.CheckpointError as e:
@@ -379,11 +432,12 @@ def test_a_hub_id_opens_from_the_hub_cache(tmp_path):
         folder.mkdir(parents=True)
     (repo / "refs" / "main").write_text(commit)
     write_checkpoint(snapshot, 2)
-    expected = float(glmlens.load(snapshot)(TOKENS).double().sum())
+    expected = math.fsum(glmlens.load(snapshot)(TOKENS).flatten().tolist())
     for i, file in enumerate(sorted(snapshot.iterdir())):
         file.rename(repo / "blobs" / str(i))
         file.symlink_to(Path("../../blobs") / str(i))
     env = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    env["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     done = subprocess.run([sys.executable, "-c", HUB], env=env, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
     assert float(lines[0]) == expected
@@ -435,6 +489,26 @@ def sized(*options):
     command = [sys.executable, "-m", "benchmarks.size", "--tokens", "8", "--threads", "1", *options]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_last_logits_of_a_batch_copy_no_weight(keep):
+    """PyTorch copies the unembedding for every row whose last positions are apart in memory, in bfloat16 on a CPU."""
+    code = """
+import glmlens, torch
+from glmlens.model import Unembed
+cfg = glmlens.GLMConfig.from_dict({"model_type": "glm", "vocab_size": 200_000, "hidden_size": 64,
+    "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 16,
+    "num_key_value_heads": 1})
+W_U = Unembed(cfg).to(torch.bfloat16).requires_grad_(False)
+x = torch.randn(8, 5, 64, dtype=torch.bfloat16)
+"""
+    without = peak(code + f"W_U(x[:, :{keep}].contiguous())")
+    with_gap = peak(code + f"W_U(x[:, -{keep}:])")
+    weight, logits = 200_000 * 64 * 2, 8 * keep * 200_000 * 2
+    assert (
+        with_gap - without < logits + 0.5 * weight
+    )  # the logits a second time, and of eight copies of the weight none
 
 
 def test_a_model_in_shards_is_run_within_the_memory_of_its_weights():

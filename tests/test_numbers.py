@@ -166,6 +166,15 @@ def test_logits_only_for_the_positions_asked(lens, tokens, keep):
     assert_close(some, expected, rtol=0, atol=1e-5 * float(full.abs().max()))
 
 
+@pytest.mark.parametrize(("batch", "keep"), [(1, 1), (1, 3), (2, 1), (5, 1), (5, 3)])
+def test_the_last_logits_in_bfloat16_are_those_of_transformers(tmp_path, batch, keep):
+    config = write_checkpoint(tmp_path, 4, torch.bfloat16, hidden_size=576, vocab_size=2000)
+    theirs, ours = reference(tmp_path), glmlens.load(tmp_path)
+    tokens = torch.randint(0, config.vocab_size, (batch, 11), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(ours(tokens, logits_to_keep=keep), theirs(tokens, logits_to_keep=keep).logits)
+
+
 def test_scores_depend_only_on_distance():
     lens = small_lens(dtype=torch.float64)
     tokens = torch.arange(2, 14)[None]

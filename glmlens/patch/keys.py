@@ -21,7 +21,7 @@ from glmlens.lens import Lens
 from glmlens.model import GLM
 from glmlens.patch.sites import PatchError
 from glmlens.tokenizer import Tokenizer
-from glmlens.weights import fingerprint
+from glmlens.weights import ModelHash
 
 LIBRARIES = frozenset(sys.stdlib_module_names) - {"__main__"} | {
     "einops", "glmlens", "jaxtyping", "numpy", "scipy", "torch", "typing_extensions"
@@ -103,7 +103,7 @@ class Hasher:
         if isinstance(thing, Tokenizer):
             return "tokenizer", thing.fingerprint()
         if isinstance(thing, GLM):
-            return "model", fingerprint(thing)
+            return "model", ModelHash().of(thing)
         return self.code_parts(thing)
 
     def code_parts(self, thing: Any) -> tuple[Any, ...]:

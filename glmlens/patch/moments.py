@@ -133,7 +133,7 @@ class Recording:
         """Run the prompt, a long one in pieces, and go on from there."""
         if tokens.shape[1] <= PIECE and 0 not in self.at:
             return self.segment(tokens, None)
-        kv, noted = self.lens.new_kv(1, tokens.shape[1] + self.last), self.noted(0)
+        kv, noted = self.lens.new_kv(1, tokens.shape[1] + min(self.last, 256)), self.noted(0)
         if tokens.shape[1] > 1:
             for _ in pieces(Rows(self.lens, tokens[:, :-1], None), hooks=noted, kv=kv):
                 pass

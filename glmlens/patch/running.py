@@ -183,6 +183,9 @@ class Ungrouped(KVCache):
         return Ungrouped(**{f.name: getattr(copy, f.name) for f in fields(copy)}, group=self.group)
 
 
+torch.serialization.add_safe_globals([Ungrouped])  # a pickled generation may hold one
+
+
 @dataclass(frozen=True)
 class UngroupedLayer(LayerKV):
     """One layer's part of an ungrouped cache."""
@@ -236,7 +239,7 @@ def generate(
     applied = Applied.to(lens, asked, end_when_run=True)
     if options.get("kv") is None and any(one.site.ungrouped for one in asked):
         tokens, _ = lens.to_batch(prompt)
-        options["kv"] = applied.kv(tokens.shape[0], tokens.shape[1] + max_new_tokens)
+        options["kv"] = applied.kv(tokens.shape[0], tokens.shape[1] + min(max_new_tokens, 256))  # it grows
     done = lens.generate(prompt, max_new_tokens, hooks=[*applied.hooks, *pairs(options.pop("hooks", None))], **options)
     applied.finish(allow)
     return done

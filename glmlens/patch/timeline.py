@@ -7,7 +7,8 @@ from step k starts from the cache as it was.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +17,7 @@ from torch import Tensor
 from glmlens.analysis.passes import Memory
 from glmlens.analysis.rows import Token, exact, label, layers_of, numbers, read_layer_and_head
 from glmlens.hooks import HookError, Hooks, pairs
-from glmlens.integers import Integer, read_integer
+from glmlens.integers import Integer, Integers, read_integer
 from glmlens.kv_cache import KVCache
 from glmlens.lens import Lens
 from glmlens.model import additive_mask, eager
@@ -25,6 +26,7 @@ from glmlens.patch.moments import CACHE, Event, Moment, OnCache, Recording, comp
 from glmlens.prompt import Prompt
 from glmlens.results import Labelled
 from glmlens.run import Run, up_to
+from glmlens.weights import Stamp, stamp_of
 
 UNSEEN = ("kv.k", "attn.scores", "attn.pattern")  # edits there change attention, and neither queries nor the cache
 
@@ -45,6 +47,8 @@ class Timeline:
     at: Mapping[int, OnCache]
     last: int
     options: Mapping[str, Any]
+    stamp: Stamp | None = None  # of the weights that were run
+    edits_left_out: bool = False  # by pickling, which keeps no functions
 
     @property
     def tokens(self) -> list[int]:
@@ -67,7 +71,7 @@ class Timeline:
             "metric": metric, "direction": "the token that each step chose", "positions": "steps of a generation",
             "prompt": " ".join(label(self.lens, i) for i in self.prompt[0].tolist()),
             "edits": ", ".join(dict.fromkeys(event.what for event in self.events)) or "none",
-            "model": self.lens.model_hash,
+            "model": self.model_hash,
         }  # fmt: skip
         return Labelled(numbers(x), tuple(axes.split()), {"step": steps, **labels}, about)
 
@@ -94,6 +98,7 @@ class Timeline:
 
     def readings(self) -> Float[Tensor, "layer step vocab"]:
         """The logits of every layer's stream; see `logit_lens`."""
+        self.refuse_edited_weights("logit_lens")
         model, resid = self.lens.model, torch.stack([moment.resid for moment in self.moments], 1)
         return torch.stack([model.unembed(model.ln_final(x[None]))[0] for x in resid])
 
@@ -157,6 +162,11 @@ class Timeline:
         are in place of this run's own, from that step on; their steps and positions count as in this run. What was done
         to the cache up to that step stays done. At step 0 the prompt is run anew. A sampled run draws as it drew then.
         """
+        if self.edits_left_out and ((hooks is None and not interventions) or at is None):
+            raise HookError(
+                "this timeline was pickled without its edits, which are functions: give hooks= and at= again"
+            )
+        self.refuse_edited_weights("rerun")
         moment = self.moment(step)
         step = moment.step
         last = self.last if max_new_tokens is None else read_integer(max_new_tokens, "max_new_tokens")
@@ -190,6 +200,29 @@ class Timeline:
         kv = moment.kv.fork(1)
         kv.truncate(moment.before + 1)
         return kv
+
+    def __reduce__(self) -> Any:
+        """Pickle what was recorded and the model's hash: no model, and no edits, which are functions.
+
+        What needs weights (`logit_lens`, `rerun`) waits for `with_lens`.
+        """
+        return restore_timeline, (pickled(self),)
+
+    @property
+    def model_hash(self) -> str:
+        """The hash of the model that was run, also after an edit; "unknown" if it was not asked for before that."""
+        return self.lens.model_hash if self.stamp is None else self.lens.model_hash_at(self.stamp)
+
+    def refuse_edited_weights(self, what: str) -> None:
+        """Raise HookError if the weights are not those that were run any more."""
+        if self.stamp is not None and self.stamp != stamp_of(self.lens.model):
+            raise HookError(f"{what}: the weights were edited after this timeline was recorded: record it again")
+
+    def with_lens(self, lens: Lens) -> "Timeline":
+        """This timeline with the model that it is of; ValueError for another."""
+        if lens.model_hash != self.model_hash:
+            raise ValueError(f"this timeline is of model {self.model_hash}; this lens has {lens.model_hash}")
+        return replace(self, lens=lens, stamp=stamp_of(lens.model))
 
     def __repr__(self) -> str:
         said = " ".join(label(self.lens, token) for token in self.tokens)
@@ -247,7 +280,83 @@ def told(going: Recording, prompt: Int[Tensor, "one pos"], before: Sequence[Even
         going.at,
         going.last,
         going.options,
+        stamp_of(going.lens.model),
     )
+
+
+class PickledLens(Lens):
+    """What a timeline that was pickled knows of its lens: sizes, the texts of its tokens, and the model's hash."""
+
+    def __init__(self, known: Mapping[str, Any]):
+        self.known = known
+        self.tokenizer = cast(Any, self if known["labels"] else None)
+
+    @property
+    def model(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        raise HookError("this timeline was pickled without its model: line = line.with_lens(lens) gives it back")
+
+    @property
+    def cfg(self) -> Any:
+        return SimpleNamespace(**self.known["sizes"])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.known["dtype"]
+
+    @property
+    def device(self) -> torch.device:
+        return self.known["device"]
+
+    @property
+    def model_hash(self) -> str:
+        return self.known["model_hash"]
+
+    def label(self, token: int) -> str:
+        return self.known["labels"].get(token, f"⟨{token}⟩")
+
+    def to_string(self, tokens: Tensor | Sequence[int], continues: bool = False) -> str:
+        return self.known["text"]
+
+    def to_answer(self, answer: str | Integer) -> int:
+        return super().to_answer(answer) if isinstance(answer, str) else read_integer(answer, "answer")
+
+    def stops(
+        self, stop_ids: Integers = None, stop_strings: str | Sequence[str] | None = None
+    ) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        return (), (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings or ())
+
+    def __repr__(self) -> str:
+        return f"PickledLens(of model {self.model_hash}, which is not here)"
+
+
+def pickled(line: Timeline) -> dict[str, Any]:
+    """A timeline as dictionaries, lists and tensors, its runs and its caches."""
+    lens, cfg = line.lens, line.lens.cfg
+    caches = [moment.kv.tokens[0, : moment.kv.length].tolist() for moment in line.moments]
+    ids = {i for row in [*caches, line.prompt[0].tolist(), line.tokens] for i in row if i >= 0}
+    known = {
+        "model_hash": line.model_hash, "device": lens.device, "dtype": lens.dtype,
+        "sizes": {name: getattr(cfg, name) for name in ("n_layers", "n_heads", "n_groups")},
+        "labels": {i: label(lens, i) for i in ids} if lens.tokenizer else {},
+        "text": lens.to_string(line.tokens) if lens.tokenizer else "",
+    }  # fmt: skip
+    kept = {name: x for name, x in line.options.items() if name != "seed" or not isinstance(x, torch.Generator)}
+    return {
+        "lens": known, "prompt": line.prompt, "moments": [dict(vars(moment)) for moment in line.moments],
+        "events": [dict(vars(event)) for event in line.events], "runs": list(line.runs), "last": line.last,
+        "options": kept, "edits_left_out": line.edits_left_out or bool(pairs(line.hooks)) or bool(line.at),
+    }  # fmt: skip
+
+
+def restore_timeline(state: dict[str, Any]) -> Timeline:
+    """The timeline that was pickled."""
+    parts = {**state, "lens": PickledLens(state["lens"]), "runs": tuple(state["runs"])}
+    parts["moments"] = tuple(Moment(**moment) for moment in state["moments"])
+    parts["events"] = tuple(Event(**event) for event in state["events"])
+    return Timeline(**parts, hooks=[], at={})  # the stamp is of weights that are not here
+
+
+torch.serialization.add_safe_globals([restore_timeline])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -276,8 +385,8 @@ class Parting:
 
 def parting(first: Timeline, second: Timeline) -> Parting | None:
     """Where two runs part, or None where one says what the other begins with. ValueError for two models."""
-    if first.lens.model_hash != second.lens.model_hash:
-        raise ValueError(f"runs of two models, {first.lens.model_hash} and {second.lens.model_hash}")
+    if first.model_hash != second.model_hash:
+        raise ValueError(f"runs of two models, {first.model_hash} and {second.model_hash}")
     both = enumerate(zip(first.tokens, second.tokens, strict=False))
     step = next((i for i, (a, b) in both if a != b), None)
     if step is None:
@@ -292,7 +401,7 @@ def parting(first: Timeline, second: Timeline) -> Parting | None:
     about = {
         "direction": "the first run against the second",
         "positions": f"step {step}",
-        "model": first.lens.model_hash,
+        "model": first.model_hash,
     }
     named = {"run": ["first", "second"], "token": list(words)}
     probability = Labelled(numbers(probs), ("run", "token"), named, {**about, "metric": "probability"})

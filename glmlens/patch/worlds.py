@@ -12,7 +12,7 @@ from glmlens.activations import Activations
 from glmlens.hooks import Edit, Hooks, Point, pairs
 from glmlens.lens import Lens, Names
 from glmlens.patch.evaluate import lengths_differ
-from glmlens.patch.running import allowed
+from glmlens.patch.running import allowed, one_prompt
 from glmlens.patch.sites import PatchError
 from glmlens.prompt import Prompt
 
@@ -49,12 +49,7 @@ def worlds(
     """
     if not isinstance(prompts, Mapping) or not prompts:
         raise PatchError('worlds are prompts by name, {"clean": prompt, "patched": prompt}')
-    rows = {}
-    for name, prompt in prompts.items():
-        found = ids(lens, prompt)
-        if len(found) != 1:
-            raise PatchError(f"the world {name!r} is of {len(found)} prompts: give one each")
-        rows[name] = found[0]
+    rows = {name: one_prompt(lens, prompt)[0] for name, prompt in prompts.items()}
     first = next(iter(rows.values()))
     for row in rows.values():
         if len(row) != len(first):
