@@ -105,9 +105,9 @@ def weights_in(files: Iterable[str], name: str) -> list[str]:
 def shards(index: Path, files: Iterable[str]) -> list[str]:
     """The files that an index names, those that the repository has; of the others loading will complain."""
     try:
-        named = read_json(index, error=CheckpointError)["weight_map"].values()
+        named = read_json(index)["weight_map"].values()
         return sorted({file for file in named if file in files and file.endswith(".safetensors")})
-    except (OSError, LookupError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{index}: expected a weight_map from tensor names to files: {e}") from e
 
 
