@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -274,7 +274,7 @@ def only(fn: Any, *, steps: Integers = None, positions: Integers = None) -> Only
         None if numbers is None else frozenset(read_integers(numbers, what, error=HookError))
         for numbers, what in ((steps, "steps"), (positions, "positions"))
     ]
-    return Only(fn, *chosen)
+    return Only(cast(Edit, fn), *chosen)
 
 
 def pairs(hooks: Any) -> list[tuple[str, Edit]]:
