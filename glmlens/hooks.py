@@ -302,7 +302,7 @@ def pairs(hooks: Any) -> list[tuple[str, Edit]]:
 SPELLINGS = 'hooks are {"blocks.3.attn.z": fn} or [("blocks.*.attn.z", fn), ...]'
 
 
-def check_signature(name: str, fn: Edit) -> None:
+def check_signature(name: str, fn: Any) -> None:
     """Raise HookError for a function that cannot be called as fn(x, point)."""
     try:
         signature = inspect.signature(fn.fn if isinstance(fn, Only) else fn)
@@ -316,6 +316,6 @@ def check_signature(name: str, fn: Edit) -> None:
         ) from None
 
 
-def called(fn: Edit) -> str:
+def called(fn: Any) -> str:
     """What to call an edit in a message."""
     return called(fn.fn) if isinstance(fn, Only) else getattr(fn, "__name__", type(fn).__name__)

@@ -188,7 +188,10 @@ def read_layer(lens: Lens, layer: Any) -> int:
 
 def read_head(lens: Lens, head: Any) -> int:
     """The number of a query head of this model; IndexError for one that is not there."""
-    return read_integer(head, "head", size=lens.cfg.n_heads, outside=IndexError)
+    head = read_integer(head, "head")
+    if not 0 <= head < lens.cfg.n_heads:
+        raise IndexError(f"head {head} asked for; there are 0 to {lens.cfg.n_heads - 1}")
+    return head
 
 
 def read_layer_and_head(lens: Lens, layer: Any, head: Any) -> tuple[int, int]:
