@@ -215,7 +215,8 @@ class Timeline:
 
     def refuse_edited_weights(self, what: str) -> None:
         """Raise HookError if the weights are not those that were run any more."""
-        if self.stamp is not None and self.stamp != stamp_of(self.lens.model):
+        model = self.lens.model  # HookError in a timeline that was pickled without it
+        if self.stamp is not None and self.stamp != stamp_of(model):
             raise HookError(f"{what}: the weights were edited after this timeline was recorded: record it again")
 
     def with_lens(self, lens: Lens) -> "Timeline":
@@ -315,7 +316,7 @@ class PickledLens(Lens):
         return self.known["text"]
 
     def to_answer(self, answer: str | int) -> int:
-        return answer if isinstance(answer, int) else super().to_answer(answer)
+        return answer if isinstance(answer, int) else self.model.to_answer(answer)  # which raises: there is none
 
     def stops(
         self, stop_ids: Sequence[int] | None = None, stop_strings: str | Sequence[str] | None = None
