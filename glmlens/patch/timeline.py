@@ -215,7 +215,8 @@ class Timeline:
 
     def refuse_edited_weights(self, what: str) -> None:
         """Raise HookError if the weights are not those that were run any more."""
-        if self.stamp is not None and self.stamp != stamp_of(self.lens.model):
+        model = self.lens.model  # HookError in a timeline that was pickled without it
+        if self.stamp is not None and self.stamp != stamp_of(model):
             raise HookError(f"{what}: the weights were edited after this timeline was recorded: record it again")
 
     def with_lens(self, lens: Lens) -> "Timeline":
@@ -318,7 +319,8 @@ class PickledLens(Lens):
         return self.known["text"]
 
     def to_answer(self, answer: str | Integer) -> int:
-        return super().to_answer(answer) if isinstance(answer, str) else read_integer(answer, "answer")
+        # A text needs the tokenizer, which is not here: asking for the model raises the error that says so.
+        return self.model.to_answer(answer) if isinstance(answer, str) else read_integer(answer, "answer")
 
     def stops(
         self, stop_ids: Integers = None, stop_strings: str | Sequence[str] | None = None
