@@ -14,8 +14,8 @@ import torch
 
 import glmlens
 from glmlens import Lens, Point, analysis
-from glmlens.analysis.passes import Memory
-from glmlens.analysis.rows import Rows
+from glmlens.analysis.passes import DecodingState
+from glmlens.analysis.rows import PromptBatch
 
 Entry = tuple[int, int, int]
 TEXT = (
@@ -37,7 +37,10 @@ def main() -> None:
     tokens = lens.to_tokens(TEXT)
     entries = every(lens, tokens)
     some = entries[:: max(1, len(entries) // args.some)]
-    memory, times = Memory.of(Rows.of(lens, tokens)), dict[str, list[float]](sweep=[], steps=[], passes=[])
+    memory, times = (
+        DecodingState.from_batch(PromptBatch.from_prompt(lens, tokens)),
+        dict[str, list[float]](sweep=[], steps=[], passes=[]),
+    )
     for _ in range(args.rounds):
         times["sweep"].append(seconds(lambda: analysis.leave_one_out(lens, tokens)))
         times["steps"].append(seconds(lambda: [step(lens, memory, e) for e in some]) * len(entries) / len(some))
@@ -71,7 +74,7 @@ def hidden(lens: Lens, entry: Entry) -> dict[str, glmlens.Hook]:
     return {f"blocks.{layer}.attn.scores": hide}
 
 
-def step(lens: Lens, memory: Memory, entry: Entry) -> torch.Tensor:
+def step(lens: Lens, memory: DecodingState, entry: Entry) -> torch.Tensor:
     return lens.run_with_hooks(memory.token[:, None], hidden(lens, entry), kv=memory.kv.fork(1))
 
 

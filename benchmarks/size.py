@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 import glmlens
-from glmlens.checkpoint import blank, checkpoint_names, shape_of
+from glmlens.checkpoint import build_meta_model, get_expected_shape, map_checkpoint_tensors
 from glmlens.config import GLMConfig
 
 POINT = "blocks.{i}.resid_post"
@@ -67,14 +67,17 @@ def shapes(depth: int, scale: int) -> dict[str, Any]:
 def write(folder: Path, raw: dict[str, Any], shard_bytes: int) -> int:
     """Random weights of these shapes, a shard in memory at a time; how many bytes they are."""
     (folder / "config.json").write_text(json.dumps(raw))
-    model = blank(GLMConfig.from_dict(raw), "eager", torch.bfloat16)
+    model = build_meta_model(GLMConfig.from_dict(raw), "eager", torch.bfloat16)
     draw = torch.Generator().manual_seed(0)
     shards: list[dict[str, tuple[int, ...]]] = [{}]
-    size = {name: 2 * torch.Size(shape_of(parts, model)).numel() for name, parts in checkpoint_names(model).items()}
-    for name, parts in checkpoint_names(model).items():
+    size = {
+        name: 2 * torch.Size(get_expected_shape(parts, model)).numel()
+        for name, parts in map_checkpoint_tensors(model).items()
+    }
+    for name, parts in map_checkpoint_tensors(model).items():
         if shards[-1] and sum(size[n] for n in shards[-1]) + size[name] > shard_bytes:
             shards.append({})
-        shards[-1][name] = shape_of(parts, model)
+        shards[-1][name] = get_expected_shape(parts, model)
     weight_map = {}
     for i, shard in enumerate(shards):
         file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"

@@ -9,7 +9,7 @@ from glmlens.config import CheckpointError, GLMConfig
 from glmlens.harvest import load_harvest
 from glmlens.hooks import Hook, HookError, Point, off, only
 from glmlens.kv_cache import KVCache
-from glmlens.lens import Lens, Run, load
+from glmlens.lens import GenerationResult, Lens, load
 from glmlens.model import GLM
 
 __all__ = [
@@ -17,12 +17,12 @@ __all__ = [
     "Activations",
     "CheckpointError",
     "GLMConfig",
+    "GenerationResult",
     "Hook",
     "HookError",
     "KVCache",
     "Lens",
     "Point",
-    "Run",
     "load",
     "load_activations",
     "load_harvest",
@@ -36,12 +36,12 @@ __all__ = [
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
-LATER = ("analysis", "cache", "patch", "plot", "tasks", "widgets")
+LAZY_SUBPACKAGES = ("analysis", "cache", "patch", "plot", "tasks", "widgets")
 
 
 def __getattr__(name: str) -> Any:
     """Load a part that not everybody needs when it is first used: `glmlens.plot` brings Plotly."""
-    if name in LATER:
+    if name in LAZY_SUBPACKAGES:
         return import_module(f"glmlens.{name}")
     if name in ("save_html", "report"):  # one function: a report is saved
         return import_module("glmlens.page").save_html

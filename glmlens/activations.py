@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from glmlens.derive import Origin, barred, derive, follows
+from glmlens.derive import RunContext, derive_point, is_derivable, make_underivable_check
 from glmlens.hooks import HookError, axes_of, local_name
 from glmlens.integers import Integer, read_integer
 from glmlens.model import GLM
@@ -27,11 +27,11 @@ from glmlens.storage import (
     write_json,
     write_tensors,
 )
-from glmlens.tables import size, spans, table
+from glmlens.tables import format_bytes, format_ranges, format_table
 from glmlens.tokenizer import RowTexts, Tokenizer
 
-Value = Tensor | list[Tensor]
-MANIFEST, VALUES, FORMAT = "manifest.json", "activations.safetensors", "glmlens.Activations 2"
+PointValue = Tensor | list[Tensor]
+RECORDING_MANIFEST, RECORDING_FILE, FORMAT = "manifest.json", "activations.safetensors", "glmlens.Activations 2"
 
 
 class NotRecorded(HookError, KeyError):
@@ -41,7 +41,7 @@ class NotRecorded(HookError, KeyError):
 
 
 @dataclass(frozen=True, eq=False)
-class Of:
+class RunInfo:
     """What a recording is of: the run's tokens and positions, the model and tokenizer, and how it was edited.
 
     `positions` [batch, pos] are absolute, -1 for padding. `named` gives the positions of a task's names. `model` is
@@ -54,19 +54,21 @@ class Of:
     model: GLM | None = None
     model_hash: Callable[[], str] = lambda: "unknown"
     tokenizer: Tokenizer | RowTexts | None = None
-    named: Callable[[str], Int[Tensor, "batch"]] | None = None
-    edited: frozenset[str] = frozenset()
+    find_named_positions: Callable[[str], Int[Tensor, "batch"]] | None = None
+    edited_points: frozenset[str] = frozenset()
     past_entries: bool = False
     unchanged: Callable[[], bool] = lambda: True  # whether the model's weights are those of the run
-    by_steps: bool = False  # joined over the steps of a generation: nothing is derived, each step had its own shape
+    over_steps: bool = False  # joined over the steps of a generation: nothing is derived, each step had its own shape
 
-    def follows(self, name: str, stored: Mapping[str, Any]) -> bool:
+    def is_derivable(self, name: str, stored: Mapping[str, Any]) -> bool:
         """Whether the point of this full name follows from what is stored."""
-        if self.model is None or self.by_steps or not name.startswith(("blocks.", "ln_final.")):
+        if self.model is None or self.over_steps or not name.startswith(("blocks.", "ln_final.")):
             return False
-        return follows(name, self.model, stored, barred(self.edited, self.model, self.past_entries))
+        return is_derivable(
+            name, self.model, stored, make_underivable_check(self.edited_points, self.model, self.past_entries)
+        )
 
-    def derived(self, name: str, there: ChainMap[str, Any]) -> Tensor | None:
+    def derive(self, name: str, available: ChainMap[str, Any]) -> Tensor | None:
         """The value that follows from what is there; HookError if the weights are not those of the run any more."""
         assert self.model is not None
         if not self.unchanged():
@@ -74,10 +76,12 @@ class Of:
                 f"{name!r} is not stored but computed from the weights, and they were edited after this run: name it "
                 f"alone in names= when you run, or call acts.store_all() before the edit"
             )
-        origin = Origin(self.model, self.positions, self.key_positions)
-        return derive(name, origin, there, barred(self.edited, self.model, self.past_entries))
+        origin = RunContext(self.model, self.positions, self.key_positions)
+        return derive_point(
+            name, origin, available, make_underivable_check(self.edited_points, self.model, self.past_entries)
+        )
 
-    def moved(self, device: torch.device) -> "Of":
+    def to(self, device: torch.device) -> "RunInfo":
         tokens = None if self.tokens is None else self.tokens.to(device)
         return replace(
             self, tokens=tokens, positions=self.positions.to(device), key_positions=self.key_positions.to(device)
@@ -97,49 +101,51 @@ class Activations(Mapping[str, Any]):
 
     def __init__(
         self,
-        values: Mapping[str, Value],
+        values: Mapping[str, PointValue],
         names: Sequence[str] | None = None,
-        of: Of | None = None,
+        run_info: RunInfo | None = None,
         gradients: "Activations | None" = None,
     ):
         self.stored = values
         self.names = list(values if names is None else names)
-        self.of, self._gradients = of, gradients
+        self.run_info, self._gradients = run_info, gradients
 
     # ---- reading ----
 
     def __getitem__(self, key: str | tuple[str, Integer]) -> Any:
         return self._read(key, ChainMap({}, cast(Any, self.stored)))
 
-    def _read(self, key: str | tuple[str, Integer], there: ChainMap[str, Any]) -> Any:
+    def _read(self, key: str | tuple[str, Integer], available: ChainMap[str, Any]) -> Any:
         """A point's value; what is derived on the way to many layers is looked up in `there`."""
         if isinstance(key, tuple):
             local, layer = key[0], read_integer(key[1], "layer", error=HookError)
-            layers = self.layers(local) or self._every_layer()
-            return self._read(f"blocks.{layer + max(layers, default=0) + 1 if layer < 0 else layer}.{local}", there)
+            layers = self.layers(local) or self._all_layers()
+            return self._read(f"blocks.{layer + max(layers, default=0) + 1 if layer < 0 else layer}.{local}", available)
         if key in self.stored:
             return self.stored[key]
-        if self._follows(key):
-            return cast(Of, self.of).derived(key, there)
-        layers = self.layers(key) or [i for i in self._every_layer() if self._follows(f"blocks.{i}.{key}")]
+        if self._is_derivable(key):
+            return cast(RunInfo, self.run_info).derive(key, available)
+        layers = self.layers(key) or [i for i in self._all_layers() if self._is_derivable(f"blocks.{i}.{key}")]
         if not layers:
-            raise self._missing(key)
+            raise self._not_recorded_error(key)
         if layers != list(range(len(layers))):
             raise HookError(f"{key!r} was recorded at layers {layers} only: ask for one, acts[{key!r}, {layers[0]}]")
-        parts = [self._read(f"blocks.{i}.{key}", there) for i in layers]
+        parts = [self._read(f"blocks.{i}.{key}", available) for i in layers]
         if any(isinstance(part, list) for part in parts):
             raise HookError(f"{key!r} is a list with a tensor per step: ask for a layer, acts[{key!r}, {layers[0]}]")
         return torch.stack(cast(list[Tensor], parts))
 
-    def _follows(self, name: str) -> bool:
-        return self.of is not None and self.of.follows(name, self.stored)
+    def _is_derivable(self, name: str) -> bool:
+        return self.run_info is not None and self.run_info.is_derivable(name, self.stored)
 
-    def _every_layer(self) -> list[int]:
-        return [] if self.of is None or self.of.model is None else list(range(len(self.of.model.blocks)))
+    def _all_layers(self) -> list[int]:
+        return (
+            [] if self.run_info is None or self.run_info.model is None else list(range(len(self.run_info.model.blocks)))
+        )
 
-    def _missing(self, key: str) -> NotRecorded:
+    def _not_recorded_error(self, key: str) -> NotRecorded:
         local = local_name(key)
-        if self.of is not None and self.of.model is None and (key in self.names or self.layers(local)):
+        if self.run_info is not None and self.run_info.model is None and (key in self.names or self.layers(local)):
             return NotRecorded(f"{key!r} is not stored here; with the model it would follow: load with lens=")
         near = get_close_matches(key, [*self.names, *map(local_name, self.names)], 3, 0.5)
         hint = f" Did you mean {' or '.join(map(repr, dict.fromkeys(near)))}?" if near else ""
@@ -171,14 +177,14 @@ class Activations(Mapping[str, Any]):
     @property
     def tokens(self) -> Int[Tensor, "batch pos"]:
         """The token ids that were run, padding among them."""
-        if self._of().tokens is None:
+        if self.require_run_info().tokens is None:
             raise HookError("this run entered with a residual stream or embeddings: it has no tokens")
-        return cast(Tensor, self._of().tokens)
+        return cast(Tensor, self.require_run_info().tokens)
 
     @property
     def labels(self) -> list[list[str]]:
         """For every row, a label for every token, without padding."""
-        of = self._of()
+        of = self.require_run_info()
         rows = [row[at >= 0].tolist() for row, at in zip(self.tokens, of.positions, strict=True)]
         return [of.tokenizer.labels(row) if of.tokenizer else [f"⟨{i}⟩" for i in row] for row in rows]
 
@@ -192,7 +198,7 @@ class Activations(Mapping[str, Any]):
 
     def find(self, where: Integer | str, occurrence: Integer | None = None) -> Int[Tensor, "batch"]:
         """The absolute position of a place in every row; see `at`."""
-        of = self._of()
+        of = self.require_run_info()
         if not isinstance(where, str):
             where = read_integer(where, "position", error=HookError)
             last = of.positions.amax(1)
@@ -202,21 +208,21 @@ class Activations(Mapping[str, Any]):
                 raise HookError(f"position {where} asked for; the rows end with {last.tolist()}")
             return found
         occurrence = None if occurrence is None else read_integer(occurrence, "occurrence", error=HookError)
-        if of.named is not None and occurrence is None:
+        if of.find_named_positions is not None and occurrence is None:
             try:
-                return of.named(where).to(of.positions.device)
+                return of.find_named_positions(where).to(of.positions.device)
             except ValueError:
                 pass
-        return torch.tensor([self._said(row, where, occurrence) for row in range(len(of.positions))]).to(
+        return torch.tensor([self._find_token(row, where, occurrence) for row in range(len(of.positions))]).to(
             of.positions.device
         )
 
-    def _said(self, row: int, text: str, occurrence: int | None) -> int:
-        of = self._of()
+    def _find_token(self, row: int, text: str, occurrence: int | None) -> int:
+        of = self.require_run_info()
         if of.tokenizer is None:
             raise HookError(f"no tokenizer to find {text!r} with: give an absolute position")
         real = of.positions[row] >= 0
-        said = of.tokenizer.strings(self.tokens[row][real].tolist())
+        said = of.tokenizer.decode_each(self.tokens[row][real].tolist())
         places = [i for i, token in enumerate(said) if token == text] or [
             i for i, token in enumerate(said) if token.strip() == text.strip() != ""
         ]
@@ -230,7 +236,7 @@ class Activations(Mapping[str, Any]):
 
     def row(self, i: Integer) -> "Activations":
         """The recording of one prompt alone, without its padding and with a batch of one."""
-        of, i = self._of(), read_integer(i, "row", error=HookError)
+        of, i = self.require_run_info(), read_integer(i, "row", error=HookError)
         if not -len(of.positions) <= i < len(of.positions):
             raise HookError(f"row {i} asked for; this recording has {len(of.positions)}")
         i %= len(of.positions)
@@ -242,7 +248,7 @@ class Activations(Mapping[str, Any]):
                     x = x.movedim(along, 0)[(keys if axis == "key" else columns)].movedim(0, along)
             return x
 
-        named = of.named and (lambda name: cast(Any, of.named)(name)[i : i + 1])
+        named = of.find_named_positions and (lambda name: cast(Any, of.find_named_positions)(name)[i : i + 1])
         mine = replace(
             of,
             tokens=None if of.tokens is None else of.tokens[i : i + 1, columns],
@@ -255,10 +261,10 @@ class Activations(Mapping[str, Any]):
         values = {name: cut(name, x[i : i + 1]) for name, x in self.stored.items()}
         return Activations(values, self.names, mine, self._gradients and self._gradients.row(i))
 
-    def _of(self) -> Of:
-        if self.of is None:
+    def require_run_info(self) -> RunInfo:
+        if self.run_info is None:
             raise HookError("this recording was made by hand: it knows no tokens and no positions")
-        return self.of
+        return self.run_info
 
     # ---- moving ----
 
@@ -273,8 +279,8 @@ class Activations(Mapping[str, Any]):
         return self._stored(lambda x: x)
 
     def _stored(self, fn: Callable[[Tensor], Tensor]) -> "Activations":
-        stored = self._mapped(dict(self), fn)
-        stored.of = stored.of and replace(stored.of, model=None, unchanged=lambda: True)
+        stored = self._map_tensors(dict(self), fn)
+        stored.run_info = stored.run_info and replace(stored.run_info, model=None, unchanged=lambda: True)
         return stored
 
     def __reduce__(self) -> Any:
@@ -289,25 +295,28 @@ class Activations(Mapping[str, Any]):
 
     def detach(self) -> "Activations":
         """The recording without the graph behind it."""
-        return self._mapped(self.stored, Tensor.detach)
+        return self._map_tensors(self.stored, Tensor.detach)
 
-    def _mapped(self, values: Mapping[str, Value], fn: Callable[[Tensor], Tensor]) -> "Activations":
+    def _map_tensors(self, values: Mapping[str, PointValue], fn: Callable[[Tensor], Tensor]) -> "Activations":
         made = {name: [fn(x) for x in v] if isinstance(v, list) else fn(v) for name, v in values.items()}
-        gradients = self._gradients and self._gradients._mapped(self._gradients.stored, fn)
-        of = self.of if self.of is None or (at := first_device(made)) is None else self.of.moved(at)
+        gradients = self._gradients and self._gradients._map_tensors(self._gradients.stored, fn)
+        of = self.run_info if self.run_info is None or (at := find_device(made)) is None else self.run_info.to(at)
         return Activations(made, self.names, of, gradients)
 
     @property
     def device(self) -> torch.device | None:
         """Where the values are; None where there are none."""
-        return first_device(self.stored)
+        return find_device(self.stored)
 
     @property
     def bytes(self) -> int:
         """What is held for it: what is derived weighs nothing, what is shared weighs once."""
-        if isinstance(self.stored, Lazy):
-            return sum(x.nbytes for x in tensors({name: self.stored.outline(name) for name in self.stored}))
-        held = {(x.untyped_storage().data_ptr(), x.storage_offset(), x.nbytes): x.nbytes for x in tensors(self.stored)}
+        if isinstance(self.stored, LazyValues):
+            return sum(x.nbytes for x in iterate_tensors({name: self.stored.outline(name) for name in self.stored}))
+        held = {
+            (x.untyped_storage().data_ptr(), x.storage_offset(), x.nbytes): x.nbytes
+            for x in iterate_tensors(self.stored)
+        }
         return sum(held.values())
 
     # ---- disk ----
@@ -317,7 +326,7 @@ class Activations(Mapping[str, Any]):
 
         Raises FileExistsError when there is a recording already.
         """
-        folder, of = expand_path(folder), self._of()
+        folder, of = expand_path(folder), self.require_run_info()
         flat = {
             f"{name}@{i}" if isinstance(value, list) else name: x
             for name, value in self.stored.items()
@@ -326,37 +335,41 @@ class Activations(Mapping[str, Any]):
         places = {"positions": of.positions, "key_positions": of.key_positions, "tokens": of.tokens}
         flat |= {f"of.{name}": x for name, x in places.items() if x is not None}
         manifest = {
-            "format": FORMAT, "model": of.model_hash(), "edited": sorted(of.edited),
+            "format": FORMAT, "model": of.model_hash(), "edited": sorted(of.edited_points),
             "tokenizer": of.tokenizer.fingerprint() if of.tokenizer else "none", "names": self.names,
-            "past_entries": of.past_entries, "by_steps": of.by_steps,
+            "past_entries": of.past_entries, "by_steps": of.over_steps,
         }  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         with lock_folder(folder, "a recording"):
-            if (folder / MANIFEST).exists():
+            if (folder / RECORDING_MANIFEST).exists():
                 raise FileExistsError(f"{folder} holds a recording already: give another folder")
             # The manifest comes last and knows the values' header: without it, or with another's, they are none.
-            write_json(folder / MANIFEST, {**manifest, "values": write_tensors(folder / VALUES, flat)})
+            write_json(
+                folder / RECORDING_MANIFEST, {**manifest, "values": write_tensors(folder / RECORDING_FILE, flat)}
+            )
         return folder
 
-    def _outline(self, name: str) -> Value:
+    def _outline(self, name: str) -> PointValue:
         """What is stored at a point, of which only shapes, dtypes and bytes are asked: nothing is read for that."""
-        return self.stored.outline(name) if isinstance(self.stored, Lazy) else self.stored[name]
+        return self.stored.outline(name) if isinstance(self.stored, LazyValues) else self.stored[name]
 
     # ---- showing ----
 
     def __repr__(self) -> str:
-        return f"{self._title()}\n{table(self.rows())}"
+        return f"{self._title()}\n{format_table(self.summary_table())}"
 
     def _title(self) -> str:
         derived = len(self.names) - len([name for name in self.names if name in self.stored])
-        return f"Activations: {len(self)} points, {size(self.bytes)}" + (f", {derived} derived" if derived else "")
+        return f"Activations: {len(self)} points, {format_bytes(self.bytes)}" + (
+            f", {derived} derived" if derived else ""
+        )
 
     def _repr_html_(self) -> str:
         head = "".join(f"<th>{name}</th>" for name in ("name", "axes", "shape", "bytes"))
-        body = "".join(f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in self.rows())
+        body = "".join(f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in self.summary_table())
         return f"<div>{html.escape(self._title())}<table><tr>{head}</tr>{body}</table></div>"
 
-    def rows(self) -> list[tuple[str, str, str, str]]:
+    def summary_table(self) -> list[tuple[str, str, str, str]]:
         """A line per point, layers together: name, axes, shape, bytes."""
         lines: dict[str, list[str]] = {}
         for name in self.names:
@@ -364,8 +377,8 @@ class Activations(Mapping[str, Any]):
         out = []
         for local, names in lines.items():
             layers, held = self.layers(local), [self._outline(name) for name in names if name in self.stored]
-            which = f"blocks.{spans(layers)}.{local}" if layers else local
-            weight = size(sum(x.nbytes for v in held for x in (v if isinstance(v, list) else [v])))
+            which = f"blocks.{format_ranges(layers)}.{local}" if layers else local
+            weight = format_bytes(sum(x.nbytes for v in held for x in (v if isinstance(v, list) else [v])))
             first = held[0] if held else self._shown(names[0])
             per_step = f" x {len(first)} steps" if isinstance(first, list) else ""
             last = first[-1] if isinstance(first, list) else first
@@ -397,14 +410,14 @@ class AtPosition:
         )
         axes = ("layer", *axes_of(local)) if stacked else axes_of(local)
         axis = next(axis for axis in ("pos", "query", "key") if axis in axes)
-        columns = self.columns(axis)
+        columns = self.find_columns(axis)
         rows = x.movedim((axes.index("batch"), axes.index(axis)), (0, 1))
         picked = rows[torch.arange(len(columns), device=x.device), columns]
         return picked.movedim(0, 1) if stacked else picked
 
-    def columns(self, axis: str) -> Int[Tensor, "batch"]:
+    def find_columns(self, axis: str) -> Int[Tensor, "batch"]:
         """Where along this axis the positions lie."""
-        of = cast(Of, self.acts.of)
+        of = cast(RunInfo, self.acts.run_info)
         there = of.key_positions if axis == "key" else of.positions
         return (there == self.positions[:, None]).int().argmax(1)
 
@@ -414,7 +427,7 @@ class AtPosition:
 
 def pickled(acts: Activations) -> dict[str, Any]:
     """A recording as dictionaries, lists and tensors alone, so that torch.load reads it with weights_only too."""
-    acts, of = acts.store_all().detach(), acts.of
+    acts, of = acts.store_all().detach(), acts.run_info
     texts = None
     if of is not None and of.tokenizer is not None and of.tokens is not None:
         texts = RowTexts.of(
@@ -422,8 +435,8 @@ def pickled(acts: Activations) -> dict[str, Any]:
         )
     places = None if of is None else {
         "tokens": of.tokens, "positions": of.positions, "key_positions": of.key_positions,
-        "model_hash": of.model_hash(), "edited": sorted(of.edited), "past_entries": of.past_entries,
-        "by_steps": of.by_steps, "tokenizer": texts and {"hash": texts.hash, "rows": dict(texts.rows)},
+        "model_hash": of.model_hash(), "edited": sorted(of.edited_points), "past_entries": of.past_entries,
+        "by_steps": of.over_steps, "tokenizer": texts and {"hash": texts.hash, "rows": dict(texts.rows)},
     }  # fmt: skip
     gradients = acts._gradients and pickled(acts._gradients)
     return {"values": dict(acts.stored), "names": list(acts.names), "of": places, "gradients": gradients}
@@ -437,7 +450,7 @@ def restore_activations(state: dict[str, Any]) -> Activations:
         model_hash, texts = places.pop("model_hash"), places.pop("tokenizer")
         tokenizer = RowTexts(**texts) if texts else None
         places["edited"] = frozenset(places["edited"])
-        of = Of(**places, model_hash=lambda: model_hash, tokenizer=tokenizer)
+        of = RunInfo(**places, model_hash=lambda: model_hash, tokenizer=tokenizer)
     gradients = state["gradients"] and restore_activations(state["gradients"])
     return Activations(state["values"], state["names"], of, gradients)
 
@@ -445,16 +458,16 @@ def restore_activations(state: dict[str, Any]) -> Activations:
 torch.serialization.add_safe_globals([restore_activations])  # which runs nothing: plain values come in
 
 
-def tensors(values: Mapping[str, Value]) -> Iterator[Tensor]:
+def iterate_tensors(values: Mapping[str, PointValue]) -> Iterator[Tensor]:
     for value in values.values():
         yield from value if isinstance(value, list) else [value]
 
 
-def first_device(values: Mapping[str, Value]) -> torch.device | None:
-    return next((x.device for x in tensors(values)), None)
+def find_device(values: Mapping[str, PointValue]) -> torch.device | None:
+    return next((x.device for x in iterate_tensors(values)), None)
 
 
-class Lazy(Mapping[str, Value]):
+class LazyValues(Mapping[str, PointValue]):
     """The values in a recording's file, each read when it is asked for."""
 
     def __init__(self, path: Path):
@@ -467,14 +480,14 @@ class Lazy(Mapping[str, Value]):
             if not key.startswith("of."):
                 self.parts.setdefault(name, []).append(key)
 
-    def __getitem__(self, name: str) -> Value:
+    def __getitem__(self, name: str) -> PointValue:
         return self._collect(name, self.file.read)
 
-    def outline(self, name: str) -> Value:
+    def outline(self, name: str) -> PointValue:
         """The value on the meta device: its shapes and dtype, unread."""
         return self._collect(name, self.file.outline)
 
-    def _collect(self, name: str, read: Callable[[str], Tensor]) -> Value:
+    def _collect(self, name: str, read: Callable[[str], Tensor]) -> PointValue:
         keys = self.parts[name]
         if keys == [name]:
             return read(name)
@@ -498,11 +511,11 @@ def load_activations(folder: str | Path, lens: Any = None) -> Activations:
     or tokenizer.
     """
     folder = expand_path(folder)
-    path = folder / MANIFEST
+    path = folder / RECORDING_MANIFEST
     try:
         manifest = read_json(path)
     except FileNotFoundError as e:
-        raise FileNotFoundError(f"{folder} holds no whole recording: there is no {MANIFEST}") from e
+        raise FileNotFoundError(f"{folder} holds no whole recording: there is no {RECORDING_MANIFEST}") from e
     if manifest.get("format") != FORMAT:
         raise FileError(
             f"{folder} is {manifest.get('format')!r:.80}, not a recording that acts.save wrote ({FORMAT!r})"
@@ -515,25 +528,29 @@ def load_activations(folder: str | Path, lens: Any = None) -> Activations:
                 raise ValueError(f"{folder} was recorded with {what} {hashes[what]}; this lens has {found}")
     names, edited = (list_of(manifest, what, str, where) for what in ("names", "edited"))
     flags = {what: field_of(manifest, what, bool, where) for what in ("past_entries", "by_steps")}
-    values = Lazy(folder / VALUES)
+    values = LazyValues(folder / RECORDING_FILE)
     if values.file.header != field_of(manifest, "values", str, where):
-        raise FileError(f"{folder / VALUES} is not the file that {MANIFEST} was written with: record again")
+        raise FileError(
+            f"{folder / RECORDING_FILE} is not the file that {RECORDING_MANIFEST} was written with: record again"
+        )
     places = values.file.read_all("a recording", ("of.positions", "of.key_positions"), ("of.tokens",))
     refuse_other_shapes(folder, names, values, places)
-    of = Of(
+    of = RunInfo(
         places.get("of.tokens"), places["of.positions"], places["of.key_positions"], model=lens and lens.model,
-        model_hash=lambda: hashes["model"], tokenizer=lens and lens.tokenizer, edited=frozenset(edited), **flags,
+        model_hash=lambda: hashes["model"], tokenizer=lens and lens.tokenizer, edited_points=frozenset(edited), **flags,
     )  # fmt: skip
     return Activations(values, names, of)
 
 
-def refuse_other_shapes(folder: Path, names: Sequence[str], values: Lazy, places: Mapping[str, Tensor]) -> None:
+def refuse_other_shapes(folder: Path, names: Sequence[str], values: LazyValues, places: Mapping[str, Tensor]) -> None:
     """Raise FileError unless points, positions and shapes of a recording in a folder are those of one run."""
     positions = places["of.positions"]
     for name, x in places.items():
         along = x.shape if name == "of.key_positions" else positions.shape
         if x.dtype != torch.long or x.ndim != 2 or len(x) != len(positions) or x.shape != along:
-            raise FileError(f"{folder / VALUES}: {name} is {x.dtype} {tuple(x.shape)}: not the positions of a run")
+            raise FileError(
+                f"{folder / RECORDING_FILE}: {name} is {x.dtype} {tuple(x.shape)}: not the positions of a run"
+            )
     for name in (*names, *values):
         try:
             axes = axes_of(name)
@@ -542,4 +559,4 @@ def refuse_other_shapes(folder: Path, names: Sequence[str], values: Lazy, places
         for key in values.parts.get(name, ()):
             shape = values.file.shape(key)
             if len(shape) != len(axes) or shape[0] != len(positions):
-                raise FileError(f"{folder / VALUES}: {key} is {shape}; expected {' '.join(axes)}")
+                raise FileError(f"{folder / RECORDING_FILE}: {key} is {shape}; expected {' '.join(axes)}")

@@ -16,11 +16,11 @@ from glmlens.child import Child, ChildEnded, ChildError, ChildLate
 
 Message = Mapping[str, Any]
 
-SECONDS = 1.0
-MOST_MEMORY = 1 << 30
-MOST_TEXT = 1 << 24
+MAX_RENDER_SECONDS = 1.0
+MAX_CHILD_BYTES = 1 << 30
+MAX_RENDERED_CHARACTERS = 1 << 24
 MOST_CHILDREN = 4
-KNOWN = {  # by sha256
+TRUSTED_TEMPLATES = {  # by sha256
     "27288f957f8364c990a2ce13bf5f8bf86921c4bce467ce698c76dcc69466d821",  # glm-4-9b-chat
     "1b34ccb54f7e405d12d9ade11f230bcbd7490c8f1e59c76c83f353e0b5e54c2c",  # the demo model
 }
@@ -31,7 +31,7 @@ class TemplateError(ValueError):
     """A chat template that did not come to an end, or not to a text."""
 
 
-def render(template: str, messages: Sequence[Message], required: Collection[str] = (), /, **variables: Any) -> str:
+def render_chat(template: str, messages: Sequence[Message], required: Collection[str] = (), /, **variables: Any) -> str:
     """The text of `messages` by `template`, with the settings that transformers renders with.
 
     A template has loop controls, tojson, raise_exception and strftime_now besides what jinja2 gives it.
@@ -45,7 +45,7 @@ def render(template: str, messages: Sequence[Message], required: Collection[str]
         job = json.dumps([template, variables, sorted(required)])
     except (TypeError, ValueError) as e:
         raise TypeError(f"chat messages and the variables of a template are text, numbers, lists and dicts: {e}") from e
-    if key in KNOWN:
+    if key in TRUSTED_TEMPLATES:
         kind, answer = answer_job(template, variables, required)
     else:
         kind, answer = ask_child(key, json.loads(job))
@@ -73,7 +73,7 @@ def render_open(
         marked = [{**part, "text": text + mark} if i == last else part for i, part in enumerate(final)]
     else:
         raise ValueError(f"continue_final_message: the last message has no {field!r} with a text to continue")
-    whole = render(template, [*messages[:-1], {**messages[-1], field: marked}], required, **variables)
+    whole = render_chat(template, [*messages[:-1], {**messages[-1], field: marked}], required, **variables)
     at = whole.rfind(mark.strip())
     if at < 0 or text.strip() not in whole:
         raise ValueError(f"continue_final_message: the chat template does not write the {field!r} of the last message")
@@ -103,7 +103,7 @@ def unread_message(names: Sequence[str], known: Sequence[str]) -> str:
     return f"the chat template reads no {', '.join(map(repr, names))}; it reads {', '.join(known) or 'nothing'}{hint}"
 
 
-def rendered(template: str, variables: Mapping[str, Any]) -> str:
+def render_in_process(template: str, variables: Mapping[str, Any]) -> str:
     try:
         return compile_template(template)[0].render(**variables)
     except TemplateError:
@@ -164,11 +164,11 @@ def make_environment() -> Any:
 def answer_job(template: str, variables: Mapping[str, Any], required: Collection[str]) -> tuple[str, Any]:
     """("rendered", text), ("failed", why), or ("unread", the required variables that are not read, all that are)."""
     try:
-        text = rendered(template, variables)
+        text = render_in_process(template, variables)
         known = compile_template(template)[1] if required else frozenset()
         unread = set(required) - known
         # A template may give the name to the tools of a message, and read no others: they would be left out unsaid.
-        if "tools" in required and rendered(template, {**variables, "tools": None}) == text:
+        if "tools" in required and render_in_process(template, {**variables, "tools": None}) == text:
             unread.add("tools")
             known -= {"tools"}
         if unread:
@@ -189,14 +189,14 @@ def prepare() -> None:
 
 
 def ask_child(key: str, job: list[Any]) -> tuple[str, Any]:
-    child = CHILDREN.get(key) or CHILDREN.setdefault(key, Child("chat", MOST_MEMORY, MOST_TEXT))
+    child = CHILDREN.get(key) or CHILDREN.setdefault(key, Child("chat", MAX_CHILD_BYTES, MAX_RENDERED_CHARACTERS))
     for other in list(CHILDREN)[:-MOST_CHILDREN]:
         if other != key and (unused := CHILDREN.pop(other, None)):
             unused.close()
     try:
-        return tuple(child.ask(job, SECONDS))
+        return tuple(child.ask(job, MAX_RENDER_SECONDS))
     except ChildLate as e:
-        raise TemplateError(f"the chat template did not come to an end within {SECONDS:g} s") from e
+        raise TemplateError(f"the chat template did not come to an end within {MAX_RENDER_SECONDS:g} s") from e
     except ChildEnded as e:
         raise TemplateError("the chat template ran out of memory, or said too much") from e
     except ChildError as e:

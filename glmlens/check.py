@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from glmlens.hooks import Point
-from glmlens.tables import size, spans, table
+from glmlens.tables import format_bytes, format_ranges, format_table
 
 
 class Points(list[Point]):
@@ -23,19 +23,24 @@ class Points(list[Point]):
         for point in self:
             lines.setdefault(point.local, []).append(point)
         rows = [
-            (which(local, points), " ".join(points[0].axes), str(points[0].shape), size(Points(points).bytes))
+            (
+                format_layers(local, points),
+                " ".join(points[0].axes),
+                str(points[0].shape),
+                format_bytes(Points(points).bytes),
+            )
             for local, points in lines.items()
         ]
-        return f"{len(self)} points, {size(self.bytes)}\n{table(rows)}" if rows else "0 points"
+        return f"{len(self)} points, {format_bytes(self.bytes)}\n{format_table(rows)}" if rows else "0 points"
 
 
-def which(local: str, points: list[Point]) -> str:
+def format_layers(local: str, points: list[Point]) -> str:
     layers = [point.layer for point in points if point.layer is not None]
-    return f"blocks.{spans(layers)}.{local}" if layers else local
+    return f"blocks.{format_ranges(layers)}.{local}" if layers else local
 
 
 @dataclass(frozen=True)
-class Check:
+class RunCheck:
     """What a run would record (`points`), what of it would be stored and weigh `bytes`, and where hooks would fire.
 
     The other points follow from those that are stored. `not_tried` says which hooks could not be called.
@@ -57,7 +62,7 @@ class Check:
         return "\n".join(lines + [f"needs numbers, not tried: {why}" for why in self.not_tried])
 
 
-class OnMeta(TorchFunctionMode):
+class MetaDeviceMode(TorchFunctionMode):
     """Inside, every operation runs on the meta device, whatever its arguments live on."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -20,14 +20,14 @@ from tqdm import tqdm
 
 from glmlens import storage
 from glmlens.config import CheckpointError, GLMConfig
-from glmlens.formats import BASE, in_our_order, names_of, unused_by
+from glmlens.formats import BASE_PREFIX, list_unused_tensors, map_tensor_names, reorder_rotary_rows
 from glmlens.model import GLM
 
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-MOST_HEADER = MOST_TEXT = (
+FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MAX_HEADER_BYTES = MAX_TEXT_BYTES = (
     4_000_000  # bytes: those of GLM-4-9B are 35,000, and reading JSON takes up to 30 times its size
 )
-MOST_TOKENIZER = 64_000_000
+MAX_TOKENIZER_BYTES = 64_000_000
 
 
 def load_model(
@@ -47,33 +47,35 @@ def load_model(
     """
     device = torch.device(device)
     cfg = GLMConfig.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
-    cfg = turned_by(cfg, rope_theta, folder)
+    cfg = with_rope_theta(cfg, rope_theta, folder)
     if dtype is None and cfg.dtype is not None:
-        dtype = dtype_named(cfg.dtype, f"{folder / 'config.json'}: ")
-    model = blank(cfg, attention, dtype or torch.float32)
+        dtype = parse_dtype(cfg.dtype, f"{folder / 'config.json'}: ")
+    model = build_meta_model(cfg, attention, dtype or torch.float32)
     if device.type == "meta":
-        return blank(replace(cfg, tied=False), attention, model.ln_final.weight.dtype) if untie else model
+        return build_meta_model(replace(cfg, tied=False), attention, model.ln_final.weight.dtype) if untie else model
 
-    files, ours = files_of(folder), checkpoint_names(model)
+    files, ours = map_tensor_files(folder), map_checkpoint_tensors(model)
     if not any(name in files for name in ours):  # a checkpoint of the model without any head
-        ours = {name.removeprefix(BASE): parts for name, parts in ours.items()}
-    found = checked(files, {name: shape_of(parts, model) for name, parts in ours.items()}, spare_of(cfg), cfg)
-    dtype = dtype or FLOATS[found[next(iter(ours))][1]]
+        ours = {name.removeprefix(BASE_PREFIX): parts for name, parts in ours.items()}
+    found = check_tensor_index(
+        files, {name: get_expected_shape(parts, model) for name, parts in ours.items()}, list_ignored_tensors(cfg), cfg
+    )
+    dtype = dtype or FLOAT_DTYPES[found[next(iter(ours))][1]]
     size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     with tqdm(total=size, desc=f"loading {folder.name}", unit="B", unit_scale=True, delay=2) as bar:
         for path in dict.fromkeys(path for path, _ in found.values()):
             identity = identity_of(path)
-            with opened(path) as file:
+            with open_safetensors(path) as file:
                 for name in (name for name in ours if found[name][0] == path):
                     stored = file.get_tensor(name)
                     x = stored.to(device, dtype)
                     refuse_overflow(stored, x, f"{path}: tensor {name!r}")
                     if x is stored:
                         MAPPED.setdefault(model, {})[path] = identity
-                    bar.update(place(model, x, ours[name]))
+                    bar.update(place_tensor(model, x, ours[name]))
     if cfg.tied:
         model.unembed.weight = model.embed.weight
-        refuse_another_unembedding(found, names_of(cfg))
+        check_tied_unembedding(found, map_tensor_names(cfg))
     if untie and cfg.tied:
         # The embedding is copied and not the unembedding: looking rows up rounds nothing wherever they lie in memory.
         model.embed.weight = nn.Parameter(model.embed.weight.detach().clone(), requires_grad=False)
@@ -127,7 +129,7 @@ def refuse_overflow(stored: Tensor, x: Tensor, where: str) -> None:
             )
 
 
-def turned_by(cfg: GLMConfig, rope_theta: float | int | None, folder: Path) -> GLMConfig:
+def with_rope_theta(cfg: GLMConfig, rope_theta: float | int | None, folder: Path) -> GLMConfig:
     """The config with the theta that was asked for; a warning where its own is likely to be a conversion's mistake.
 
     transformers' conversion of GLM-4-9B wrote theta 10,000 whatever the original's rope_ratio, which is 500 in
@@ -149,27 +151,27 @@ def turned_by(cfg: GLMConfig, rope_theta: float | int | None, folder: Path) -> G
     return cfg
 
 
-def refuse_another_unembedding(found: "Found", names: dict[str, list[str]]) -> None:
+def check_tied_unembedding(locations: "TensorLocations", names: dict[str, list[str]]) -> None:
     """Raise CheckpointError if a tied checkpoint holds an unembedding that is not its embedding."""
     embed, unembed = (next(n for n, ours in names.items() if ours == [f"{end}.weight"]) for end in ("embed", "unembed"))
-    if embed in found and unembed in found:
-        with opened(found[embed][0]) as one, opened(found[unembed][0]) as other:
+    if embed in locations and unembed in locations:
+        with open_safetensors(locations[embed][0]) as one, open_safetensors(locations[unembed][0]) as other:
             if not torch.equal(one.get_tensor(embed), other.get_tensor(unembed)):
                 raise CheckpointError(
-                    f"{found[unembed][0]}: tensor {unembed!r} is not the embedding, but tie_word_embeddings is true"
+                    f"{locations[unembed][0]}: tensor {unembed!r} is not the embedding, but tie_word_embeddings is true"
                 )
 
 
-def blank(cfg: GLMConfig, attention: str, dtype: torch.dtype) -> GLM:
+def build_meta_model(cfg: GLMConfig, attention: str, dtype: torch.dtype) -> GLM:
     """A frozen GLM on the meta device: every shape, no numbers."""
     try:
-        with torch.device("meta"), NoDraws():
+        with torch.device("meta"), SkipInitialisation():
             return GLM(cfg, attention).to(dtype).requires_grad_(False).eval()
     except RuntimeError as e:
         raise CheckpointError(f"config.json: no model can have these sizes: {e}: {cfg}") from e
 
 
-class NoDraws(TorchFunctionMode):
+class SkipInitialisation(TorchFunctionMode):
     """Inside, initialisers draw nothing: on meta there is nothing to fill, and to find that out costs torch 2 s."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -178,7 +180,7 @@ class NoDraws(TorchFunctionMode):
 
 
 @dataclass(frozen=True)
-class Part:
+class ParameterRows:
     """The rows of a parameter of ours that a tensor of a checkpoint holds."""
 
     name: str
@@ -186,36 +188,36 @@ class Part:
     rows: int
 
 
-def checkpoint_names(model: GLM) -> dict[str, list[Part]]:
+def map_checkpoint_tensors(model: GLM) -> dict[str, list[ParameterRows]]:
     """The tensors of a checkpoint of this model, the embedding first, and the parts of our parameters in each.
 
     Where several tensors are one of ours, they have equal shares of its rows, in the order of the table.
     """
     ours = {name: p.shape[0] for name, p in model.named_parameters()}  # a tied unembedding is there as the embedding
-    table = {theirs: names for theirs, names in names_of(model.cfg).items() if ours.keys() >= set(names)}
+    table = {theirs: names for theirs, names in map_tensor_names(model.cfg).items() if ours.keys() >= set(names)}
     sharing, start = Counter(name for names in table.values() for name in names), Counter[str]()
-    found: dict[str, list[Part]] = {}
+    found: dict[str, list[ParameterRows]] = {}
     for theirs, names in table.items():
-        found[theirs] = [Part(name, start[name], ours[name] // sharing[name]) for name in names]
+        found[theirs] = [ParameterRows(name, start[name], ours[name] // sharing[name]) for name in names]
         start.update({part.name: part.rows for part in found[theirs]})
     return found
 
 
-def shape_of(parts: list[Part], model: GLM) -> tuple[int, ...]:
+def get_expected_shape(parts: list[ParameterRows], model: GLM) -> tuple[int, ...]:
     return (sum(part.rows for part in parts), *model.get_parameter(parts[0].name).shape[1:])
 
 
-def spare_of(cfg: GLMConfig) -> set[str]:
+def list_ignored_tensors(cfg: GLMConfig) -> set[str]:
     """The tensors that may be there and are not read: a tied unembedding, and what follows from the config."""
-    return {theirs for theirs, ours in names_of(cfg).items() if cfg.tied and ours == ["unembed.weight"]} | unused_by(
-        cfg
-    )
+    return {
+        theirs for theirs, ours in map_tensor_names(cfg).items() if cfg.tied and ours == ["unembed.weight"]
+    } | list_unused_tensors(cfg)
 
 
-def place(model: GLM, x: Tensor, parts: list[Part]) -> int:
+def place_tensor(model: GLM, x: Tensor, parts: list[ParameterRows]) -> int:
     """Make a tensor of a checkpoint what it stands for, as views of it where it holds whole parameters; its bytes."""
     for part, rows in zip(parts, x.split([part.rows for part in parts]), strict=True):
-        rows, whole = in_our_order(rows, part.name, model.cfg), model.get_parameter(part.name)
+        rows, whole = reorder_rotary_rows(rows, part.name, model.cfg), model.get_parameter(part.name)
         if part.rows == len(whole):
             set_parameter(model, part.name, rows)
             continue
@@ -230,18 +232,20 @@ def set_parameter(model: GLM, name: str, value: Tensor) -> None:
     setattr(model.get_submodule(module), leaf, nn.Parameter(value, requires_grad=False))
 
 
-Shapes = dict[str, tuple[int, ...]]
-Found = dict[str, tuple[Path, str]]
+TensorShapes = dict[str, tuple[int, ...]]
+TensorLocations = dict[str, tuple[Path, str]]
 
 
-def checked(files: dict[str, Path], expected: Shapes, spare: set[str], cfg: GLMConfig) -> Found:
+def check_tensor_index(
+    files: dict[str, Path], expected: TensorShapes, ignored: set[str], cfg: GLMConfig
+) -> TensorLocations:
     """Where each expected tensor is and its dtype; CheckpointError unless just these are there, in these shapes."""
-    found: Found = {}
+    found: TensorLocations = {}
     for path in dict.fromkeys(files.values()):
-        with opened(path) as file:
+        with open_safetensors(path) as file:
             there = list(file.keys())
             for name in there:
-                if name not in expected and name not in spare:
+                if name not in expected and name not in ignored:
                     raise CheckpointError(f"{path}: tensor {name!r} has no place in this {cfg.model_type!r}")
                 if files.get(name) != path and name in expected:
                     raise CheckpointError(f"{path}: tensor {name!r} is here too, beside the one in {files.get(name)}")
@@ -249,9 +253,9 @@ def checked(files: dict[str, Path], expected: Shapes, spare: set[str], cfg: GLMC
                 shape, dtype = tuple(header.get_shape()), header.get_dtype()
                 if shape != expected.get(name, shape):
                     raise CheckpointError(f"{path}: tensor {name!r}: expected shape {expected[name]}, found {shape}")
-                if dtype not in FLOATS:
+                if dtype not in FLOAT_DTYPES:
                     raise CheckpointError(
-                        f"{path}: tensor {name!r}: expected one of {', '.join(FLOATS)}, found {dtype}; "
+                        f"{path}: tensor {name!r}: expected one of {', '.join(FLOAT_DTYPES)}, found {dtype}; "
                         f"glmlens does not open quantised weights"
                     )
                 found[name] = path, dtype
@@ -264,11 +268,11 @@ def checked(files: dict[str, Path], expected: Shapes, spare: set[str], cfg: GLMC
     return found
 
 
-def files_of(folder: Path) -> dict[str, Path]:
+def map_tensor_files(folder: Path) -> dict[str, Path]:
     """The file of every tensor, by the index where there is one."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
-        with opened(single) as file:
+        with open_safetensors(single) as file:
             return dict.fromkeys(file.keys(), single)
     if not index.exists():
         other = sorted(path.name for path in folder.glob("*.bin"))
@@ -286,29 +290,29 @@ def files_of(folder: Path) -> dict[str, Path]:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Any]:
+def open_safetensors(path: Path) -> Iterator[Any]:
     """The safetensors file, memory-mapped; what is wrong with it is a CheckpointError that names it."""
-    with storage.open_safetensors(path, MOST_HEADER, CheckpointError) as file:
+    with storage.open_safetensors(path, MAX_HEADER_BYTES, CheckpointError) as file:
         yield file
 
 
-def refuse_strange(path: Path, most: int | None = None) -> None:
+def check_regular_file(path: Path, max_bytes: int | None = None) -> None:
     """Raise CheckpointError if there is something at `path` but not a file, or one of more than `most` bytes."""
-    storage.refuse_strange(path, most, CheckpointError)
+    storage.refuse_strange(path, max_bytes, CheckpointError)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, or CheckpointError."""
     try:
-        return storage.read_json(path, MOST_TEXT, MOST_TEXT, CheckpointError)
+        return storage.read_json(path, MAX_TEXT_BYTES, MAX_TEXT_BYTES, CheckpointError)
     except FileNotFoundError as e:
         raise CheckpointError(f"{path}: not found") from e
 
 
-def dtype_named(dtype: str | torch.dtype, where: str = "") -> torch.dtype:
+def parse_dtype(dtype: str | torch.dtype, where: str = "") -> torch.dtype:
     """The float dtype of this name ("bfloat16", "torch.bfloat16") or itself."""
     found = getattr(torch, str(dtype).removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype) or found not in FLOATS.values():
-        names = ", ".join(str(f).removeprefix("torch.") for f in FLOATS.values())
+    if not isinstance(found, torch.dtype) or found not in FLOAT_DTYPES.values():
+        names = ", ".join(str(f).removeprefix("torch.") for f in FLOAT_DTYPES.values())
         raise CheckpointError(f"{where}dtype is {dtype!r}; expected one of {names}")
     return found

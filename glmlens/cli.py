@@ -18,9 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("demo", help="a prompt, the heads that its answer comes from, and a report")
     command.add_argument("--model", metavar="PATH", help="a checkpoint folder or hub id (default: the model inside)")
-    command.add_argument("--prompt", default=story.PROMPT)
+    command.add_argument("--prompt", default=story.DEMO_PROMPT)
     command.add_argument("--out", type=Path, metavar="DIR", help="where the report goes (default: a temporary folder)")
-    command.set_defaults(run=demo)
+    command.set_defaults(run=run_demo)
     command = commands.add_parser("lab", help="the tutorials and notebooks in a folder of yours, and JupyterLab there")
     command.epilog = "What stands after -- goes to jupyter lab as it is: glmlens lab FOLDER -- --allow-root"
     command.add_argument("folder", type=Path, nargs="?", default=Path("glmlens-lab"), metavar="FOLDER")
@@ -40,13 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def demo(args: argparse.Namespace) -> None:
+def run_demo(args: argparse.Namespace) -> None:
     """Tell what a model says to a prompt, where that comes from, and what changing it does."""
     lens = load(args.model, dtype=None if args.model else "float32")
     out = None if args.out is None else make_folder(args.out)
-    if lens.tokenizer is None and args.prompt != story.PROMPT:
+    if lens.tokenizer is None and args.prompt != story.DEMO_PROMPT:
         raise CheckpointError(f"{args.model}: without a tokenizer there is nothing to read --prompt with")
-    path = story.tell(lens, args.prompt, out)
+    path = story.write_demo_report(lens, args.prompt, out)
     print(f"the report, with its figures: {path}")
     print("to go on, with the course and the benches: pip install jupyterlab && glmlens lab my-folder")
 
@@ -63,7 +63,7 @@ def make_folder(path: Path) -> Path:
 
 def open_lab(args: argparse.Namespace) -> None:
     """Copy the tutorials and notebooks to a folder, and start JupyterLab there."""
-    done = lab.copy(args.folder)
+    done = lab.copy_lab(args.folder)
     print(f"{expand_path(args.folder).resolve()}: {done}", flush=True)
     if not args.copy_only:
-        lab.start(args.folder, browser=args.browser, port=args.port, options=args.options)
+        lab.start_jupyterlab(args.folder, browser=args.browser, port=args.port, options=args.options)

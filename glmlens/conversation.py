@@ -48,7 +48,7 @@ def continue_text(text: str, row: CachedRow, tokenizer: Tokenizer) -> list[int]:
     A text that is written with the tokenizer's prefix begins anew: it is the whole text. Any other comes after what
     the cache holds and the token that was chosen last.
     """
-    ids = tokenizer.encoding(text).ids
+    ids = tokenizer.encode_raw(text).ids
     if tokenizer.prefix and tuple(ids[: len(tokenizer.prefix)]) == tokenizer.prefix:
         return rest_of_whole(ids, row, tokenizer, "text that begins with the prefix")
     return [*row.chosen, *tokenizer.encode_continuation(text)]
@@ -113,10 +113,10 @@ def rest_after(messages: Sequence[Message], row: CachedRow, tokenizer: Tokenizer
             continue
         if not whole.startswith(prefix):
             whole = prefix + whole
-        rest = tokenizer.encoding(whole.removeprefix(text)).ids
-        ends = tokenizer.encoding(whole).ids[-len(rest) :] == rest
+        rest = tokenizer.encode_raw(whole.removeprefix(text)).ids
+        ends = tokenizer.encode_raw(whole).ids[-len(rest) :] == rest
         # Behind a special token nothing is merged with what stands before it.
-        if past and whole.startswith(text) and rest and rest[0] in tokenizer.special and ends:
+        if past and whole.startswith(text) and rest and rest[0] in tokenizer.special_ids and ends:
             return [*row.chosen, *rest]
     raise ValueError(
         f"the next message after this KV cache: the chat template writes the conversation so far in another way than "

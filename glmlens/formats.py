@@ -13,8 +13,8 @@ from torch import Tensor
 
 from glmlens.config import GLMConfig
 
-BASE = "model."  # what a checkpoint of the model without any head leaves out
-ATTENTION = {
+BASE_PREFIX = "model."  # what a checkpoint of the model without any head leaves out
+ATTENTION_NAMES = {
     f"model.layers.{{i}}.self_attn.{theirs}.{part}": f"blocks.{{i}}.attn.{ours}.{part}"
     for theirs, ours in {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "out"}.items()
     for part in ("weight", "bias")
@@ -22,7 +22,7 @@ ATTENTION = {
 GLM_NAMES = {
     "model.embed_tokens.weight": "embed.weight",
     "model.layers.{i}.input_layernorm.weight": "blocks.{i}.ln1.weight",
-    **ATTENTION,
+    **ATTENTION_NAMES,
     "model.layers.{i}.post_self_attn_layernorm.weight": "blocks.{i}.ln1_post.weight",
     "model.layers.{i}.post_attention_layernorm.weight": "blocks.{i}.ln2.weight",
     "model.layers.{i}.mlp.gate_up_proj.weight": "blocks.{i}.mlp.gate_up.weight",
@@ -34,7 +34,7 @@ GLM_NAMES = {
 LLAMA_NAMES = {
     "model.embed_tokens.weight": "embed.weight",
     "model.layers.{i}.input_layernorm.weight": "blocks.{i}.ln1.weight",
-    **ATTENTION,
+    **ATTENTION_NAMES,
     "model.layers.{i}.post_attention_layernorm.weight": "blocks.{i}.ln2.weight",
     "model.layers.{i}.mlp.gate_proj.weight": "blocks.{i}.mlp.gate_up.weight",
     "model.layers.{i}.mlp.up_proj.weight": "blocks.{i}.mlp.gate_up.weight",
@@ -42,12 +42,12 @@ LLAMA_NAMES = {
     "model.norm.weight": "ln_final.weight",
     "lm_head.weight": "unembed.weight",
 }
-QKV = "blocks.{i}.attn.query.X blocks.{i}.attn.key.X blocks.{i}.attn.value.X"
+CHATGLM_QKV = "blocks.{i}.attn.query.X blocks.{i}.attn.key.X blocks.{i}.attn.value.X"
 CHATGLM_NAMES = {
     "transformer.embedding.word_embeddings.weight": "embed.weight",
     "transformer.encoder.layers.{i}.input_layernorm.weight": "blocks.{i}.ln1.weight",
-    "transformer.encoder.layers.{i}.self_attention.query_key_value.weight": QKV.replace("X", "weight"),
-    "transformer.encoder.layers.{i}.self_attention.query_key_value.bias": QKV.replace("X", "bias"),
+    "transformer.encoder.layers.{i}.self_attention.query_key_value.weight": CHATGLM_QKV.replace("X", "weight"),
+    "transformer.encoder.layers.{i}.self_attention.query_key_value.bias": CHATGLM_QKV.replace("X", "bias"),
     "transformer.encoder.layers.{i}.self_attention.dense.weight": "blocks.{i}.attn.out.weight",
     "transformer.encoder.layers.{i}.post_attention_layernorm.weight": "blocks.{i}.ln2.weight",
     "transformer.encoder.layers.{i}.mlp.dense_h_to_4h.weight": "blocks.{i}.mlp.gate_up.weight",
@@ -55,34 +55,34 @@ CHATGLM_NAMES = {
     "transformer.encoder.final_layernorm.weight": "ln_final.weight",
     "transformer.output_layer.weight": "unembed.weight",
 }
-CLASS_HEAD = {"score.weight": "unembed.weight", "score.bias": "unembed.bias"}
+CLASS_HEAD_NAMES = {"score.weight": "unembed.weight", "score.bias": "unembed.bias"}
 
 
 @dataclass(frozen=True)
-class Format:
+class WeightFormat:
     """The names of one format. `half_split`: rotary turns channel c with channel c + d/2, and not with its neighbour.
 
     The rows of q and k are then put in another order, q and k alike: a copy, and the same scores, since q · k is a sum
     over channels in whatever order. `unused` tensors follow from the config.
     """
 
-    names: Mapping[str, str]
+    tensor_names: Mapping[str, str]
     half_split: bool = False
     unused: str = "model.layers.{i}.self_attn.rotary_emb.inv_freq"
 
 
-FORMATS = {
-    "glm": Format(GLM_NAMES),
-    "glm4": Format(GLM_NAMES),
-    "chatglm": Format(CHATGLM_NAMES, unused="transformer.rotary_pos_emb.inv_freq"),
-    "llama": Format(LLAMA_NAMES, half_split=True),
-    "qwen2": Format(LLAMA_NAMES, half_split=True),
+WEIGHT_FORMATS = {
+    "glm": WeightFormat(GLM_NAMES),
+    "glm4": WeightFormat(GLM_NAMES),
+    "chatglm": WeightFormat(CHATGLM_NAMES, unused="transformer.rotary_pos_emb.inv_freq"),
+    "llama": WeightFormat(LLAMA_NAMES, half_split=True),
+    "qwen2": WeightFormat(LLAMA_NAMES, half_split=True),
 }
 
 
-def names_of(cfg: GLMConfig) -> dict[str, list[str]]:
+def map_tensor_names(cfg: GLMConfig) -> dict[str, list[str]]:
     """Every name that this checkpoint may have, and those of our parameters that it stands for."""
-    names = {**FORMATS[cfg.model_type].names, **(CLASS_HEAD if cfg.labels else {})}
+    names = {**WEIGHT_FORMATS[cfg.model_type].tensor_names, **(CLASS_HEAD_NAMES if cfg.labels else {})}
     return {
         theirs.format(i=i): ours.format(i=i).split()
         for theirs, ours in names.items()
@@ -91,18 +91,18 @@ def names_of(cfg: GLMConfig) -> dict[str, list[str]]:
     }
 
 
-def unused_by(cfg: GLMConfig) -> set[str]:
+def list_unused_tensors(cfg: GLMConfig) -> set[str]:
     """Names of tensors that a checkpoint may have and nobody needs."""
-    return {FORMATS[cfg.model_type].unused.format(i=i) for i in range(cfg.n_layers)}
+    return {WEIGHT_FORMATS[cfg.model_type].unused.format(i=i) for i in range(cfg.n_layers)}
 
 
-def in_our_order(x: Shaped[Tensor, "row *model"], ours: str, cfg: GLMConfig) -> Shaped[Tensor, "row *model"]:
+def reorder_rotary_rows(x: Shaped[Tensor, "row *model"], ours: str, cfg: GLMConfig) -> Shaped[Tensor, "row *model"]:
     """The rows of a parameter of ours as they turn here: pairs side by side.
 
     Su et al. 2021 (arXiv 2104.09864), equation 15, pairs neighbours; a half-split rotary pairs (c, c + d/2), and
     turns pair c by the same angle, position · theta^(-2c/d).
     """
     turned = ours.rpartition(".")[0].endswith(("attn.query", "attn.key"))
-    if not (turned and FORMATS[cfg.model_type].half_split):
+    if not (turned and WEIGHT_FORMATS[cfg.model_type].half_split):
         return x
     return rearrange(x, "(head two pair) ... -> (head pair two) ...", two=2, pair=cfg.d_head // 2)

@@ -13,14 +13,14 @@ from glmlens.integers import read_integer
 from glmlens.kv_cache import KVCache
 from glmlens.model import GLM, absolute_positions
 
-Choose = Callable[[Float[Tensor, "batch vocab"], Int[Tensor, "batch pos"]], Int[Tensor, "batch"]]
+TokenChooser = Callable[[Float[Tensor, "batch vocab"], Int[Tensor, "batch pos"]], Int[Tensor, "batch"]]
 """From the last logits and all tokens so far to the next token of every row."""
-HookAt = Callable[[int, Int[Tensor, "batch pos"], Int[Tensor, "batch key"]], Hook]
+StepHookFactory = Callable[[int, Int[Tensor, "batch pos"], Int[Tensor, "batch key"]], Hook]
 """The hook of one step, made from its number, its absolute positions and those of all it can attend to."""
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class GenerationStep:
     """One step of a generation: what the model said and what was chosen.
 
     `tokens` is [batch], the padding id in rows that had stopped before; `logits` [batch, vocab]; `live` [batch] is
@@ -68,19 +68,21 @@ class Sampling:
         if self.temperature is None and idle:
             raise ValueError(f"{' and '.join(idle)} would do nothing without sampling: pass temperature=1.0")
 
-    def chooser(self, device: torch.device, said: Int[Tensor, "batch pos"], padding: Tensor | None = None) -> Choose:
+    def make_chooser(
+        self, device: torch.device, cached_tokens: Int[Tensor, "batch pos"], padding: Tensor | None = None
+    ) -> TokenChooser:
         """The function that chooses, given what comes before the prompt and which of all that is padding."""
-        draw = self.generator(device)
+        draw = self.make_generator(device)
 
         def choose(logits: Float[Tensor, "batch vocab"], tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch"]:
-            logits = self.adjusted(logits, torch.cat([said, tokens], 1), padding)
+            logits = self.adjust_logits(logits, torch.cat([cached_tokens, tokens], 1), padding)
             if self.temperature is None:
                 return logits.argmax(-1)
             return torch.multinomial(logits.softmax(-1), 1, generator=draw).squeeze(1)
 
         return choose
 
-    def generator(self, device: torch.device) -> torch.Generator:
+    def make_generator(self, device: torch.device) -> torch.Generator:
         """What tokens are drawn from: one of its own with this seed, or the generator given, which moves on."""
         if isinstance(self.seed, torch.Generator):
             return self.seed
@@ -91,11 +93,11 @@ class Sampling:
             draw.manual_seed(self.seed)
         return draw
 
-    def adjusted(
+    def adjust_logits(
         self, logits: Float[Tensor, "batch vocab"], tokens: Int[Tensor, "batch pos"], padding: Tensor | None
     ) -> Float[Tensor, "batch vocab"]:
         if self.repetition_penalty is not None:
-            logits = less_repetition(logits, tokens, padding, self.repetition_penalty)
+            logits = penalise_repetition(logits, tokens, padding, self.repetition_penalty)
         if self.temperature is not None:
             logits = logits / self.temperature
         if self.top_k is not None:
@@ -112,7 +114,7 @@ class Sampling:
         return logits
 
 
-def less_repetition(
+def penalise_repetition(
     logits: Float[Tensor, "batch vocab"],
     tokens: Int[Tensor, "batch pos"],
     padding: Bool[Tensor, "batch before"] | None,
@@ -126,19 +128,19 @@ def less_repetition(
     return logits.scatter(1, tokens, torch.where(said < 0, said * penalty, said / penalty))
 
 
-def steps(
+def generate_steps(
     model: GLM,
     tokens: Int[Tensor, "batch pos"],
     attention_mask: Tensor | None,
     kv: KVCache,
-    hook_at: HookAt,
+    make_step_hook: StepHookFactory,
     *,
     max_new_tokens: int,
-    choose: Choose,
+    choose: TokenChooser,
     stop_ids: Collection[int] = (),
-    said_enough: Callable[[Int[Tensor, "batch pos"]], Bool[Tensor, "batch"]] | None = None,
+    should_stop: Callable[[Int[Tensor, "batch pos"]], Bool[Tensor, "batch"]] | None = None,
     pad_id: int = 0,
-) -> Iterator[Step]:
+) -> Iterator[GenerationStep]:
     """Run the prompt, then one token at a time, into `kv`, until every row has said a stop id or enough.
 
     Step 0 runs the prompt and chooses the first token; step i runs the token that step i - 1 chose. A row that has
@@ -149,16 +151,16 @@ def steps(
     new = tokens
     for index in range(max_new_tokens):
         positions = absolute_positions(new.shape, new.device, kv, attention_mask=attention_mask)
-        hook = hook_at(index, positions, kv.with_positions(positions))
+        hook = make_step_hook(index, positions, kv.concatenate_positions(positions))
         with torch.no_grad():
             logits = model(new, kv, hook, attention_mask=attention_mask, logits_to_keep=1)[:, -1]
             exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
             chosen = torch.where(live, choose(exact, tokens), pad_id)
-        yield Step(index, chosen, logits, live)
+        yield GenerationStep(index, chosen, logits, live)
         tokens = torch.cat([tokens, chosen[:, None]], 1)
         live = live & ~torch.isin(chosen, stop)
-        if said_enough is not None:
-            live = live & ~said_enough(tokens)
+        if should_stop is not None:
+            live = live & ~should_stop(tokens)
         new, attention_mask = chosen[:, None], None if bool(live.all()) else live[:, None]
         if not bool(live.any()):
             return

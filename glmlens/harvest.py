@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from glmlens.activations import Activations
-from glmlens.hooks import HookError, axes_of, local_name, resolve
+from glmlens.hooks import HookError, axes_of, local_name, resolve_names
 from glmlens.integers import Integer, read_integer
 from glmlens.prompt_kinds import check_one_prompt, plain_data, read_prompts
 from glmlens.storage import (
@@ -29,11 +29,11 @@ from glmlens.storage import (
     write_tensors,
 )
 
-MANIFEST, FORMAT = "harvest.json", "glmlens.Harvest 2"
+HARVEST_MANIFEST, FORMAT = "harvest.json", "glmlens.Harvest 2"
 
 
 @runtime_checkable
-class Runs(Protocol):
+class RecordableLens(Protocol):
     """What harvesting asks of a lens."""
 
     def points(self, prompt: Any = None) -> Sequence[Any]: ...
@@ -62,7 +62,7 @@ class Harvest:
         return sum(shard["tokens"] for shard in self.manifest["shards"])
 
     def __getitem__(self, key: str | tuple[str, Integer]) -> Tensor:
-        return self._joined(self._name(key))
+        return self._joined(self._resolve_key(key))
 
     @property
     def tokens(self) -> Int[Tensor, "token"]:
@@ -79,7 +79,7 @@ class Harvest:
     def batches(self, key: str | tuple[str, Integer], size: Integer = 4096) -> Iterator[Tensor]:
         """The rows in order, `size` at a time, with no more than a shard in memory."""
         size = read_integer(size, "size", least=1)
-        for shard in self.shards(self._name(key)):
+        for shard in self.shards(self._resolve_key(key)):
             yield from shard.split(size)
 
     def shards(self, name: str) -> Iterator[Tensor]:
@@ -103,7 +103,7 @@ class Harvest:
             begin += len(rows)
         return joined
 
-    def _name(self, key: str | tuple[str, Integer]) -> str:
+    def _resolve_key(self, key: str | tuple[str, Integer]) -> str:
         name = f"blocks.{read_integer(key[1], 'layer')}.{key[0]}" if isinstance(key, tuple) else key
         if name not in self.names:
             raise HookError(f"{name!r} was not harvested; there are {', '.join(self.names[:6])}")
@@ -124,14 +124,14 @@ def load_harvest(folder: str | Path) -> Harvest:
     try:
         manifest = read_manifest(folder)
     except FileNotFoundError as e:
-        raise FileNotFoundError(f"{folder} holds no harvest: there is no {MANIFEST}") from e
+        raise FileNotFoundError(f"{folder} holds no harvest: there is no {HARVEST_MANIFEST}") from e
     return Harvest(folder, manifest)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest in a folder once its every field is as `harvest` writes it."""
-    manifest = read_json(folder / MANIFEST)
-    where = str(folder / MANIFEST)
+    manifest = read_json(folder / HARVEST_MANIFEST)
+    where = str(folder / HARVEST_MANIFEST)
     if manifest.get("format") != FORMAT:
         raise FileError(f"{where}: expected {FORMAT!r}, found {manifest.get('format')!r:.80}: harvest again")
     field_of(manifest, "model", str, where)
@@ -161,9 +161,13 @@ def open_shard(folder: Path, shard: Mapping[str, Any]) -> TensorFile:
     try:
         file = TensorFile(path)
     except FileNotFoundError as e:
-        raise FileError(f"{path}: not found, though {MANIFEST} names it: bring it back, or harvest again") from e
+        raise FileError(
+            f"{path}: not found, though {HARVEST_MANIFEST} names it: bring it back, or harvest again"
+        ) from e
     if file.header != shard["header"]:
-        raise FileError(f"{path} is not the shard that {MANIFEST} was written with: bring that back, or harvest again")
+        raise FileError(
+            f"{path} is not the shard that {HARVEST_MANIFEST} was written with: bring that back, or harvest again"
+        )
     return file
 
 
@@ -175,36 +179,40 @@ class Shard:
     parts: list[dict[str, Tensor]] = field(default_factory=list)
     tokens: int = 0
     prompts: int = 0
-    texts: Any = field(default_factory=hashlib.sha256)
+    prompt_digest: Any = field(default_factory=hashlib.sha256)
 
-    def add(self, acts: Activations, texts: Sequence[Any], first: int) -> None:
+    def add(self, acts: Activations, batch: Sequence[Any], first_index: int) -> None:
         """Take the real tokens of a batch of prompts, of which `first` is the index of the first."""
-        assert acts.of is not None
-        real = acts.of.positions >= 0
-        index = torch.arange(first, first + len(texts), device=real.device)[:, None].expand_as(real)
-        rows = {"of.tokens": acts.tokens[real], "of.positions": acts.of.positions[real], "of.prompts": index[real]}
+        assert acts.run_info is not None
+        real = acts.run_info.positions >= 0
+        index = torch.arange(first_index, first_index + len(batch), device=real.device)[:, None].expand_as(real)
+        rows = {
+            "of.tokens": acts.tokens[real],
+            "of.positions": acts.run_info.positions[real],
+            "of.prompts": index[real],
+        }
         rows |= {name: acts[name][real] for name in self.names}
         self.parts.append({name: x.cpu() for name, x in rows.items()})
         self.tokens += int(real.sum())
-        self.prompts += len(texts)
-        for text in texts:
-            self.texts.update(said(text))
+        self.prompts += len(batch)
+        for text in batch:
+            self.prompt_digest.update(encode_prompt(text))
 
     def write(self, folder: Path, number: int) -> dict[str, Any]:
         """Write the shard, whole or not at all; its line in the manifest."""
         rows = {name: torch.cat([part[name] for part in self.parts]) for name in self.parts[0]}
         header = write_tensors(folder / name_shard(number), rows)
         counts = {"tokens": self.tokens, "prompts": self.prompts}
-        return {"file": name_shard(number), **counts, "texts": self.texts.hexdigest(), "header": header}
+        return {"file": name_shard(number), **counts, "texts": self.prompt_digest.hexdigest(), "header": header}
 
 
-def said(prompt: Any) -> bytes:
+def encode_prompt(prompt: Any) -> bytes:
     """A prompt as bytes, to tell it from others."""
     return repr(plain_data(prompt)).encode() + b"\0"
 
 
 def harvest(
-    lens: Runs,
+    lens: RecordableLens,
     prompts: Iterable[Any],
     names: str | Sequence[str],
     out: str | Path,
@@ -226,14 +234,14 @@ def harvest(
     """
     prompts = read_prompts(prompts)
     batch, shard_tokens = read_integer(batch, "batch", least=1), read_integer(shard_tokens, "shard_tokens", least=1)
-    folder, points = expand_path(out), resolve(names, [point.name for point in lens.points()])
+    folder, points = expand_path(out), resolve_names(names, [point.name for point in lens.points()])
     for name in points:
         if "pos" not in axes_of(name) or local_name(name) in ("kv.k", "kv.v"):
             raise HookError(f"{name!r} has no row per token ({' '.join(axes_of(name))}): it cannot be harvested")
     folder.mkdir(parents=True, exist_ok=True)
     with lock_folder(folder, "a harvest"):
-        manifest = begun(folder, hashes, points)
-        left = unseen(iter(prompts), manifest["shards"], folder)
+        manifest = open_manifest(folder, hashes, points)
+        left = skip_harvested(iter(prompts), manifest["shards"], folder)
         shard = Shard(points)
         with tqdm(initial=manifest["prompts"], unit=" prompts", desc="harvesting") as bar:
             try:
@@ -244,16 +252,16 @@ def harvest(
                     shard.add(acts, chunk, manifest["prompts"] + shard.prompts)
                     bar.update(len(chunk))
                     if shard.tokens >= shard_tokens:
-                        close(folder, manifest, shard)
+                        commit_shard(folder, manifest, shard)
                         shard = Shard(points)
                 manifest["done"] = True
             except KeyboardInterrupt:
                 pass
-            close(folder, manifest, shard)
+            commit_shard(folder, manifest, shard)
     return Harvest(folder, manifest)
 
 
-def begun(folder: Path, hashes: Mapping[str, str], points: list[str]) -> dict[str, Any]:
+def open_manifest(folder: Path, hashes: Mapping[str, str], points: list[str]) -> dict[str, Any]:
     """The manifest to go on from: the one in the folder if it is of the same model and points, or a new one."""
     mine = {"format": FORMAT, **hashes, "names": points}
     try:
@@ -270,12 +278,12 @@ def begun(folder: Path, hashes: Mapping[str, str], points: list[str]) -> dict[st
     return {**found, "done": False}
 
 
-def unseen(prompts: Iterator[Any], shards: list[dict[str, Any]], folder: Path) -> Iterator[Any]:
+def skip_harvested(prompts: Iterator[Any], shards: list[dict[str, Any]], folder: Path) -> Iterator[Any]:
     """The prompts after those of the shards, which must be the same as before."""
     for shard in shards:
         texts = hashlib.sha256()
         for prompt in itertools.islice(prompts, shard["prompts"]):
-            texts.update(said(prompt))
+            texts.update(encode_prompt(prompt))
         if texts.hexdigest() != shard["texts"]:
             raise ValueError(
                 f"{folder / shard['file']} was made of other prompts: give another folder, or the same prompts"
@@ -283,13 +291,13 @@ def unseen(prompts: Iterator[Any], shards: list[dict[str, Any]], folder: Path) -
     return prompts
 
 
-def close(folder: Path, manifest: dict[str, Any], shard: Shard) -> None:
+def commit_shard(folder: Path, manifest: dict[str, Any], shard: Shard) -> None:
     """Write the shard if it holds anything, and then the manifest that says so."""
     refuse_another(folder, manifest)
     if shard.parts:
         manifest["shards"] = [*manifest["shards"], shard.write(folder, len(manifest["shards"]))]
         manifest["prompts"] += shard.prompts
-    write_json(folder / MANIFEST, manifest)
+    write_json(folder / HARVEST_MANIFEST, manifest)
 
 
 def refuse_another(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -297,6 +305,6 @@ def refuse_another(folder: Path, manifest: Mapping[str, Any]) -> None:
 
     The lock keeps others out; this notices them on file systems that keep no locks.
     """
-    there = read_manifest(folder)["shards"] if os.path.lexists(folder / MANIFEST) else []
+    there = read_manifest(folder)["shards"] if os.path.lexists(folder / HARVEST_MANIFEST) else []
     if there != manifest["shards"]:
-        raise FileError(f"{folder}: something else wrote {MANIFEST} meanwhile: nothing more is written there")
+        raise FileError(f"{folder}: something else wrote {HARVEST_MANIFEST} meanwhile: nothing more is written there")

@@ -22,21 +22,21 @@ def off(name: str, x: Tensor) -> Tensor:
     return x
 
 
-def at(hook: Hook, scope: str) -> Hook:
+def scope_hook(hook: Hook, scope: str) -> Hook:
     """A layer says "attn.q"; under `at(hook, "blocks.3")` the hook hears "blocks.3.attn.q"."""
-    return off if hook is off else Scoped(hook, scope)
+    return off if hook is off else ScopedHook(hook, scope)
 
 
-def wanted(hook: Hook, name: str) -> bool:
+def hook_requests(hook: Hook, name: str) -> bool:
     """Whether `hook` asks for a point that is too costly to compute for nobody; a plain function never does."""
-    return False if hook is off else getattr(hook, "wants", never)(name)
+    return False if hook is off else getattr(hook, "wants", request_nothing)(name)
 
 
-def never(name: str) -> bool:
+def request_nothing(name: str) -> bool:
     return False
 
 
-class Scoped:
+class ScopedHook:
     """A hook that puts a scope before every name it hears."""
 
     __slots__ = ("hook", "prefix")
@@ -48,7 +48,7 @@ class Scoped:
         return self.hook(self.prefix + name, x)
 
     def wants(self, name: str) -> bool:
-        return wanted(self.hook, self.prefix + name)
+        return hook_requests(self.hook, self.prefix + name)
 
 
 class HookError(ValueError):
@@ -94,13 +94,13 @@ POINTS: dict[str, tuple[str, str]] = {
     "ln_final.normalized": ("batch pos model", "weight · last resid_post · ln_final.scale: what the unembedding reads"),
     "logits": ("batch pos vocab", "W_U ln_final.normalized (and b_U): vocab are the tokens, or a class head's labels"),
 }
-SPLICED = {"features": "batch pos feature", "error": "batch pos model"}  # beside a point with a dictionary
-ROOT = ("embed", "ln_final.scale", "ln_final.normalized", "logits")
+DICTIONARY_POINTS = {"features": "batch pos feature", "error": "batch pos model"}  # beside a point with a dictionary
+ROOT_POINTS = ("embed", "ln_final.scale", "ln_final.normalized", "logits")
 ON_REQUEST = ("attn.result",)  # costs a head axis on the residual stream: never taken by "all" or a wide glob
 EAGER_ONLY = ("attn.scores", "attn.pattern")
 
 # TransformerLens's names for the same tensors (its 4.x canonical names and its older aliases).
-THEIRS = {
+TRANSFORMERLENS_NAMES = {
     "hook_embed": "embed", "embed.hook_out": "embed", "hook_unembed": "logits", "unembed.hook_out": "logits",
     "ln_final.hook_scale": "ln_final.scale", "ln_final.hook_normalized": "ln_final.normalized",
     "ln_final.hook_out": "ln_final.normalized", "unembed.hook_in": "ln_final.normalized",
@@ -169,12 +169,12 @@ def local_name(name: str) -> str:
 def axes_of(name: str) -> tuple[str, ...]:
     """The axes at a point; the features and the error of a dictionary are named after the point that it writes."""
     point, _, part = local_name(name).rpartition(".")
-    if point in POINTS and part in SPLICED:
-        return tuple(SPLICED[part].split())
+    if point in POINTS and part in DICTIONARY_POINTS:
+        return tuple(DICTIONARY_POINTS[part].split())
     return tuple(POINTS[local_name(name)][0].split())
 
 
-def resolve(asked: str | Sequence[str], catalogue: Iterable[str]) -> list[str]:
+def resolve_names(patterns: str | Sequence[str], catalogue: Iterable[str]) -> list[str]:
     """The points that names, globs or layer-local names ask for, in the order in which they fire.
 
     `"all"` is everything but what is computed only on request. A layer-local name such as "resid_post" means every
@@ -182,27 +182,35 @@ def resolve(asked: str | Sequence[str], catalogue: Iterable[str]) -> list[str]:
     """
     names = list(catalogue)
     there, found = set(names), set[str]()
-    for pattern in [asked] if isinstance(asked, str) else asked:
-        found.update([pattern] if pattern in there else matches(pattern, names) or unknown(pattern, names))
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        found.update(
+            [pattern] if pattern in there else match_pattern(pattern, names) or raise_unknown_point(pattern, names)
+        )
     return [name for name in names if name in found]
 
 
-def matches(pattern: str, names: list[str]) -> list[str]:
+def match_pattern(pattern: str, names: list[str]) -> list[str]:
     if not isinstance(pattern, str):
         raise HookError(f"a point is named by text, not by {type(pattern).__name__}: {pattern!r}")
     costly = any(pattern.endswith(name) for name in ON_REQUEST)
-    glob = {"all": "*"}.get(pattern, pattern if pattern in ROOT or pattern not in POINTS else f"blocks.*.{pattern}")
+    glob = {"all": "*"}.get(
+        pattern, pattern if pattern in ROOT_POINTS or pattern not in POINTS else f"blocks.*.{pattern}"
+    )
     hits = re.compile(fnmatch.translate(glob)).match
     return [name for name in names if hits(name) and (costly or local_name(name) not in ON_REQUEST)]
 
 
-def unknown(pattern: str, names: list[str]) -> list[str]:
+def raise_unknown_point(pattern: str, names: list[str]) -> list[str]:
     """Raise the error that says what `pattern` is called here, or what is near it."""
     layer = re.match(r"blocks\.([^.]+)\.", pattern)
     local = pattern[layer.end() :] if layer else pattern
-    ours = THEIRS.get(local)
+    ours = TRANSFORMERLENS_NAMES.get(local)
     if ours is not None:
-        scope = f"blocks.{layer[1] if layer else '*'}." if ours not in ROOT and not ours.startswith("blocks.") else ""
+        scope = (
+            f"blocks.{layer[1] if layer else '*'}."
+            if ours not in ROOT_POINTS and not ours.startswith("blocks.")
+            else ""
+        )
         raise HookError(f"no point is called {pattern!r}: here it is called {scope + ours!r}")
     if local in EAGER_ONLY and not any(local_name(name) == local for name in names):
         raise HookError(
@@ -235,7 +243,7 @@ class Only:
     steps: frozenset[int] | None
     positions: frozenset[int] | None
 
-    def selects(self, point: Point) -> Tensor | None:
+    def select_positions(self, point: Point) -> Tensor | None:
         """Where along (batch, pos or key) this edit holds: None where it holds nowhere."""
         where = point.key_positions if "key" in point.axes and "query" not in point.axes else point.positions
         assert where is not None
@@ -247,9 +255,9 @@ class Only:
         return here if bool(here.any()) else None
 
     def __call__(self, x: Tensor, point: Point) -> Tensor:
-        return self.merged(self.fn(x.clone(), point), x, point, self.selects(point))
+        return self.merge(self.fn(x.clone(), point), x, point, self.select_positions(point))
 
-    def merged(self, new: Tensor, x: Tensor, point: Point, where: Tensor | None) -> Tensor:
+    def merge(self, new: Tensor, x: Tensor, point: Point, where: Tensor | None) -> Tensor:
         """`new` where this edit holds and x elsewhere; a result that cannot stand in for x is returned as it is."""
         alike = isinstance(new, Tensor) and (new.shape, new.dtype, new.device) == (x.shape, x.dtype, x.device)
         if where is None or self.positions is None or not alike:
@@ -277,7 +285,7 @@ def only(fn: Any, *, steps: Integers = None, positions: Integers = None) -> Only
     return Only(cast(Edit, fn), *chosen)
 
 
-def pairs(hooks: Any) -> list[tuple[str, Edit]]:
+def list_edits(hooks: Any) -> list[tuple[str, Edit]]:
     """The (name, edit) pairs of either spelling, in the order given; HookError for what is no hook."""
     if hooks is None:
         return []
@@ -312,10 +320,10 @@ def check_signature(name: str, fn: Any) -> None:
         signature.bind(None, None)
     except TypeError as e:
         raise HookError(
-            f"{name!r}: {called(fn)}{signature} cannot be called as fn(x, point), the tensor there and where it is: {e}"
+            f"{name!r}: {get_edit_name(fn)}{signature} cannot be called as fn(x, point), the tensor there and where it is: {e}"
         ) from None
 
 
-def called(fn: Any) -> str:
+def get_edit_name(fn: Any) -> str:
     """What to call an edit in a message."""
-    return called(fn.fn) if isinstance(fn, Only) else getattr(fn, "__name__", type(fn).__name__)
+    return get_edit_name(fn.fn) if isinstance(fn, Only) else getattr(fn, "__name__", type(fn).__name__)

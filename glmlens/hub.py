@@ -9,12 +9,12 @@ from tqdm import tqdm
 from glmlens.config import CheckpointError
 from glmlens.storage import expand_path, read_json
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-SMALL = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"]
-SMALL += ["chat_template.jinja"]  # besides these and the weights, nothing is ever downloaded
+INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
+SMALL_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"]
+SMALL_FILES += ["chat_template.jinja"]  # besides these and the weights, nothing is ever downloaded
 
 
-def find(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
+def find_checkpoint(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
     """The local folder of a checkpoint: a folder as it is, a hub id after downloading what is missing of it.
 
     Raises CheckpointError when there is no such folder, or when the hub does not give it.
@@ -30,10 +30,10 @@ def find(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
         raise CheckpointError(f"{name}: a file; give the folder that holds its config.json")
     if isinstance(path_or_hub_id, Path) or folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise CheckpointError(f"{name}: no such folder; give a folder with a config.json, or a hub id, 'org/name'")
-    return downloaded(name, revision)
+    return download_checkpoint(name, revision)
 
 
-def downloaded(name: str, revision: str | None = None) -> Path:
+def download_checkpoint(name: str, revision: str | None = None) -> Path:
     """The folder in the hub's cache of a repository at a revision: a branch, a tag or a commit.
 
     A connection that breaks is taken up where it broke. Whatever else ends a download, files that have arrived whole
@@ -46,12 +46,12 @@ def downloaded(name: str, revision: str | None = None) -> Path:
     try:
         files = {file.rfilename for file in HfApi().model_info(name, revision=revision).siblings or []}
     except (HFValidationError, GatedRepoError, RevisionNotFoundError, RepositoryNotFoundError) as e:
-        raise CheckpointError(refusal(name, revision, e)) from e
+        raise CheckpointError(explain_refusal(name, revision, e)) from e
     except Exception as e:  # by its version, huggingface_hub lets through what requests, httpx or httpx2 raise
-        return cached(name, revision, e)
-    needed = [file for file in SMALL if file in files] + weights_in(files, name)
+        return find_cached_checkpoint(name, revision, e)
+    needed = [file for file in SMALL_FILES if file in files] + select_weight_files(files, name)
     try:
-        return fetched(name, revision, needed, files)
+        return fetch_files(name, revision, needed, files)
     except CheckpointError:
         raise
     except Exception as e:
@@ -59,19 +59,19 @@ def downloaded(name: str, revision: str | None = None) -> Path:
         raise CheckpointError(f"{said}. Load it again to go on: files that arrived whole are kept") from e
 
 
-def fetched(name: str, revision: str | None, needed: list[str], files: Iterable[str]) -> Path:
+def fetch_files(name: str, revision: str | None, needed: list[str], files: Iterable[str]) -> Path:
     """Fetch files one after another: huggingface_hub keeps whole ones, so that a stop costs the one under way alone."""
     from huggingface_hub import hf_hub_download
 
-    many = INDEX in needed
-    folder = Path(hf_hub_download(name, INDEX if many else "config.json", revision=revision)).parent
-    needed = needed + shards(folder / INDEX, files) if many else needed
+    many = INDEX_FILE in needed
+    folder = Path(hf_hub_download(name, INDEX_FILE if many else "config.json", revision=revision)).parent
+    needed = needed + list_shards(folder / INDEX_FILE, files) if many else needed
     for file in tqdm(needed, desc=f"fetching {name}", unit="file"):
         hf_hub_download(name, file, revision=folder.name)  # of one commit, though its branch may move on meanwhile
     return folder
 
 
-def cached(name: str, revision: str | None, why: Exception) -> Path:
+def find_cached_checkpoint(name: str, revision: str | None, why: Exception) -> Path:
     """What the cache has of a repository that the hub does not give now."""
     from huggingface_hub import snapshot_download
 
@@ -87,22 +87,22 @@ def cached(name: str, revision: str | None, why: Exception) -> Path:
         ) from e
 
 
-def weights_in(files: Iterable[str], name: str) -> list[str]:
+def select_weight_files(files: Iterable[str], name: str) -> list[str]:
     """The file of the weights, or their index; CheckpointError for a repository without a GLM in safetensors."""
     if "config.json" not in files:
         raise CheckpointError(f"{name}: the repository has no config.json; glmlens opens checkpoints of transformers")
-    for weights in (SINGLE, INDEX):
+    for weights in (WEIGHTS_FILE, INDEX_FILE):
         if weights in files:
             return [weights]
     other = sorted(file for file in files if file.endswith((".bin", ".pt", ".pth", ".gguf", ".safetensors")))
     raise CheckpointError(
-        f"{name}: the repository has no {SINGLE} and no {INDEX}, but {', '.join(other[:3]) or 'no weights'}: glmlens "
+        f"{name}: the repository has no {WEIGHTS_FILE} and no {INDEX_FILE}, but {', '.join(other[:3]) or 'no weights'}: glmlens "
         f"opens safetensors only, never pickle, and downloaded nothing. Look for a conversion (for GLM, a name that "
         f"ends in -hf), or save one with transformers: from_pretrained({name!r}).save_pretrained('folder')"
     )
 
 
-def shards(index: Path, files: Iterable[str]) -> list[str]:
+def list_shards(index: Path, files: Iterable[str]) -> list[str]:
     """The files that an index names, those that the repository has; of the others loading will complain."""
     try:
         named = read_json(index)["weight_map"].values()
@@ -111,7 +111,7 @@ def shards(index: Path, files: Iterable[str]) -> list[str]:
         raise CheckpointError(f"{index}: expected a weight_map from tensor names to files: {e}") from e
 
 
-def refusal(name: str, revision: str | None, why: Any) -> str:
+def explain_refusal(name: str, revision: str | None, why: Any) -> str:
     """What to do about a hub that says no."""
     from huggingface_hub import constants, errors
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from glmlens.config import GLMConfig
 from glmlens.integers import Integer, read_integer
 from glmlens.storage import FileError, TensorFile, expand_path, write_tensors
-from glmlens.tables import size
+from glmlens.tables import format_bytes
 
-OF_ENTRIES = ("positions", "tokens", "calls")  # what a cache knows of every entry of a row
+ENTRY_FIELDS = ("positions", "tokens", "calls")  # what a cache knows of every entry of a row
 FORMAT = "glmlens.KVCache"
 
 
@@ -58,9 +58,9 @@ class KVCache:
         """Per row, the absolute position that follows its last entry, also where that was dropped."""
         if not self.length:
             return self.positions.new_zeros(self.batch)
-        return stood(self.positions[:, : self.length]).amax(1) + 1
+        return unmask_positions(self.positions[:, : self.length]).amax(1) + 1
 
-    def with_positions(self, positions: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch key"]:
+    def concatenate_positions(self, positions: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch key"]:
         """The positions of all entries once those of a call at these positions are among them."""
         return torch.cat([self.positions[:, : self.length], positions], 1)
 
@@ -100,7 +100,7 @@ class KVCache:
         )
         for new, old in ((copy.keys, self.keys), (copy.values, self.values)):
             new[:, :, : self.length] = old[:, :, : self.length]
-        for name in OF_ENTRIES:
+        for name in ENTRY_FIELDS:
             getattr(copy, name)[:, : self.length] = getattr(self, name)[:, : self.length]
         return copy
 
@@ -115,7 +115,7 @@ class KVCache:
     def save(self, path: str | Path) -> None:
         """Write the entries to one safetensors file, whole or not at all."""
         kept = {"keys": self.keys[:, :, : self.length], "values": self.values[:, :, : self.length]}
-        kept |= {name: getattr(self, name)[:, : self.length] for name in OF_ENTRIES}
+        kept |= {name: getattr(self, name)[:, : self.length] for name in ENTRY_FIELDS}
         kept |= {} if self.chosen is None else {"chosen": self.chosen}
         write_tensors(path, kept, {"format": FORMAT})
 
@@ -128,7 +128,9 @@ class KVCache:
         keys = parts["keys"]
         if keys.ndim != 5 or not keys.is_floating_point():
             raise FileError(f"{path}: keys: expected layer batch entry kv d, found {keys.dtype} {tuple(keys.shape)}")
-        expected = dict.fromkeys(OF_ENTRIES, (keys.shape[1:3], torch.long)) | {"chosen": (keys.shape[1:2], torch.long)}
+        expected = dict.fromkeys(ENTRY_FIELDS, (keys.shape[1:3], torch.long)) | {
+            "chosen": (keys.shape[1:2], torch.long)
+        }
         for name, x in parts.items():
             shape, dtype = expected.get(name, (keys.shape, keys.dtype))
             if x.shape != shape or x.dtype != dtype:
@@ -137,7 +139,7 @@ class KVCache:
                 )
         return KVCache(**{name: x.to(device) for name, x in parts.items()}, length=keys.shape[2])
 
-    def fits(self, cfg: GLMConfig, x: Tensor) -> None:
+    def check_fits(self, cfg: GLMConfig, x: Tensor) -> None:
         """Raise ValueError unless this cache can hold what such a model computes from x [batch, pos, model]."""
         self.fits_model(cfg, x.shape[0], x.dtype, x.device)
 
@@ -167,7 +169,7 @@ class KVCache:
     def __repr__(self) -> str:
         layers, batch, capacity, kv, d = self.keys.shape
         sizes = f"{layers} layers, batch {batch}, {kv} kv heads, d {d}"
-        return f"KVCache({self.length} entries of {capacity}; {sizes}, {size(self.bytes)})"
+        return f"KVCache({self.length} entries of {capacity}; {sizes}, {format_bytes(self.bytes)})"
 
 
 def refuse_other_caches(kv: object, cfg: GLMConfig, dtype: torch.dtype, device: torch.device) -> None:
@@ -182,7 +184,7 @@ def refuse_other_caches(kv: object, cfg: GLMConfig, dtype: torch.dtype, device: 
     kv.fits_model(cfg, kv.batch, dtype, device)
 
 
-def stood(positions: Int[Tensor, "*batch key"]) -> Int[Tensor, "*batch key"]:
+def unmask_positions(positions: Int[Tensor, "*batch key"]) -> Int[Tensor, "*batch key"]:
     """Where entries stand or, of those that were dropped, stood; -1 for padding."""
     return torch.where(positions < -1, -2 - positions, positions)
 
@@ -192,15 +194,15 @@ class LayerKV:
     """One layer's part of a cache."""
 
     cache: KVCache
-    index: int
+    layer: int
 
-    def remember(
+    def update(
         self, k: Float[Tensor, "batch pos kv d"], v: Float[Tensor, "batch pos kv d"]
     ) -> tuple[Float[Tensor, "batch key kv d"], Float[Tensor, "batch key kv d"]]:
         """Write this call's keys and values behind the entries, and recall them all as views of the cache."""
         if k.requires_grad or v.requires_grad:
             raise ValueError("gradients do not flow through a KV cache, which is written in place: run without kv=")
         start, end = self.cache.length, self.cache.length + k.shape[1]
-        keys, values = self.cache.keys[self.index, :, :end], self.cache.values[self.index, :, :end]
+        keys, values = self.cache.keys[self.layer, :, :end], self.cache.values[self.layer, :, :end]
         keys[:, start:], values[:, start:] = k, v
         return keys, values

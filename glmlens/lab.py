@@ -10,10 +10,10 @@ from pathlib import Path
 
 from glmlens.storage import FileError, dump_json, expand_path, read_json, write_bytes
 
-INSIDE = Path(__file__).parent / "lab_files"  # in a wheel; a checkout has them beside the package
-PARTS = ("tutorials", "notebooks")
-SUFFIXES = (".ipynb", ".md", ".png")
-MANIFEST = ".glmlens-lab.json"
+BUNDLED_FILES = Path(__file__).parent / "lab_files"  # in a wheel; a checkout has them beside the package
+LAB_FOLDERS = ("tutorials", "notebooks")
+LAB_SUFFIXES = (".ipynb", ".md", ".png")
+LAB_MANIFEST = ".glmlens-lab.json"
 MOST_BYTES = 64_000_000  # of a file that may be one of the copies
 
 
@@ -22,46 +22,46 @@ class LabError(Exception):
 
 
 @dataclass
-class Copied:
+class CopyReport:
     """What became of each file: new, updated, the same as before, or kept because it is not as it was copied."""
 
     new: list[str] = field(default_factory=list)
     updated: list[str] = field(default_factory=list)
-    same: list[str] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)
+    unchanged: list[str] = field(default_factory=list)
+    preserved: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        counts = f"{len(self.new)} new, {len(self.updated)} updated, {len(self.same)} as they are here"
-        kept = [f"\nkept as you left it: {name} (to have it as it is here, rename yours)" for name in self.kept]
+        counts = f"{len(self.new)} new, {len(self.updated)} updated, {len(self.unchanged)} as they are here"
+        kept = [f"\nkept as you left it: {name} (to have it as it is here, rename yours)" for name in self.preserved]
         return counts + "".join(kept)
 
 
-def originals() -> Iterator[tuple[str, Path]]:
+def list_originals() -> Iterator[tuple[str, Path]]:
     """The name of every file in a folder of yours, and where it lies here."""
-    root = INSIDE if INSIDE.exists() else Path(__file__).parents[1]
-    for part in PARTS:
+    root = BUNDLED_FILES if BUNDLED_FILES.exists() else Path(__file__).parents[1]
+    for part in LAB_FOLDERS:
         if not (root / part / "README.md").exists():
             raise LabError(f"{root / part}: not here; this glmlens was installed without its notebooks")
         for path in sorted((root / part).rglob("*")):
-            if path.suffix in SUFFIXES and not any(at.startswith(".") for at in path.relative_to(root).parts):
+            if path.suffix in LAB_SUFFIXES and not any(at.startswith(".") for at in path.relative_to(root).parts):
                 yield path.relative_to(root).as_posix(), path
 
 
-def copy(folder: Path) -> Copied:
+def copy_lab(folder: Path) -> CopyReport:
     """Copy tutorials and notebooks to a folder, and overwrite only what is as an earlier copy left it.
 
     A manifest in the folder knows what was copied. Raises LabError where nothing can be written.
     """
-    folder, done = expand_path(folder, LabError), Copied()
+    folder, done = expand_path(folder, LabError), CopyReport()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        known = manifest(folder / MANIFEST)
-        for name, path in originals():
+        known = read_manifest(folder / LAB_MANIFEST)
+        for name, path in list_originals():
             data = path.read_bytes()
-            getattr(done, put(folder / name, data, known.get(name))).append(name)
-            if name not in done.kept:
-                known[name] = digest(data)
-        write_bytes(folder / MANIFEST, dump_json({"files": known}))
+            getattr(done, update_file(folder / name, data, known.get(name))).append(name)
+            if name not in done.preserved:
+                known[name] = hash_bytes(data)
+        write_bytes(folder / LAB_MANIFEST, dump_json({"files": known}))
     except FileError as e:
         raise LabError(f"{e}; give another folder: glmlens lab FOLDER") from e
     except OSError as e:
@@ -69,15 +69,15 @@ def copy(folder: Path) -> Copied:
     return done
 
 
-def put(target: Path, data: bytes, known: str | None) -> str:
+def update_file(target: Path, data: bytes, known: str | None) -> str:
     """Write a file where there is none, or where there is what is known; what was done, in a word."""
     if not os.path.lexists(target):
         write_bytes(target, data)
         return "new"
     if target.is_symlink() or not target.is_file() or target.stat().st_size > MOST_BYTES:
         return "kept"
-    there = digest(target.read_bytes())
-    if there == digest(data):
+    there = hash_bytes(target.read_bytes())
+    if there == hash_bytes(data):
         return "same"
     if there != known:
         return "kept"
@@ -85,7 +85,7 @@ def put(target: Path, data: bytes, known: str | None) -> str:
     return "updated"
 
 
-def manifest(path: Path) -> dict[str, str]:
+def read_manifest(path: Path) -> dict[str, str]:
     """What was copied to a folder, by name; nothing where that cannot be read, so that everything there is kept."""
     try:
         files = read_json(path)["files"]
@@ -94,11 +94,13 @@ def manifest(path: Path) -> dict[str, str]:
         return {}
 
 
-def digest(data: bytes) -> str:
+def hash_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def start(folder: Path, *, browser: bool = True, port: int | None = None, options: Sequence[str] = ()) -> None:
+def start_jupyterlab(
+    folder: Path, *, browser: bool = True, port: int | None = None, options: Sequence[str] = ()
+) -> None:
     """Become a JupyterLab in this folder: what is printed and how it ends is from here on its own.
 
     `options` go to `jupyter lab` as they are. Raises LabError without jupyterlab.

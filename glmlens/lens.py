@@ -12,8 +12,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from glmlens import checkpoint, hub, losses, saving
-from glmlens.config import CheckpointError, Reader
-from glmlens.generate import Choose, HookAt, Sampling, Step, steps
+from glmlens.config import CheckpointError, ConfigReader
+from glmlens.generate import GenerationStep, Sampling, StepHookFactory, TokenChooser, generate_steps
 from glmlens.harvest import Harvest, harvest
 from glmlens.hooks import Hook, HookError, Hooks
 from glmlens.integers import Integer, Integers, read_integer, read_integers
@@ -21,18 +21,18 @@ from glmlens.keywords import NoKeywords, refuse_keywords
 from glmlens.kv_cache import KVCache
 from glmlens.model import GLM
 from glmlens.prompt import Prompt
-from glmlens.record import Plan, Recorder
-from glmlens.run import Going, Run
-from glmlens.running import Forward, Names, Running, count_positions
-from glmlens.splice import Coder, splice_between
+from glmlens.record import GenerationRecorder, RunPlan
+from glmlens.run import ActiveGeneration, GenerationResult
+from glmlens.running import ForwardMixin, ForwardOptions, PointNames, count_positions
+from glmlens.splice import Coder, place_dictionary
 from glmlens.storage import expand_path
 from glmlens.tokenizer import Tokenizer
-from glmlens.weights import Weights, stamp_of
+from glmlens.weights import WeightsMixin, stamp_of
 
-EMBEDDED = Path(__file__).parent / "demo" / "model"
+BUNDLED_MODEL = Path(__file__).parent / "demo" / "model"
 
 
-class Options(TypedDict, total=False):
+class GenerationOptions(TypedDict, total=False):
     """What a generation takes besides its prompt; see `Lens.generate`."""
 
     hooks: Hooks | None
@@ -68,16 +68,16 @@ def load(
     """
     if path_or_hub_id is None and revision is not None:
         raise CheckpointError(f"revision {revision!r} of what? Name a hub id; without one the model inside is opened")
-    folder = EMBEDDED if path_or_hub_id is None else hub.find(path_or_hub_id, revision)
-    chosen = None if dtype is None else checkpoint.dtype_named(dtype)
+    folder = BUNDLED_MODEL if path_or_hub_id is None else hub.find_checkpoint(path_or_hub_id, revision)
+    chosen = None if dtype is None else checkpoint.parse_dtype(dtype)
     model = checkpoint.load_model(folder, chosen, device, attention, rope_theta=rope_theta, untie=untie)
     cfg = folder / "generation_config.json"
-    stated = Reader(checkpoint.read_json(cfg), str(cfg)) if cfg.exists() else Reader({}, str(cfg))
-    stop, pad = stated.ids("eos_token_id"), stated.ids("pad_token_id")
+    stated = ConfigReader(checkpoint.read_json(cfg), str(cfg)) if cfg.exists() else ConfigReader({}, str(cfg))
+    stop, pad = stated.read_token_ids("eos_token_id"), stated.read_token_ids("pad_token_id")
     for name in ("tokenizer.json", "tokenizer.model"):
-        checkpoint.refuse_strange(folder / name, checkpoint.MOST_TOKENIZER)
+        checkpoint.check_regular_file(folder / name, checkpoint.MAX_TOKENIZER_BYTES)
     for name in ("tokenizer_config.json", "chat_template.jinja"):
-        checkpoint.refuse_strange(folder / name, checkpoint.MOST_TEXT)
+        checkpoint.check_regular_file(folder / name, checkpoint.MAX_TEXT_BYTES)
     try:
         tokenizer = Tokenizer.from_folder(folder)
     except ValueError as e:
@@ -85,7 +85,7 @@ def load(
     return Lens(model, tokenizer, stop_ids=stop or None, pad_id=pad[0] if pad else None, folder=folder)
 
 
-class Lens(Running, Weights):
+class Lens(ForwardMixin, WeightsMixin):
     """A GLM to look into.
 
     Its parameters are frozen; gradients flow to what a hook returns. No question that is asked of it changes it.
@@ -108,7 +108,7 @@ class Lens(Running, Weights):
         self.pad_id = next(i for i in wishes if i is not None and 0 <= i < model.cfg.d_vocab)
         super().__init__()
 
-    def spliced(self, writes: str, coder: Coder, *, reads: str | None = None) -> "Lens":
+    def with_dictionary(self, writes: str, coder: Coder, *, reads: str | None = None) -> "Lens":
         """This lens with a sparse autoencoder at a point, or a transcoder from `reads` to `writes`, in its way.
 
         Its features are a point of their own, "blocks.2.resid_post.features" [batch, pos, feature], and so is what the
@@ -116,16 +116,16 @@ class Lens(Running, Weights):
         edited. The weights are shared; this lens stays as it is. Raises HookError for a point it cannot stand at.
         """
         other = copy.copy(self)
-        splice = splice_between(coder, reads, writes, self.points(), self.device)
-        if any(splice.writes == known.writes for known in self.splices):
+        splice = place_dictionary(coder, reads, writes, self.points(), self.device)
+        if any(splice.writes == known.writes for known in self.dictionaries):
             raise HookError(f"there is a dictionary at {writes!r} already: its features could not be told apart")
-        other.splices, other._names = (*self.splices, splice), []
+        other.dictionaries, other._point_names = (*self.dictionaries, splice), []
         return other
 
     def harvest(
         self,
         prompts: Iterable[Any],
-        names: Names,
+        names: PointNames,
         out: str | Path,
         *,
         batch: Integer = 16,
@@ -143,7 +143,7 @@ class Lens(Running, Weights):
         max_new_tokens: Integer = 20,
         *,
         hooks: Hooks | None = None,
-        names: Names = (),
+        names: PointNames = (),
         kv: KVCache | None = None,
         attention_mask: Tensor | None = None,
         stop_ids: Integers = None,
@@ -155,7 +155,7 @@ class Lens(Running, Weights):
         repetition_penalty: float | None = None,
         seed: Integer | torch.Generator | None = None,
         **unknown: Unpack[NoKeywords],
-    ) -> Run:
+    ) -> GenerationResult:
         """Continue the prompt, greedily unless a temperature is given, until every row has said a stop id or string.
 
         The stop ids are by default the checkpoint's. Sampling is transformers' own, drawn from a generator of this
@@ -169,8 +169,8 @@ class Lens(Running, Weights):
         there is as its `.run`) for an edit at a step or position that was never reached, ValueError for a chat that
         the cache does not hold the beginning of.
         """
-        refuse_keywords("generate", unknown, ["max_new_tokens", "names", *Options.__annotations__])
-        return self._start(
+        refuse_keywords("generate", unknown, ["max_new_tokens", "names", *GenerationOptions.__annotations__])
+        return self.start_generation(
             prompt,
             max_new_tokens,
             names,
@@ -185,26 +185,30 @@ class Lens(Running, Weights):
             min_p=min_p,
             repetition_penalty=repetition_penalty,
             seed=seed,
-        ).whole()
+        ).run_to_end()
 
-    def stream(self, prompt: Prompt, max_new_tokens: Integer = 20, **options: Unpack[Options]) -> Iterator[Step]:
+    def stream(
+        self, prompt: Prompt, max_new_tokens: Integer = 20, **options: Unpack[GenerationOptions]
+    ) -> Iterator[GenerationStep]:
         """The steps of `generate`, which has the same options, as they happen, each with the text that it completes."""
-        refuse_keywords("stream", options.keys() - Options.__annotations__.keys(), Options.__annotations__)
-        return self._flow(self._start(prompt, max_new_tokens, (), **options))
+        refuse_keywords(
+            "stream", options.keys() - GenerationOptions.__annotations__.keys(), GenerationOptions.__annotations__
+        )
+        return self._stream_steps(self.start_generation(prompt, max_new_tokens, (), **options))
 
-    def _flow(self, going: Going) -> Iterator[Step]:
-        shown = [""] * going.tokens.shape[0]
-        for step in going:
-            now = going.texts(whole=False) or shown
+    def _stream_steps(self, generation: ActiveGeneration) -> Iterator[GenerationStep]:
+        shown = [""] * generation.tokens.shape[0]
+        for step in generation:
+            now = generation.decode_texts(final=False) or shown
             pieces = [new[len(old) :] for new, old in zip(now, shown, strict=True)]
             shown = now
             yield replace(step, text=pieces[0] if len(pieces) == 1 else pieces)
 
-    def _start(
+    def start_generation(
         self,
         prompt: Prompt,
         max_new_tokens: Integer,
-        names: Names,
+        names: PointNames,
         *,
         hooks: Hooks | None = None,
         kv: KVCache | None = None,
@@ -212,43 +216,47 @@ class Lens(Running, Weights):
         stop_ids: Integers = None,
         stop_strings: str | Sequence[str] | None = None,
         **sampling: Any,
-    ) -> Going:
-        self._speaks("generate")
+    ) -> ActiveGeneration:
+        self._require_language_model("generate")
         how = Sampling(**sampling)
         max_new_tokens = read_integer(max_new_tokens, "max_new_tokens", least=1)
-        forward: Forward = {"kv": kv, "attention_mask": attention_mask}
+        forward: ForwardOptions = {"kv": kv, "attention_mask": attention_mask}
         self.before_run(forward)
-        tokens = cast(Tensor, self._inputs(prompt, forward))
-        self._check_ids(tokens)
+        tokens = cast(Tensor, self.prepare_inputs(prompt, forward))
+        self.check_token_ids(tokens)
         if kv is not None:
             kv.fits_model(self.cfg, tokens.shape[0], self.dtype, self.device)
         room, before = tokens.shape[1] + max_new_tokens - 1, kv
         begin = min(room, tokens.shape[1] + 256)  # the cache grows by itself: what is never said takes no memory
         kv = self.new_kv(tokens.shape[0], begin) if kv is None else kv.fork(begin)
-        plan = Plan.of(self._passed(tokens, {}), names, hooks)
-        plan.reachable(max_new_tokens - 1, int(kv.next_positions().max()) + room - 1)
-        stop_ids, strings = self.stops(stop_ids, stop_strings)
-        mask, recorder = forward.get("attention_mask"), Recorder(plan)
+        plan = RunPlan.from_request(self.list_passed_points(tokens, {}), names, hooks)
+        plan.check_reachable(max_new_tokens - 1, int(kv.next_positions().max()) + room - 1)
+        stop_ids, strings = self.resolve_stops(stop_ids, stop_strings)
+        mask, recorder = forward.get("attention_mask"), GenerationRecorder(plan)
         if mask is not None and not bool(mask[:, -1].all()):
             raise ValueError("a prompt is padded on the left: the last column of attention_mask must be all 1")
-        going = Going(iter(()), recorder, kv, kv.length, tokens, tokens.shape[1], stop_ids, strings, self.tokenizer)
-        going.last = tokens.shape[1] + max_new_tokens
-        going.of = self._of(prompt, None, kv, kv.positions[:, :0], kv.positions[:, :0])
-        going.steps = steps(
+        going = ActiveGeneration(
+            iter(()), recorder, kv, kv.length, tokens, tokens.shape[1], stop_ids, strings, self.tokenizer
+        )
+        going.max_length = tokens.shape[1] + max_new_tokens
+        going.run_info = self.make_run_info(prompt, None, kv, kv.positions[:, :0], kv.positions[:, :0])
+        going.steps = generate_steps(
             self.model,
             tokens,
             mask,
             kv,
-            self._watch_context(self._hook_at(recorder), count_positions(tokens, before, mask)),
+            self._watch_context(self.make_step_hooks(recorder), count_positions(tokens, before, mask)),
             max_new_tokens=max_new_tokens,
-            choose=self._sound(self._choosing(how, kv, None if mask is None else mask == 0), bool(plan.edits)),
+            choose=self._check_before_choosing(
+                self._make_chooser(how, kv, None if mask is None else mask == 0), bool(plan.edits_by_point)
+            ),
             stop_ids=stop_ids,
-            said_enough=going.said_enough if strings else None,
+            should_stop=going.has_stop_string if strings else None,
             pad_id=self.pad_id,
         )
         return going
 
-    def _watch_context(self, hook_at: HookAt, positions: int) -> HookAt:
+    def _watch_context(self, hook_at: StepHookFactory, positions: int) -> StepHookFactory:
         """`hook_at`, with a warning at the step that passes the model's context; the prompt ends at `positions`."""
 
         def hook_of_step(step: int, at: Tensor, keys: Tensor) -> Hook:
@@ -257,37 +265,37 @@ class Lens(Running, Weights):
 
         return hook_of_step
 
-    def stops(
+    def resolve_stops(
         self, stop_ids: Integers = None, stop_strings: str | Sequence[str] | None = None
     ) -> tuple[tuple[int, ...], tuple[str, ...]]:
         """The stop ids and strings of a generation that is asked for with these; ValueError for an empty string."""
         strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings or ()
         if strings:
-            self._text()  # raises without a tokenizer
+            self.require_tokenizer()  # raises without a tokenizer
         if not all(strings):
             raise ValueError("an empty stop string would stop everything at once")
         none = stop_ids is None or (isinstance(stop_ids, Sized) and not len(stop_ids))
         asked = () if none else read_integers(stop_ids, "stop_ids")
         return self.stop_ids if stop_ids is None else asked, tuple(strings)
 
-    def _choosing(self, how: Sampling, kv: KVCache, padding: Tensor | None) -> Choose:
+    def _make_chooser(self, sampling: Sampling, kv: KVCache, padding: Tensor | None) -> TokenChooser:
         """What chooses the next tokens, which may depend on those that the cache is of."""
         at, said = kv.positions[:, : kv.length], kv.tokens[:, : kv.length]
-        if how.repetition_penalty is not None and bool(((said < 0) & (at >= 0)).any()):
+        if sampling.repetition_penalty is not None and bool(((said < 0) & (at >= 0)).any()):
             raise ValueError("repetition_penalty: this cache does not know its tokens; it was filled from embeddings")
         if padding is not None or bool((at < 0).any()):
             now = torch.zeros(len(at), 0, dtype=torch.bool, device=at.device) if padding is None else padding
             padding = torch.cat([at < 0, now], 1)
-        return how.chooser(at.device, said, padding)
+        return sampling.make_chooser(at.device, said, padding)
 
-    def _sound(self, choose: Choose, edited: bool = False) -> Choose:
+    def _check_before_choosing(self, choose: TokenChooser, edited: bool = False) -> TokenChooser:
         """Choosing, which asks for numbers to choose by."""
 
-        def chosen(logits: Tensor, tokens: Tensor) -> Tensor:
+        def choose_checked(logits: Tensor, tokens: Tensor) -> Tensor:
             self.refuse_nan(logits, edited)
             return choose(logits, tokens)
 
-        return chosen
+        return choose_checked
 
     def new_kv(self, batch: Integer = 1, capacity: Integer = 256) -> KVCache:
         """An empty KV cache for this model; it grows when it is full."""
@@ -310,10 +318,10 @@ class Lens(Running, Weights):
         With `hooks`, those of a run that is edited.
         """
         refuse_keywords("test_prompt", unknown, ["prompt", "answer", "top", "hooks"])
-        self._speaks("test_prompt")
+        self._require_language_model("test_prompt")
         top = min(read_integer(top, "top", least=1), self.cfg.d_vocab)
         for text in [answer] if isinstance(answer, str) else answer:
-            ids, (tokens, mask) = self._text().encode_continuation(text), self.to_batch(prompt)
+            ids, (tokens, mask) = self.require_tokenizer().encode_continuation(text), self.to_batch(prompt)
             if not ids or tokens.shape[0] != 1:
                 raise ValueError(f"one prompt and an answer of at least one token: got {tokens.shape[0]} and {text!r}")
             whole = torch.cat([tokens, torch.tensor([ids], device=tokens.device)], 1)
@@ -325,8 +333,10 @@ class Lens(Running, Weights):
             print(f"{self.to_labels(tokens)[-1]!r} ← {text!r}")
             for i, p in zip(ids, probs, strict=True):
                 rank = int((p > p[i]).sum())
-                print(f"  {self._text().label(i)!r}: rank {rank}, probability {float(p[i]):.2%}")
-                best = ", ".join(f"{self._text().label(int(j))!r} {float(p[j]):.1%}" for j in p.topk(top).indices)
+                print(f"  {self.require_tokenizer().label(i)!r}: rank {rank}, probability {float(p[i]):.2%}")
+                best = ", ".join(
+                    f"{self.require_tokenizer().label(int(j))!r} {float(p[j]):.1%}" for j in p.topk(top).indices
+                )
                 print(f"    top {top}: {best}")
 
     def log_probs(
@@ -338,11 +348,11 @@ class Lens(Running, Weights):
         """
         refuse_keywords("log_probs", unknown, ["prompt", "hooks"])
         tokens, mask = self.to_batch(prompt)
-        self._speaks("log_probs")
+        self._require_language_model("log_probs")
         found = losses.token_log_probs(self._edited_logits(tokens, hooks, attention_mask=mask), tokens)
         return found if mask is None else found.masked_fill(mask[:, :-1] == 0, torch.nan)
 
-    def _edited_logits(self, tokens: Tensor, hooks: Hooks | None, **forward: Unpack[Forward]) -> Tensor:
+    def _edited_logits(self, tokens: Tensor, hooks: Hooks | None, **forward: Unpack[ForwardOptions]) -> Tensor:
         """The logits of a run with hooks, or of the published model where there are none."""
         return self(tokens, **forward) if hooks is None else self.run_with_hooks(tokens, hooks, **forward)
 
@@ -360,13 +370,13 @@ class Lens(Running, Weights):
         """
         if not self.cfg.labels:
             raise ValueError("this model has no class head: it was saved as a language model or without a head")
-        forward: Forward = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
-        tokens = self._inputs(prompt, forward)
+        forward: ForwardOptions = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        tokens = self.prepare_inputs(prompt, forward)
         if forward.get("attention_mask") is None:  # it was looked at once: for the run below nothing is left open
             entering = cast(Tensor, forward.get("inputs_embeds") if tokens is None else tokens)
             forward["attention_mask"] = torch.ones(entering.shape[:2], dtype=torch.long, device=entering.device)
         logits = self.run_with_hooks(tokens, hooks, **forward)
-        return logits if self.cfg.head == "token" else losses.pooled(logits, tokens, self.cfg.pad_token_id)
+        return logits if self.cfg.head == "token" else losses.pool_last_token(logits, tokens, self.cfg.pad_token_id)
 
     def loss(
         self,
@@ -386,22 +396,24 @@ class Lens(Running, Weights):
         refuse_keywords("loss", unknown, ["prompt", "labels", "num_items", "hooks"])
         tokens, mask = self.to_batch(prompt)
         if labels is None:
-            self._speaks("loss without labels")
+            self._require_language_model("loss without labels")
         labels = tokens if labels is None else labels.to(self.device)
         if self.cfg.head == "sequence":
             if num_items is not None:
                 raise ValueError("num_items counts tokens; the loss of sequences is a mean over them")
-            return losses.of_sequences(self.classify(tokens, hooks, attention_mask=mask), labels, self.cfg.problem_type)
+            return losses.sequence_loss(
+                self.classify(tokens, hooks, attention_mask=mask), labels, self.cfg.problem_type
+            )
         if mask is not None:
             labels = labels.masked_fill(mask == 0, -100)
         if self.cfg.head == "token":
-            return losses.of_tokens(self._edited_logits(tokens, hooks, attention_mask=mask), labels, num_items)
-        self._speaks("loss")
+            return losses.token_loss(self._edited_logits(tokens, hooks, attention_mask=mask), labels, num_items)
+        self._require_language_model("loss")
         if mask is not None:
             labels = labels.masked_fill(torch.nn.functional.pad(mask, (1, 0))[:, :-1] == 0, -100)
-        return losses.of_next_tokens(self._edited_logits(tokens, hooks, attention_mask=mask), labels, num_items)
+        return losses.next_token_loss(self._edited_logits(tokens, hooks, attention_mask=mask), labels, num_items)
 
-    def _speaks(self, what: str) -> None:
+    def _require_language_model(self, what: str) -> None:
         """Raise ValueError for what takes a language model, in a model that is none."""
         if self.cfg.head != "vocab":
             has = f"a head of classes ({', '.join(self.cfg.labels)})" if self.cfg.labels else "no head"
@@ -412,12 +424,12 @@ class Lens(Running, Weights):
     def to(self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> "Lens":
         """Move this lens to a device or dtype, in place as in torch, and return it."""
         before = stamp_of(self.model)
-        self.model.to(device=device, dtype=None if dtype is None else checkpoint.dtype_named(dtype))
+        self.model.to(device=device, dtype=None if dtype is None else checkpoint.parse_dtype(dtype))
         if stamp_of(self.model) != before:  # no longer views of the file
             checkpoint.MAPPED.pop(self.model, None)
         return self
 
-    def save(self, folder: str | Path, *, shard_bytes: int = saving.SHARD) -> Path:
+    def save(self, folder: str | Path, *, shard_bytes: int = saving.MAX_SHARD_BYTES) -> Path:
         """Write this model as a checkpoint that transformers opens, with its tokenizer; the folder.
 
         It is of `glm` or, with sandwich norms, of `glm4`: what was opened as `chatglm`, `llama` or `qwen2` is a `glm`,
@@ -427,15 +439,15 @@ class Lens(Running, Weights):
         if self.device.type == "meta":
             raise ValueError("on the meta device there are no numbers to save: load on the CPU")
         folder = expand_path(folder)
-        with saving.all_or_nothing(folder) as new:
-            saving.write_json(new / "config.json", saving.config_json(self.model))
+        with saving.create_folder_atomically(folder) as new:
+            saving.write_json(new / "config.json", saving.make_config_json(self.model))
             stated = self.folder / "generation_config.json" if self.folder else new
             said = checkpoint.read_json(stated) if stated.is_file() else {}
             stops = {"eos_token_id": [*self.stop_ids] or None, "pad_token_id": self.pad_id}
             saving.write_json(new / "generation_config.json", said | stops)
             if self.tokenizer is not None:
                 saving.write_tokenizer(new, self.tokenizer, self.folder)
-            saving.write_weights(new, saving.tensors_of(self.model), shard_bytes)
+            saving.write_weights(new, saving.collect_tensors(self.model), shard_bytes)
         return folder
 
     def __repr__(self) -> str:

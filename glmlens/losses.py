@@ -19,14 +19,14 @@ def token_log_probs(
     return exact.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
 
 
-def of_next_tokens(
+def next_token_loss(
     logits: Float[Tensor, "batch pos vocab"], labels: Int[Tensor, "batch pos"], num_items: int | Tensor | None = None
 ) -> Float[Tensor, ""]:
     """Next-token cross-entropy in nats: the mean over labels that are not -100, or their sum over `num_items`."""
-    return of_tokens(logits, F.pad(labels, (0, 1), value=-100)[:, 1:], num_items)
+    return token_loss(logits, F.pad(labels, (0, 1), value=-100)[:, 1:], num_items)
 
 
-def of_tokens(
+def token_loss(
     logits: Float[Tensor, "batch pos vocab"], labels: Int[Tensor, "batch pos"], num_items: int | Tensor | None = None
 ) -> Float[Tensor, ""]:
     """Cross-entropy in nats of every token's own label: the mean of those not -100, or their sum over `num_items`."""
@@ -37,7 +37,7 @@ def of_tokens(
     return F.cross_entropy(*flat, ignore_index=-100, reduction="sum") / num_items
 
 
-def pooled(
+def pool_last_token(
     logits: Float[Tensor, "batch pos label"], tokens: Int[Tensor, "batch pos"] | None, pad_id: int | None
 ) -> Float[Tensor, "batch label"]:
     """The logits at the right-most token that is not `pad_id`: what a sequence is classified by.
@@ -54,7 +54,7 @@ def pooled(
     return logits[torch.arange(len(logits), device=logits.device), last.to(logits.device)]
 
 
-def of_sequences(
+def sequence_loss(
     logits: Float[Tensor, "batch label"], labels: Shaped[Tensor, "batch *label"], problem_type: str | None = None
 ) -> Float[Tensor, ""]:
     """The loss of whole sequences' labels, in the dtype of the logits.

@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from glmlens.config import GLMConfig
-from glmlens.hooks import Hook, at, off, wanted
+from glmlens.hooks import Hook, hook_requests, off, scope_hook
 from glmlens.kv_cache import KVCache, LayerKV
-from glmlens.rope import turning
+from glmlens.rope import rope_frequencies
 
 Angles = tuple[Float[Tensor, "batch pos pair"], Float[Tensor, "batch pos pair"]]
 
@@ -36,7 +36,7 @@ class GLM(nn.Module):
         self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
         self.blocks = nn.ModuleList(Block(cfg, attention) for _ in range(cfg.n_layers))
         self.ln_final = RMSNorm(cfg)
-        self.unembed = Unembed(cfg) if cfg.d_logits else Nothing()
+        self.unembed = Unembed(cfg) if cfg.d_logits else Identity()
         if cfg.tied:
             self.unembed.weight = self.embed.weight
 
@@ -61,21 +61,21 @@ class GLM(nn.Module):
         positions (0 or None: all), or indices into pos.
         """
         layers = self.layers(start_layer, stop_layer)
-        resid = self.entering(tokens, inputs_embeds, start_layer, hook)
+        resid = self.embed_inputs(tokens, inputs_embeds, start_layer, hook)
 
         if kv is not None:
-            kv.fits(self.cfg, resid)
+            kv.check_fits(self.cfg, resid)
         positions = absolute_positions(resid.shape[:2], resid.device, kv, position_ids, attention_mask)
-        key_positions = positions if kv is None else kv.reserve(positions, ids_of(tokens))
+        key_positions = positions if kv is None else kv.reserve(positions, get_token_ids(tokens))
         plain = self.attention == "sdpa" and kv is None and position_ids is None and attention_mask is None
         mask = None if plain else additive_mask(positions, key_positions, resid.dtype)  # the kernel knows plain causal
         angles = rotary_angles(positions, self.cfg, resid.dtype)
 
         for i in layers:
-            resid = self.blocks[i](resid, angles, mask, kv and kv.layer(i), at(hook, f"blocks.{i}"))
+            resid = self.blocks[i](resid, angles, mask, kv and kv.layer(i), scope_hook(hook, f"blocks.{i}"))
         if stop_layer is None:
-            final = hook("ln_final.normalized", self.ln_final(resid, at(hook, "ln_final")))
-            resid = self.unembed(keep(final, logits_to_keep), hook)
+            final = hook("ln_final.normalized", self.ln_final(resid, scope_hook(hook, "ln_final")))
+            resid = self.unembed(select_logit_positions(final, logits_to_keep), hook)
         if kv is not None and len(layers) == len(self.blocks):
             kv.length += positions.shape[1]  # a run that ended early, or over part of the layers, leaves it as it was
         return resid
@@ -87,7 +87,7 @@ class GLM(nn.Module):
             raise ValueError(f"layers {start} to {stop} asked for; this model has 0 to {len(self.blocks)}")
         return range(start, stop)
 
-    def entering(
+    def embed_inputs(
         self, tokens: Tensor | None, inputs_embeds: Tensor | None, start_layer: int, hook: Hook
     ) -> Float[Tensor, "batch pos model"]:
         """The residual stream at the start: embedded tokens, the embeddings given, or itself."""
@@ -109,7 +109,7 @@ class Block(nn.Module):
         super().__init__()
         self.ln1, self.ln2 = RMSNorm(cfg), RMSNorm(cfg)
         self.attn, self.mlp = Attention(cfg, attention), MLP(cfg)
-        self.ln1_post, self.ln2_post = (RMSNorm(cfg), RMSNorm(cfg)) if cfg.sandwich else (Nothing(), Nothing())
+        self.ln1_post, self.ln2_post = (RMSNorm(cfg), RMSNorm(cfg)) if cfg.sandwich else (Identity(), Identity())
 
     def forward(
         self,
@@ -120,11 +120,11 @@ class Block(nn.Module):
         hook: Hook,
     ) -> Float[Tensor, "batch pos model"]:
         resid_pre = hook("resid_pre", resid)
-        x = hook("ln1.normalized", self.ln1(resid_pre, at(hook, "ln1")))
-        attn_out = hook("attn_out", self.ln1_post(self.attn(x, angles, mask, kv, hook), at(hook, "ln1_post")))
+        x = hook("ln1.normalized", self.ln1(resid_pre, scope_hook(hook, "ln1")))
+        attn_out = hook("attn_out", self.ln1_post(self.attn(x, angles, mask, kv, hook), scope_hook(hook, "ln1_post")))
         resid_mid = hook("resid_mid", resid_pre + attn_out)
-        x = hook("ln2.normalized", self.ln2(resid_mid, at(hook, "ln2")))
-        mlp_out = hook("mlp_out", self.ln2_post(self.mlp(x, hook), at(hook, "ln2_post")))
+        x = hook("ln2.normalized", self.ln2(resid_mid, scope_hook(hook, "ln2")))
+        mlp_out = hook("mlp_out", self.ln2_post(self.mlp(x, hook), scope_hook(hook, "ln2_post")))
         return hook("resid_post", resid_mid + mlp_out)
 
 
@@ -157,20 +157,20 @@ class Attention(nn.Module):
         v = hook("attn.v", rearrange(self.value(x), "batch pos (kv d) -> batch pos kv d", d=self.d_head))
 
         cos, sin = hook("rotary.cos", angles[0]), hook("rotary.sin", angles[1])
-        q_rot = hook("attn.q_rot", turn(q[..., : self.d_rotary], cos, sin))
-        k_rot = hook("attn.k_rot", turn(k[..., : self.d_rotary], cos, sin))
+        q_rot = hook("attn.q_rot", apply_rotary(q[..., : self.d_rotary], cos, sin))
+        k_rot = hook("attn.k_rot", apply_rotary(k[..., : self.d_rotary], cos, sin))
         if self.d_rotary < self.d_head:  # the other channels are left alone
             q_rot = torch.cat([q_rot, hook("attn.q_pass", q[..., self.d_rotary :])], -1)
             k_rot = torch.cat([k_rot, hook("attn.k_pass", k[..., self.d_rotary :])], -1)
 
         k, v = hook("kv.k_new", k_rot), hook("kv.v_new", v)
         if kv is not None:
-            k, v = kv.remember(k, v)
+            k, v = kv.update(k, v)
         k, v = hook("kv.k", k), hook("kv.v", v)
 
         z = hook("attn.z", self.attend(q_rot, k, v, mask, hook))
         out = self.out(rearrange(z, "batch pos head d -> batch pos (head d)"))
-        if wanted(hook, "attn.result"):
+        if hook_requests(hook, "attn.result"):
             W_O = rearrange(self.out.weight, "model (head d) -> head d model", d=self.d_head)
             result = einsum(z, W_O, "batch pos head d, head d model -> batch pos head model")
             out = out + (hook("attn.result", result) - result).sum(2)  # looking adds exactly nothing
@@ -229,12 +229,12 @@ ATTENTION = {"eager": eager, "sdpa": sdpa}
 def rotary_angles(positions: Int[Tensor, "batch pos"], cfg: GLMConfig, dtype: torch.dtype) -> Angles:
     """cos and sin of position · frequency, in at least float32 and then rounded to dtype; see `rope` for both."""
     exact = torch.promote_types(dtype, torch.float32)
-    frequency, factor = turning(cfg, exact, positions.device)
+    frequency, factor = rope_frequencies(cfg, exact, positions.device)
     angles = rearrange(positions.clamp(min=0).to(exact), "batch pos -> batch pos 1") * frequency
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
-def turn(
+def apply_rotary(
     x: Float[Tensor, "batch pos head rotated"],
     cos: Float[Tensor, "batch pos pair"],
     sin: Float[Tensor, "batch pos pair"],
@@ -290,7 +290,7 @@ class Unembed(nn.Linear):
         return hook("logits", F.linear(x, self.weight, self.bias))
 
 
-class Nothing(nn.Module):
+class Identity(nn.Module):
     """Where `glm4` has a norm on a sublayer's output, `glm` has nothing; some checkpoints have no unembedding."""
 
     def forward(self, x: Float[Tensor, "batch pos model"], hook: Hook = off) -> Float[Tensor, "batch pos model"]:
@@ -319,12 +319,12 @@ def absolute_positions(
     return position_ids.expand(batch, pos)
 
 
-def ids_of(tokens: Tensor | None) -> Int[Tensor, "batch pos"] | None:
+def get_token_ids(tokens: Tensor | None) -> Int[Tensor, "batch pos"] | None:
     """The token ids of a call, unless it enters with embeddings or a residual stream."""
     return None if tokens is None or tokens.is_floating_point() else tokens
 
 
-def keep(
+def select_logit_positions(
     x: Shaped[Tensor, "batch pos *rest"], logits_to_keep: int | Tensor | None
 ) -> Shaped[Tensor, "batch kept *rest"]:
     """x at the positions that logits are wanted for."""

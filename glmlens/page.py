@@ -8,7 +8,7 @@ from typing import Any
 
 from glmlens.storage import expand_path, write_bytes
 
-PAGE = """<!doctype html>
+HTML_TEMPLATE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -28,8 +28,8 @@ th, td {{ border: 1px solid #80808055; padding: .15rem .6rem; text-align: left; 
 </body>
 </html>
 """
-TURNING = re.compile(r"[\u202a-\u202e\u2066-\u2069]")
-CONFIG = {"showSendToCloud": False, "displaylogo": False, "responsive": True}
+HTML_BIDI_CONTROLS = re.compile(r"[\u202a-\u202e\u2066-\u2069]")
+FIGURE_CONFIG = {"showSendToCloud": False, "displaylogo": False, "responsive": True}
 
 
 def save_html(path: str | Path, title: str, parts: Sequence[Any], *, offline: bool = True) -> Path:
@@ -43,24 +43,24 @@ def save_html(path: str | Path, title: str, parts: Sequence[Any], *, offline: bo
     drawn = 0
     for part in parts:
         if hasattr(part, "to_plotly_json"):
-            body.append(figure(part, drawn, offline))
+            body.append(render_figure(part, drawn, offline))
             drawn += 1
         else:
-            body.append(block(part))
+            body.append(render_part(part))
     path = expand_path(path)
-    write_bytes(path, whole(PAGE.format(title=escape(title), body="\n".join(body))).encode("utf-8"))
+    write_bytes(path, sanitise_text(HTML_TEMPLATE.format(title=escape(title), body="\n".join(body))).encode("utf-8"))
     return path
 
 
-def figure(part: Any, number: int, offline: bool) -> str:
+def render_figure(part: Any, number: int, offline: bool) -> str:
     """A figure as HTML; the first one brings plotly.js."""
     script = (True if offline else "cdn") if number == 0 else False
     name = f"figure-{number}"
-    html = part.to_html(full_html=False, include_plotlyjs=script, config=CONFIG, auto_play=False, div_id=name)
+    html = part.to_html(full_html=False, include_plotlyjs=script, config=FIGURE_CONFIG, auto_play=False, div_id=name)
     return f"<section>{html}</section>"
 
 
-def block(part: Any) -> str:
+def render_part(part: Any) -> str:
     """Text or a result as HTML."""
     if not isinstance(part, str) and (as_html := getattr(part, "_repr_html_", lambda: None)()) is not None:
         return f"<section>{as_html}</section>"
@@ -70,7 +70,7 @@ def block(part: Any) -> str:
     return f'<pre class="text">{escape(text)}</pre>'
 
 
-def whole(text: str) -> str:
+def sanitise_text(text: str) -> str:
     """Text that can be written: half a character is the replacement character, and what turns the line is a number."""
-    text = TURNING.sub(lambda found: f"⟨{ord(found[0]):04X}⟩", text)
+    text = HTML_BIDI_CONTROLS.sub(lambda found: f"⟨{ord(found[0]):04X}⟩", text)
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -42,7 +42,7 @@ With start_layer it is a residual stream [batch, pos, model].
 """
 
 
-class Prompts:
+class TextMixin:
     """What a lens says about text."""
 
     model: GLM
@@ -66,9 +66,11 @@ class Prompts:
         """
         found, device = read_prompt(prompt), self.model.ln_final.weight.device
         if isinstance(found, Texts):
-            rows = [TokenRow(torch.tensor(self._text().encode(text, prefix)).long()) for text in found.texts]
+            rows = [
+                TokenRow(torch.tensor(self.require_tokenizer().encode(text, prefix)).long()) for text in found.texts
+            ]
         elif isinstance(found, Chats):
-            rows = [TokenRow(torch.tensor(self._chat_ids(messages, prefix)).long()) for messages in found.chats]
+            rows = [TokenRow(torch.tensor(self._encode_chat(messages, prefix)).long()) for messages in found.chats]
         else:
             rows = found.rows
         rows = [TokenRow(row.ids.to(device, torch.long), row.mask) for row in rows]
@@ -77,11 +79,11 @@ class Prompts:
             rows = [self._without_padding(row, i, may_be_open) if written else row for i, row in enumerate(rows)]
             written = False
         tokens, mask = pad_rows(rows, self.pad_id)
-        self._check_ids(tokens)
+        self.check_token_ids(tokens)
         if attention_mask is not None:
             return tokens, agreed(attention_mask.to(device), mask)
         if mask is None and written:
-            mask = self._written_padding(tokens, may_be_open)
+            mask = self._find_padding(tokens, may_be_open)
         if mask is None or (not mask.is_meta and bool(mask.all())):
             mask = torch.ones_like(tokens) if self._is_open(tokens) else None
         return tokens, mask
@@ -90,14 +92,14 @@ class Prompts:
         """A row of ids without the padding that its mask or, before the prefix, its ids say."""
         mask = row.mask
         if mask is None:
-            written = self._written_padding(row.ids[None], may_be_open, number)
+            written = self._find_padding(row.ids[None], may_be_open, number)
             mask = None if written is None else written[0]
         return TokenRow(row.ids if mask is None else row.ids[mask.to(row.ids.device).bool()])
 
-    def _chat_ids(self, messages: Sequence[Message], prefix: bool) -> list[int]:
+    def _encode_chat(self, messages: Sequence[Message], prefix: bool) -> list[int]:
         """The ids of what the template writes, with the prefix where it does not write that; nothing behind it."""
-        ids = self._text().encode(self.render(messages), prefix, suffix=False)
-        return ids if prefix else self._text().without_prefix(ids)
+        ids = self.require_tokenizer().encode(self.render(messages), prefix, suffix=False)
+        return ids if prefix else self.require_tokenizer().strip_prefix(ids)
 
     def continue_prompt(self, prompt: Prompt, kv: KVCache | None) -> Prompt:
         """The ids of what a text or a chat comes to after a cache; other prompts as they are.
@@ -115,9 +117,11 @@ class Prompts:
         if len(rows) != len(many):
             return prompt  # what does not fit is said where it is run
         if isinstance(asked, Texts):
-            return [continue_text(text, row, self._text()) for text, row in zip(asked.texts, rows, strict=True)]
+            return [
+                continue_text(text, row, self.require_tokenizer()) for text, row in zip(asked.texts, rows, strict=True)
+            ]
         return [
-            continue_chat(messages, row, self._text(), self.render)
+            continue_chat(messages, row, self.require_tokenizer(), self.render)
             for messages, row in zip(asked.chats, rows, strict=True)
         ]
 
@@ -139,7 +143,7 @@ class Prompts:
         Raises ValueError without a template, TemplateError for one that fails, TypeError for a variable (or tools) that
         the template does not read.
         """
-        template = self._text().chat_template
+        template = self.require_tokenizer().chat_template
         if template is None:
             raise ValueError("this checkpoint has no chat template: write the text of the chat yourself")
         check_messages(messages)
@@ -147,10 +151,10 @@ class Prompts:
         required = [*variables, *(["tools"] if tools else [])]
         if add_generation_prompt is None:
             add_generation_prompt = not continue_final_message and messages[-1].get("role") != "assistant"
-        variables = {"documents": None, **self._text().named, **variables}
+        variables = {"documents": None, **self.require_tokenizer().named_tokens, **variables}
         variables |= {"tools": tools, "add_generation_prompt": add_generation_prompt}
         if not continue_final_message:
-            return chat.render(template, messages, required, **variables)
+            return chat.render_chat(template, messages, required, **variables)
         if add_generation_prompt:
             raise ValueError("add_generation_prompt begins a message after the one that continue_final_message goes on")
         field = continue_final_message if isinstance(continue_final_message, str) else "content"
@@ -164,7 +168,7 @@ class Prompts:
         """Whether ids alone would leave open if they begin with padding: one row begins with the padding id."""
         return not tokens.is_meta and tokens.shape[1] > 1 and bool((tokens[:, 0] == self.pad_id).any())
 
-    def _written_padding(self, tokens: Tensor, may_be_open: bool, number: int = 0) -> Tensor | None:
+    def _find_padding(self, tokens: Tensor, may_be_open: bool, number: int = 0) -> Tensor | None:
         """The mask of ids in which padding stands before the prefix; None where no row begins with the padding id.
 
         A row of one token is a token. Raises ValueError for a row that begins with the padding id, but not so.
@@ -197,7 +201,7 @@ class Prompts:
             "where mask is 0 at padding (lens.to_batch(texts) gives both), all ones where nothing is padding"
         )
 
-    def _check_ids(self, tokens: Tensor) -> None:
+    def check_token_ids(self, tokens: Tensor) -> None:
         if tokens.is_floating_point() or tokens.ndim != 2:
             raise ValueError(f"token ids are whole numbers [batch, pos]; got {tokens.dtype} {tuple(tokens.shape)}")
         if not tokens.numel():
@@ -225,7 +229,7 @@ class Prompts:
 
     def to_single_token(self, text: str) -> int:
         """The one id of `text`, as it is written: " Mary" with its space; ValueError showing its tokens if not one."""
-        return self._text().single(text)
+        return self.require_tokenizer().encode_single(text)
 
     def to_answer(self, answer: str | Integer) -> int:
         """Which logit stands for an answer: the text of one token, the name of a label of a class head, or the number.
@@ -261,7 +265,9 @@ class Prompts:
         refuse_keywords("to_str_tokens", unknown, ["prompt", "prefix"])
         tokens, mask = self.to_batch(prompt, prefix, may_be_open=True)
         real = tokens >= 0 if mask is None else mask.bool()
-        rows = [self._text().strings(row[keep].tolist()) for row, keep in zip(tokens, real, strict=True)]
+        rows = [
+            self.require_tokenizer().decode_each(row[keep].tolist()) for row, keep in zip(tokens, real, strict=True)
+        ]
         return rows[0] if len(rows) == 1 else rows
 
     def to_labels(self, prompt: Prompt, width: int | None = None, prefix: bool = True) -> list[str]:
@@ -281,7 +287,7 @@ class Prompts:
         tokens, _ = self.to_batch(prompt, prefix, may_be_open=True)
         if tokens.shape[0] != 1:
             raise ValueError(f"roles are for one prompt, not {tokens.shape[0]}")
-        return self._text().roles(tokens[0].tolist())
+        return self.require_tokenizer().roles(tokens[0].tolist())
 
     def to_string(self, tokens: Tensor | Sequence[int], continues: bool = False) -> str:
         """The text of one row of token ids, as it is where a text begins, or where it `continues` another one.
@@ -291,10 +297,10 @@ class Prompts:
         ids = torch.as_tensor(tokens)
         if (ids.numel() and ids.is_floating_point()) or (ids.ndim > 1 and ids.numel() != ids.shape[-1]):
             raise ValueError(f"a text is of one row of token ids; got {ids.dtype} {tuple(ids.shape)}")
-        decode = self._text().decode_continuation if continues else self._text().decode
+        decode = self.require_tokenizer().decode_continuation if continues else self.require_tokenizer().decode
         return decode(ids.flatten().tolist())
 
-    def _text(self) -> Tokenizer:
+    def require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise ValueError("this checkpoint has no tokenizer.json: pass token ids, a LongTensor [batch, pos]")
         return self.tokenizer

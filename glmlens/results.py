@@ -157,7 +157,7 @@ class Labelled:
 
 
 @dataclass(frozen=True, eq=False)
-class Sheets:
+class LabelledGroup:
     """Several labelled results about the same places, each a field, and what they say of themselves together.
 
     The axes of each are those of the largest, or the first few of them.

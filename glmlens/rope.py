@@ -14,26 +14,26 @@ from torch import Tensor
 
 from glmlens.config import GLMConfig
 
-Turns = tuple[Float[Tensor, "pair"], float]
+RopeFrequencies = tuple[Float[Tensor, "pair"], float]
 
 
-def turning(cfg: GLMConfig, dtype: torch.dtype, device: torch.device) -> Turns:
+def rope_frequencies(cfg: GLMConfig, dtype: torch.dtype, device: torch.device) -> RopeFrequencies:
     """The frequencies of a model's pairs, in radians per token, and what its cos and sin are multiplied by."""
     period = cfg.rope_theta ** (torch.arange(0, cfg.d_rotary, 2, dtype=dtype, device=device) / cfg.d_rotary)
-    return RULES[cfg.rope_scaling.kind](cfg, period)
+    return ROPE_RULES[cfg.rope_scaling.kind](cfg, period)
 
 
-def default(cfg: GLMConfig, period: Float[Tensor, "pair"]) -> Turns:
+def default_frequencies(cfg: GLMConfig, period: Float[Tensor, "pair"]) -> RopeFrequencies:
     """theta^(-2 pair / rotated): Su et al. 2021, arXiv 2104.09864, section 3.2.2."""
     return 1.0 / period, 1.0
 
 
-def linear(cfg: GLMConfig, period: Float[Tensor, "pair"]) -> Turns:
+def linear_frequencies(cfg: GLMConfig, period: Float[Tensor, "pair"]) -> RopeFrequencies:
     """Every pair is slower by the factor: Chen et al. 2023, arXiv 2306.15595, section 2.3."""
     return 1.0 / period / cfg.rope_scaling.factor, 1.0
 
 
-def llama3(cfg: GLMConfig, period: Float[Tensor, "pair"]) -> Turns:
+def llama3_frequencies(cfg: GLMConfig, period: Float[Tensor, "pair"]) -> RopeFrequencies:
     """A pair that turns more than `fast` times in the trained context stays, one of less than `slow` is slower.
 
     What lies between is mixed in proportion to its turns: Peng et al. 2023, arXiv 2309.00071, section 3.2, which
@@ -45,7 +45,7 @@ def llama3(cfg: GLMConfig, period: Float[Tensor, "pair"]) -> Turns:
     return (1 - stays) * frequency / s.factor + stays * frequency, 1.0
 
 
-def yarn(cfg: GLMConfig, period: Float[Tensor, "pair"]) -> Turns:
+def yarn_frequencies(cfg: GLMConfig, period: Float[Tensor, "pair"]) -> RopeFrequencies:
     """The same pairs stay, what lies between is mixed in proportion to its number, and cos and sin grow.
 
     Peng et al. 2023, arXiv 2309.00071, section 3.2 for the pairs, 3.4 for sqrt(1/t) = 0.1 ln(factor) + 1. Published
@@ -66,6 +66,6 @@ def yarn(cfg: GLMConfig, period: Float[Tensor, "pair"]) -> Turns:
     return mixed, 0.1 * math.log(s.factor) + 1.0 if s.attention is None else s.attention
 
 
-RULES: dict[str, Callable[[GLMConfig, Float[Tensor, "pair"]], Turns]] = {
-    "default": default, "linear": linear, "llama3": llama3, "yarn": yarn
+ROPE_RULES: dict[str, Callable[[GLMConfig, Float[Tensor, "pair"]], RopeFrequencies]] = {
+    "default": default_frequencies, "linear": linear_frequencies, "llama3": llama3_frequencies, "yarn": yarn_frequencies
 }  # fmt: skip

@@ -13,8 +13,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from glmlens import record
-from glmlens.activations import Activations, Of
-from glmlens.check import Check, OnMeta, Points
+from glmlens.activations import Activations, RunInfo
+from glmlens.check import MetaDeviceMode, Points, RunCheck
 from glmlens.checkpoint import refuse_rewritten_files
 from glmlens.config import CheckpointError, GLMConfig
 from glmlens.hooks import Hook, HookError, Hooks, Point, off
@@ -22,18 +22,18 @@ from glmlens.integers import as_python, read_integer, read_integers
 from glmlens.keywords import refuse_keywords
 from glmlens.kv_cache import KVCache, refuse_other_caches
 from glmlens.model import absolute_positions
-from glmlens.prompt import Prompt, Prompts
+from glmlens.prompt import Prompt, TextMixin
 from glmlens.prompt_kinds import Rows
-from glmlens.record import Enough, Plan, Recorder, Watch
-from glmlens.splice import Splice, Spliced
+from glmlens.record import ForwardStopped, GenerationRecorder, RecordingHook, RunPlan
+from glmlens.splice import DictionaryHook, InsertedDictionary
 from glmlens.weights import ModelHash, Stamp, stamp_of
 
-Names = str | Sequence[str]
-Metric = Callable[[Tensor], Tensor]
+PointNames = str | Sequence[str]
+LogitMetric = Callable[[Tensor], Tensor]
 HALF = torch.finfo(torch.float16).max
 
 
-class Forward(TypedDict, total=False):
+class ForwardOptions(TypedDict, total=False):
     """What a forward takes besides its prompt and hook; see `GLM.forward`."""
 
     kv: KVCache | None
@@ -54,33 +54,35 @@ def read_positions_to_keep(asked: Any) -> int | Tensor:
     return read_integer(asked, "logits_to_keep")
 
 
-class Running(Prompts):
+class ForwardMixin(TextMixin):
     """One pass of `self.model`: what it says, what is in it, and what it would say otherwise."""
 
-    splices: tuple[Splice, ...] = ()
+    dictionaries: tuple[InsertedDictionary, ...] = ()
 
     def __init__(self) -> None:
-        self._names: list[str] = []
+        self._point_names: list[str] = []
         self._said_beyond_context = False
         self._hash = ModelHash()
         self._sound_at: Stamp | None = None  # the weights that were looked at, when a run gave cause, and are finite
 
-    def __call__(self, prompt: Prompt | None = None, **forward: Unpack[Forward]) -> Float[Tensor, "batch kept vocab"]:
+    def __call__(
+        self, prompt: Prompt | None = None, **forward: Unpack[ForwardOptions]
+    ) -> Float[Tensor, "batch kept vocab"]:
         """The logits of the published model; with stop_layer, the residual stream that enters that layer."""
         self.before_run(forward)
-        out = self.model(self._inputs(prompt, forward), **forward)
-        self.blame_weights(out[:, -1:])
+        out = self.model(self.prepare_inputs(prompt, forward), **forward)
+        self.check_weights_finite(out[:, -1:])
         return out
 
     def run_with_cache(
         self,
         prompt: Prompt | None = None,
-        names: Names = "all",
+        names: PointNames = "all",
         hooks: Hooks | None = None,
         *,
         logits: bool = True,
-        gradients_of: Metric | None = None,
-        **forward: Unpack[Forward],
+        gradients_of: LogitMetric | None = None,
+        **forward: Unpack[ForwardOptions],
     ) -> tuple[Tensor | None, Activations]:
         """The logits, and what was at the named points after all hooks.
 
@@ -90,49 +92,51 @@ class Running(Prompts):
         logits to one number or one per row, also leaves its gradient at every point, `acts.gradients`.
         Raises HookError for a name that matches nothing.
         """
-        return self._run(prompt, names, hooks, logits, forward, gradients_of)
+        return self._run_and_record(prompt, names, hooks, logits, forward, gradients_of)
 
     def run_with_hooks(
-        self, prompt: Prompt | None = None, hooks: Hooks | None = None, **forward: Unpack[Forward]
+        self, prompt: Prompt | None = None, hooks: Hooks | None = None, **forward: Unpack[ForwardOptions]
     ) -> Float[Tensor, "batch kept vocab"]:
         """Logits with `hooks`, {"blocks.3.attn.z": fn} or [("blocks.*.attn.z", fn), ...], run in the order given.
 
         `fn(x, point)` gets a copy of the tensor there and returns what the model should use instead.
         """
-        return cast(Tensor, self._run(prompt, (), hooks, True, forward)[0])
+        return cast(Tensor, self._run_and_record(prompt, (), hooks, True, forward)[0])
 
-    def _run(
+    def _run_and_record(
         self,
         prompt: Prompt | None,
-        names: Names,
+        names: PointNames,
         hooks: Hooks | None,
         logits: bool,
-        forward: Forward,
-        metric: Metric | None = None,
+        forward: ForwardOptions,
+        metric: LogitMetric | None = None,
     ) -> tuple[Tensor | None, Activations]:
         self.before_run(forward)
-        tokens, kv = self._inputs(prompt, forward), forward.get("kv")
-        plan = Plan.of(self._passed(tokens, forward), names, hooks)
+        tokens, kv = self.prepare_inputs(prompt, forward), forward.get("kv")
+        plan = RunPlan.from_request(self.list_passed_points(tokens, forward), names, hooks)
         if metric is None:
-            plan.store_the_basis(self.model, self._edited(plan), kv is not None and kv.length > 0)
-        watch = self._watch(plan, tokens, forward)
-        of = self._of(prompt, tokens, kv, watch.positions, watch.key_positions, self._edited(plan))
-        plan.possible(watch)
+            plan.store_only_needed(self.model, self._find_edited_points(plan), kv is not None and kv.length > 0)
+        watch = self._make_recording_hook(plan, tokens, forward)
+        of = self.make_run_info(
+            prompt, tokens, kv, watch.positions, watch.key_positions, self._find_edited_points(plan)
+        )
+        plan.check_possible(watch)
         if metric is not None:
-            return self._differentiated(tokens, forward, watch, metric, of)
+            return self._run_with_gradients(tokens, forward, watch, metric, of)
         watch.stop_when_done = not logits and kv is None
         try:
-            out = self.model(tokens, hook=self._spliced(watch), **forward)
-        except Enough:
+            out = self.model(tokens, hook=self._insert_dictionaries(watch), **forward)
+        except ForwardStopped:
             out = None
-        kept = watch.recorded()
+        kept = watch.compact_values()
         if out is not None and out.shape[1]:
-            self.blame_weights(out[:, -1:])
+            self.check_weights_finite(out[:, -1:])
         elif kept:  # the run ended early, or was asked for the logits of no position
-            self.blame_weights(next(reversed(kept.values())))
-        return out if logits else None, Activations(kept, plan.named, of)
+            self.check_weights_finite(next(reversed(kept.values())))
+        return out if logits else None, Activations(kept, plan.recorded_names, of)
 
-    def blame_weights(self, out: Tensor) -> None:
+    def check_weights_finite(self, out: Tensor) -> None:
         """Raise CheckpointError naming a weight that is not finite, if there is one and `out` is not finite either.
 
         A weight is a number for all that loading knows: looking at each would read the whole file. What a run comes to
@@ -156,7 +160,7 @@ class Running(Prompts):
         """Raise HookError for logits by which no token can be chosen, though every weight is a number."""
         if not bool(logits.isnan().any()):
             return
-        self.blame_weights(logits)
+        self.check_weights_finite(logits)
         why = "a hook made them so, or " if edited else ""
         hint = ": load with dtype='bfloat16' or 'float32'" if self.dtype == torch.float16 else ""
         raise HookError(
@@ -164,28 +168,33 @@ class Running(Prompts):
             f"{torch.finfo(self.dtype).max:,.5g}, where {str(self.dtype).removeprefix('torch.')} ends{hint}"
         )
 
-    def before_run(self, forward: Forward) -> None:
+    def before_run(self, forward: ForwardOptions) -> None:
         """Raise an error if this run cannot be right: another's KV cache, or a file of weights that was rewritten."""
         refuse_other_caches(forward.get("kv"), self.cfg, self.dtype, self.device)
         refuse_rewritten_files(self.model)
 
-    def _differentiated(
-        self, tokens: Tensor | None, forward: Forward, watch: Watch, metric: Metric, of: Of
+    def _run_with_gradients(
+        self,
+        tokens: Tensor | None,
+        forward: ForwardOptions,
+        hook: RecordingHook,
+        metric: LogitMetric,
+        run_info: RunInfo,
     ) -> tuple[Tensor, Activations]:
         """A run whose graph begins at the embeddings, the metric of it, and the gradient at every kept point."""
         if any(p.is_inference() for p in self.model.parameters()):
             raise HookError("no gradients here: this model was made under torch.inference_mode(); load it outside")
-        watch.in_graph = True
+        hook.with_gradients = True
         with torch.inference_mode(False), torch.enable_grad():
             entering = cast(Tensor, forward.pop("inputs_embeds", None) if tokens is None else tokens)
             if not entering.is_floating_point():
                 entering = self.model.embed(entering)
             entering = entering.detach().requires_grad_()
             if forward.get("start_layer"):
-                logits = self.model(entering, hook=self._spliced(watch), **forward)
+                logits = self.model(entering, hook=self._insert_dictionaries(hook), **forward)
             else:
-                logits = self.model(hook=self._spliced(watch), **{**forward, "inputs_embeds": entering})
-            self.blame_weights(logits[:, -1:])
+                logits = self.model(hook=self._insert_dictionaries(hook), **{**forward, "inputs_embeds": entering})
+            self.check_weights_finite(logits[:, -1:])
             value = metric(logits)
             if not isinstance(value, Tensor) or not value.requires_grad:
                 raise HookError(f"gradients_of must give a number that follows from the logits; it gave {value!r:.80}")
@@ -194,16 +203,16 @@ class Running(Prompts):
                     f"gradients_of must give one number, or one per row [{len(logits)}]; it gave {tuple(value.shape)}: "
                     f"end it with .sum() if the sum is meant"
                 )
-            kept = dict(watch.kept)
+            kept = dict(hook.values)
             found = torch.autograd.grad(value.sum(), list(kept.values()), allow_unused=True)
         gradients = {
             name: torch.zeros_like(x) if g is None else g for (name, x), g in zip(kept.items(), found, strict=True)
         }
-        of = replace(of, model=None)  # a gradient does not follow from others as a value does
-        values, named = {name: x.detach() for name, x in kept.items()}, watch.plan.named
-        return logits.detach(), Activations(values, named, of, Activations(gradients, named, of))
+        run_info = replace(run_info, model=None)  # a gradient does not follow from others as a value does
+        values, named = {name: x.detach() for name, x in kept.items()}, hook.plan.recorded_names
+        return logits.detach(), Activations(values, named, run_info, Activations(gradients, named, run_info))
 
-    def _of(
+    def make_run_info(
         self,
         prompt: Prompt | None,
         tokens: Tensor | None,
@@ -211,10 +220,10 @@ class Running(Prompts):
         positions: Tensor,
         key_positions: Tensor,
         edited: frozenset[str] = frozenset(),
-    ) -> Of:
+    ) -> RunInfo:
         """What a recording is of."""
         stamp, found, model = stamp_of(self.model), self._hash, self.model
-        return Of(
+        return RunInfo(
             None if tokens is None or tokens.is_floating_point() else tokens,
             positions,
             key_positions,
@@ -227,62 +236,64 @@ class Running(Prompts):
             unchanged=lambda: stamp == stamp_of(model),
         )
 
-    def _watch(self, plan: Plan, tokens: Tensor | None, forward: Forward) -> Watch:
+    def _make_recording_hook(self, plan: RunPlan, tokens: Tensor | None, forward: ForwardOptions) -> RecordingHook:
         """The hook of one plain forward, which knows the positions that the forward will have."""
         entering = cast(Tensor, forward.get("inputs_embeds") if tokens is None else tokens)
         kv, ids, mask = forward.get("kv"), forward.get("position_ids"), forward.get("attention_mask")
         if kv is not None:
-            kv.fits(self.cfg, torch.empty(entering.shape[0], 0, 0, dtype=self.dtype, device=self.device))
+            kv.check_fits(self.cfg, torch.empty(entering.shape[0], 0, 0, dtype=self.dtype, device=self.device))
         positions = absolute_positions(entering.shape[:2], entering.device, kv, ids, mask)
-        key_positions = positions if kv is None else kv.with_positions(positions)
+        key_positions = positions if kv is None else kv.concatenate_positions(positions)
         not_ours = (record.KV_VIEWS if kv is not None else frozenset()) | ({"embed"} if tokens is None else frozenset())
-        return Watch(plan, 0, positions, key_positions, not_ours, forward.get("logits_to_keep"))
+        return RecordingHook(plan, 0, positions, key_positions, not_ours, forward.get("logits_to_keep"))
 
-    def _passed(self, tokens: Tensor | None, forward: Forward) -> list[str]:
+    def list_passed_points(self, tokens: Tensor | None, forward: ForwardOptions) -> list[str]:
         """The points that a forward of these arguments comes by, in order."""
-        if not self._names:
-            self._names = list(self._catalogue())
+        if not self._point_names:
+            self._point_names = list(self._trace_points())
         start, stop = forward.get("start_layer", 0), forward.get("stop_layer")
         layers = self.model.layers(start, stop)
         ends = {"embed"} if tokens is None or not tokens.is_floating_point() else set()
         ends |= {"ln_final.scale", "ln_final.normalized", "logits"} if stop is None else set()
-        return [n for n in self._names if n in ends or (n.startswith("blocks.") and int(n.split(".")[1]) in layers)]
+        return [
+            n for n in self._point_names if n in ends or (n.startswith("blocks.") and int(n.split(".")[1]) in layers)
+        ]
 
-    def _catalogue(self, *shape: int, past: int = 0, logits_to_keep: int | Tensor | None = None) -> dict[str, Point]:
+    def _trace_points(self, *shape: int, past: int = 0, logits_to_keep: int | Tensor | None = None) -> dict[str, Point]:
         """Every point of this model, and of the dictionaries spliced into it, in the order in which they fire."""
-        found = record.catalogue(self.model, *shape, past=past, logits_to_keep=logits_to_keep)
-        for splice in self.splices:
-            found = {point.name: point for name in found for point in splice.around(found[name])}
+        found = record.trace_points(self.model, *shape, past=past, logits_to_keep=logits_to_keep)
+        for splice in self.dictionaries:
+            found = {point.name: point for name in found for point in splice.surround_point(found[name])}
         return found
 
     # ---- dictionaries ----
 
-    def _spliced(self, hook: Hook) -> Hook:
-        return Spliced(hook, self.splices) if self.splices and hook is not off else hook
+    def _insert_dictionaries(self, hook: Hook) -> Hook:
+        return DictionaryHook(hook, self.dictionaries) if self.dictionaries and hook is not off else hook
 
-    def _hook_at(self, recorder: Recorder) -> Callable[[int, Tensor, Tensor], Hook]:
+    def make_step_hooks(self, recorder: GenerationRecorder) -> Callable[[int, Tensor, Tensor], Hook]:
         """What hooks each step of a generation."""
-        return lambda step, positions, keys: self._spliced(recorder.hook_at(step, positions, keys))
+        return lambda step, positions, keys: self._insert_dictionaries(recorder.make_step_hook(step, positions, keys))
 
-    def _edited(self, plan: Plan) -> frozenset[str]:
+    def _find_edited_points(self, plan: RunPlan) -> frozenset[str]:
         """The points whose values edits change: their own, and those that edited features write."""
-        edited = frozenset(plan.edits)
-        return edited | {s.writes for s in self.splices if s.features in edited or s.error in edited}
+        edited = frozenset(plan.edits_by_point)
+        return edited | {s.writes for s in self.dictionaries if s.features in edited or s.error in edited}
 
     # ---- before it is paid for ----
 
     def points(self, prompt: Prompt | None = None) -> Points:
         """The catalogue of points alive in this model, with shapes for `prompt` (by default one token)."""
         shape = (1, 1) if prompt is None else self.to_batch(prompt, may_be_open=True)[0].shape
-        return Points(self._catalogue(*shape).values())
+        return Points(self._trace_points(*shape).values())
 
     def check(
         self,
         prompt: Prompt | None = None,
-        names: Names = (),
+        names: PointNames = (),
         hooks: Hooks | None = None,
-        **forward: Unpack[Forward],
-    ) -> Check:
+        **forward: Unpack[ForwardOptions],
+    ) -> RunCheck:
         """What a run would store, what that weighs, and where its hooks fire, found on the meta device.
 
         Nothing is computed: hooks are called with tensors without numbers, and one that needs numbers is reported and
@@ -290,29 +301,31 @@ class Running(Prompts):
         not fit.
         """
         self.before_run(forward)
-        tokens, kv = self._inputs(prompt, forward), forward.get("kv")
-        order = self._passed(tokens, forward)
-        plan = Plan.of(order, names, hooks)
-        watch = self._watch(plan, tokens, forward)
+        tokens, kv = self.prepare_inputs(prompt, forward), forward.get("kv")
+        order = self.list_passed_points(tokens, forward)
+        plan = RunPlan.from_request(order, names, hooks)
+        watch = self._make_recording_hook(plan, tokens, forward)
         watch.real_device = self.device
         batch, pos = watch.positions.shape
         past, keep = kv.length if kv else 0, forward.get("logits_to_keep")
-        points = self._catalogue(batch, pos, past=past, logits_to_keep=keep)
-        plan.possible(watch)
-        plan.store_the_basis(self.model, self._edited(plan), bool(past))
-        with OnMeta():
-            for point in (points[name] for name in order if name in plan.edits):
+        points = self._trace_points(batch, pos, past=past, logits_to_keep=keep)
+        plan.check_possible(watch)
+        plan.store_only_needed(self.model, self._find_edited_points(plan), bool(past))
+        with MetaDeviceMode():
+            for point in (points[name] for name in order if name in plan.edits_by_point):
                 watch(point.name, torch.empty(point.shape, dtype=point.dtype, device="meta"))
-        stored = Points(points[name] for name in plan.named if name in plan.names)
-        return Check(Points(points[name] for name in plan.named), stored, plan.fires(), watch.raised)
+        stored = Points(points[name] for name in plan.recorded_names if name in plan.stored_names)
+        return RunCheck(
+            Points(points[name] for name in plan.recorded_names), stored, plan.list_hook_calls(), watch.edit_errors
+        )
 
-    def _inputs(self, prompt: Prompt | None, forward: Forward) -> Tensor | None:
+    def prepare_inputs(self, prompt: Prompt | None, forward: ForwardOptions) -> Tensor | None:
         """What `GLM.forward` takes first; the mask that padding of texts needs goes into `forward`.
 
         Raises TypeError for a keyword that no forward takes; ValueError for embeddings or a residual stream of which it
         cannot be known whether they are padded.
         """
-        refuse_keywords("a run", forward.keys() - Forward.__annotations__.keys(), Forward.__annotations__)
+        refuse_keywords("a run", forward.keys() - ForwardOptions.__annotations__.keys(), ForwardOptions.__annotations__)
         if prompt is None and forward.get("inputs_embeds") is None:
             raise TypeError("no prompt: give text, chat messages, token ids, or inputs_embeds=")
         for name in ("start_layer", "stop_layer"):
@@ -338,7 +351,7 @@ class Running(Prompts):
         self.warn_beyond_context(count_positions(entering, kv, mask))
         return tokens
 
-    def _refuse_unknown_padding(self, entering: Tensor, forward: Forward) -> None:
+    def _refuse_unknown_padding(self, entering: Tensor, forward: ForwardOptions) -> None:
         """Raise ValueError for floats that may be padded, where neither a mask nor positions say whether they are."""
         known = forward.get("attention_mask") is not None or forward.get("position_ids") is not None
         if known or entering.is_meta or entering.ndim != 3 or entering.shape[1] < 2:

@@ -17,19 +17,23 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from glmlens.config import SCALINGS, GLMConfig
-from glmlens.formats import BASE, names_of
+from glmlens.config import ROPE_SCALING_FIELDS, GLMConfig
+from glmlens.formats import BASE_PREFIX, map_tensor_names
 from glmlens.model import GLM
 from glmlens.storage import dump_json, refuse_strange, sync_path
 from glmlens.tokenizer import Tokenizer
 
-SHARD = 5_000_000_000  # bytes of a file of weights
-CLASSES = {"vocab": "ForCausalLM", "sequence": "ForSequenceClassification", "token": "ForTokenClassification"}
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+MAX_SHARD_BYTES = 5_000_000_000  # bytes of a file of weights
+ARCHITECTURE_SUFFIXES = {
+    "vocab": "ForCausalLM",
+    "sequence": "ForSequenceClassification",
+    "token": "ForTokenClassification",
+}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 @contextmanager
-def all_or_nothing(folder: Path) -> Iterator[Path]:
+def create_folder_atomically(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder` that takes its name in the end, or disappears with what failed.
 
     Raises FileExistsError unless `folder` is new or empty.
@@ -51,13 +55,13 @@ def all_or_nothing(folder: Path) -> Iterator[Path]:
         raise
 
 
-def config_json(model: GLM) -> dict[str, Any]:
+def make_config_json(model: GLM) -> dict[str, Any]:
     """The config.json of a model, with rotary fields where transformers 4.x and where 5.x looks for them."""
-    c, rule = model.cfg, scaling_json(model.cfg)
-    turning = {"rope_theta": c.rope_theta, "partial_rotary_factor": rotated(c)}
+    c, rule = model.cfg, make_scaling_json(model.cfg)
+    turning = {"rope_theta": c.rope_theta, "partial_rotary_factor": find_rotary_factor(c)}
     sandwich = "Glm4" if c.sandwich else "Glm"
     raw = {
-        "architectures": [sandwich + CLASSES.get(c.head, "Model")], "model_type": sandwich.lower(),
+        "architectures": [sandwich + ARCHITECTURE_SUFFIXES.get(c.head, "Model")], "model_type": sandwich.lower(),
         "vocab_size": c.d_vocab, "hidden_size": c.d_model, "intermediate_size": c.d_mlp,
         "num_hidden_layers": c.n_layers, "num_attention_heads": c.n_heads, "num_key_value_heads": c.n_kv_heads,
         "head_dim": c.d_head, "attention_bias": c.qkv_bias, "tie_word_embeddings": c.tied, "hidden_act": "silu",
@@ -75,28 +79,28 @@ def config_json(model: GLM) -> dict[str, Any]:
     return raw
 
 
-def scaling_json(cfg: GLMConfig) -> dict[str, Any]:
+def make_scaling_json(cfg: GLMConfig) -> dict[str, Any]:
     """The rule by which pairs turn, as config.json says it: the numbers that it has."""
     s = cfg.rope_scaling
-    said = {theirs: getattr(s, ours) for ours, theirs in SCALINGS[s.kind].items()}
+    said = {theirs: getattr(s, ours) for ours, theirs in ROPE_SCALING_FIELDS[s.kind].items()}
     return {"rope_type": s.kind, **{name: value for name, value in said.items() if value is not None}}
 
 
-def rotated(cfg: GLMConfig) -> float:
+def find_rotary_factor(cfg: GLMConfig) -> float:
     """The partial_rotary_factor of which int(d_head · factor) is d_rotary, rounding included."""
     factor = cfg.d_rotary / cfg.d_head
     return factor if int(cfg.d_head * factor) == cfg.d_rotary else math.nextafter(factor, 1.0)
 
 
-def tensors_of(model: GLM) -> dict[str, Tensor]:
+def collect_tensors(model: GLM) -> dict[str, Tensor]:
     """Every parameter by the name that transformers has for it in a `glm` or `glm4`."""
     c = replace(model.cfg, model_type="glm4" if model.cfg.sandwich else "glm")
     ours = dict(model.named_parameters())
-    base = BASE if c.head == "none" else ""
-    return {said.removeprefix(base): ours[n].detach() for said, [n] in names_of(c).items() if n in ours}
+    base = BASE_PREFIX if c.head == "none" else ""
+    return {said.removeprefix(base): ours[n].detach() for said, [n] in map_tensor_names(c).items() if n in ours}
 
 
-def write_weights(folder: Path, tensors: dict[str, Tensor], shard_bytes: int = SHARD) -> None:
+def write_weights(folder: Path, tensors: dict[str, Tensor], shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """One file, or several of at most `shard_bytes` (or of one tensor that is larger) with their index."""
     shards: list[dict[str, Tensor]] = [{}]
     for name, x in tensors.items():
@@ -119,13 +123,13 @@ def write_weights(folder: Path, tensors: dict[str, Tensor], shard_bytes: int = S
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, source: Path | None) -> None:
     """The files that the tokenizer came from, or where transformers could not read those, new ones."""
     if source is not None and (source / "tokenizer.json").exists():
-        for name in TOKENIZER:
+        for name in TOKENIZER_FILES:
             refuse_strange(source / name)
             if (source / name).exists():
                 shutil.copyfile(source / name, folder / name)
         return
     (folder / "tokenizer.json").write_text(tokenizer.engine.to_str(pretty=True), encoding="utf-8")
-    stated = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left", **tokenizer.named}
+    stated = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left", **tokenizer.named_tokens}
     chat = {} if tokenizer.chat_template is None else {"chat_template": tokenizer.chat_template}
     write_json(folder / "tokenizer_config.json", {**stated, **chat})
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from glmlens.hooks import Hook, HookError, Point, wanted
+from glmlens.hooks import Hook, HookError, Point, hook_requests
 from glmlens.storage import FileError, TensorFile, expand_path, write_tensors
 
 
@@ -73,13 +73,13 @@ class Dictionary:
 
 
 @dataclass(frozen=True, eq=False)
-class Splice:
+class InsertedDictionary:
     """A coder between two points, or at one: what it reads, and the point at which what it writes is added."""
 
     coder: Coder
     reads: str
     writes: str
-    width: int
+    n_features: int
 
     @property
     def features(self) -> str:
@@ -89,9 +89,9 @@ class Splice:
     def error(self) -> str:
         return f"{self.writes}.error"
 
-    def around(self, point: Point) -> list[Point]:
+    def surround_point(self, point: Point) -> list[Point]:
         """A point of the model, with those of this splice that are shown before it or after."""
-        shape = (*point.shape[:2], self.width)
+        shape = (*point.shape[:2], self.n_features)
         features = [replace(point, name=self.features, axes=("batch", "pos", "feature"), shape=shape)]
         error = [replace(point, name=self.error)]
         if self.reads == self.writes == point.name:
@@ -100,7 +100,7 @@ class Splice:
         return [*(error if point.name == self.writes else []), point, *after]
 
 
-class Spliced:
+class DictionaryHook:
     """A hook with dictionaries in its way.
 
     A feature is encoded from what the model reads, shown under a name of its own, and what an edit of it changes in the
@@ -108,40 +108,42 @@ class Spliced:
     edit the model computes its own numbers, bit for bit.
     """
 
-    def __init__(self, hook: Hook, splices: Sequence[Splice]):
-        self.hook, self.splices = hook, splices
-        self.held: dict[str, tuple[Tensor, Tensor]] = {}  # by point written, the features before and after edits
+    def __init__(self, hook: Hook, dictionaries: Sequence[InsertedDictionary]):
+        self.hook, self.dictionaries = hook, dictionaries
+        self.features_by_point: dict[
+            str, tuple[Tensor, Tensor]
+        ] = {}  # by point written, the features before and after edits
 
     def wants(self, name: str) -> bool:
-        return wanted(self.hook, name)
+        return hook_requests(self.hook, name)
 
     def __call__(self, name: str, x: Tensor) -> Tensor:
-        for splice in (splice for splice in self.splices if splice.writes == name):
+        for splice in (splice for splice in self.dictionaries if splice.writes == name):
             if splice.reads == name:
-                self.read(splice, x)
-            x = self.written(splice, x)
+                self.encode_features(splice, x)
+            x = self.add_feature_edits(splice, x)
         x = self.hook(name, x)
-        for splice in (splice for splice in self.splices if splice.reads == name != splice.writes):
-            self.read(splice, x)
+        for splice in (splice for splice in self.dictionaries if splice.reads == name != splice.writes):
+            self.encode_features(splice, x)
         return x
 
-    def read(self, splice: Splice, x: Tensor) -> None:
-        features = splice.coder.encode(x).to(x.dtype)
-        self.held[splice.writes] = features, self.hook(splice.features, features)
+    def encode_features(self, dictionary: InsertedDictionary, x: Tensor) -> None:
+        features = dictionary.coder.encode(x).to(x.dtype)
+        self.features_by_point[dictionary.writes] = features, self.hook(dictionary.features, features)
 
-    def written(self, splice: Splice, x: Tensor) -> Tensor:
-        before, after = self.held.pop(splice.writes)
-        said = splice.coder.decode(before).to(x.dtype)
+    def add_feature_edits(self, dictionary: InsertedDictionary, x: Tensor) -> Tensor:
+        before, after = self.features_by_point.pop(dictionary.writes)
+        said = dictionary.coder.decode(before).to(x.dtype)
         error = x - said
-        new = self.hook(splice.error, error)
+        new = self.hook(dictionary.error, error)
         if after is before and new is error:
             return x
-        return x + (splice.coder.decode(after).to(x.dtype) - said) + (new - error)
+        return x + (dictionary.coder.decode(after).to(x.dtype) - said) + (new - error)
 
 
-def splice_between(
+def place_dictionary(
     coder: Coder, reads: str | None, writes: str, points: Sequence[Point], device: torch.device
-) -> Splice:
+) -> InsertedDictionary:
     """The splice of a coder at these points; HookError when they are no residual-wide points of one model, in order."""
     if not isinstance(coder, Coder):
         raise HookError(f"a coder has encode and decode; {type(coder).__name__} has not")
@@ -156,4 +158,4 @@ def splice_between(
         raise HookError(f"{reads!r} comes after {writes!r}: a coder reads before it writes")
     at = points[names.index(reads)]
     nothing = torch.zeros(1, 1, at.shape[-1], dtype=at.dtype, device=device)
-    return Splice(coder, reads, writes, coder.encode(nothing).shape[-1])
+    return InsertedDictionary(coder, reads, writes, coder.encode(nothing).shape[-1])

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 
-def spans(layers: list[int]) -> str:
+def format_ranges(layers: list[int]) -> str:
     """[0, 1, 2, 5] as "0-2,5"."""
     runs: list[list[int]] = []
     for i in layers:
@@ -14,7 +14,7 @@ def spans(layers: list[int]) -> str:
     return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
 
 
-def size(n: int) -> str:
+def format_bytes(n: int) -> str:
     """A number of bytes for people."""
     for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if n >= scale:
@@ -22,7 +22,7 @@ def size(n: int) -> str:
     return f"{n} B"
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
+def format_table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of text in aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -16,17 +16,20 @@ from tokenizers import Tokenizer as Engine
 
 from glmlens.child import Child, ChildError
 
-PREFIX = ("[gMASK]", "<sop>")
-GLM4_SPECIAL = [
+PREFIX_TOKENS = ("[gMASK]", "<sop>")
+GLM4_SPECIAL_TOKENS = [
     "<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>",
     "<|observation|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>",
 ]  # fmt: skip
-GLM4_SPLIT = (
+GLM4_SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-MOST_TOKENS, LONGEST = 1 << 24, 1024  # of a vocabulary; bytes of a token: to find its merges costs their square
-MOST_VALUES = 2_000_000  # GLM-4 has 800,000; to read one that is no tokenizer costs 100 bytes each
+MAX_VOCABULARY, MAX_TOKEN_BYTES = (
+    1 << 24,
+    1024,
+)  # of a vocabulary; bytes of a token: to find its merges costs their square
+MAX_JSON_VALUES = 2_000_000  # GLM-4 has 800,000; to read one that is no tokenizer costs 100 bytes each
 MOST_JSON = 1 << 28  # bytes of a converted one
 SECONDS, MOST_MEMORY = 30.0, 2 << 30  # to read or convert a tokenizer in a child; GLM-4's takes 5 s and 1 GB
 VETTED = {
@@ -35,7 +38,7 @@ VETTED = {
 PROBES = ("a", "0", ".", "Mary went to the store in 1785, and", "\n \t\u4f60\u597d\U0001f600", "a" * 1000)
 STEMS = ("a", "\n", ".", "0", "(", "\u4f60")  # texts that another may continue
 ROLES = ("system", "user", "assistant", "observation")  # <|user|> and the others begin a turn in every GLM chat
-VISIBLE = {" ": "·", "\n": "↵", "\t": "→", "\r": "␍"}
+VISIBLE_CHARACTERS = {" ": "·", "\n": "↵", "\t": "→", "\r": "␍"}
 
 
 @contextmanager
@@ -57,15 +60,15 @@ class Tokenizer:
     add_bos_token or add_eos_token of a tokenizer_config.json). Either is empty where there are none.
     """
 
-    def __init__(self, engine: Engine, chat_template: str | None = None, named: dict[str, str] | None = None):
+    def __init__(self, engine: Engine, chat_template: str | None = None, named_tokens: dict[str, str] | None = None):
         engine.no_padding()
         engine.no_truncation()
-        self.engine, self.chat_template, self.named = engine, chat_template, named or {}
-        self.special = frozenset(engine.get_added_tokens_decoder())
+        self.engine, self.chat_template, self.named_tokens = engine, chat_template, named_tokens or {}
+        self.special_ids = frozenset(engine.get_added_tokens_decoder())
         self._words: list[str] | None = None
         self.prefix, self.suffix = added_ids(engine)
         self._stem, self._stem_text = self._find_stem()
-        self.adds_space = "".join(self.strings(self._probe_ids("a"))) == " a"
+        self.adds_space = "".join(self.decode_each(self._probe_ids("a"))) == " a"
 
     @staticmethod
     def from_folder(folder: Path) -> "Tokenizer | None":
@@ -82,26 +85,26 @@ class Tokenizer:
         named = {name: text for name, text in texts.items() if isinstance(text, str)}
         path, ranks = folder / "tokenizer.json", folder / "tokenizer.model"
         if path.exists():
-            engine = read_engine(path)
+            engine = read_tokenizer_json(path)
         elif ranks.exists():
-            engine = converted(ranks, special_tokens(config, stated))
+            engine = convert_tiktoken(ranks, read_special_tokens(config, stated))
         else:
             return None
-        return Tokenizer(engine, chat_template(folder, config), named)
+        return Tokenizer(engine, read_chat_template(folder, config), named)
 
     def encode(self, text: str, prefix: bool = True, suffix: bool | None = None) -> list[int]:
         """The ids of `text` as it is written, with the prefix before it and the suffix behind it exactly once each.
 
         Without `prefix` there is neither; `suffix=False` leaves out the suffix alone, for a text that goes on.
         """
-        ids = self.encoding(text).ids
+        ids = self.encode_raw(text).ids
         before = self.prefix if prefix and tuple(ids[: len(self.prefix)]) != self.prefix else ()
         behind = self.suffix if (prefix if suffix is None else suffix) else ()
         if behind and tuple(ids[-len(behind) :]) == behind:
             behind = ()
         return [*before, *ids, *behind]
 
-    def encoding(self, text: str) -> Any:
+    def encode_raw(self, text: str) -> Any:
         """What the engine makes of `text`; ValueError if its rules come to no end, as regular expressions can."""
         with no_panic(f"at {text!r:.80}"):
             return self.engine.encode(text, add_special_tokens=False)
@@ -112,15 +115,15 @@ class Tokenizer:
         A SentencePiece-like tokenizer puts a space before every text. It does not stand between a text and its
         continuation: " Mary" is the token with a space and "Mary" the one without.
         """
-        plain = self.encoding(text).ids
+        plain = self.encode_raw(text).ids
         if not self.adds_space or not text:
             return plain
         continued = None
         for stem in STEMS:
-            before, ids = self.encoding(stem).ids, self.encoding(stem + text).ids
+            before, ids = self.encode_raw(stem).ids, self.encode_raw(stem + text).ids
             if ids[: len(before)] == before:
                 continued = continued or ids[len(before) :]
-                if "".join(self.strings(ids[len(before) :])) == text:
+                if "".join(self.decode_each(ids[len(before) :])) == text:
                     return ids[len(before) :]
         return continued or plain
 
@@ -129,11 +132,11 @@ class Tokenizer:
 
         Without the suffix: what is asked about such a text goes on.
         """
-        encoded = self.encoding(text)
+        encoded = self.encode_raw(text)
         added = len(self.encode(text, suffix=False)) - len(encoded.ids)
         return [*self.prefix[:added], *encoded.ids], [(0, 0)] * added + encoded.offsets
 
-    def without_prefix(self, ids: list[int]) -> list[int]:
+    def strip_prefix(self, ids: list[int]) -> list[int]:
         return ids[len(self.prefix) :] if tuple(ids[: len(self.prefix)]) == self.prefix else ids
 
     def decode(self, ids: Sequence[int], special: bool = True) -> str:
@@ -157,7 +160,7 @@ class Tokenizer:
     def _probe_ids(self, text: str) -> list[int]:
         """The ids of a text that this tokenizer may be unable to write: without an unknown token, it has none."""
         try:
-            return self.encoding(text).ids
+            return self.encode_raw(text).ids
         except Exception:
             return []
 
@@ -180,27 +183,27 @@ class Tokenizer:
         with no_panic(f"at the ids {ids!r:.80}"):
             return self.engine.decode(ids, skip_special_tokens=not special)
 
-    def single(self, text: str) -> int:
+    def encode_single(self, text: str) -> int:
         """The one id of `text`, without prefix; ValueError showing the tokens when it is not one."""
         ids = self.encode_continuation(text)
         if len(ids) != 1:
-            raise ValueError(f"{text!r} is {len(ids)} tokens, not one: {self.strings(ids)}")
+            raise ValueError(f"{text!r} is {len(ids)} tokens, not one: {self.decode_each(ids)}")
         return ids[0]
 
     @no_panic("at its vocabulary")
-    def word_ids(self) -> list[int]:
+    def list_word_ids(self) -> list[int]:
         """The ids that are a space and a word, as they stand in the middle of a text."""
-        ids = sorted(i for i in self.engine.get_vocab().values() if i not in self.special)
+        ids = sorted(i for i in self.engine.get_vocab().values() if i not in self.special_ids)
         texts = self.engine.decode_batch([[*self._stem, i] for i in ids])
         texts = [text[len(self._stem_text) :] for text in texts]
         return [
             i for i, text in zip(ids, texts, strict=True) if text[:1] == " " and len(text) > 2 and text[1:].isalpha()
         ]
 
-    def words(self) -> list[str]:
+    def list_words(self) -> list[str]:
         """The texts of `word_ids`, each with its space."""
         if self._words is None:
-            self._words = self.strings(self.word_ids())
+            self._words = self.decode_each(self.list_word_ids())
         return self._words
 
     @no_panic("at its vocabulary")
@@ -208,7 +211,7 @@ class Tokenizer:
         """12 hex digits that tell this tokenizer from others."""
         return hashlib.sha256(self.engine.to_str().encode()).hexdigest()[:12]
 
-    def strings(self, ids: Sequence[int]) -> list[str]:
+    def decode_each(self, ids: Sequence[int]) -> list[str]:
         """Each id decoded by itself, as it stands in the middle of a text: with the space that it begins with."""
         return [self.decode_continuation([i]) for i in ids]
 
@@ -228,7 +231,7 @@ class Tokenizer:
         What counts is what the model sees: a role token that is written inside a message begins a turn for it too.
         """
         begins = {self.engine.token_to_id(f"<|{role}|>"): role for role in ROLES}
-        if not begins.keys() & self.special:
+        if not begins.keys() & self.special_ids:
             raise ValueError(f"this vocabulary has none of the role tokens {', '.join(f'<|{r}|>' for r in ROLES)}")
         found = [""]
         for i in ids:
@@ -240,24 +243,24 @@ class Tokenizer:
         token = self.engine.id_to_token(i)
         if token is None:
             return f"⟨{i}⟩"
-        if i in self.special:
+        if i in self.special_ids:
             return token
         text = self.decode_continuation([i])
         if "\ufffd" in text and BYTE_TOKEN.fullmatch(token):
             return f"⟨{token[3:5]}⟩"
-        if "\ufffd" in text and all(c in BYTE_OF for c in token):
-            return "⟨" + " ".join(f"{BYTE_OF[c]:02X}" for c in token) + "⟩"
-        return "".join(VISIBLE.get(c, c) for c in text)
+        if "\ufffd" in text and all(c in BYTE_OF_CHARACTER for c in token):
+            return "⟨" + " ".join(f"{BYTE_OF_CHARACTER[c]:02X}" for c in token) + "⟩"
+        return "".join(VISIBLE_CHARACTERS.get(c, c) for c in text)
 
 
-def byte_alphabet() -> dict[int, str]:
+def make_byte_alphabet() -> dict[int, str]:
     """How byte-level BPE writes each byte as a printable character (Radford et al. 2019)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
-BYTE_OF = {c: b for b, c in byte_alphabet().items()}
+BYTE_OF_CHARACTER = {c: b for b, c in make_byte_alphabet().items()}
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # how SentencePiece writes a byte
 
 
@@ -276,14 +279,14 @@ def added_ids(engine: Engine) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (), ()
 
 
-def read_engine(path: Path) -> Engine:
+def read_tokenizer_json(path: Path) -> Engine:
     """The tokenizer of a tokenizer.json, which a child process reads before this one does.
 
     Raises ValueError for one that cannot be read, and for one that ends or holds up the process that reads it.
     """
     data = path.read_bytes()
-    if (values := data.count(b",")) > MOST_VALUES:
-        raise ValueError(f"{path}: a tokenizer.json of {values:,} values; expected at most {MOST_VALUES:,}")
+    if (values := data.count(b",")) > MAX_JSON_VALUES:
+        raise ValueError(f"{path}: a tokenizer.json of {values:,} values; expected at most {MAX_JSON_VALUES:,}")
     try:
         text = data.decode("utf-8")
         vet(text)
@@ -320,8 +323,10 @@ def answer(job: list[Any]) -> tuple[bool, Any]:
         with no_panic("while it was read"):
             if kind == "convert":
                 path, numbered = rest
-                ranks = ranks_of(text.encode("latin-1"), Path(path))
-                engine = from_ranks(ranks, None if numbered is None else {int(i): token for i, token in numbered})
+                ranks = parse_ranks(text.encode("latin-1"), Path(path))
+                engine = build_bpe_tokenizer(
+                    ranks, None if numbered is None else {int(i): token for i, token in numbered}
+                )
                 return True, engine.to_str()
             tokenizer = Tokenizer(Engine.from_str(text))
             for probe in PROBES:  # what only cannot be written is an error where it is asked for
@@ -332,7 +337,7 @@ def answer(job: list[Any]) -> tuple[bool, Any]:
         return False, str(e)
 
 
-def chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+def read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     """The chat template in `folder`: in a file of its own, or in the tokenizer's config (where it may have a name)."""
     if (path := folder / "chat_template.jinja").exists():
         try:
@@ -346,19 +351,19 @@ def chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     return stated if isinstance(stated, str) else None
 
 
-def special_tokens(config: dict[str, Any], path: Path) -> dict[int, str] | None:
+def read_special_tokens(config: dict[str, Any], path: Path) -> dict[int, str] | None:
     """The special tokens that a tokenizer_config.json numbers, if it does."""
     listed = config.get("added_tokens_decoder") or {}
     try:
         found = {int(i): entry["content"] for i, entry in listed.items()}
     except (AttributeError, LookupError, TypeError, ValueError) as e:
         raise ValueError(f"{path}: added_tokens_decoder is {listed!r:.80}; expected ids with their content") from e
-    if not all(isinstance(token, str) and 0 <= i < MOST_TOKENS for i, token in found.items()):
+    if not all(isinstance(token, str) and 0 <= i < MAX_VOCABULARY for i, token in found.items()):
         raise ValueError(f"{path}: added_tokens_decoder is {listed!r:.80}; expected texts at ids from 0")
     return found or None
 
 
-def converted(path: Path, special: dict[int, str] | None) -> Engine:
+def convert_tiktoken(path: Path, special: dict[int, str] | None) -> Engine:
     """The tokenizer of a tiktoken-style tokenizer.model, which takes seconds to make and is kept in the user's cache.
 
     What is kept has the hash of its content in its name: cut, unreadable or altered, it is made again. Without a place
@@ -415,7 +420,7 @@ def keep(key: str, text: str) -> None:
             new.unlink(missing_ok=True)
 
 
-def ranks_of(data: bytes, path: Path) -> dict[bytes, int]:
+def parse_ranks(data: bytes, path: Path) -> dict[bytes, int]:
     try:
         lines = (line.split() for line in data.splitlines() if line)
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
@@ -425,16 +430,16 @@ def ranks_of(data: bytes, path: Path) -> dict[bytes, int]:
             f"cannot be read here: move it away and pass token ids"
         ) from e
     for token, rank in ranks.items():
-        if not 0 <= rank < MOST_TOKENS or not 0 < len(token) <= LONGEST:
+        if not 0 <= rank < MAX_VOCABULARY or not 0 < len(token) <= MAX_TOKEN_BYTES:
             raise ValueError(
-                f"{path}: a token of {len(token)} bytes at rank {rank}; expected 1 to {LONGEST} from rank 0"
+                f"{path}: a token of {len(token)} bytes at rank {rank}; expected 1 to {MAX_TOKEN_BYTES} from rank 0"
             )
     return ranks
 
 
-def from_ranks(ranks: dict[bytes, int], special: dict[int, str] | None = None) -> Engine:
+def build_bpe_tokenizer(ranks: dict[bytes, int], special: dict[int, str] | None = None) -> Engine:
     """The same tokenizer as byte-level BPE: every split of a token into two tokens is a merge, in order of rank."""
-    spelt = byte_alphabet()
+    spelt = make_byte_alphabet()
     merges = []
     for token, rank in ranks.items():
         for i in range(1, len(token)):
@@ -449,16 +454,16 @@ def from_ranks(ranks: dict[bytes, int], special: dict[int, str] | None = None) -
     vocab = {spell(token): rank for token, rank in ranks.items()}
     pairs = [(spell(left), spell(right)) for *_, left, right in merges]
     engine = Engine(models.BPE(vocab=vocab, merges=pairs, ignore_merges=True))
-    split = pre_tokenizers.Split(Regex(GLM4_SPLIT), "isolated")
+    split = pre_tokenizers.Split(Regex(GLM4_SPLIT_PATTERN), "isolated")
     spelling = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     engine.pre_tokenizer = pre_tokenizers.Sequence([split, spelling])
     engine.decoder = decoders.ByteLevel()
-    numbered = special or {len(ranks) + i: token for i, token in enumerate(GLM4_SPECIAL)}
+    numbered = special or {len(ranks) + i: token for i, token in enumerate(GLM4_SPECIAL_TOKENS)}
     tokens = [AddedToken(numbered[i], special=True, normalized=False) for i in sorted(numbered)]
     engine.add_special_tokens(tokens)
-    pieces = [(token, i) for token in PREFIX for i, known in numbered.items() if known == token]
-    if len(pieces) == len(PREFIX):  # THUDM's ChatGLM4Tokenizer puts it before every text, and no file says so
-        engine.post_processor = processors.TemplateProcessing(single=[*PREFIX, "$A"], special_tokens=pieces)
+    pieces = [(token, i) for token in PREFIX_TOKENS for i, known in numbered.items() if known == token]
+    if len(pieces) == len(PREFIX_TOKENS):  # THUDM's ChatGLM4Tokenizer puts it before every text, and no file says so
+        engine.post_processor = processors.TemplateProcessing(single=[*PREFIX_TOKENS, "$A"], special_tokens=pieces)
     for i, token in numbered.items():
         if engine.token_to_id(token) != i:
             raise ValueError(f"special token {token!r} is said to be {i}, but follows the vocabulary at another place")
@@ -483,5 +488,5 @@ class RowTexts:
 
     @staticmethod
     def of(tokenizer: "Tokenizer | RowTexts", rows: Sequence[Sequence[int]]) -> "RowTexts":
-        texts = {tuple(ids): (tokenizer.labels(ids), tokenizer.strings(ids)) for ids in rows}
+        texts = {tuple(ids): (tokenizer.labels(ids), tokenizer.decode_each(ids)) for ids in rows}
         return RowTexts(tokenizer.fingerprint(), texts)

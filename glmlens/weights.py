@@ -18,7 +18,7 @@ from glmlens.integers import read_integer
 from glmlens.model import GLM
 
 
-class Stacked:
+class StackedWeight:
     """One weight of every layer as `W[layer, ...]`, each a view of the loaded parameter."""
 
     def __init__(self, layers: list[Tensor]):
@@ -51,7 +51,7 @@ class Stacked:
         return f"Stacked{self.shape}: index [layer, ...]"
 
 
-class Weights:
+class WeightsMixin:
     """The weights of `self.model`, in the shapes in which the maths is written."""
 
     model: GLM
@@ -79,59 +79,63 @@ class Weights:
         return self.model.unembed.get_parameter("bias")
 
     @property
-    def W_Q(self) -> Stacked:
+    def W_Q(self) -> StackedWeight:
         """[layer, head, model, d]."""
-        return self._stacked("attn.query.weight", "(head d) model -> head model d", d=self.model.cfg.d_head)
+        return self._stack_weight("attn.query.weight", "(head d) model -> head model d", d=self.model.cfg.d_head)
 
     @property
-    def W_K(self) -> Stacked:
+    def W_K(self) -> StackedWeight:
         """[layer, kv, model, d]."""
-        return self._stacked("attn.key.weight", "(kv d) model -> kv model d", d=self.model.cfg.d_head)
+        return self._stack_weight("attn.key.weight", "(kv d) model -> kv model d", d=self.model.cfg.d_head)
 
     @property
-    def W_V(self) -> Stacked:
+    def W_V(self) -> StackedWeight:
         """[layer, kv, model, d]."""
-        return self._stacked("attn.value.weight", "(kv d) model -> kv model d", d=self.model.cfg.d_head)
+        return self._stack_weight("attn.value.weight", "(kv d) model -> kv model d", d=self.model.cfg.d_head)
 
     @property
-    def W_O(self) -> Stacked:
+    def W_O(self) -> StackedWeight:
         """[layer, head, d, model]."""
-        return self._stacked("attn.out.weight", "model (head d) -> head d model", d=self.model.cfg.d_head)
+        return self._stack_weight("attn.out.weight", "model (head d) -> head d model", d=self.model.cfg.d_head)
 
     @property
-    def b_Q(self) -> Stacked:
+    def b_Q(self) -> StackedWeight:
         """[layer, head, d]; AttributeError in a model without biases."""
-        return self._stacked("attn.query.bias", "(head d) -> head d", d=self.model.cfg.d_head)
+        return self._stack_weight("attn.query.bias", "(head d) -> head d", d=self.model.cfg.d_head)
 
     @property
-    def b_K(self) -> Stacked:
+    def b_K(self) -> StackedWeight:
         """[layer, kv, d]; AttributeError in a model without biases."""
-        return self._stacked("attn.key.bias", "(kv d) -> kv d", d=self.model.cfg.d_head)
+        return self._stack_weight("attn.key.bias", "(kv d) -> kv d", d=self.model.cfg.d_head)
 
     @property
-    def b_V(self) -> Stacked:
+    def b_V(self) -> StackedWeight:
         """[layer, kv, d]; AttributeError in a model without biases."""
-        return self._stacked("attn.value.bias", "(kv d) -> kv d", d=self.model.cfg.d_head)
+        return self._stack_weight("attn.value.bias", "(kv d) -> kv d", d=self.model.cfg.d_head)
 
     @property
-    def W_gate(self) -> Stacked:
+    def W_gate(self) -> StackedWeight:
         """[layer, model, mlp]."""
-        return Stacked([w[0] for w in self._stacked("mlp.gate_up.weight", "(two mlp) model -> two model mlp", two=2)])
+        return StackedWeight(
+            [w[0] for w in self._stack_weight("mlp.gate_up.weight", "(two mlp) model -> two model mlp", two=2)]
+        )
 
     @property
-    def W_up(self) -> Stacked:
+    def W_up(self) -> StackedWeight:
         """[layer, model, mlp]."""
-        return Stacked([w[1] for w in self._stacked("mlp.gate_up.weight", "(two mlp) model -> two model mlp", two=2)])
+        return StackedWeight(
+            [w[1] for w in self._stack_weight("mlp.gate_up.weight", "(two mlp) model -> two model mlp", two=2)]
+        )
 
     @property
-    def W_down(self) -> Stacked:
+    def W_down(self) -> StackedWeight:
         """[layer, mlp, model]."""
-        return self._stacked("mlp.down.weight", "model mlp -> mlp model")
+        return self._stack_weight("mlp.down.weight", "model mlp -> mlp model")
 
-    def _stacked(self, name: str, pattern: str, **sizes: int) -> Stacked:
+    def _stack_weight(self, name: str, pattern: str, **sizes: int) -> StackedWeight:
         if name.endswith(".bias") and not self.model.cfg.qkv_bias:
             raise AttributeError("this checkpoint has no biases on q, k and v")
-        return Stacked([rearrange(block.get_parameter(name), pattern, **sizes) for block in self.model.blocks])
+        return StackedWeight([rearrange(block.get_parameter(name), pattern, **sizes) for block in self.model.blocks])
 
 
 Stamp = tuple[tuple[int, int | None], ...]

@@ -66,7 +66,7 @@ plot.logit_attribution(by_neuron, top=15)
 # same as it is.
 
 # %%
-estimate = patch.attribute(lens, clean, corrupt, "resid_pre", over=("layer", "pos"), metric=(right, wrong))
+estimate = patch.attribution_patch(lens, clean, corrupt, "resid_pre", over=("layer", "pos"), metric=(right, wrong))
 measured = patch.sweep(
     lens,
     clean,
@@ -88,7 +88,7 @@ print(
 )
 
 # %%
-heads = patch.attribute(lens, clean, corrupt, "attn.z", over=("layer", "head"), metric=(right, wrong))
+heads = patch.attribution_patch(lens, clean, corrupt, "attn.z", over=("layer", "head"), metric=(right, wrong))
 plot.head_scores(heads, what="logits", n_kv_heads=lens.cfg.n_kv_heads, title="Estimated effect of each head")
 
 # %% [markdown]
@@ -100,6 +100,6 @@ plot.head_scores(heads, what="logits", n_kv_heads=lens.cfg.n_kv_heads, title="Es
 # %%
 found = None
 if edges or (edges is None and lens.cfg.n_layers <= 12):
-    found = patch.edges(lens, clean, corrupt, metric=(right, wrong), method="eap-ig")
+    found = patch.attribute_edges(lens, clean, corrupt, metric=(right, wrong), method="eap-ig")
     print(f"{found.graph.n_edges} edges, completeness {found.completeness:.2f}")
 plot.circuit(found.top(25)) if found else "edges were not asked for"

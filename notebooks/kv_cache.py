@@ -40,13 +40,13 @@ plot.cache_norms(kv, lens.to_labels(prompt)[:-1], of="values")
 # The length of what the heads write for each entry, when the next token is said.
 
 # %%
-reads = analysis.who_reads(lens, prompt)
-plot.who_reads(reads)
+reads = analysis.cache_reads(lens, prompt)
+plot.cache_reads(reads)
 
 # %%
 past = reads.weighted.values[..., :-1].sum((1, 2))
 chosen = int(past.argmax()) if layer is None else layer
-plot.who_reads(reads, "direct", layer=chosen)
+plot.cache_reads(reads, "direct", layer=chosen)
 
 # %% [markdown]
 # ## What is lost without an entry
@@ -55,10 +55,10 @@ plot.who_reads(reads, "direct", layer=chosen)
 
 # %%
 lost = analysis.leave_one_out(lens, prompt)
-plot.left_out(lost)
+plot.leave_one_out(lost)
 
 # %%
-plot.left_out(analysis.leave_one_out(lens, prompt, by="position"))
+plot.leave_one_out(analysis.leave_one_out(lens, prompt, by="position"))
 
 # %% [markdown]
 # ## What may go
@@ -66,7 +66,7 @@ plot.left_out(analysis.leave_one_out(lens, prompt, by="position"))
 # Entries from the most to the least dispensable, and what it costs to drop the first n of them at once.
 
 # %%
-spare = analysis.droppable(lens, prompt, by="entry")
+spare = analysis.eviction_curve(lens, prompt, by="entry")
 plot.eviction(spare)
 
 # %% [markdown]
@@ -80,7 +80,7 @@ operations = {
     "8 bits": cache.quantise(8),
     "4 bits": cache.quantise(4),
     "2 bits": cache.quantise(2),
-    "the last 3 and two sinks": cache.evict(cache.window(3, sinks=2)),
+    "the last 3 and two sinks": cache.evict(cache.keep_window(3, sinks=2)),
     "all 100 later, the question too": cache.reposition(lens, 100),
     f"values of layer {chosen} zero": cache.ablate(layer=chosen),
 }

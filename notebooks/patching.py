@@ -42,7 +42,7 @@ else:
 
 # %%
 site = patch.Site("resid_pre", pos=where)
-patch.check(lens, pairs, other, site, over=("layer", "pos"), metric=metric)
+patch.check_sweep(lens, pairs, other, site, over=("layer", "pos"), metric=metric)
 
 # %%
 stream = patch.sweep(lens, pairs, other, site, over=("layer", "pos"), metric=metric, progress=False)

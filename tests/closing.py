@@ -6,13 +6,13 @@ import weakref
 import pytest
 from ipywidgets.widgets import widget as registry
 
-from glmlens.widgets.chart import Library
+from glmlens.widgets.chart import PlotlyLibrary
 
 
 def leaves_nothing(make, result):
     """Nothing is left of the explorer that `make` makes: no widget, not itself, and not what it had computed;
     what is closed stays so."""
-    Library.name()  # plotly.js stays for the next chart
+    PlotlyLibrary.model_id()  # plotly.js stays for the next chart
     gc.collect()
     before = set(registry._instances)
     explorer = make()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import glmlens
-from glmlens.config import CHATGLM_SPELLING
+from glmlens.config import CHATGLM_FIELD_NAMES
 from glmlens.model import GLM
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: threads would only wait for each other
@@ -58,7 +58,7 @@ def small_config(model_type="glm", **changes):
         raw["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
     raw |= changes
     if model_type == "chatglm":
-        raw = {CHATGLM_SPELLING.get(name, name): value for name, value in raw.items() if name != "rope_parameters"}
+        raw = {CHATGLM_FIELD_NAMES.get(name, name): value for name, value in raw.items() if name != "rope_parameters"}
         raw |= {"multi_query_attention": True, "add_qkv_bias": True}
     return glmlens.GLMConfig.from_dict(raw)
 

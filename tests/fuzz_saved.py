@@ -32,7 +32,7 @@ def save_all(lens, root):
         (root / name).mkdir()
     lens.generate(PROMPT, 2).kv.save(root / "cache" / "kv.safetensors")
     sweep(lens, root / "sweep" / "cells.safetensors")
-    steering = patch.steering(lens, ["Mary"], ["John"])
+    steering = patch.fit_steering(lens, ["Mary"], ["John"])
     steering.save(root / "steering" / "vectors.safetensors")
     model = lens.cfg.d_model
     draw = torch.Generator().manual_seed(0)
@@ -41,7 +41,7 @@ def save_all(lens, root):
     changes = [patch.Zero(), patch.Scale(2), patch.Noise(3, 4), patch.Mean.of_prompts(lens, ["Mary", "a store"])]
     changes += [patch.Put(1.5), patch.Add(tuple(steering[1].tolist())), patch.Swap.of_prompt(lens, OTHER)]
     asked = [patch.Intervention(patch.Site("resid_post", layer=1, pos=(3, 4)), change) for change in changes]
-    patch.save(root / "interventions" / "these.json", asked, lens)
+    patch.save_interventions(root / "interventions" / "these.json", asked, lens)
     lens.run_with_cache(PROMPT, ["resid_post", "attn.pattern", "kv.k"])[1].save(root / "recording")
     lens.harvest([PROMPT, "Mary", "John gave", "a drink"], "resid_post", root / "harvest", batch=1, shard_tokens=8)
 
@@ -66,8 +66,8 @@ def read_sweep(lens, folder):
 
 
 def read_steering(lens, folder):
-    steering = patch.Steering.load(folder / "vectors.safetensors", lens, other_model=True)
-    patch.run(lens, PROMPT, steering.interventions())
+    steering = patch.SteeringVector.load(folder / "vectors.safetensors", lens, other_model=True)
+    patch.run_with_interventions(lens, PROMPT, steering.interventions())
 
 
 def read_dictionary(lens, folder):
@@ -76,9 +76,9 @@ def read_dictionary(lens, folder):
 
 
 def read_interventions(lens, folder):
-    repr(asked := patch.load(folder / "these.json", lens, other_model=True))
+    repr(asked := patch.load_interventions(folder / "these.json", lens, other_model=True))
     for one in asked:
-        patch.run(lens, PROMPT, one)
+        patch.run_with_interventions(lens, PROMPT, one)
 
 
 def read_recording(lens, folder):

@@ -76,9 +76,9 @@ FUNCTIONS = {
     "roles": lambda lens, p: lens.roles(p),
     "points": lambda lens, p: [point.shape for point in lens.points(p)],
     "check": lambda lens, p: str(lens.check(p, "resid_post")),
-    "patch.run": lambda lens, p: patch.run(lens, p, ZERO),
-    "patch.generate": lambda lens, p: patch.generate(lens, p, 3, ZERO).new_tokens,
-    "patch.timeline": lambda lens, p: patch.timeline(lens, p, 3, stop_ids=()).tokens,
+    "patch.run": lambda lens, p: patch.run_with_interventions(lens, p, ZERO),
+    "patch.generate": lambda lens, p: patch.generate_with_interventions(lens, p, 3, ZERO).new_tokens,
+    "patch.timeline": lambda lens, p: patch.record_timeline(lens, p, 3, stop_ids=()).tokens,
     "patch.evaluate": lambda lens, p: patch.evaluate(lens, p, [[ZERO]], WORDS, progress=False),
     "patch.sweep": lambda lens, p: values(
         patch.sweep(lens, p, OTHER, "resid_pre", over=("layer",), normalise=False, **pair(lens))
@@ -86,17 +86,17 @@ FUNCTIONS = {
     "patch.sweep's corrupt": lambda lens, p: values(
         patch.sweep(lens, OTHER, p, "resid_pre", over=("layer",), normalise=False, **pair(lens))
     ),
-    "patch.check": lambda lens, p: patch.check(lens, p, OTHER, "resid_pre", over=("layer",), metric=WORDS).cells,
+    "patch.check": lambda lens, p: patch.check_sweep(lens, p, OTHER, "resid_pre", over=("layer",), metric=WORDS).cells,
     "patch.attribute": lambda lens, p: values(
-        patch.attribute(lens, p, OTHER, "resid_pre", over=("layer",), metric=WORDS)
+        patch.attribution_patch(lens, p, OTHER, "resid_pre", over=("layer",), metric=WORDS)
     ),
-    "patch.edges": lambda lens, p: patch.edges(lens, p, OTHER, metric=WORDS).scores,
+    "patch.edges": lambda lens, p: patch.attribute_edges(lens, p, OTHER, metric=WORDS).scores,
     "patch.path_patch": lambda lens, p: values(
         patch.path_patch(lens, p, OTHER, patch.Site("logits"), metric=WORDS, progress=False)
     ),
-    "patch.Exact": lambda lens, p: patch.Exact(lens, p, OTHER, metric=WORDS).tokens,
-    "patch.steering": lambda lens, p: patch.steering(lens, p, OTHER).vectors,
-    "patch.worlds": lambda lens, p: patch.worlds(lens, {"one": p, "two": OTHER}, []).logits["one"],
+    "patch.Exact": lambda lens, p: patch.CircuitEvaluator(lens, p, OTHER, metric=WORDS).tokens,
+    "patch.steering": lambda lens, p: patch.fit_steering(lens, p, OTHER).vectors,
+    "patch.worlds": lambda lens, p: patch.run_side_by_side(lens, {"one": p, "two": OTHER}, []).logits["one"],
     "patch.Swap": lambda lens, p: patch.Swap.of_prompt(lens, p).tokens,
     "patch.Mean": lambda lens, p: patch.Mean.of_prompts(lens, p).prompts,
     "patch.Resample": lambda lens, p: patch.Resample.of_prompts(lens, p).prompts,
@@ -106,9 +106,9 @@ FUNCTIONS = {
     "analysis.logit_lens": lambda lens, p: values(analysis.logit_lens(lens, p).kl),
     "analysis.logit_attribution": lambda lens, p: values(analysis.logit_attribution(lens, p, " Mary")),
     "analysis.accumulated_residual": lambda lens, p: values(analysis.accumulated_residual(lens, p)),
-    "analysis.decomposed_residual": lambda lens, p: values(analysis.decomposed_residual(lens, p)),
-    "analysis.who_reads": lambda lens, p: values(analysis.who_reads(lens, p).attention),
-    "analysis.attended": lambda lens, p: analysis.attended(lens, p),
+    "analysis.decomposed_residual": lambda lens, p: values(analysis.decompose_residual(lens, p)),
+    "analysis.who_reads": lambda lens, p: values(analysis.cache_reads(lens, p).attention),
+    "analysis.attended": lambda lens, p: analysis.sum_attention(lens, p),
     "analysis.leave_one_out": lambda lens, p: values(analysis.leave_one_out(lens, p).kl),
     "analysis.score_parts": lambda lens, p: values(analysis.score_parts(lens, p, 1, 0).part),
     "analysis.distance_profile": lambda lens, p: values(analysis.distance_profile(lens, p).score),
@@ -184,7 +184,7 @@ def not_refused():
     lens(TEXT, kv=kv)
     for text in (b"Mary", ["Mary"], {"text": "Mary"}):
         with contextlib.suppress(TypeError):
-            found.append(f"cache.find of {text!r}: {cache.find(lens, kv, text)}")
+            found.append(f"cache.find of {text!r}: {cache.find_entries(lens, kv, text)}")
     return found
 
 

@@ -85,7 +85,7 @@ def sweeps(lens):
     for point in ("attn_out", "mlp_out"):
         one[point] = patch.sweep(lens, examples, "flip", Site(point, pos="end"), over=("layer",), progress=False)
     yield "compare_lines", plot.compare(one)
-    found = patch.edges(lens, examples, "flip", method="eap-ig")
+    found = patch.attribute_edges(lens, examples, "flip", method="eap-ig")
     yield "circuit", plot.circuit(found, top=20)
     yield "circuit_60", plot.circuit(found, top=60)
 
@@ -113,21 +113,21 @@ def caches(lens):
     lens(PROMPT, kv=kv)
     yield "cache_keys", plot.cache_norms(kv, lens.to_labels(PROMPT), about={"model": lens.model_hash})
     yield "cache_values", plot.cache_norms(kv, lens.to_labels(PROMPT), of="values")
-    reads = analysis.who_reads(lens, PROMPT, " Mary", " John")
+    reads = analysis.cache_reads(lens, PROMPT, " Mary", " John")
     for show in ("attention", "weighted", "direct"):
-        yield f"who_reads_{show}", plot.who_reads(reads, show)
-    yield "who_reads_layer", plot.who_reads(reads, "direct", layer=3)
+        yield f"who_reads_{show}", plot.cache_reads(reads, show)
+    yield "who_reads_layer", plot.cache_reads(reads, "direct", layer=3)
     left = analysis.leave_one_out(lens, PROMPT)
-    yield "left_out_kl", plot.left_out(left)
-    yield "left_out_logit", plot.left_out(left, "logit")
-    yield "left_out_position", plot.left_out(analysis.leave_one_out(lens, PROMPT, by="position"), "logit")
-    two = {by: analysis.droppable(lens, PROMPT, by=by) for by in ("position", "entry")}
+    yield "left_out_kl", plot.leave_one_out(left)
+    yield "left_out_logit", plot.leave_one_out(left, "logit")
+    yield "left_out_position", plot.leave_one_out(analysis.leave_one_out(lens, PROMPT, by="position"), "logit")
+    two = {by: analysis.eviction_curve(lens, PROMPT, by=by) for by in ("position", "entry")}
     yield "eviction", plot.eviction(two)
     yield "eviction_of_one", plot.eviction(two["entry"])
 
 
 def others(lens, acts, labels):
-    yield "generation", plot.generation(patch.timeline(lens, PROMPT, 10))
+    yield "generation", plot.generation(patch.record_timeline(lens, PROMPT, 10))
     norms = acts["resid_post"][:, 0].norm(dim=-1)
     named = {"layer": [str(i) for i in range(len(norms))], "pos": labels}
     yield "lines", plot.lines(norms, named, axes=("layer", "pos"), what="length", title="Length by layer")

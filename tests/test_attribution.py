@@ -272,7 +272,7 @@ def test_questions_that_cannot_be_answered_say_what_to_ask(demo):
 
 @pytest.mark.parametrize("by", ["layer", "component", "head"])
 def test_the_stream_is_the_sum_of_what_was_added(any_lens, tokens, by):
-    parts = analysis.decomposed_residual(any_lens, tokens, by=by)
+    parts = analysis.decompose_residual(any_lens, tokens, by=by)
     stream = analysis.accumulated_residual(any_lens, tokens)
     _, acts = any_lens.run_with_cache(tokens, ["embed", "resid_post"])
     assert parts.axes == ("prompt", "part", "pos", "model")
@@ -285,13 +285,13 @@ def test_the_stream_is_the_sum_of_what_was_added(any_lens, tokens, by):
 def test_parts_of_the_stream_can_be_had_at_one_position():
     demo = glmlens.load(dtype="float64")  # beside longer prompts, sums round otherwise
     texts = [PROMPT, "The capital of France is"]
-    both = analysis.decomposed_residual(demo, texts, by="head", position=-1)
+    both = analysis.decompose_residual(demo, texts, by="head", position=-1)
     for i, text in enumerate(texts):
-        whole = analysis.decomposed_residual(demo, text, by="head")
+        whole = analysis.decompose_residual(demo, text, by="head")
         assert np.allclose(both.values[i], whole.values[:, -1], atol=1e-9)
     assert both.labels["part"][:3] == ["embed", "0.0", "0.1"]
     with pytest.raises(ValueError, match="choose from 'layer', 'component', 'head'"):
-        analysis.decomposed_residual(demo, PROMPT, by="neuron")
+        analysis.decompose_residual(demo, PROMPT, by="neuron")
 
 
 def test_the_stream_before_each_mlp_is_there_when_asked(lens, tokens):
@@ -368,7 +368,7 @@ def test_the_logit_lens_sees_the_run_that_hooks_make(demo):
 
 def results_of(lens):
     yield analysis.logit_attribution(lens, PROMPT, " Mary", " John", by="source")
-    yield analysis.decomposed_residual(lens, PROMPT)
+    yield analysis.decompose_residual(lens, PROMPT)
     yield analysis.accumulated_residual(lens, PROMPT)
     yield from analysis.logit_lens(lens, PROMPT, target=" Mary").sheets().values()
     yield from analysis.head_scores(lens).sheets().values()

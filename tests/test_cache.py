@@ -8,9 +8,9 @@ from torch.testing import assert_close
 import glmlens
 from glmlens import cache, only, patch
 from glmlens.cache import CacheError
-from glmlens.cache.places import listed
+from glmlens.cache.places import to_index_tuple
 from glmlens.hooks import HookError
-from glmlens.model import rotary_angles, turn
+from glmlens.model import apply_rotary, rotary_angles
 
 
 def close(found, expected, atol=1e-9):
@@ -58,8 +58,10 @@ def test_an_operation_on_a_cache_leaves_its_parent_and_reaches_no_other_entry(le
     assert (kv.length, made.length) == (9, 18)
     changed = ((made.values[:, :, :9] != kv.values[:, :, :9]) | (made.keys[:, :, :9] != kv.keys[:, :, :9])).any(-1)
     meant = torch.zeros_like(changed)
-    for layer in op.places.layers(3, 2):
-        meant[layer] = op.places.entries(kv.positions[:, :9])[..., None] & op.places.heads(2, changed.device)
+    for layer in op.selection.list_layers(3, 2):
+        meant[layer] = op.selection.mask_entries(kv.positions[:, :9])[..., None] & op.selection.mask_heads(
+            2, changed.device
+        )
     assert not bool((changed & ~meant).any())
     assert bool(changed.any())
 
@@ -72,7 +74,7 @@ def test_an_operation_on_a_cache_is_its_hook_on_what_is_recalled(lens, tokens, n
     expected = lens(tokens[:, 6:7], kv=op(kv))
     close(lens.run_with_hooks(tokens[:, 6:7], op.hooks(lens, own=False), kv=kv.fork()), expected)
     mine_too = lens.run_with_hooks(tokens[:, 6:7], op.hooks(lens), kv=kv.fork())
-    if op.places.position is None:
+    if op.selection.position is None:
         assert not torch.equal(mine_too, expected)
     else:
         close(mine_too, expected)
@@ -114,8 +116,8 @@ def test_eviction_is_masking_the_columns(eager, tokens):
     kv = filled(eager, tokens[:, :6])
     for op, gone in [
         (cache.evict(position=[1, 3]), [1, 3]),
-        (cache.evict(cache.window(2)), [0, 1, 2, 3]),
-        (cache.evict(cache.window(2, sinks=1)), [1, 2, 3]),
+        (cache.evict(cache.keep_window(2)), [0, 1, 2, 3]),
+        (cache.evict(cache.keep_window(2, sinks=1)), [1, 2, 3]),
     ]:
         small = op(kv)
         assert small.length == 6 - len(gone)
@@ -136,7 +138,7 @@ def test_heads_of_one_layer_can_each_lack_their_own_entries(eager, tokens):
     kv = filled(eager, tokens[:1, :6])
     attention = torch.rand(2, 6, generator=torch.Generator().manual_seed(3))
     kept = [set(attention[head].topk(3).indices.tolist()) for head in range(2)]
-    ops = [cache.evict(cache.heavy_hitters(attention[head][None], 3), layer=1, kv=head) for head in range(2)]
+    ops = [cache.evict(cache.keep_heavy_hitters(attention[head][None], 3), layer=1, kv=head) for head in range(2)]
     hooks = [hook for op in ops for hook in op.hooks(eager)]
 
     def masked(x, point):
@@ -154,7 +156,7 @@ def test_heads_of_one_layer_can_each_lack_their_own_entries(eager, tokens):
 
 
 def test_a_window_as_a_hook_is_the_window_of_the_cache_and_what_the_step_writes(eager, tokens):
-    kv, op = filled(eager, tokens[:, :6]), cache.evict(cache.window(2, sinks=1))
+    kv, op = filled(eager, tokens[:, :6]), cache.evict(cache.keep_window(2, sinks=1))
     expected = eager(tokens[:, 6:8], kv=op(kv))
     close(eager.run_with_hooks(tokens[:, 6:8], op.hooks(eager, own=False), kv=kv.fork()), expected)
 
@@ -179,7 +181,7 @@ def test_what_comes_after_a_dropped_newest_entry_stands_where_it_would_have_stoo
 
 
 def test_a_query_from_which_everything_is_hidden_sees_itself_and_never_what_comes_later(eager, tokens):
-    for op, seen in [(cache.evict(position=0), 1), (cache.evict(cache.window(2)), 7)]:
+    for op, seen in [(cache.evict(position=0), 1), (cache.evict(cache.keep_window(2)), 7)]:
         _, acts = eager.run_with_cache(tokens, "attn.pattern", op.hooks(eager))
         pattern = acts["attn.pattern"]
         assert torch.equal(pattern, pattern.tril())
@@ -190,7 +192,7 @@ def test_a_query_from_which_everything_is_hidden_sees_itself_and_never_what_come
 def test_rows_that_drop_different_entries_keep_their_own(lens, tokens):
     kv = filled(lens, tokens[:, :6])
     attention = torch.rand(2, 6, generator=torch.Generator().manual_seed(3))
-    small = cache.evict(cache.heavy_hitters(attention, 2, recent=1))(kv)
+    small = cache.evict(cache.keep_heavy_hitters(attention, 2, recent=1))(kv)
     for row in range(2):
         best = sorted(range(5), key=lambda i: -float(attention[row, i]))[:2]
         there = small.positions[row, : small.length]
@@ -262,7 +264,7 @@ def test_one_entry_repositioned_turns_by_hand_and_no_other_moves(lens, tokens):
     moved = cache.reposition(lens, 5, position=3)(kv)
     _, acts = lens.run_with_cache(tokens, "blocks.1.attn.k")
     cos, sin = rotary_angles(torch.full((2, 1), 8), lens.cfg, torch.float64)
-    close(moved.keys[1, :, 3:4, :, :8], turn(acts["attn.k", 1][:, 3:4, :, :8], cos, sin))
+    close(moved.keys[1, :, 3:4, :, :8], apply_rotary(acts["attn.k", 1][:, 3:4, :, :8], cos, sin))
     others = [i for i in range(9) if i != 3]
     assert torch.equal(moved.keys[:, :, others], kv.keys[:, :, others])
     assert moved.positions[0, :9].tolist() == [0, 1, 2, 8, 4, 5, 6, 7, 8]
@@ -290,8 +292,8 @@ def test_eviction_as_a_hook_at_later_steps_is_eviction_between_steps(eager, toke
 
 
 def test_closing_up_counts_positions_inside_the_cache(lens, tokens):
-    small = cache.evict(cache.window(3, sinks=2))(filled(lens, tokens))
-    closed = cache.close_up(lens)(small)
+    small = cache.evict(cache.keep_window(3, sinks=2))(filled(lens, tokens))
+    closed = cache.close_gaps(lens)(small)
     assert small.positions[0, :5].tolist() == [0, 1, 6, 7, 8]
     assert closed.positions[0, :5].tolist() == [0, 1, 2, 3, 4]
     by_hand = cache.reposition(lens, -4, position=[6, 7, 8])(small)
@@ -303,10 +305,10 @@ def test_swapped_entries_are_those_of_the_other_run(lens, tokens):
     made = cache.swap(b, layer=[1, 2], kv=1, position=[2, 7])(a)
     for layer, head, position in [(1, 1, 2), (2, 1, 7)]:
         for found, theirs in zip(
-            cache.read(made, layer, head, position), cache.read(b, layer, head, position), strict=True
+            cache.read_entry(made, layer, head, position), cache.read_entry(b, layer, head, position), strict=True
         ):
             assert torch.equal(found, theirs)
-    assert torch.equal(cache.read(made, 0, 1, 2)[0], cache.read(a, 0, 1, 2)[0])
+    assert torch.equal(cache.read_entry(made, 0, 1, 2)[0], cache.read_entry(a, 0, 1, 2)[0])
     all_of_it = cache.swap(b)(a)
     assert torch.equal(lens(tokens[:1, :1], kv=all_of_it), lens(tokens[:1, :1], kv=b.fork()))
     with pytest.raises(CacheError, match="entries at 0 to 8 alone"):
@@ -360,7 +362,7 @@ def test_a_graft_as_a_hook_is_a_graft_between_steps(lens, tokens):
     longer = cache.graft(lens, source, of=[4, 5, 6], at=[2, 3])
     with pytest.raises(CacheError, match=r"3 entries in the place of 2.*between steps"):
         longer.hooks(lens)
-    line = patch.timeline(lens, tokens[:1], 6, at={3: longer}, stop_ids=())
+    line = patch.record_timeline(lens, tokens[:1], 6, at={3: longer}, stop_ids=())
     then = lens.generate(first.tokens[:, -1:], 3, kv=longer(first.kv), stop_ids=())
     assert line.tokens[3:] == then.tokens[0, 1:].tolist()
 
@@ -376,7 +378,7 @@ def test_an_entity_grafted_by_its_name_is_what_the_answer_is_about():
         said[country] = lens.generate(prompt, 1).text
     made = cache.graft(lens, kvs["Japan"], of=" Japan", at=" France")(kvs["France"])
     assert said["France"] != said["Japan"]
-    assert " Japan" in [word.replace("·", " ") for _, word, _ in cache.entries(lens, made)]
+    assert " Japan" in [word.replace("·", " ") for _, word, _ in cache.list_entries(lens, made)]
     assert lens.generate(" is", 1, kv=made).text == said["Japan"]
     with pytest.raises(CacheError, match="is not there"):
         cache.graft(lens, kvs["Japan"], of=" Japan", at=" Spain")(kvs["France"])
@@ -384,18 +386,18 @@ def test_an_entity_grafted_by_its_name_is_what_the_answer_is_about():
 
 def test_entries_are_found_by_their_text_with_the_step_that_wrote_them():
     lens = glmlens.load(dtype="float32")
-    words = [lens.tokenizer.label(i) for i in lens.tokenizer.word_ids()[:3]]
-    text = "".join(lens.tokenizer.decode([i]) for i in lens.tokenizer.word_ids()[:3])
+    words = [lens.tokenizer.label(i) for i in lens.tokenizer.list_word_ids()[:3]]
+    text = "".join(lens.tokenizer.decode([i]) for i in lens.tokenizer.list_word_ids()[:3])
     run = lens.generate(text, 3, stop_ids=())
-    listed = cache.entries(lens, run.kv)
+    listed = cache.list_entries(lens, run.kv)
     prefix = len(lens.tokenizer.prefix)
     assert [word for _, word, _ in listed[prefix : prefix + 3]] == words
     assert [call for _, _, call in listed] == [0] * (prefix + 3) + [1, 2]
     assert [at for at, _, _ in listed] == list(range(prefix + 5))
-    last = lens.tokenizer.decode([lens.tokenizer.word_ids()[2]])
-    assert prefix + 2 in [cache.find(lens, run.kv, last, 0)[0]]
+    last = lens.tokenizer.decode([lens.tokenizer.list_word_ids()[2]])
+    assert prefix + 2 in [cache.find_entries(lens, run.kv, last, 0)[0]]
     with pytest.raises(CacheError, match="is not there"):
-        cache.find(lens, run.kv, lens.tokenizer.decode([lens.tokenizer.word_ids()[9]]) * 3)
+        cache.find_entries(lens, run.kv, lens.tokenizer.decode([lens.tokenizer.list_word_ids()[9]]) * 3)
 
 
 def test_what_is_not_there_is_an_error_that_says_what_is(lens, tokens):
@@ -408,8 +410,8 @@ def test_what_is_not_there_is_an_error_that_says_what_is(lens, tokens):
         (lambda: cache.evict(position=9)(kv), "no entry at position 9; there are 0 to 8"),
         (lambda: cache.evict(lambda kv: torch.ones(2, 3))(kv), r"torch.float32 \(2, 3\); expected bool \(2, 9\)"),
         (lambda: cache.evict(position=1).hooks(small_lens(attention="sdpa")), "between steps"),
-        (lambda: listed(" France", "position"), r"cache.find\(lens, kv, ' France'\)"),
-        (lambda: listed([1.5], "position"), "whole numbers, 3 or "),
+        (lambda: to_index_tuple(" France", "position"), r"cache.find\(lens, kv, ' France'\)"),
+        (lambda: to_index_tuple([1.5], "position"), "whole numbers, 3 or "),
         (lambda: cache.quantise(4, group=0), "at least 1 entry"),
         (lambda: cache.evict(), "give position="),
         (lambda: cache.edit(), "give keys= or values="),
@@ -417,7 +419,7 @@ def test_what_is_not_there_is_an_error_that_says_what_is(lens, tokens):
         (lambda: cache.reposition(lens, -1)(kv), "before position 0"),
         (lambda: cache.reposition(lens, 1, position=9)(kv), "no entry at position 9"),
         (lambda: lens.run_with_hooks(tokens, cache.reposition(lens, -1).hooks(lens)), "before position 0"),
-        (lambda: cache.read(kv, 0, 0, 40), "not every row"),
+        (lambda: cache.read_entry(kv, 0, 0, 40), "not every row"),
         (lambda: cache.quantise(0), "expected 1 to 16"),
         (lambda: cache.graft(lens, kv, of=[1], at=[2])(kv), "one row"),
     ]:
@@ -430,14 +432,19 @@ def test_a_hook_on_entries_that_never_come_is_an_error(eager, tokens, op):
     with pytest.raises(HookError, match="asked for position 20"):
         eager.generate(tokens[:1], 3, hooks=op.hooks(eager))
     with pytest.raises(HookError, match="never came"):
-        patch.timeline(eager, tokens[:1], 3, hooks=op.hooks(eager))
+        patch.record_timeline(eager, tokens[:1], 3, hooks=op.hooks(eager))
     moved = cache.reposition(eager, 1, position=20).hooks(eager)
     with pytest.raises(HookError, match="20"):
         eager.run_with_hooks(tokens, moved)
 
 
 def test_operations_on_an_empty_cache_leave_it_empty(lens):
-    for op in (*OPERATIONS.values(), cache.reposition(lens, 1), cache.close_up(lens), cache.evict(cache.window(3))):
+    for op in (
+        *OPERATIONS.values(),
+        cache.reposition(lens, 1),
+        cache.close_gaps(lens),
+        cache.evict(cache.keep_window(3)),
+    ):
         places = getattr(op, "places", None)
         if places is None or places.position is None:
             assert op(lens.new_kv()).length == 0

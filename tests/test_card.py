@@ -7,7 +7,7 @@ import torch
 
 import glmlens
 from glmlens.demo import card, circuits
-from glmlens.lens import EMBEDDED
+from glmlens.lens import BUNDLED_MODEL
 
 
 @pytest.fixture(scope="module")
@@ -17,12 +17,12 @@ def inside():
 
 @pytest.fixture(scope="module")
 def said():
-    return json.loads((EMBEDDED / "card.json").read_text())
+    return json.loads((BUNDLED_MODEL / "card.json").read_text())
 
 
-@pytest.mark.parametrize("measure", card.MEASURES, ids=lambda m: f"{m.task}, {m.asked}")
+@pytest.mark.parametrize("measure", card.CARD_REQUIREMENTS, ids=lambda m: f"{m.task}, {m.asked}")
 def test_it_does_what_the_card_promises(inside, said, measure):
-    found = card.ask(inside, measure)
+    found = card.measure_task(inside, measure)
     for what, least in measure.least.items():
         assert getattr(found, what) >= least, what
     line = next(line for line in said["tasks"] if (line["task"], line["asked"]) == (measure.task, measure.asked))
@@ -31,42 +31,42 @@ def test_it_does_what_the_card_promises(inside, said, measure):
 
 
 def test_it_does_as_well_on_other_draws_of_the_same_kind(inside):
-    for measure in card.MEASURES:
-        found = card.ask(inside, measure, n=100, seed="other")
-        for what, least in measure.least.items():
+    for measure in card.CARD_REQUIREMENTS:
+        found = card.measure_task(inside, measure, n=100, seed="other")
+        for what, least in measure.minimum.items():
             assert getattr(found, what) >= least - 0.05, (measure, what)
 
 
 def test_in_bfloat16_it_does_as_well(inside):
     half = glmlens.load()
     assert half.dtype == torch.bfloat16
-    for measure in card.MEASURES:
-        found = card.ask(half, measure, n=40)
-        for what, least in measure.least.items():
+    for measure in card.CARD_REQUIREMENTS:
+        found = card.measure_task(half, measure, n=40)
+        for what, least in measure.minimum.items():
             assert getattr(found, what) >= least - 0.05, (measure, what)
 
 
 def test_the_card_is_of_this_model(inside, said):
     assert said["model"] == glmlens.load().model_hash
-    page = (EMBEDDED / "README.md").read_text()
-    assert page == card.page(said)
+    page = (BUNDLED_MODEL / "README.md").read_text()
+    assert page == card.format_card(said)
     for line in said["tasks"]:
         assert line["asked"] in page
 
 
 def test_sentiment_is_steered_monotonically_across_zero(inside, said):
-    felt = list(card.steering(inside).values())
+    felt = list(card.measure_steering(inside).values())
     assert felt == sorted(felt)
     assert felt[0] < -1 < 1 < felt[-1]
     assert felt == pytest.approx(list(said["steering"].values()), abs=0.1)
 
 
 def test_the_card_says_which_series_it_cannot_go_on_with(inside, said):
-    found = card.from_the_first_word(inside)
+    found = card.measure_untrained_series(inside)
     days = found[0]
     assert days[0] == "Monday, Tuesday, Wednesday,"
     assert (days[1], days[3]) == ("December", "Thursday")  # the README says so too
-    page = (EMBEDDED / "README.md").read_text()
+    page = (BUNDLED_MODEL / "README.md").read_text()
     for (text, word, p, right, rank), line in zip(found, said["from the first word"], strict=True):
         assert [text, word, right, rank] == [*line[:2], *line[3:]]
         assert p == pytest.approx(line[2], abs=0.01)
@@ -74,7 +74,7 @@ def test_the_card_says_which_series_it_cannot_go_on_with(inside, said):
 
 
 def test_without_its_induction_heads_it_copies_by_chance(inside, said):
-    found = circuits.induction(inside)
+    found = circuits.measure_induction_circuit(inside)
     assert found["accuracy"] >= 0.95
     assert max(found["induction heads"].values()) >= 0.8
     assert max(found["previous-token heads"].values()) >= 0.9
@@ -85,7 +85,7 @@ def test_without_its_induction_heads_it_copies_by_chance(inside, said):
 
 
 def test_a_fact_moves_from_the_subject_to_the_end(inside):
-    found = circuits.facts(inside)
+    found = circuits.measure_fact_circuit(inside)
     subject, end = found["restored at the subject"], found["restored at the end"]
     assert subject[0] > 0.6 > 0.4 > end[0]
     assert abs(subject[-1]) < 0.01
@@ -95,15 +95,15 @@ def test_a_fact_moves_from_the_subject_to_the_end(inside):
 
 
 def test_who_receives_is_found_as_the_card_says(inside, said):
-    found = circuits.ioi(inside)
+    found = circuits.measure_ioi_circuit(inside)
     assert set(found["heads"]) == set(said["ioi"]["heads"])
     assert found["left without these heads"] < 0.05 * found["clean"]
     assert found["left with only these heads"] > 0.7 * found["clean"]
 
     def looking(look):
         there = {head: part for head, part in found["heads"].items() if part[look] > 0.8}
-        least = card.MATTERS * found["clean"]
-        return [head for head, part in there.items() if max(abs(part[name]) for name in card.LOST) > least]
+        least = card.IMPORTANT_SHARE * found["clean"]
+        return [head for head, part in there.items() if max(abs(part[name]) for name in card.LOST_COLUMNS) > least]
 
     for look in ("end to S2", "end to verb", "verb to S2", "end to first name", "end to second name"):
         assert looking(look), look

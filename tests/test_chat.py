@@ -11,9 +11,9 @@ from conftest import small_config
 from test_text import MESSAGES, RENDERED, tokenizer
 
 import glmlens
-from glmlens import chat
+from glmlens import chat, plot
 from glmlens.model import GLM
-from glmlens.prompt_kinds import check_messages, plot
+from glmlens.prompt_kinds import check_messages
 from glmlens.tokenizer import Tokenizer
 
 ADD = {"name": "add", "description": "加", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
@@ -46,8 +46,8 @@ def test_a_published_template_says_what_transformers_makes_it_say(templates, nam
     for messages, said in CHATS:
         said = {"add_generation_prompt": True, "tools": None, "documents": None, **said}
         (expected,), _ = render_jinja_template([messages], chat_template=templates[name], **said)
-        assert chat.rendered(templates[name], {"messages": messages, **said}) == expected
-    assert chat.render(templates[name], messages, **said) == expected
+        assert chat.render_in_process(templates[name], {"messages": messages, **said}) == expected
+    assert chat.render_chat(templates[name], messages, **said) == expected
 
 
 KNOWN = {
@@ -61,12 +61,14 @@ KNOWN = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_published_template_gives_the_known_text(templates, name):
-    assert chat.rendered(templates[name], {"messages": MESSAGES, "add_generation_prompt": True}) == KNOWN[name]
+    assert chat.render_in_process(templates[name], {"messages": MESSAGES, "add_generation_prompt": True}) == KNOWN[name]
 
 
 def test_tools_stand_where_each_family_was_taught_to_find_them(templates):
     def said(name, messages=MESSAGES):
-        return chat.rendered(templates[name], {"messages": messages, "tools": TOOLS, "add_generation_prompt": True})
+        return chat.render_in_process(
+            templates[name], {"messages": messages, "tools": TOOLS, "add_generation_prompt": True}
+        )
 
     assert said("GLM-4-0414").startswith('[gMASK]<sop><|system|>\n# 可用工具\n\n## add\n\n{\n    "name": "add",')
     assert f"<tools>\n{json.dumps(TOOLS[0], ensure_ascii=False)}\n</tools>" in said("GLM-4.6")
@@ -80,7 +82,7 @@ def test_what_is_marked_for_training_is_said_like_the_rest():
 
     template = "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}"
     (expected,), _ = render_jinja_template([MESSAGES], chat_template=template)
-    assert chat.rendered(template, {"messages": MESSAGES}) == expected
+    assert chat.render_in_process(template, {"messages": MESSAGES}) == expected
 
 
 @pytest.fixture(scope="module")
@@ -256,14 +258,14 @@ def test_a_hostile_template_ends_in_our_error_soon_and_in_bounded_memory():
     assert len(told) == len(HOSTILE)
     for template, (error, seconds, most) in zip(HOSTILE, told, strict=True):
         assert error.startswith("TemplateError"), (template[:80], error)
-        assert seconds < chat.SECONDS + 5, template[:80]  # and what a child takes to start on a busy machine
-        assert most < chat.MOST_MEMORY, template[:80]
+        assert seconds < chat.MAX_RENDER_SECONDS + 5, template[:80]  # and what a child takes to start on a busy machine
+        assert most < chat.MAX_CHILD_BYTES, template[:80]
 
 
 def test_a_second_is_what_a_template_has():
     begin = time.process_time()
     with pytest.raises(chat.TemplateError, match="did not come to an end within 1 s"):
-        chat.render("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", MESSAGES)
+        chat.render_chat("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", MESSAGES)
     assert time.process_time() - begin < 1  # none of it was spent here
 
 

@@ -22,7 +22,7 @@ posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
 
 def said(content, template=TEMPLATE, **variables):
-    return chat.render(template, [{"role": "user", "content": content}], **variables)
+    return chat.render_chat(template, [{"role": "user", "content": content}], **variables)
 
 
 def test_a_template_costs_less_than_5_ms_once_it_is_warm():
@@ -226,8 +226,8 @@ def test_a_panic_of_the_library_never_escapes():
             return panic
 
     text.engine = Broken()
-    calls = [lambda: text.encode("a"), lambda: text.decode([0]), lambda: text.strings([0]), lambda: text.single("a"),
-             lambda: text.words(), lambda: text.label(0), lambda: text.roles([0]), lambda: text.fingerprint(),
+    calls = [lambda: text.encode("a"), lambda: text.decode([0]), lambda: text.decode_each([0]), lambda: text.encode_single("a"),
+             lambda: text.list_words(), lambda: text.label(0), lambda: text.roles([0]), lambda: text.fingerprint(),
              lambda: text.encode_with_offsets("a"), lambda: text.encode_continuation("a"),
              lambda: text.settled([0])]  # fmt: skip
     for call in calls:
@@ -289,7 +289,7 @@ def test_without_a_place_to_keep_it_a_tokenizer_is_made_each_time(model_file, ho
     else:
         cache.mkdir(mode=0o500)
     for _ in range(2):
-        assert Tokenizer.from_folder(model_file).single(" Mary") == 256
+        assert Tokenizer.from_folder(model_file).encode_single(" Mary") == 256
 
 
 def test_a_tokenizer_model_that_cannot_be_converted_is_an_error_of_its_file(model_file):

@@ -68,11 +68,11 @@ def test_sequences_are_classified_as_transformers_does_bit_for_bit(tmp_path, glm
 )
 def test_a_sequence_is_read_at_its_right_most_token_that_is_not_padding(row, at):
     logits = torch.randn(1, 5, 3)
-    assert torch.equal(losses.pooled(logits, torch.tensor([row]), PAD), logits[:, at])
-    assert torch.equal(losses.pooled(logits, None, PAD), logits[:, -1])
-    assert torch.equal(losses.pooled(logits, torch.tensor([row]), None), logits[:, -1])
+    assert torch.equal(losses.pool_last_token(logits, torch.tensor([row]), PAD), logits[:, at])
+    assert torch.equal(losses.pool_last_token(logits, None, PAD), logits[:, -1])
+    assert torch.equal(losses.pool_last_token(logits, torch.tensor([row]), None), logits[:, -1])
     with pytest.raises(ValueError, match="no pad_token_id"):
-        losses.pooled(logits.expand(2, 5, 3), torch.tensor([row, row]), None)
+        losses.pool_last_token(logits.expand(2, 5, 3), torch.tensor([row, row]), None)
 
 
 def test_embeddings_are_classified_at_their_last_position(tmp_path):
@@ -148,7 +148,7 @@ def test_what_takes_a_language_model_is_an_error_that_says_so(tmp_path):
         with pytest.raises(ValueError, match=f"{what}.*head of classes \\(bad, so, good\\)"):
             getattr(lens, what)(TOKENS, *([" x"] if what == "test_prompt" else []))
     with pytest.raises(ValueError, match="head of classes"):
-        patch.timeline(lens, TOKENS, max_new_tokens=2)
+        patch.record_timeline(lens, TOKENS, max_new_tokens=2)
     with pytest.raises(ValueError, match="no class head"):
         small_lens().classify(TOKENS)
     with pytest.raises(ValueError, match="'fine' is no label of this model: choose from 'bad', 'so', 'good'"):

@@ -17,10 +17,10 @@ import glmlens
 from glmlens.analysis import head_scores
 from glmlens.cli import main
 from glmlens.demo import train
-from glmlens.demo.history import history
-from glmlens.demo.world import KINDS, documents
-from glmlens.lens import EMBEDDED
-from glmlens.tasks.words import PLACES
+from glmlens.demo.history import measure_history
+from glmlens.demo.world import SENTENCE_SHARES, generate_documents
+from glmlens.lens import BUNDLED_MODEL
+from glmlens.tasks.words import PLACE_NOUNS
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_it_opens_without_a_network_and_is_a_glm(inside):
     assert 0 < inside.cfg.d_rotary < inside.cfg.d_head
     assert inside.cfg.n_kv_heads < inside.cfg.n_heads
     assert len(inside.tokenizer.prefix) == 2
-    assert sum(file.stat().st_size for file in EMBEDDED.iterdir()) < 10e6
+    assert sum(file.stat().st_size for file in BUNDLED_MODEL.iterdir()) < 10e6
 
 
 def test_its_tokenizer_is_the_one_that_the_trainer_makes(inside):
@@ -41,21 +41,21 @@ def test_its_tokenizer_is_the_one_that_the_trainer_makes(inside):
 
     from glmlens.demo import vocabulary
 
-    shipped = Engine.from_file(str(EMBEDDED / "tokenizer.json"))
-    assert json.loads(shipped.to_str()) == json.loads(vocabulary.make().to_str())
+    shipped = Engine.from_file(str(BUNDLED_MODEL / "tokenizer.json"))
+    assert json.loads(shipped.to_str()) == json.loads(vocabulary.make_tokenizer().to_str())
 
 
 def test_transformers_opens_it_with_equal_logits(inside):
     tokens = inside.to_tokens("When Mary and John went to the store, John gave a drink to")
     with torch.no_grad():
-        assert torch.equal(reference(EMBEDDED)(tokens).logits, inside(tokens))
+        assert torch.equal(reference(BUNDLED_MODEL)(tokens).logits, inside(tokens))
 
 
 def test_transformers_tokenizer_gives_equal_ids(inside):
     from transformers import AutoTokenizer
 
-    theirs = AutoTokenizer.from_pretrained(EMBEDDED)
-    for text in itertools.islice(documents(99), 200):
+    theirs = AutoTokenizer.from_pretrained(BUNDLED_MODEL)
+    for text in itertools.islice(generate_documents(99), 200):
         assert theirs(text).input_ids == inside.tokenizer.encode(text)
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == inside.render(messages)
@@ -104,26 +104,26 @@ def test_demo_leaves_no_file_where_it_is_called(tmp_path):
 
 
 def test_the_same_seed_gives_the_same_texts():
-    texts = "\n".join(itertools.islice(documents("0/5"), 500))
+    texts = "\n".join(itertools.islice(generate_documents("0/5"), 500))
     assert hashlib.sha256(texts.encode()).hexdigest().startswith("4d250dd8b584e632")
-    assert texts != "\n".join(itertools.islice(documents("1/5"), 500))
-    assert abs(sum(KINDS.values()) - 1) < 1e-9
+    assert texts != "\n".join(itertools.islice(generate_documents("1/5"), 500))
+    assert abs(sum(SENTENCE_SHARES.values()) - 1) < 1e-9
 
 
-SMALL = replace(train.Recipe(), steps=6, batch=4, pos=32)
+SMALL = replace(train.TrainingConfig(), steps=6, batch=4, pos=32)
 
 
 def test_two_minutes_of_training_learn_the_language(tmp_path):
-    train.train(tmp_path, replace(train.Recipe(), steps=100))
+    train.train(tmp_path, replace(train.TrainingConfig(), steps=100))
     lens = glmlens.load(tmp_path, dtype="float32")
-    texts = list(itertools.islice(documents("unseen"), 60))
+    texts = list(itertools.islice(generate_documents("unseen"), 60))
     assert float(lens.log_probs(texts).nanmean()) > -3.2  # nats; log(1110) is 7.0
-    assert lens.generate("When Mary and John went to the", 1).text in {f" {place}" for place in PLACES}
-    found = history(tmp_path)
+    assert lens.generate("When Mary and John went to the", 1).text in {f" {place}" for place in PLACE_NOUNS}
+    found = measure_history(tmp_path)
     assert found.labels["step"] == ["100"]
     assert 0 <= found.at(step="100", measure="induction head") <= 1
     with pytest.raises(glmlens.CheckpointError, match="holds no training"):
-        history(tmp_path / "step-0100")
+        measure_history(tmp_path / "step-0100")
 
 
 def test_training_learns_and_ends_in_a_checkpoint_that_opens(tmp_path):
@@ -131,16 +131,16 @@ def test_training_learns_and_ends_in_a_checkpoint_that_opens(tmp_path):
     lens = glmlens.load(tmp_path)
     assert torch.isfinite(lens("Mary went to the store")).all()
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "glm"
-    tokens = train.batch_of(lens.tokenizer.engine, SMALL, 0)
+    tokens = train.draw_batch(lens.tokenizer.engine, SMALL, 0)
     untrained = train.GLM(lens.cfg)
-    train.initialise(untrained, SMALL)
-    assert lens.loss(tokens) < train.of_next_tokens(untrained(tokens), tokens) - 1
+    train.initialise_weights(untrained, SMALL)
+    assert lens.loss(tokens) < train.next_token_loss(untrained(tokens), tokens) - 1
 
 
 def test_a_killed_training_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "EVERY", 2)
     whole = train.train(tmp_path / "whole", SMALL)
-    real, calls = train.batch_of, []
+    real, calls = train.draw_batch, []
 
     def dies(engine, recipe, step):
         calls.append(step)

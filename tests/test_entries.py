@@ -7,8 +7,8 @@ from conftest import small_lens
 from torch.testing import assert_close
 
 from glmlens import analysis, cache
-from glmlens.analysis.passes import Memory
-from glmlens.analysis.rows import Rows
+from glmlens.analysis.passes import DecodingState
+from glmlens.analysis.rows import PromptBatch
 
 
 @pytest.fixture(params=[("glm", "eager"), ("glm4", "eager"), ("glm4", "sdpa")], ids="-".join)
@@ -18,7 +18,7 @@ def lens(request):
 
 def test_what_a_step_reads_is_what_a_pass_over_the_prompt_says(lens, tokens):
     prompt = tokens[:1]
-    found = analysis.who_reads(lens, prompt, 7, 8)
+    found = analysis.cache_reads(lens, prompt, 7, 8)
     eager = small_lens(lens.cfg.model_type, dtype=torch.float64)
     _, acts = eager.run_with_cache(prompt, ["attn.pattern", "attn.v"])
     by_source = analysis.logit_attribution(lens, prompt, 7, 8, by="source")
@@ -29,7 +29,7 @@ def test_what_a_step_reads_is_what_a_pass_over_the_prompt_says(lens, tokens):
         for key in range(9):
             written = weight[key] * acts["attn.v", layer][0, key, head // 2] @ eager.W_O[layer, head]
             assert found.weighted.values[layer, head, key] == pytest.approx(float(written.norm()), abs=1e-9)
-    grouped = found.by_entry("direct", 2)
+    grouped = found.sum_by_kv_head("direct", 2)
     assert np.allclose(grouped.values[:, 1], found.direct.values[:, 2:].sum(1))
 
 
@@ -65,7 +65,7 @@ def test_leaving_out_one_entry_is_a_pass_that_does_not_see_it(lens, tokens):
 def test_leaving_out_a_position_is_evicting_it(lens, tokens):
     prompt = tokens[:1]
     found = analysis.leave_one_out(lens, prompt, by="position", positions=[1, 6])
-    memory = Memory.of(Rows.of(lens, prompt))
+    memory = DecodingState.from_batch(PromptBatch.from_prompt(lens, prompt))
     base = lens(prompt[:, -1:], kv=memory.kv.fork())[0, -1].log_softmax(-1)
     for position in (1, 6):
         without = lens(prompt[:, -1:], kv=cache.evict(position=position)(memory.kv))[0, -1].log_softmax(-1)
@@ -76,9 +76,9 @@ def test_leaving_out_a_position_is_evicting_it(lens, tokens):
 
 def test_an_entry_that_nobody_attends_to_costs_nothing_and_is_dropped_first(tokens):
     lens = small_lens(dtype=torch.float64)
-    memory = Memory.of(Rows.of(lens, tokens[:1]))
+    memory = DecodingState.from_batch(PromptBatch.from_prompt(lens, tokens[:1]))
     hidden = cache.evict(position=3)(memory.kv)
-    found = analysis.droppable(lens, Memory(hidden, memory.token))
+    found = analysis.eviction_curve(lens, DecodingState(hidden, memory.token))
     assert len(found.alone.values) == 7
     assert (np.diff(found.alone.values) >= 0).all()
     assert found.together.at(dropped="0") == pytest.approx(0, abs=1e-12)
@@ -88,7 +88,7 @@ def test_an_entry_that_nobody_attends_to_costs_nothing_and_is_dropped_first(toke
 @pytest.mark.parametrize("by", ["position", "entry"])
 def test_dropping_the_first_n_costs_what_a_pass_without_them_says(lens, tokens, by):
     prompt = tokens[:1]
-    found = analysis.droppable(lens, prompt, by=by, counts=[0, 1, 5])
+    found = analysis.eviction_curve(lens, prompt, by=by, counts=[0, 1, 5])
     base, _ = by_hand(lens, prompt, {})
     for n in (1, 5):
         hidden = {layer: [] for layer in range(3)}
@@ -107,18 +107,18 @@ def test_dropping_the_first_n_costs_what_a_pass_without_them_says(lens, tokens, 
 def test_attention_in_sum_is_that_of_the_whole_pattern(lens, tokens):
     eager = small_lens(lens.cfg.model_type, dtype=torch.float64)
     _, acts = eager.run_with_cache(tokens[:1], "attn.pattern")
-    found = analysis.attended(lens, tokens[:1])
+    found = analysis.sum_attention(lens, tokens[:1])
     assert_close(found, torch.stack([acts["attn.pattern", i][0].sum(1) for i in range(3)]).float())
-    keep = cache.heavy_hitters(found.sum((0, 1))[None, :-1], 3, recent=1)
-    kv = Memory.of(Rows.of(lens, tokens[:1])).kv
+    keep = cache.keep_heavy_hitters(found.sum((0, 1))[None, :-1], 3, recent=1)
+    kv = DecodingState.from_batch(PromptBatch.from_prompt(lens, tokens[:1])).kv
     assert cache.evict(keep)(kv).length == 4
 
 
 def test_a_step_behind_a_dropped_newest_entry_stands_where_it_stood(tokens):
     lens = small_lens(dtype=torch.float64)
-    memory = Memory.of(Rows.of(lens, tokens[:1]))
-    less = Memory(cache.evict(position=7)(memory.kv), memory.token)
-    found = analysis.who_reads(lens, less)
+    memory = DecodingState.from_batch(PromptBatch.from_prompt(lens, tokens[:1]))
+    less = DecodingState(cache.evict(position=7)(memory.kv), memory.token)
+    found = analysis.cache_reads(lens, less)
     hooks = cache.evict(position=7).hooks(lens)
     _, acts = lens.run_with_cache(memory.token[:, None], "attn.pattern", hooks, kv=memory.kv.fork())
     assert np.allclose(found.attention.values, torch.stack([acts["attn.pattern", i][0, :, 0] for i in range(3)]))
@@ -137,6 +137,6 @@ def test_what_cannot_be_asked_is_an_error_that_says_so(lens, tokens):
     with pytest.raises(ValueError, match="positions came out empty"):
         analysis.leave_one_out(lens, tokens[:1], positions=[])
     with pytest.raises(ValueError, match="there are 8 entries to drop"):
-        analysis.droppable(lens, tokens[:1], counts=[9])
+        analysis.eviction_curve(lens, tokens[:1], counts=[9])
     with pytest.raises(ValueError, match="nothing to remember"):
-        analysis.who_reads(lens, tokens[:1, :1])
+        analysis.cache_reads(lens, tokens[:1, :1])

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 import glmlens
 from glmlens import analysis, checkpoint
 from glmlens.config import CheckpointError
-from glmlens.saving import tensors_of
+from glmlens.saving import collect_tensors
 
 CHATGLM = {
     "model_type": "chatglm", "architectures": ["ChatGLMModel"], "add_bias_linear": False, "add_qkv_bias": True,
@@ -97,7 +97,7 @@ def test_chatglm_is_glm_bit_for_bit(tmp_path, seed, dtype):
     lens = glmlens.load(tmp_path)
     assert (lens.cfg.rope_theta, lens.dtype) == (10000.0 * ratio, dtype)
     runs(lens, theirs, seed, nearly)
-    given = tensors_of(lens.model)
+    given = collect_tensors(lens.model)
     assert given.keys() == theirs.state_dict().keys()
     assert all(torch.equal(given[name], x) for name, x in theirs.state_dict().items())
     theirs.load_state_dict(given, assign=True)
@@ -139,11 +139,11 @@ def test_the_real_config_of_glm_4_9b_chat_is_read(fixtures):
     assert (lens.cfg.rope_theta, lens.cfg.rms_eps, lens.cfg.n_ctx) == (5e6, 1.5625e-07, 131072)
     assert (lens.cfg.n_kv_heads, lens.cfg.d_rotary, lens.cfg.qkv_bias) == (2, 64, True)
     assert sum(p.numel() for p in lens.model.parameters()) == 9_399_951_360
-    from glmlens.checkpoint import checkpoint_names
+    from glmlens.checkpoint import map_checkpoint_tensors
 
     there = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    assert set(there) - set(checkpoint_names(lens.model)) <= {"transformer.rotary_pos_emb.inv_freq"}
-    assert set(checkpoint_names(lens.model)) <= set(there)
+    assert set(there) - set(map_checkpoint_tensors(lens.model)) <= {"transformer.rotary_pos_emb.inv_freq"}
+    assert set(map_checkpoint_tensors(lens.model)) <= set(there)
 
 
 def test_a_chatglm_checkpoint_is_mapped_and_never_copied(tmp_path):
@@ -291,7 +291,7 @@ def test_tensors_are_read_one_at_a_time(tmp_path, monkeypatch, kind):
         with opened(path) as file:
             yield File(file)
 
-    opened = checkpoint.opened
+    opened = checkpoint.open_safetensors
     monkeypatch.setattr(checkpoint, "opened", watched)
     lens = glmlens.load(tmp_path, dtype="float64")
     assert len(handed) >= 10
@@ -402,6 +402,6 @@ def test_what_reads_logits_says_that_there_are_none():
 def test_every_format_has_a_table_and_a_reading():
     from glmlens import config, formats
 
-    assert formats.FORMATS.keys() == config.FORMATS.keys()
-    for kind in formats.FORMATS:
+    assert formats.WEIGHT_FORMATS.keys() == config.CONFIG_FORMATS.keys()
+    for kind in formats.WEIGHT_FORMATS:
         assert small_config(kind).model_type == kind

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import glmlens
-from glmlens.demo.world import documents
+from glmlens.demo.world import generate_documents
 from glmlens.hooks import HookError
 
 POINTS = ["resid_post", "blocks.1.attn.z"]
@@ -22,7 +22,7 @@ def inside():
 
 
 def texts(n, seed="harvest"):
-    return list(itertools.islice(documents(seed), n))
+    return list(itertools.islice(generate_documents(seed), n))
 
 
 def test_a_harvest_holds_every_token_of_every_prompt(tmp_path):

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import glmlens
 from glmlens import analysis
-from glmlens.analysis.heads import Said
+from glmlens.analysis.heads import RepeatedWordPatterns
 
 SCORES = ["previous", "duplicate", "induction", "prefix_matching"]
 
@@ -45,7 +45,7 @@ def test_chance_is_what_a_count_of_what_can_be_seen_says(demo):
 def said(pattern, prefix, length, times):
     """A run in which every head has this pattern [query, key]."""
     word = torch.cat([torch.arange(-prefix, 0), torch.arange(length).repeat(times)])
-    return Said([pattern.expand(3, 2, *pattern.shape)], word)
+    return RepeatedWordPatterns([pattern.expand(3, 2, *pattern.shape)], word)
 
 
 def attending(offsets, prefix, length, times, share=1.0):
@@ -65,10 +65,10 @@ def test_a_head_of_one_kind_has_the_score_one_of_that_kind_whatever_goes_to_the_
     shape = {"prefix": 2, "length": 7, "times": 2}
     for kind, offset in (("previous", 1), ("same", 7), ("after_same", 6)):
         run = said(attending([offset], **shape, share=share), **shape)
-        found = run.shares({name: getattr(run, name)() for name in ("previous", "same", "after_same")})
+        found = run.measure_shares({name: getattr(run, name)() for name in ("previous", "same", "after_same")})
         for name, (scores, _) in found.items():
             assert_close(scores, torch.full((1, 2), float(name == kind))), (kind, name)
-        assert float(run.on_prefix()[0].min()) >= 1 - share
+        assert float(run.measure_prefix_share()[0].min()) >= 1 - share
 
 
 def test_prefix_matching_counts_what_followed_every_earlier_time():
@@ -76,10 +76,10 @@ def test_prefix_matching_counts_what_followed_every_earlier_time():
     pattern = attending([4, 9, 14], **shape)
     pattern[:, 2] = 0  # nothing was said before the first word, so it followed none
     run = said(pattern, **shape)
-    assert_close(run.shares({"x": run.after_same()})["x"][0], torch.ones(1, 2))
+    assert_close(run.measure_shares({"x": run.after_same_word_mask()})["x"][0], torch.ones(1, 2))
     pattern = attending([9], **shape)
     pattern[:, 2] = 0
-    assert_close(run.share(pattern[None, None], run.after_same()), torch.ones(1))
+    assert_close(run.attention_share(pattern[None, None], run.after_same_word_mask()), torch.ones(1))
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -8,7 +8,7 @@ from conftest import small_lens
 from torch.testing import assert_close
 
 import glmlens
-from glmlens.hooks import EAGER_ONLY, POINTS, ROOT, HookError, axes_of, local_name, only, pairs
+from glmlens.hooks import EAGER_ONLY, POINTS, ROOT_POINTS, HookError, axes_of, list_edits, local_name, only
 
 
 def every_point(lens):
@@ -85,11 +85,11 @@ def test_a_point_that_this_attention_path_has_not_got_is_an_error(tokens, name):
 
 
 def test_every_name_of_transformerlens_leads_to_a_point_that_exists(tokens):
-    from glmlens.hooks import THEIRS
+    from glmlens.hooks import TRANSFORMERLENS_NAMES
 
     lens = small_lens()
-    for theirs, ours in THEIRS.items():
-        scope = "blocks.0." if ours not in ROOT and not ours.startswith("blocks.") else ""
+    for theirs, ours in TRANSFORMERLENS_NAMES.items():
+        scope = "blocks.0." if ours not in ROOT_POINTS and not ours.startswith("blocks.") else ""
         with pytest.raises(glmlens.HookError) as error:
             lens.run_with_cache(tokens, scope + theirs)
         told = str(error.value).split("here it is called ")[1].strip("'")
@@ -553,7 +553,7 @@ def test_a_hook_of_transformerlens_knows_its_layer_and_its_name(lens, tokens):
 )
 def test_what_is_no_hook_is_refused_before_anything_runs(hooks, said):
     with pytest.raises(HookError, match=said):
-        pairs(hooks)
+        list_edits(hooks)
 
 
 def test_a_hook_may_take_more_than_it_must(lens, tokens):

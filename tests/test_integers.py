@@ -6,7 +6,7 @@ import torch
 from conftest import small_lens
 
 from glmlens import analysis, cache, patch
-from glmlens.analysis.rows import Rows
+from glmlens.analysis.rows import PromptBatch
 from glmlens.hooks import only
 from glmlens.integers import read_integer, read_integers
 from glmlens.patch import rotary
@@ -17,11 +17,11 @@ OTHER = torch.tensor([[5, 8, 14, 21, 34, 55, 8, 14, 2]])
 N, LAYERS, HEADS, KV = TOKENS.shape[1], LENS.cfg.n_layers, LENS.cfg.n_heads, LENS.cfg.n_kv_heads
 PAIRS = LENS.cfg.d_rotary // 2
 LOGITS, ACTS = LENS.run_with_cache(TOKENS)
-LINE = patch.timeline(LENS, TOKENS, 4)
+LINE = patch.record_timeline(LENS, TOKENS, 4)
 PROFILE = analysis.distance_profile(LENS, TOKENS)
 SCORES = analysis.head_scores(LENS, rows=2, length=4, words=range(2, 40))
 LENSES = analysis.logit_lens(LENS, TOKENS)
-EDGES = patch.edges(LENS, TOKENS, OTHER, metric=(3, 7))
+EDGES = patch.attribute_edges(LENS, TOKENS, OTHER, metric=(3, 7))
 PROBE = analysis.probe(torch.randn(3, 40, 4, generator=torch.Generator().manual_seed(0)), [0, 1] * 20)
 REFUSED = (ValueError, TypeError, KeyError, IndexError)
 
@@ -50,7 +50,7 @@ def nothing(x, point):
 
 
 def at_sites(**places):
-    return patch.run(LENS, TOKENS, patch.Intervention(patch.Site(**places), patch.Zero()))
+    return patch.run_with_interventions(LENS, TOKENS, patch.Intervention(patch.Site(**places), patch.Zero()))
 
 
 def harvested(tmp, **options):
@@ -72,19 +72,19 @@ ONE = {  # what takes one number of 0, 1, 2, ... and refuses one below 0
     "Probe.direction": lambda n: PROBE.direction(n, 1),
     "Timeline.attention layer": lambda n: LINE.attention(n, 1).values,
     "Timeline.attention head": lambda n: LINE.attention(1, n).values,
-    "Timeline.moment": lambda n: LINE.moment(n).logits,
-    "Timeline.memory": lambda n: LINE.memory(n).token,
+    "Timeline.moment": lambda n: LINE.step_record(n).logits,
+    "Timeline.memory": lambda n: LINE.restore_state(n).token,
     "Timeline.rerun": lambda n: torch.tensor(LINE.rerun(n, token=7).tokens),
     "Timeline.rerun token": lambda n: torch.tensor(LINE.rerun(1, token=n).tokens),
-    "timeline at": lambda n: torch.tensor(patch.timeline(LENS, TOKENS, 3, at={n: lambda kv: kv}).tokens),
+    "timeline at": lambda n: torch.tensor(patch.record_timeline(LENS, TOKENS, 3, at={n: lambda kv: kv}).tokens),
     "rotary.freeze at": lambda n: edited(rotary.freeze(LENS, at=n)),
-    "cache.read layer": lambda n: cache.read(KEPT, n, 1, 1)[0],
-    "cache.read position": lambda n: cache.read(KEPT, 1, 1, n)[0],
+    "cache.read layer": lambda n: cache.read_entry(KEPT, n, 1, 1)[0],
+    "cache.read position": lambda n: cache.read_entry(KEPT, 1, 1, n)[0],
     "start_layer": lambda n: LENS(ACTS["resid_pre", 1], start_layer=n),
     "stop_layer": lambda n: LENS(TOKENS, stop_layer=n),
     "truncate": lambda n: torch.tensor(cut(n)),
     "fork": lambda n: torch.tensor(KEPT.fork(n).length),
-    "window": lambda n: cache.evict(cache.window(2, sinks=n))(KEPT).positions,
+    "window": lambda n: cache.evict(cache.keep_window(2, sinks=n))(KEPT).positions,
     "answer": lambda n: analysis.logit_attribution(LENS, TOKENS, n).values,
     "metric": lambda n: patch.evaluate(LENS, TOKENS, [], metric=(n, 7)),
     "plot.attention_by_distance": lambda n: np.array(plotted("attention_by_distance", PROFILE, n)),
@@ -99,7 +99,7 @@ FROM_END = {  # what also counts from the end
 }
 COUNTS = {  # what takes how many, at least one
     "max_new_tokens": lambda n: LENS.generate(TOKENS, n).tokens,
-    "timeline": lambda n: torch.tensor(patch.timeline(LENS, TOKENS, n).tokens),
+    "timeline": lambda n: torch.tensor(patch.record_timeline(LENS, TOKENS, n).tokens),
     "rerun max_new_tokens": lambda n: torch.tensor(LINE.rerun(1, max_new_tokens=n + 1).tokens),
     "new_kv": lambda n: LENS.new_kv(n).positions,
     "top_k": lambda n: LENS.generate(TOKENS, 2, temperature=1.0, top_k=n, seed=0).tokens,
@@ -108,7 +108,7 @@ COUNTS = {  # what takes how many, at least one
     "head_scores rows": lambda n: analysis.head_scores(LENS, rows=n, length=4, words=range(2, 40)).induction.values,
     "Labelled.top": lambda n: np.array([value for _, value in SCORES.induction.top(n)]),
     "stride": lambda n: LENSES.kl.stride("pos", n).values,
-    "edges steps": lambda n: patch.edges(LENS, TOKENS, OTHER, metric=(3, 7), method="eap-ig", steps=n).scores,
+    "edges steps": lambda n: patch.attribute_edges(LENS, TOKENS, OTHER, metric=(3, 7), method="eap-ig", steps=n).scores,
     "EdgeScores.top": lambda n: np.array([value for _, value in EDGES.top(n)]),
 }
 SEVERAL = {  # what takes several: the function, and how many there are where a mask can be read
@@ -117,7 +117,7 @@ SEVERAL = {  # what takes several: the function, and how many there are where a 
     "Site layer": (lambda n: at_sites(point="resid_mid", layer=n), None),
     "Site pos": (lambda n: at_sites(point="resid_mid", pos=n), None),
     "Site head": (lambda n: at_sites(point="attn.z", layer=1, head=n), None),
-    "steering layers": (lambda n: patch.steering(LENS, TOKENS, OTHER, layers=n).vectors, None),
+    "steering layers": (lambda n: patch.fit_steering(LENS, TOKENS, OTHER, layers=n).vectors, None),
     "rotary layer": (lambda n: edited(rotary.silence(LENS, layer=n)), LAYERS),
     "rotary head": (lambda n: edited(rotary.silence(LENS, head=n)), HEADS),
     "rotary pair": (lambda n: edited(rotary.silence(LENS, pair=n)), PAIRS),
@@ -126,7 +126,7 @@ SEVERAL = {  # what takes several: the function, and how many there are where a 
     "cache steps": (lambda n: LENS.generate(TOKENS, 4, hooks=cache.ablate().hooks(LENS, steps=n)).tokens, None),
     "score_parts query": (lambda n: analysis.score_parts(LENS, TOKENS, 1, 1, query=n).score.values, N),
     "leave_one_out": (lambda n: analysis.leave_one_out(LENS, TOKENS, positions=n).kl.values, N - 1),
-    "scheduled": (lambda n: edited(patch.scheduled(LENS, {"resid_mid": nothing}, positions=n)), None),
+    "scheduled": (lambda n: edited(patch.schedule_edits(LENS, {"resid_mid": nothing}, positions=n)), None),
 }  # fmt: skip
 NONE = [True, np.bool_(True), torch.tensor(True), 1.0, 5.9, np.float32(1), torch.tensor(1.0), float("nan"), "1", b"1"]
 NONE += [None, [1, 2], torch.tensor([1, 2]), {1: 2}, object()]
@@ -256,14 +256,14 @@ def test_a_shift_takes_numbers_of_any_kind():
 
 
 def test_one_position_for_every_prompt_or_one_for_each():
-    rows = Rows.of(LENS, torch.cat([TOKENS, OTHER]))
-    assert rows.columns(-1).tolist() == rows.columns("end").tolist() == [N - 1, N - 1]
-    assert rows.columns(np.array([2, -1])).tolist() == [2, N - 1]
+    rows = PromptBatch.from_prompt(LENS, torch.cat([TOKENS, OTHER]))
+    assert rows.columns_at(-1).tolist() == rows.columns_at("end").tolist() == [N - 1, N - 1]
+    assert rows.columns_at(np.array([2, -1])).tolist() == [2, N - 1]
     with pytest.raises(ValueError, match="3 positions for 2 prompts"):
-        rows.columns([1, 2, 3])
+        rows.columns_at([1, 2, 3])
     for wrong in ([True, False], 1.5, "S2", True):
         with pytest.raises(ValueError, match="position"):
-            rows.columns(wrong)
+            rows.columns_at(wrong)
 
 
 def test_an_error_says_what_was_asked_and_what_there_is():

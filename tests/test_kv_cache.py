@@ -169,9 +169,9 @@ def test_ten_million_tokens_cost_no_memory_before_they_are_said(begun):
     assert run.stopped == "stop"
     assert run.kv.capacity <= 300
     assert next(iter(lens.stream(tokens, 10**7, stop_ids=every))).index == 0
-    assert patch.timeline(lens, tokens, 10**7, stop_ids=every).moments[0].kv.capacity <= 300
+    assert patch.record_timeline(lens, tokens, 10**7, stop_ids=every).steps[0].kv.capacity <= 300
     edit = patch.Intervention(patch.Site("kv.k", layer=0), patch.Zero())
-    assert patch.generate(lens, tokens, 10**7, edit, stop_ids=every).kv.capacity <= 300
+    assert patch.generate_with_interventions(lens, tokens, 10**7, edit, stop_ids=every).kv.capacity <= 300
 
 
 def test_a_cache_of_another_kind_model_or_device_is_one_clear_error():

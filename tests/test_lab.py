@@ -43,33 +43,33 @@ def files(folder):
 
 def test_notebooks_and_pages_are_copied_and_sources_are_not(here):
     inside, mine = here
-    done = lab.copy(mine)
+    done = lab.copy_lab(mine)
     assert done.new == ["tutorials/01.ipynb", "tutorials/README.md", "notebooks/README.md"]
-    assert set(files(mine)) == {*done.new, lab.MANIFEST}
+    assert set(files(mine)) == {*done.new, lab.LAB_MANIFEST}
     assert (mine / "tutorials" / "01.ipynb").read_bytes() == (inside / "tutorials" / "01.ipynb").read_bytes()
 
 
 def test_a_second_copy_changes_nothing(here):
     _, mine = here
-    lab.copy(mine)
+    lab.copy_lab(mine)
     before = files(mine)
-    assert len(lab.copy(mine).same) == 3
+    assert len(lab.copy_lab(mine).unchanged) == 3
     assert files(mine) == before
 
 
 def test_what_was_edited_stays_and_what_was_not_is_updated(here):
     inside, mine = here
-    lab.copy(mine)
+    lab.copy_lab(mine)
     (mine / "tutorials" / "01.ipynb").write_text("mine")
     for name in ("tutorials/01.ipynb", "tutorials/README.md"):
         (inside / name).write_text(f"second {name}")
     for _ in range(2):  # it is known as edited also the next time
-        done = lab.copy(mine)
-        assert done.kept == ["tutorials/01.ipynb"]
+        done = lab.copy_lab(mine)
+        assert done.preserved == ["tutorials/01.ipynb"]
         assert (mine / "tutorials" / "01.ipynb").read_text() == "mine"
         assert (mine / "tutorials" / "README.md").read_text() == "second tutorials/README.md"
     (mine / "tutorials" / "01.ipynb").rename(mine / "tutorials" / "my 01.ipynb")
-    assert lab.copy(mine).new == ["tutorials/01.ipynb"]
+    assert lab.copy_lab(mine).new == ["tutorials/01.ipynb"]
     assert (mine / "tutorials" / "my 01.ipynb").read_text() == "mine"
 
 
@@ -79,7 +79,7 @@ def test_files_that_were_there_before_are_nobodys_copies(here):
     (mine / "tutorials" / "README.md").write_text("of another project")
     (mine / "notebooks").mkdir()
     (mine / "notebooks" / "README.md").symlink_to(mine / "elsewhere.md")
-    assert lab.copy(mine).kept == ["tutorials/README.md", "notebooks/README.md"]
+    assert lab.copy_lab(mine).preserved == ["tutorials/README.md", "notebooks/README.md"]
     assert (mine / "tutorials" / "README.md").read_text() == "of another project"
     assert not (mine / "elsewhere.md").exists()
 
@@ -87,11 +87,11 @@ def test_files_that_were_there_before_are_nobodys_copies(here):
 @pytest.mark.parametrize("broken", ["", "[]", '{"files": 3}', '{"files": {"tutorials/01.ipynb": null}}', "\udcff"])
 def test_without_a_readable_manifest_everything_that_differs_is_kept(here, broken):
     inside, mine = here
-    lab.copy(mine)
-    (mine / lab.MANIFEST).write_bytes(broken.encode("utf-8", "surrogateescape"))
+    lab.copy_lab(mine)
+    (mine / lab.LAB_MANIFEST).write_bytes(broken.encode("utf-8", "surrogateescape"))
     (inside / "tutorials" / "01.ipynb").write_text("second")
-    done = lab.copy(mine)
-    assert (done.kept, len(done.same)) == (["tutorials/01.ipynb"], 2)
+    done = lab.copy_lab(mine)
+    assert (done.preserved, len(done.unchanged)) == (["tutorials/01.ipynb"], 2)
 
 
 def test_a_copy_that_breaks_off_leaves_no_half_file(here, monkeypatch):
@@ -105,9 +105,9 @@ def test_a_copy_that_breaks_off_leaves_no_half_file(here, monkeypatch):
     with monkeypatch.context() as during:
         during.setattr(Path, "write_bytes", full)
         with pytest.raises(lab.LabError, match=r"mine: No space left on device; give another folder"):
-            lab.copy(mine)
+            lab.copy_lab(mine)
     assert files(mine) == {}
-    assert len(lab.copy(mine).new) == 3
+    assert len(lab.copy_lab(mine).new) == 3
 
 
 # ---- the command ----
@@ -176,7 +176,7 @@ def running(server, folder, patience=120):
 
 
 def test_links_of_what_is_copied_lead_to_what_is_copied():
-    here = dict(lab.originals())
+    here = dict(lab.list_originals())
     for name, path in here.items():
         links = re.findall(r"\]\(([^)\s#]+)\)", path.read_text(encoding="utf-8")) if path.suffix != ".png" else []
         for link in links:
@@ -201,7 +201,7 @@ def installed(tmp_path_factory):
 
 def test_a_wheel_has_every_notebook_and_page(installed):
     inside = installed / "glmlens" / "lab_files"
-    here = dict(lab.originals())
+    here = dict(lab.list_originals())
     assert {"notebooks/patching.ipynb", "tutorials/hook_points.md", "tutorials/images/glmlens.png"} <= set(here)
     for name, path in here.items():
         assert (inside / name).read_bytes() == path.read_bytes(), name
@@ -217,4 +217,4 @@ def test_an_installed_package_copies_from_itself(installed, tmp_path):
     assert done.stdout.startswith(str(installed))
     assert (tmp_path / "mine" / "notebooks" / "README.md").exists()
     names = {path.relative_to(tmp_path / "mine").as_posix() for path in (tmp_path / "mine").rglob("*.*")}
-    assert {name for name, _ in lab.originals()} <= names
+    assert {name for name, _ in lab.list_originals()} <= names

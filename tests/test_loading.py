@@ -358,8 +358,10 @@ def test_an_edit_that_makes_weights_no_numbers_is_heard_of_also_after_an_overflo
         lambda lens: lens.run_with_cache(TOKENS, "resid_post", gradients_of=lambda logits: logits[:, -1, 3]),
         lambda lens: lens.loss(TOKENS),
         lambda lens: patch.sweep(lens, TOKENS, TOKENS.flip(1), "resid_pre", over=("layer",), metric=(3, 6)),
-        lambda lens: patch.run(lens, TOKENS, patch.Intervention(patch.Site("attn.z", layer=0), patch.Zero())),
-        lambda lens: patch.attribute(lens, TOKENS, TOKENS.flip(1), "resid_pre", over=("layer",), metric=(3, 6)),
+        lambda lens: patch.run_with_interventions(
+            lens, TOKENS, patch.Intervention(patch.Site("attn.z", layer=0), patch.Zero())
+        ),
+        lambda lens: patch.attribution_patch(lens, TOKENS, TOKENS.flip(1), "resid_pre", over=("layer",), metric=(3, 6)),
         lambda lens: analysis.distance_profile(lens, TOKENS),
         lambda lens: analysis.logit_lens(lens, TOKENS),
         lambda lens: analysis.score_parts(lens, TOKENS, 2, 0),

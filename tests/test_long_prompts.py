@@ -9,8 +9,8 @@ from conftest import small_lens
 from torch.testing import assert_close
 
 from glmlens import only
-from glmlens.analysis.passes import Memory, pieces, recorded
-from glmlens.analysis.rows import Rows
+from glmlens.analysis.passes import DecodingState, record_in_chunks, run_in_chunks
+from glmlens.analysis.rows import PromptBatch
 from glmlens.hooks import HookError
 
 
@@ -28,30 +28,30 @@ def double(x, point):
 
 
 def test_a_prompt_in_pieces_is_the_prompt_in_one_pass(lens, tokens):
-    rows = Rows.of(lens, tokens)
+    rows = PromptBatch.from_prompt(lens, tokens)
     hooks = {"blocks.1.attn_out": only(double, positions=[0, 7]), "blocks.0.mlp_out": double}
     whole = lens.run_with_hooks(tokens, hooks)
-    found = torch.cat([piece.logits for piece in pieces(rows, hooks=hooks, logits=True, size=4)], 1)
+    found = torch.cat([piece.logits for piece in run_in_chunks(rows, hooks=hooks, logits=True, size=4)], 1)
     close(found, whole)
     names = ["attn.q", "kv.k", "resid_post"]
     _, acts = lens.run_with_cache(tokens, names, hooks)
-    for name, x in recorded(rows, names, hooks, size=2).items():
+    for name, x in record_in_chunks(rows, names, hooks, size=2).items():
         close(x, acts[name])
     with pytest.raises(HookError, match="never came"):
-        list(pieces(rows, hooks={"blocks.1.attn_out": only(double, positions=9)}, size=4))
+        list(run_in_chunks(rows, hooks={"blocks.1.attn_out": only(double, positions=9)}, size=4))
 
 
 def test_padded_prompts_in_pieces_are_each_its_own_prompt(lens, tokens):
     mask = torch.ones(2, 9, dtype=torch.long)
     mask[0, :5] = 0
-    rows = Rows(lens, tokens, mask)
-    found = torch.cat([piece.logits for piece in pieces(rows, logits=True, size=3)], 1)
+    rows = PromptBatch(lens, tokens, mask)
+    found = torch.cat([piece.logits for piece in run_in_chunks(rows, logits=True, size=3)], 1)
     close(found[:1, 5:], lens(tokens[:1, 5:]))
     close(found[1:], lens(tokens[1:]))
 
 
 def test_a_memory_goes_on_as_the_prompt(lens, tokens):
-    memory = Memory.of(Rows.of(lens, tokens), size=3)
+    memory = DecodingState.from_batch(PromptBatch.from_prompt(lens, tokens), size=3)
     run = lens.generate(memory.token[:, None], 3, kv=memory.kv, stop_ids=())
     assert torch.equal(run.new_tokens, lens.generate(tokens, 3, stop_ids=()).new_tokens)
 

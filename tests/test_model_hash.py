@@ -158,19 +158,19 @@ def test_what_was_begun_before_an_edit_is_not_gone_on_with(tmp_path):
     lens = small_lens()
     asked = {"names": ["blocks.1.resid_post"], "out": tmp_path / "harvest"}
     lens.harvest([TOKENS[0].tolist()], **asked)
-    patch.Steering("resid_post", (1,), torch.ones(1, 48), lens.model_hash).save(tmp_path / "steering")
+    patch.SteeringVector("resid_post", (1,), torch.ones(1, 48), lens.model_hash).save(tmp_path / "steering")
     swept = lambda: patch.sweep(  # noqa: E731
         lens, TOKENS, TOKENS.flip(1), "resid_pre", over=("layer",), metric=(3, 6), checkpoint=tmp_path / "sweep"
     )
     swept()
-    line = patch.timeline(lens, TOKENS, 3, stop_ids=())
+    line = patch.record_timeline(lens, TOKENS, 3, stop_ids=())
     line.logit_lens()
     was = lens.model_hash
     lens.W_O[1].mul_(2)
     with pytest.raises(ValueError, match="model"):
         lens.harvest([TOKENS[0].tolist()], **asked)
     with pytest.raises(patch.PatchError, match=f"is for model {was}"):
-        patch.Steering.load(tmp_path / "steering", lens)
+        patch.SteeringVector.load(tmp_path / "steering", lens)
     with pytest.raises((ValueError, FileExistsError), match="sweep"):
         swept()
     assert line.model_hash == was

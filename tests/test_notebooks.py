@@ -11,7 +11,7 @@ from conftest import rewrite_json, write_checkpoint
 from study import run
 
 import glmlens
-from glmlens.lens import EMBEDDED
+from glmlens.lens import BUNDLED_MODEL
 from glmlens.widgets import Explorer
 from tutorials.build import notebook, sources
 
@@ -71,8 +71,8 @@ def stranger(tmp_path_factory):
     shape = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 2}
     write_checkpoint(folder, 5, glm4=True, vocab_size=cfg.d_vocab, tie_word_embeddings=False, **shape)
     for file in ("tokenizer.json", "tokenizer_config.json"):
-        if (EMBEDDED / file).exists():
-            shutil.copy(EMBEDDED / file, folder)
+        if (BUNDLED_MODEL / file).exists():
+            shutil.copy(BUNDLED_MODEL / file, folder)
     rewrite_json(folder / "config.json", eos_token_id=[1])
     return str(folder)
 

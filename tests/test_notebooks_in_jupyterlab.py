@@ -38,7 +38,7 @@ RUN_ALL = """(async (path, kernel) => {
 
 @pytest.fixture(scope="module")
 def opened(lab):
-    glmlens.lab.copy(lab.folder / "root" / "mine")
+    glmlens.lab.copy_lab(lab.folder / "root" / "mine")
     return lab
 
 

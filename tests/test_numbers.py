@@ -7,7 +7,7 @@ from conftest import padded_prompts, reference, small_lens, write_checkpoint
 from torch.testing import assert_close
 
 import glmlens
-from glmlens.losses import of_next_tokens
+from glmlens.losses import next_token_loss
 from glmlens.model import GLM
 
 
@@ -210,16 +210,16 @@ def test_losses_and_log_probs_are_those_of_transformers(tmp_path, dtype):
         expected = theirs(tokens, labels=labels)
         summed = theirs(tokens, labels=labels, num_items_in_batch=torch.tensor(7))
     assert torch.equal(ours.loss(tokens, labels), expected.loss)
-    assert torch.equal(of_next_tokens(ours(tokens), labels, num_items=7), summed.loss)
+    assert torch.equal(next_token_loss(ours(tokens), labels, num_items=7), summed.loss)
     each = torch.log_softmax(expected.logits[:, :-1].float(), -1).gather(-1, tokens[:, 1:, None])[..., 0]
     assert torch.equal(ours.log_probs(tokens), each)
     assert_close(ours.loss(tokens), -ours.log_probs(tokens).mean())
 
 
 def test_the_whole_forward_runs_on_the_meta_device(any_lens, tokens):
-    from glmlens.checkpoint import blank
+    from glmlens.checkpoint import build_meta_model
 
-    there = glmlens.Lens(blank(any_lens.cfg, any_lens.model.attention, torch.bfloat16))
+    there = glmlens.Lens(build_meta_model(any_lens.cfg, any_lens.model.attention, torch.bfloat16))
     kv = there.new_kv(batch=2)
     mask = torch.ones_like(tokens)
     for options in ({}, {"attention_mask": mask.to("meta")}, {"kv": kv}, {"kv": kv}):

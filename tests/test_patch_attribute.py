@@ -8,8 +8,8 @@ from conftest import small_lens
 import glmlens
 from glmlens import patch
 from glmlens.patch import Intervention, Site
-from glmlens.patch.attribute import left_out
-from glmlens.patch.gradients import gradients
+from glmlens.patch.attribute import leave_one_key_out
+from glmlens.patch.gradients import record_gradients
 from glmlens.tasks import ioi
 
 DRAW = torch.Generator().manual_seed(0)
@@ -32,7 +32,7 @@ METRIC = patch.Metric("difference", lambda logits, _: difference(logits))
 @pytest.mark.parametrize("direction", ["noise", "denoise"])
 def test_attribution_is_the_slope_of_a_small_step_to_the_other_run(point, over, direction):
     lens = small_lens("glm4", dtype=torch.float64)
-    found = patch.attribute(lens, CLEAN, CORRUPT, point, over=over, metric=PAIR, direction=direction)
+    found = patch.attribution_patch(lens, CLEAN, CORRUPT, point, over=over, metric=PAIR, direction=direction)
     base, source = (CLEAN, CORRUPT) if direction == "noise" else (CORRUPT, CLEAN)
     other = lens.run_with_cache(source, point)[1]
     axes = next(p.axes for p in lens.points() if p.local == point)
@@ -54,7 +54,7 @@ def test_attribution_is_the_slope_of_a_small_step_to_the_other_run(point, over, 
 
 def dot(lens, name, hooks):
     """(A' - A) · ∂m/∂A per example, the pattern A' that hooks make."""
-    slope = gradients(lens, CLEAN, METRIC, [name]).slopes[name]
+    slope = record_gradients(lens, CLEAN, METRIC, [name]).gradients[name]
     before, after = lens.run_with_cache(CLEAN, name)[1][name], lens.run_with_cache(CLEAN, name, hooks)[1][name]
     return (after - before) * slope
 
@@ -63,9 +63,15 @@ def dot(lens, name, hooks):
 def test_corrected_queries_and_keys_use_the_pattern_that_the_change_makes(model_type):
     lens = small_lens(model_type, dtype=torch.float64)
     other = lens.run_with_cache(CORRUPT, "all")[1]
-    queries = patch.attribute(lens, CLEAN, CORRUPT, "attn.q", over=("layer", "head", "pos"), metric=PAIR, method="atp*")
-    single = patch.attribute(lens, CLEAN, CORRUPT, "kv.k", over=("layer", "head", "key"), metric=PAIR, method="atp*")
-    groups = patch.attribute(lens, CLEAN, CORRUPT, "kv.k", over=("layer", "kv", "key"), metric=PAIR, method="atp*")
+    queries = patch.attribution_patch(
+        lens, CLEAN, CORRUPT, "attn.q", over=("layer", "head", "pos"), metric=PAIR, method="atp*"
+    )
+    single = patch.attribution_patch(
+        lens, CLEAN, CORRUPT, "kv.k", over=("layer", "head", "key"), metric=PAIR, method="atp*"
+    )
+    groups = patch.attribution_patch(
+        lens, CLEAN, CORRUPT, "kv.k", over=("layer", "kv", "key"), metric=PAIR, method="atp*"
+    )
     for layer, pos in ((0, 4), (2, 6), (1, 2)):
 
         def put(x, point, pos=pos):
@@ -86,7 +92,7 @@ def test_corrections_hold_where_attention_is_saturated():
     examples = ioi.examples(lens, 8, seed="saturated").of_length()
     for point, over in (("attn.q", ("layer", "head")), ("kv.k", ("layer", "head", "key"))):
         asked = (examples, "abc", point)
-        found, right = (patch.attribute(one, *asked, over=over, method="atp*").values for one in (lens, exact))
+        found, right = (patch.attribution_patch(one, *asked, over=over, method="atp*").values for one in (lens, exact))
         assert np.abs(right).max() > 0.5
         np.testing.assert_allclose(found, right, atol=1e-3 * np.abs(right).max())
 
@@ -94,7 +100,7 @@ def test_corrections_hold_where_attention_is_saturated():
 def test_leaving_a_key_out_is_what_the_other_keys_have_alone():
     scores = torch.tensor([[300.0, 1.0, 0.5, -200.0], [2.0, 2.0, 1.0, torch.finfo(torch.float64).min]]).double()
     slope = torch.randn(2, 4, generator=DRAW).double()
-    rest, mean = left_out(scores, slope)
+    rest, mean = leave_one_key_out(scores, slope)
     for row in range(2):
         for k in range(4):
             kept = [j for j in range(4) if j != k]
@@ -105,7 +111,7 @@ def test_leaving_a_key_out_is_what_the_other_keys_have_alone():
 
 def test_dropped_gradients_are_the_mean_magnitude_without_each_layer():
     lens = small_lens(dtype=torch.float64)
-    found = patch.attribute(lens, CLEAN, CORRUPT, "resid_pre", over=("layer",), metric=PAIR, drop=True)
+    found = patch.attribution_patch(lens, CLEAN, CORRUPT, "resid_pre", over=("layer",), metric=PAIR, drop=True)
     a, b = (lens.run_with_cache(t, "resid_pre")[1]["resid_pre"] for t in (CLEAN, CORRUPT))
     total, mask = torch.zeros(3, 2, dtype=torch.float64), torch.ones_like(CLEAN)
     for dropped in range(3):
@@ -123,7 +129,7 @@ def test_dropping_at_heads_and_at_their_sum_agree():
     """Without a norm behind it, attention's output is linear in its heads, in every pass."""
     lens = small_lens(dtype=torch.float64)
     asked = {"over": ("layer",), "metric": PAIR, "drop": True}
-    heads, whole = (patch.attribute(lens, CLEAN, CORRUPT, point, **asked) for point in ("attn.z", "attn_out"))
+    heads, whole = (patch.attribution_patch(lens, CLEAN, CORRUPT, point, **asked) for point in ("attn.z", "attn_out"))
     np.testing.assert_allclose(heads.values, whole.values, rtol=1e-9)
 
 
@@ -131,7 +137,7 @@ def test_attribution_points_to_what_a_sweep_finds():
     lens = small_lens(dtype=torch.float64)
     near = CLEAN.clone()
     near[:, 3] = CORRUPT[:, 3]
-    estimated = patch.attribute(lens, CLEAN, near, "resid_pre", over=("layer", "pos"), metric=PAIR)
+    estimated = patch.attribution_patch(lens, CLEAN, near, "resid_pre", over=("layer", "pos"), metric=PAIR)
     site = Intervention(Site("resid_pre", layer=2, pos=6), patch.Swap())
     exact = patch.evaluate(lens, CLEAN, [[site]], PAIR, sources=near, progress=False)[0]
     change = float((exact - difference(lens(CLEAN))).mean())
@@ -143,7 +149,7 @@ def test_places_are_called_as_a_sweep_calls_them(over):
     lens = glmlens.load(dtype="float32")
     clean, corrupt = ("When Mary and John went to the store, John", "When Mary and John went to the store, Mary")
     asked = {"over": over, "metric": (" gave", " sent")}
-    found = patch.attribute(lens, clean, corrupt, "resid_pre", **asked)
+    found = patch.attribution_patch(lens, clean, corrupt, "resid_pre", **asked)
     site = Site("resid_pre", layer=None if "layer" in over else 0)
     swept = patch.sweep(lens, clean, corrupt, site, **asked, progress=False)
     assert found.labels == swept.labels
@@ -153,4 +159,4 @@ def test_places_are_called_as_a_sweep_calls_them(over):
 def test_what_cannot_be_attributed_is_said(lens):
     for asked in ({"point": "attn.v", "method": "atp*"}, {"point": "attn.q", "over": ("kv",)}, {"direction": "both"}):
         with pytest.raises(patch.PatchError):
-            patch.attribute(lens, CLEAN, CORRUPT, **{"point": "attn.z", "metric": PAIR, **asked})
+            patch.attribution_patch(lens, CLEAN, CORRUPT, **{"point": "attn.z", "metric": PAIR, **asked})

@@ -81,8 +81,8 @@ def test_changes_take_numbers_and_ids_of_every_library():
 
 
 RUNS = {
-    "a site": (lambda lens: patch.run(lens, TOKENS, Z), "is no intervention"),
-    "a hook": (lambda lens: patch.run(lens, TOKENS, [("blocks.0.attn.z", abs)]), "is no intervention"),
+    "a site": (lambda lens: patch.run_with_interventions(lens, TOKENS, Z), "is no intervention"),
+    "a hook": (lambda lens: patch.run_with_interventions(lens, TOKENS, [("blocks.0.attn.z", abs)]), "is no intervention"),
     "names that are numbers": (lambda lens: run_at(lens, names={"S": 40}), "names: 'S' is 40; .* positions 0 to 8"),
     "names from the end": (lambda lens: run_at(lens, names={"S": -1}), "names: 'S' is -1"),
     "names that are none": (lambda lens: run_at(lens, names=["S"]), "names are positions by name"),
@@ -112,18 +112,18 @@ RUNS = {
     "a sweep over one axis twice": (lambda lens: swept(lens, over=("layer", "layer")), "one axis is there twice"),
     "a sweep of no site": (lambda lens: swept(lens, site=3), "is no site"),
     "nulls by halves": (lambda lens: swept(lens, null=0.5), "null is 0.5; expected a whole number"),
-    "unequal pairs": (lambda lens: patch.edges(lens, TOKENS, OTHER.repeat(2, 1), metric=(5, 6)), "1 clean and 2"),
-    "no other run": (lambda lens: patch.edges(lens, TOKENS, None, metric=(5, 6)), "no corrupt prompts"),
-    "no steps": (lambda lens: patch.edges(lens, TOKENS, OTHER, metric=(5, 6), steps=0), "steps is 0"),
+    "unequal pairs": (lambda lens: patch.attribute_edges(lens, TOKENS, OTHER.repeat(2, 1), metric=(5, 6)), "1 clean and 2"),
+    "no other run": (lambda lens: patch.attribute_edges(lens, TOKENS, None, metric=(5, 6)), "no corrupt prompts"),
+    "no steps": (lambda lens: patch.attribute_edges(lens, TOKENS, OTHER, metric=(5, 6), steps=0), "steps is 0"),
     "no receivers": (lambda lens: patch.path_patch(lens, TOKENS, OTHER, [], metric=(5, 6)), "no receivers"),
     "a receiver by number": (lambda lens: patch.path_patch(lens, TOKENS, OTHER, [3], metric=(5, 6)), "is no site"),
     "an axis twice": (
-        lambda lens: patch.attribute(lens, TOKENS, OTHER, "attn.z", over=("pos", "pos"), metric=(5, 6)), "twice",
+        lambda lens: patch.attribution_patch(lens, TOKENS, OTHER, "attn.z", over=("pos", "pos"), metric=(5, 6)), "twice",
     ),
-    "a world of two": (lambda lens: patch.worlds(lens, {"a": TOKENS.repeat(2, 1)}), "world 'a' is of 2 prompts"),
-    "worlds without names": (lambda lens: patch.worlds(lens, [TOKENS]), "worlds are prompts by name"),
+    "a world of two": (lambda lens: patch.run_side_by_side(lens, {"a": TOKENS.repeat(2, 1)}), "world 'a' is of 2 prompts"),
+    "worlds without names": (lambda lens: patch.run_side_by_side(lens, [TOKENS]), "worlds are prompts by name"),
     "a world that returns nothing": (
-        lambda lens: patch.worlds(lens, {"a": TOKENS}, {"blocks.0.attn.z": lambda here, point: None}),
+        lambda lens: patch.run_side_by_side(lens, {"a": TOKENS}, {"blocks.0.attn.z": lambda here, point: None}),
         "returned NoneType; expected the worlds that change",
     ),
     "a shift by a float": (lambda lens: rotary.shift(lens, 1.5), "shift: by is 1.5; expected a whole number"),
@@ -131,16 +131,16 @@ RUNS = {
     "frozen at a text": (lambda lens: rotary.freeze(lens, at="3"), "freeze: at is '3'"),
     "stretched by a text": (lambda lens: rotary.stretch(lens, "linear", "2"), "factor is '2'"),
     "surgeries without names": (lambda lens: rotary.breakage(lens, TOKENS, [rotary.freeze(lens)]), "no surgery"),
-    "neither hook nor intervention": (lambda lens: patch.scheduled(lens, [Z]), "hooks are"),
-    "ridge below 0": (lambda lens: patch.steering(lens, TOKENS, OTHER, ridge=-1), "ridge is -1"),
-    "a steering times a vector": (lambda lens: patch.steering(lens, TOKENS, OTHER) * torch.ones(3), "factor of a"),
-    "a steering of a layer": (lambda lens: patch.steering(lens, TOKENS, OTHER, layers=0)[1], "no vector of layer 1"),
-    "a steering and a number": (lambda lens: patch.steering(lens, TOKENS, OTHER) + 1, "do not add up"),
+    "neither hook nor intervention": (lambda lens: patch.schedule_edits(lens, [Z]), "hooks are"),
+    "ridge below 0": (lambda lens: patch.fit_steering(lens, TOKENS, OTHER, ridge=-1), "ridge is -1"),
+    "a steering times a vector": (lambda lens: patch.fit_steering(lens, TOKENS, OTHER) * torch.ones(3), "factor of a"),
+    "a steering of a layer": (lambda lens: patch.fit_steering(lens, TOKENS, OTHER, layers=0)[1], "no vector of layer 1"),
+    "a steering and a number": (lambda lens: patch.fit_steering(lens, TOKENS, OTHER) + 1, "do not add up"),
 }  # fmt: skip
 
 
 def run_at(lens, fn=lambda x: x / 2, **options):
-    return patch.run(lens, TOKENS, Intervention(Z, patch.Apply(fn)), **options)
+    return patch.run_with_interventions(lens, TOKENS, Intervention(Z, patch.Apply(fn)), **options)
 
 
 def zero(lens, metric=(5, 6), **options):
@@ -160,7 +160,7 @@ def test_what_patching_cannot_mean_is_one_error_that_says_what_to_type(lens, wha
 
 def test_one_axis_by_its_name_is_that_axis(lens):
     assert swept(lens, over="layer").values.tolist() == swept(lens).values.tolist()
-    one = patch.attribute(lens, TOKENS, OTHER, "attn.z", over="layer", metric=(5, 6))
+    one = patch.attribution_patch(lens, TOKENS, OTHER, "attn.z", over="layer", metric=(5, 6))
     assert one.axes == ("layer",)
     by_name = patch.path_patch(lens, TOKENS, OTHER, "logits", metric=(5, 6), progress=False)
     site = patch.path_patch(lens, TOKENS, OTHER, Site("logits"), metric=(5, 6), progress=False)
@@ -180,22 +180,22 @@ def test_a_receiver_of_some_heads_and_some_channels_receives_every_one_of_them(l
 def test_hooks_and_interventions_are_scheduled_together_in_their_order(lens):
     half, zero = ("blocks.1.attn.z", lambda x, point: x + 1), Intervention(Z, patch.Scale(2))
     for order, expected in (([half, zero], lambda x, p: (x + 1) * 2), ([zero, half], lambda x, p: x * 2 + 1)):
-        logits = lens.run_with_hooks(TOKENS, patch.scheduled(lens, order))
+        logits = lens.run_with_hooks(TOKENS, patch.schedule_edits(lens, order))
         torch.testing.assert_close(logits, lens.run_with_hooks(TOKENS, {"blocks.1.attn.z": expected}))
 
 
 def test_end_is_the_last_position_of_every_prompt_of_a_generation(lens):
     one = Intervention(Site("resid_post", layer=0, pos="end"), patch.Add(VECTOR))
     rows = [TOKENS[0].tolist(), OTHER[0, :5].tolist()]
-    run = patch.generate(lens, rows, 4, one, stop_ids=())
+    run = patch.generate_with_interventions(lens, rows, 4, one, stop_ids=())
     for row, new in zip(rows, run.new_tokens.tolist(), strict=True):
         at = Intervention(one.site.at(pos=len(row) - 1), one.do)
-        assert patch.generate(lens, [row], 4, at, stop_ids=()).new_tokens[0].tolist() == new
+        assert patch.generate_with_interventions(lens, [row], 4, at, stop_ids=()).new_tokens[0].tolist() == new
     kv = lens.new_kv()
     lens(TOKENS[:, :6], kv=kv)
-    rest = patch.generate(lens, TOKENS[:, 6:], 4, one, kv=kv, stop_ids=())
+    rest = patch.generate_with_interventions(lens, TOKENS[:, 6:], 4, one, kv=kv, stop_ids=())
     assert rest.new_tokens[0].tolist() == run.new_tokens[0].tolist()
-    line = patch.timeline(lens, TOKENS, 4, interventions=one, stop_ids=())
+    line = patch.record_timeline(lens, TOKENS, 4, interventions=one, stop_ids=())
     assert line.tokens == run.new_tokens[0].tolist()
     assert run.new_tokens.tolist() != lens.generate(rows, 4, stop_ids=()).new_tokens.tolist()
 
@@ -206,13 +206,16 @@ def test_values_of_groups_stay_values_of_groups_beside_keys_by_query_head(lens):
         Intervention(Site("kv.v", layer=1, kv=1), patch.Scale(3)),
     )
     as_heads = Intervention(Site("kv.v", layer=1, head=(2, 3)), patch.Scale(3))
-    torch.testing.assert_close(patch.run(lens, TOKENS, [keys, values]), patch.run(lens, TOKENS, [keys, as_heads]))
+    torch.testing.assert_close(
+        patch.run_with_interventions(lens, TOKENS, [keys, values]),
+        patch.run_with_interventions(lens, TOKENS, [keys, as_heads]),
+    )
 
 
 def test_a_file_of_interventions_runs_nothing_that_is_not_given(lens, tmp_path):
     path, done = tmp_path / "these.json", tmp_path / "done"
     (tmp_path / "evil.py").write_text(f"open({str(done)!r}, 'w')\ndef fn(x):\n    return x\n")
-    patch.save(path, [Intervention(Z, patch.Apply(torch.relu))], lens)
+    patch.save_interventions(path, [Intervention(Z, patch.Apply(torch.relu))], lens)
     data = json.loads(path.read_text())
     assert data["interventions"][0]["do"] == {"kind": "Apply", "fn": "relu", "key": None}
     data["interventions"][0]["do"]["fn"] = "evil:fn"
@@ -220,14 +223,16 @@ def test_a_file_of_interventions_runs_nothing_that_is_not_given(lens, tmp_path):
     with pytest.MonkeyPatch.context() as m:
         m.syspath_prepend(str(tmp_path))
         with pytest.raises(PatchError, match=r"functions={'fn': fn}"):
-            patch.load(path, lens)
+            patch.load_interventions(path, lens)
     assert not done.exists()
-    assert patch.load(path, lens, functions={"fn": torch.relu}) == [Intervention(Z, patch.Apply(torch.relu))]
+    assert patch.load_interventions(path, lens, functions={"fn": torch.relu}) == [
+        Intervention(Z, patch.Apply(torch.relu))
+    ]
     halve = lambda x: x / 2  # noqa: E731
     with pytest.raises(PatchError, match="cannot be saved: name its function"):
-        patch.save(path, [Intervention(Z, patch.Apply(halve))], lens)
-    patch.save(path, [Intervention(Z, patch.Apply(halve))], lens, functions={"halve": halve})
-    assert patch.load(path, lens, functions={"halve": halve}) == [Intervention(Z, patch.Apply(halve))]
+        patch.save_interventions(path, [Intervention(Z, patch.Apply(halve))], lens)
+    patch.save_interventions(path, [Intervention(Z, patch.Apply(halve))], lens, functions={"halve": halve})
+    assert patch.load_interventions(path, lens, functions={"halve": halve}) == [Intervention(Z, patch.Apply(halve))]
 
 
 @pytest.mark.parametrize(
@@ -240,11 +245,11 @@ def test_a_file_of_interventions_runs_nothing_that_is_not_given(lens, tmp_path):
     ],
 )  # fmt: skip
 def test_a_file_of_broken_interventions_is_one_error(lens, tmp_path, one):
-    patch.save(tmp_path / "x.json", [Intervention(Z, patch.Zero())], lens)
+    patch.save_interventions(tmp_path / "x.json", [Intervention(Z, patch.Zero())], lens)
     data = json.loads((tmp_path / "x.json").read_text()) | {"interventions": [one]}
     (tmp_path / "x.json").write_text(json.dumps(data))
     with pytest.raises(PatchError):
-        patch.load(tmp_path / "x.json", lens)
+        patch.load_interventions(tmp_path / "x.json", lens)
 
 
 def test_a_callable_without_a_hash_can_be_applied(lens):

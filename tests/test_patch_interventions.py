@@ -7,7 +7,7 @@ from conftest import small_lens
 from glmlens import patch
 from glmlens.hooks import HookError
 from glmlens.patch import Intervention, PatchError, Site
-from glmlens.patch.running import Applied
+from glmlens.patch.running import AppliedInterventions
 
 TOKENS = torch.randint(10, 101, (1, 9), generator=torch.Generator().manual_seed(0))
 OTHERS = torch.randint(10, 101, (3, 9), generator=torch.Generator().manual_seed(1))
@@ -57,7 +57,7 @@ def test_a_change_does_what_it_says(lens, which, pos):
         x[:, at] = new[:, at]
         return x
 
-    found = patch.run(lens, TOKENS, one)
+    found = patch.run_with_interventions(lens, TOKENS, one)
     tolerance = {"rtol": 0, "atol": 1e-5 * float(found.abs().max())}
     if which != 5:  # noise has no other expression
         torch.testing.assert_close(found, lens.run_with_hooks(TOKENS, {"blocks.1.resid_mid": edit}), **tolerance)
@@ -77,14 +77,19 @@ def test_noise_is_scaled_to_the_embeddings_and_the_same_for_the_same_seed(lens):
         seen["after"] = x
         return x
 
-    applied = Applied.to(big, [one], 9)
+    applied = AppliedInterventions.compile(big, [one], 9)
     big.run_with_hooks(TOKENS, [*applied.hooks, ("embed", look)])
     added = (seen["after"] - before)[0]
     assert (added[[0, 1, 4, 5, 6, 7, 8]] == 0).all()
     assert float(added[2:4].std()) == pytest.approx(3 * float(big.W_E.std()), rel=0.05)
-    again = patch.run(lens, TOKENS, Intervention(Site("embed", pos=2), patch.Noise.of_lens(lens, 3.0, seed=1)))
+    again = patch.run_with_interventions(
+        lens, TOKENS, Intervention(Site("embed", pos=2), patch.Noise.of_lens(lens, 3.0, seed=1))
+    )
     assert torch.equal(
-        again, patch.run(lens, TOKENS, Intervention(Site("embed", pos=2), patch.Noise.of_lens(lens, seed=1)))
+        again,
+        patch.run_with_interventions(
+            lens, TOKENS, Intervention(Site("embed", pos=2), patch.Noise.of_lens(lens, seed=1))
+        ),
     )
 
 
@@ -97,9 +102,13 @@ def test_a_mean_takes_prompts_of_any_length_unless_by_position(lens):
         x[:, :, 2] = torch.cat(rows).mean(0)[2]
         return x
 
-    torch.testing.assert_close(patch.run(lens, TOKENS, one), lens.run_with_hooks(TOKENS, {"blocks.0.attn.z": edit}))
+    torch.testing.assert_close(
+        patch.run_with_interventions(lens, TOKENS, one), lens.run_with_hooks(TOKENS, {"blocks.0.attn.z": edit})
+    )
     with pytest.raises(PatchError, match="tokens"):
-        patch.run(lens, TOKENS, Intervention(one.site, patch.Mean.of_prompts(lens, short, by_position=True)))
+        patch.run_with_interventions(
+            lens, TOKENS, Intervention(one.site, patch.Mean.of_prompts(lens, short, by_position=True))
+        )
 
 
 def test_interventions_print_compare_and_save(lens, tmp_path):
@@ -108,37 +117,37 @@ def test_interventions_print_compare_and_save(lens, tmp_path):
     assert asked == [Intervention(Site("resid_mid", layer=1, pos=("S2", 4)), change) for change in changes(lens)]
     assert len(set(asked)) == 12
     assert str(asked[1]) == "resid_mid [layer 1, pos S2+4] <- zero"
-    patch.save(tmp_path / "these.json", asked, lens)
+    patch.save_interventions(tmp_path / "these.json", asked, lens)
     functions = {"halved": halved}
-    assert patch.load(tmp_path / "these.json", lens, functions=functions) == asked
+    assert patch.load_interventions(tmp_path / "these.json", lens, functions=functions) == asked
     other = small_lens(seed=5)
     with pytest.raises(PatchError, match="this is"):
-        patch.load(tmp_path / "these.json", other)
-    assert patch.load(tmp_path / "these.json", other, other_model=True, functions=functions) == asked
+        patch.load_interventions(tmp_path / "these.json", other)
+    assert patch.load_interventions(tmp_path / "these.json", other, other_model=True, functions=functions) == asked
     with pytest.raises(PatchError, match="cannot be saved"):
-        patch.save(tmp_path / "x.json", [Intervention(site, patch.Apply(lambda x: x))], lens)
+        patch.save_interventions(tmp_path / "x.json", [Intervention(site, patch.Apply(lambda x: x))], lens)
 
 
 def test_an_intervention_that_comes_to_nothing_is_an_error(lens):
     same = Intervention(Site("attn.z", layer=1), patch.Scale(1.0))
     with pytest.raises(PatchError, match=r"changed nothing.*allow='no change'"):
-        patch.run(lens, TOKENS, same)
-    assert torch.equal(patch.run(lens, TOKENS, same, allow="no change"), lens(TOKENS))
+        patch.run_with_interventions(lens, TOKENS, same)
+    assert torch.equal(patch.run_with_interventions(lens, TOKENS, same, allow="no change"), lens(TOKENS))
     with pytest.raises(PatchError, match="changed nothing"):
         patch.evaluate(lens, TOKENS, [[same]], (5, 6), progress=False)
     late = Intervention(Site("attn.z", layer=1, pos=30), patch.Zero())
     with pytest.raises(PatchError, match="position 30 asked for"):
-        patch.run(lens, TOKENS, late)
+        patch.run_with_interventions(lens, TOKENS, late)
     with pytest.raises(PatchError, match="never fired"):
-        patch.generate(lens, TOKENS, 3, late)
+        patch.generate_with_interventions(lens, TOKENS, 3, late)
     with pytest.raises(PatchError, match="came out empty"):
         Site("attn.z", pos=())
     with pytest.raises(PatchError, match="names no run"):
-        patch.run(lens, TOKENS, Intervention(Site("attn.z", layer=1), patch.Swap()))
+        patch.run_with_interventions(lens, TOKENS, Intervention(Site("attn.z", layer=1), patch.Swap()))
     with pytest.raises(PatchError, match="a vector of 48 for a place that is 16 wide"):
-        patch.run(lens, TOKENS, Intervention(Site("attn.z", layer=1), patch.Add(DIRECTION)))
+        patch.run_with_interventions(lens, TOKENS, Intervention(Site("attn.z", layer=1), patch.Add(DIRECTION)))
     with pytest.raises((PatchError, HookError), match="Did you mean"):
-        patch.run(lens, TOKENS, Intervention(Site("atn.z", layer=1), patch.Zero()))
+        patch.run_with_interventions(lens, TOKENS, Intervention(Site("atn.z", layer=1), patch.Zero()))
 
 
 @pytest.mark.parametrize("point", ["resid_post", "kv.v", "attn.pattern", "mlp.post"])
@@ -147,11 +156,11 @@ def test_a_cached_decode_is_changed_as_an_uncached_one(lens, point):
     where = {"head": 3} if point in ("kv.v", "attn.pattern") else {}
     where |= {"key": (0, 2)} if point == "attn.pattern" else {}
     one = Intervention(Site(point, layer=1, pos=(4, 8, 9, 11), **where), patch.Scale(-2.0))
-    run = patch.generate(lens, TOKENS, 5, one, stop_ids=())
+    run = patch.generate_with_interventions(lens, TOKENS, 5, one, stop_ids=())
     tokens = TOKENS
     for _ in range(5):
         here = [p for p in (4, 8, 9, 11) if p < tokens.shape[1]]
-        logits = patch.run(lens, tokens, Intervention(one.site.at(pos=here), one.do))
+        logits = patch.run_with_interventions(lens, tokens, Intervention(one.site.at(pos=here), one.do))
         tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(run.tokens, tokens)
     assert not torch.equal(run.tokens, lens.generate(TOKENS, 5, stop_ids=()).tokens)

@@ -8,7 +8,7 @@ import torch
 from conftest import small_lens
 
 from glmlens import patch
-from glmlens.hooks import ROOT
+from glmlens.hooks import ROOT_POINTS
 from glmlens.patch import Intervention, PatchError, Site
 
 LENGTH, LISTS = 8, 10  # lists of interventions at a time
@@ -44,7 +44,7 @@ def random_site(draw, local):
     # edits at neighbouring points are asked for often: their order is the forward's
     point = draw.choice([*local, "embed", "resid_pre", "resid_post", "kv.k", "kv.v", "attn.z"])
     where = {}
-    if point not in ROOT:
+    if point not in ROOT_POINTS:
         where["layer"] = draw.choice([None, draw.randrange(3), some(draw, 3)])
     if draw.random() < 0.7:
         where["pos"] = draw.choice([some(draw, LENGTH), "end", (draw.randrange(LENGTH - 1), "end")])
@@ -128,7 +128,7 @@ def test_a_list_of_interventions_means_the_same_on_every_route(model_type, atten
         mixed = by_head_and_by_group(one)
         if mixed:
             with pytest.raises(PatchError, match="both by query head and by group"):
-                patch.run(lens, [rows[0]], paired_with(others[0], one))
+                patch.run_with_interventions(lens, [rows[0]], paired_with(others[0], one))
             with pytest.raises(PatchError, match="both by query head and by group"):
                 patch.evaluate(lens, rows, [one], metric, sources=others, allow=BOTH, progress=False)
             continue
@@ -137,14 +137,14 @@ def test_a_list_of_interventions_means_the_same_on_every_route(model_type, atten
     for i, asked in enumerate(lists):
         said = "; ".join(map(str, asked))
         for j, (row, other) in enumerate(zip(rows, others, strict=True)):
-            expected = patch.run(lens, [row], paired_with(other, asked), allow=BOTH)
+            expected = patch.run_with_interventions(lens, [row], paired_with(other, asked), allow=BOTH)
             agree(together[i, j], measure(expected)[0], f"evaluate: {said}")
         one = paired_with(other, asked)
         named = patch.evaluate(lens, [row], [one], metric, allow=BOTH, progress=False)
         agree(named[0], measure(expected), f"evaluate alone: {said}")
         check_generation(lens, row, one, expected[0, -1], said)
-        if not any(x.site.ungrouped for x in one):
-            hooks = patch.scheduled(lens, one, names={"end": LENGTH - 1})
+        if not any(x.site.by_query_head for x in one):
+            hooks = patch.schedule_edits(lens, one, names={"end": LENGTH - 1})
             agree(lens.run_with_hooks(torch.tensor([row]), hooks), expected, f"scheduled: {said}")
         check_sweep(lens, row, other, asked[0], metric, measure)
 
@@ -152,19 +152,19 @@ def test_a_list_of_interventions_means_the_same_on_every_route(model_type, atten
 def check_generation(lens, row, one, expected, said):
     if any(x.site.point == "logits" and x.do == patch.Apply(centred) for x in one):
         return  # a generation has no other logits than the last
-    run = patch.generate(lens, [row], 1, one, allow=BOTH, names="logits", stop_ids=())
+    run = patch.generate_with_interventions(lens, [row], 1, one, allow=BOTH, names="logits", stop_ids=())
     agree(run.acts["logits"][0, -1], expected, f"generate: {said}")
     if not any(x.do.prompts for x in one):  # the others are as long as one row of a batch alone
         kept = row[2:] if all(set(x.site.pos or ("end",)) == {"end"} and not x.site.key for x in one) else row
         short = [*row, 5, 6, 7]
-        run = patch.generate(lens, [short, kept], 1, one, allow=BOTH, names="logits", stop_ids=())
-        alone = [patch.run(lens, [ids], one, allow=BOTH)[0, -1] for ids in (short, kept)]
+        run = patch.generate_with_interventions(lens, [short, kept], 1, one, allow=BOTH, names="logits", stop_ids=())
+        alone = [patch.run_with_interventions(lens, [ids], one, allow=BOTH)[0, -1] for ids in (short, kept)]
         agree(run.acts["logits"][:, -1], torch.stack(alone), f"generate, padded: {said}")
 
 
 def check_sweep(lens, row, other, one, metric, measure):
     site = one.site
-    over = ("pos",) if site.point in ROOT else ("layer", "pos")
+    over = ("pos",) if site.point in ROOT_POINTS else ("layer", "pos")
     found = patch.sweep(
         lens, [row], [other], site, over=over, metric=metric, do=one.do, direction="noise", normalise=False,
         allow=BOTH, progress=False,
@@ -172,7 +172,9 @@ def check_sweep(lens, row, other, one, metric, measure):
     places = [site.at(**dict(zip(over, place, strict=True))) for place in product_of(site, over)]
     for i, (place, value) in enumerate(zip(places, found.raw.values.ravel(), strict=True)):
         if i % 7 == 0:
-            logits = patch.run(lens, [row], paired_with(other, [Intervention(place, one.do)]), allow=BOTH)
+            logits = patch.run_with_interventions(
+                lens, [row], paired_with(other, [Intervention(place, one.do)]), allow=BOTH
+            )
             agree(value, measure(logits)[0], f"sweep: {place} <- {one.do}")
 
 
@@ -188,7 +190,7 @@ def test_a_function_that_mixes_positions_sees_them_all_behind_the_last_layer_too
     for pos in (None, (1, 3, "end")):
         one = Intervention(Site(point, pos=pos, **where), patch.Apply(centred))
         found = patch.evaluate(lens, [row], [[one]], lambda logits: logits[:, 7], progress=False)
-        agree_32(found[0], patch.run(lens, [row], one)[:, -1, 7])
+        agree_32(found[0], patch.run_with_interventions(lens, [row], one)[:, -1, 7])
 
 
 def agree_32(found, expected):
@@ -206,7 +208,7 @@ def test_noise_is_that_of_its_seed_point_and_position_wherever_it_is_drawn(lens)
             seen[point.name] = x.clone()
             return x
 
-        hooks = [("embed", look), *patch.scheduled(lens, one), ("embed", lambda x, p: seen.update(after=x) or x)]
+        hooks = [("embed", look), *patch.schedule_edits(lens, one), ("embed", lambda x, p: seen.update(after=x) or x)]
         lens.run_with_hooks(tokens, hooks, **forward)
         return (seen["after"] - seen["embed"]).double()
 
@@ -231,7 +233,7 @@ def test_noise_between_queries_and_keys_is_the_same_however_many_keys_there_are(
     for tokens in (row[:131], row):
         before, after = (
             lens.run_with_cache(torch.tensor([tokens]), "attn.scores", hooks)[1]["attn.scores", 1][0, :, 130]
-            for hooks in (None, patch.scheduled(lens, one))
+            for hooks in (None, patch.schedule_edits(lens, one))
         )
         seen.append((after - before)[:, [3, 70, 129]])
         assert ((after != before).nonzero()[:, 1].unique() == torch.tensor([3, 70, 129])).all()

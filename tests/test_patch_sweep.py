@@ -8,10 +8,10 @@ from conftest import small_lens
 import glmlens
 from glmlens import patch
 from glmlens.patch import PatchError, Site
-from glmlens.patch.evaluate import Job
-from glmlens.record import catalogue
+from glmlens.patch.evaluate import EvaluationJob
+from glmlens.record import trace_points
 
-POINTS = sorted({p.local for p in catalogue(small_lens("glm4").model).values()})
+POINTS = sorted({p.local for p in trace_points(small_lens("glm4").model).values()})
 PAIR = (5, 9)
 
 
@@ -151,7 +151,7 @@ def test_keys_and_values_are_changed_per_query_head_as_if_ungrouped(point, atten
     agree(found.values, expected)
     assert "query heads" in found.about["heads"]
     one = patch.Intervention(Site(point, layer=1, head=3), patch.Swap.of_prompt(grouped, clean))
-    logits = patch.run(grouped, corrupt, one)
+    logits = patch.run_with_interventions(grouped, corrupt, one)
     torch.testing.assert_close(logits, expected[1][3:], rtol=0, atol=1e-5 * float(logits.abs().max()))
 
 
@@ -218,12 +218,12 @@ def test_positions_that_share_their_past_are_not_run(lens):
 def test_check_says_what_a_sweep_will_take(lens):
     clean, corrupt = pair((2, 6))
     asked = {"over": ("layer", "pos"), "metric": PAIR}
-    assert patch.check(lens, clean, corrupt, "attn_out", **asked) == (
+    assert patch.check_sweep(lens, clean, corrupt, "attn_out", **asked) == (
         patch.sweep(lens, clean, corrupt, "attn_out", progress=False, **asked).cost
     )
-    small = patch.check(lens, clean, corrupt, "attn_out", most_bytes=100_000, **asked)
+    small = patch.check_sweep(lens, clean, corrupt, "attn_out", most_bytes=100_000, **asked)
     assert small.bytes <= 100_000
-    assert small.waves > 1
+    assert small.batches > 1
 
 
 def test_both_directions_and_what_they_divide_by(lens):
@@ -334,7 +334,7 @@ def test_evaluate_takes_from_a_task_what_a_sweep_takes():
     short = patch.evaluate(lens, examples, variant, sources="flip", progress=False)
     spelt = patch.evaluate(
         lens, examples.tokens, variant, examples, sources=examples.counterfactual("flip"),
-        names=[example.positions for example in examples], progress=False,
+        position_names=[example.positions for example in examples], progress=False,
     )  # fmt: skip
     assert torch.equal(short, spelt)
     np.testing.assert_allclose(short[0], swept.raw.values[:, 0], rtol=0, atol=1e-5)
@@ -476,9 +476,9 @@ def test_a_cell_starts_at_its_layer_and_position(lens):
     for i, block in enumerate(lens.model.blocks):
         block.register_forward_hook(lambda m, args, out, i=i: passed.append((i, args[0].shape[0] * args[0].shape[1])))
     rows = [tuple(p[0].tolist()) for p in (corrupt, clean)]
-    job = Job(lens, rows[:1], patch.Metric("first", lambda logits, _: logits[:, -1, 0]), rows[1:])
+    job = EvaluationJob(lens, rows[:1], patch.Metric("first", lambda logits, _: logits[:, -1, 0]), rows[1:])
     variants = [[patch.Intervention(Site("resid_pre", layer=2, pos=p), patch.Swap())] for p in range(9)]
     todo = torch.ones(9, 1, dtype=torch.bool)
-    list(job.run(variants, todo))
+    list(job.run_variants(variants, todo))
     by_layer = [sum(n for layer, n in passed if layer == i) for i in range(3)]
     assert by_layer == [18, 18, 18 + 45]  # the two runs, and a triangle

@@ -21,7 +21,7 @@ def test_worlds_read_each_other_at_the_same_point(any_lens):
         new[4:, 1] = here["clean"][4:, 1]
         return {"patched": new}
 
-    found = patch.worlds(
+    found = patch.run_side_by_side(
         lens,
         {"clean": CLEAN, "corrupt": CORRUPT, "patched": CORRUPT, "mixed": CORRUPT},
         [("blocks.1.attn.z", patched),
@@ -48,13 +48,13 @@ def test_worlds_read_each_other_at_the_same_point(any_lens):
 def test_worlds_refuse_what_cannot_be_meant(lens):
     two = {"clean": CLEAN, "corrupt": CORRUPT}
     with pytest.raises(PatchError, match="differ from token"):
-        patch.worlds(lens, {"clean": CLEAN, "corrupt": CORRUPT[:, :5]})
+        patch.run_side_by_side(lens, {"clean": CLEAN, "corrupt": CORRUPT[:, :5]})
     with pytest.raises(PatchError, match="no world is called 'x'; there are clean, corrupt"):
-        patch.worlds(lens, two, {"embed": lambda here, point: {"x": here["clean"]}})
+        patch.run_side_by_side(lens, two, {"embed": lambda here, point: {"x": here["clean"]}})
     with pytest.raises(PatchError, match="changed nothing"):
-        patch.worlds(lens, two, {"embed": lambda here, point: {"clean": here["clean"]}})
+        patch.run_side_by_side(lens, two, {"embed": lambda here, point: {"clean": here["clean"]}})
     with pytest.raises(PatchError, match=r"expected torch.float32 \(9, 48\)"):
-        patch.worlds(lens, two, {"embed": lambda here, point: {"clean": here["clean"][:3]}})
+        patch.run_side_by_side(lens, two, {"embed": lambda here, point: {"clean": here["clean"][:3]}})
 
 
 def activations(lens, tokens):
@@ -63,7 +63,9 @@ def activations(lens, tokens):
 
 def test_steering_vectors_are_what_they_are_called(lens):
     plus, minus = activations(lens, POSITIVE), activations(lens, NEGATIVE)
-    found = {m: patch.steering(lens, POSITIVE, NEGATIVE, method=m, layers=(1, 2)) for m in ("mean", "pca", "logistic")}
+    found = {
+        m: patch.fit_steering(lens, POSITIVE, NEGATIVE, method=m, layers=(1, 2)) for m in ("mean", "pca", "logistic")
+    }
     difference = plus - minus
     torch.testing.assert_close(found["mean"][1].double(), difference.mean(0), rtol=0, atol=1e-5)
     eigen = torch.linalg.eigh(difference.T @ difference).eigenvectors[:, -1]
@@ -90,29 +92,31 @@ def test_steering_vectors_are_what_they_are_called(lens):
 
 
 def test_steering_vectors_add_scale_subtract_and_save(lens, tmp_path):
-    v = patch.steering(lens, POSITIVE, NEGATIVE)
-    w = patch.steering(lens, NEGATIVE, POSITIVE)
+    v = patch.fit_steering(lens, POSITIVE, NEGATIVE)
+    w = patch.fit_steering(lens, NEGATIVE, POSITIVE)
     torch.testing.assert_close((v + w).vectors, torch.zeros_like(v.vectors))
     torch.testing.assert_close((2 * v - v).vectors, v.vectors)
-    torch.testing.assert_close(v.normalized().vectors.norm(dim=-1), torch.ones(3))
+    torch.testing.assert_close(v.normalize().vectors.norm(dim=-1), torch.ones(3))
     v.save(tmp_path / "v.safetensors")
-    again = patch.Steering.load(tmp_path / "v.safetensors", lens)
+    again = patch.SteeringVector.load(tmp_path / "v.safetensors", lens)
     assert torch.equal(again.vectors, v.vectors)
     assert again.layers == v.layers
     other = small_lens(seed=8)
     with pytest.raises(PatchError, match="for model"):
-        patch.Steering.load(tmp_path / "v.safetensors", other)
+        patch.SteeringVector.load(tmp_path / "v.safetensors", other)
     with pytest.raises(PatchError, match="not of one model"):
-        v + patch.steering(lens, POSITIVE, NEGATIVE, layers=1)
+        v + patch.fit_steering(lens, POSITIVE, NEGATIVE, layers=1)
     with pytest.raises(PatchError, match="steer at one with pos model"):
-        patch.steering(lens, POSITIVE, NEGATIVE, point="attn.z")
+        patch.fit_steering(lens, POSITIVE, NEGATIVE, point="attn.z")
 
 
 @pytest.mark.parametrize("pos", [None, range(9, 14), (10, 12)])
 def test_a_cached_decode_is_steered_as_an_uncached_one(any_lens, pos):
     lens = any_lens
-    vector = 6 * patch.steering(lens, POSITIVE, NEGATIVE, layers=(0, 1))
-    run = patch.generate(lens, CLEAN, 6, vector.interventions(pos=pos), stop_ids=(), names="resid_post")
+    vector = 6 * patch.fit_steering(lens, POSITIVE, NEGATIVE, layers=(0, 1))
+    run = patch.generate_with_interventions(
+        lens, CLEAN, 6, vector.interventions(pos=pos), stop_ids=(), names="resid_post"
+    )
     tokens = CLEAN
     for _ in range(6):
 

@@ -48,7 +48,7 @@ def test_a_recording_comes_back_with_all_that_was_named_and_where_it_stood(way, 
     assert torch.equal(again.row(0).at(" Mary")["resid_post"], acts.row(0).at(" Mary")["resid_post"])
     assert again.of.model is None
     assert again.of.model_hash() == lens.model_hash
-    assert again.of.edited == acts.of.edited
+    assert again.of.edited == acts.run_info.edited_points
     assert "derived" not in repr(again)
     assert all(equal(by_pickle(again)[name], acts[name]) for name in acts)
 
@@ -83,7 +83,7 @@ def test_a_generation_comes_back_and_its_cache_can_be_gone_on_with(way):
 @pytest.mark.parametrize("way", WAYS)
 def test_a_timeline_comes_back_and_asks_for_its_lens_where_weights_are_needed(way):
     lens = glmlens.load()
-    line = patch.timeline(lens, PROMPT, 6, temperature=1.0, seed=3, names="resid_post")
+    line = patch.record_timeline(lens, PROMPT, 6, temperature=1.0, seed=3, names="resid_post")
     again = way(line)
     assert (again.text, again.tokens, again.events) == (line.text, line.tokens, line.events)
     assert torch.equal(again.logits, line.logits)
@@ -109,7 +109,7 @@ def test_a_timeline_comes_back_and_asks_for_its_lens_where_weights_are_needed(wa
 def test_an_edited_timeline_is_not_run_again_without_its_edits():
     lens = small_lens()
     hooks = {"blocks.1.attn_out": lambda x, point: x * 2}
-    line = patch.timeline(lens, TOKENS, 4, hooks=hooks, stop_ids=())
+    line = patch.record_timeline(lens, TOKENS, 4, hooks=hooks, stop_ids=())
     again = by_pickle(line).with_lens(lens)
     with pytest.raises(HookError, match="pickled without its edits"):
         again.rerun(1, token=5)

@@ -14,8 +14,8 @@ from hostile import HOSTILE
 
 import glmlens
 from glmlens import analysis, patch, plot
-from glmlens.generate import Step
-from glmlens.plot.style import visible
+from glmlens.generate import GenerationStep
+from glmlens.plot.style import show_control_characters
 from glmlens.results import Labelled
 
 N = len(HOSTILE)
@@ -58,7 +58,7 @@ def sweep_of(values, spread=None, about=None):
 
 def steps(n=4, vocab=N):
     logits = torch.randn(n, 1, vocab, generator=torch.Generator().manual_seed(0))
-    return [Step(i, logits[i].argmax(-1), logits[i], torch.tensor([True])) for i in range(n)]
+    return [GenerationStep(i, logits[i].argmax(-1), logits[i], torch.tensor([True])) for i in range(n)]
 
 
 def hostile(result, *axes):
@@ -73,18 +73,18 @@ def hostile(result, *axes):
 
 def of_entries(model, ids):
     """The figures of a cache."""
-    reads = hostile(analysis.who_reads(model, ids, 5), "key")
+    reads = hostile(analysis.cache_reads(model, ids, 5), "key")
     left = hostile(analysis.leave_one_out(model, ids, 5, positions=[2, 3]), "key")
     whole = hostile(analysis.leave_one_out(model, ids, 5, by="position"), "key")
-    drop = hostile(analysis.droppable(model, ids, counts=[0, 1, 3]), "entry")
+    drop = hostile(analysis.eviction_curve(model, ids, counts=[0, 1, 3]), "entry")
     kv = model.new_kv()
     model(ids, kv=kv)
     return {
         "cache_norms": plot.cache_norms(kv, HOSTILE),
-        "who_reads": plot.who_reads(reads),
-        "who_reads_layer": plot.who_reads(reads, "direct", layer=1),
-        "left_out": plot.left_out(left),
-        "left_out_position": plot.left_out(whole, "logit"),
+        "who_reads": plot.cache_reads(reads),
+        "who_reads_layer": plot.cache_reads(reads, "direct", layer=1),
+        "left_out": plot.leave_one_out(left),
+        "left_out_position": plot.leave_one_out(whole, "logit"),
         "eviction": plot.eviction({HOSTILE[0]: drop}),
     }
 
@@ -459,22 +459,22 @@ def test_a_cache_says_how_long_its_entries_are_and_what_they_weigh(model, ids):
 
 
 def test_who_reads_is_summed_over_heads_or_of_one_layer(model, ids):
-    reads = analysis.who_reads(model, ids, 5)
-    assert np.allclose(plot.who_reads(reads, "attention").data[0].z.sum(1), model.cfg.n_heads, atol=1e-4)
-    assert np.allclose(plot.who_reads(reads, "direct", layer=1).data[0].z, reads.direct.values[1])
+    reads = analysis.cache_reads(model, ids, 5)
+    assert np.allclose(plot.cache_reads(reads, "attention").data[0].z.sum(1), model.cfg.n_heads, atol=1e-4)
+    assert np.allclose(plot.cache_reads(reads, "direct", layer=1).data[0].z, reads.direct.values[1])
     with pytest.raises(ValueError, match="this result has attention, weighted, direct"):
-        plot.who_reads(reads, "kl")
+        plot.cache_reads(reads, "kl")
 
 
 def test_what_was_not_left_out_stays_empty(model, ids):
     left = analysis.leave_one_out(model, ids, 5, positions=[2, 3])
-    z = plot.left_out(left, "logit").data[0].z
+    z = plot.leave_one_out(left, "logit").data[0].z
     assert np.isfinite(z).any(0).nonzero()[0].tolist() == [2, 3]
     assert z.shape[0] == model.cfg.n_layers * model.cfg.n_kv_heads
 
 
 def test_an_eviction_curve_goes_by_how_many_are_dropped_and_its_hover_has_the_true_cost(model, ids):
-    drop = analysis.droppable(model, ids, counts=[0, 2, 9])
+    drop = analysis.eviction_curve(model, ids, counts=[0, 2, 9])
     trace = plot.eviction(drop).data[0]
     assert list(trace.x) == [0, 2, 9]
     assert trace.y[0] == np.float32(1e-6)
@@ -483,7 +483,7 @@ def test_an_eviction_curve_goes_by_how_many_are_dropped_and_its_hover_has_the_tr
 
 
 def test_a_prompt_of_which_a_result_knows_the_end_is_said_whole(model, ids):
-    figure = plot.who_reads(analysis.who_reads(model, ids, 5))
+    figure = plot.cache_reads(analysis.cache_reads(model, ids, 5))
     assert not figure.layout.title.subtitle.text.startswith("...")
 
 
@@ -495,7 +495,7 @@ def test_what_is_rounded_to_nothing_has_no_sign():
 
 
 def test_a_generation_says_its_prompt_and_its_model(model, ids):
-    figure = plot.generation(patch.timeline(model, ids, 3))
+    figure = plot.generation(patch.record_timeline(model, ids, 3))
     assert model.model_hash in figure.layout.title.subtitle.text
     assert len(figure.frames) == 3
 
@@ -535,7 +535,7 @@ def test_coloured_tokens_are_text_and_never_markup():
     assert "<" not in bare
     assert "mathjax_ignore" in page
     for token in HOSTILE:
-        shown = escape(visible(token), quote=True)
+        shown = escape(show_control_characters(token), quote=True)
         assert page.count(shown) >= 2  # in the text and on hover
 
 
@@ -545,8 +545,8 @@ def test_tokens_need_a_label_each():
 
 
 def test_what_cannot_be_seen_is_drawn():
-    assert visible("a\nb\tc\ud83d\u202e\x1b") == "a↵b→c⟨D83D⟩⟨202E⟩⟨001B⟩"
-    assert visible("👩‍👩‍👧 字 é") == "👩‍👩‍👧 字 é"
+    assert show_control_characters("a\nb\tc\ud83d\u202e\x1b") == "a↵b→c⟨D83D⟩⟨202E⟩⟨001B⟩"
+    assert show_control_characters("👩‍👩‍👧 字 é") == "👩‍👩‍👧 字 é"
 
 
 def test_plots_come_with_the_package_but_plotly_only_when_asked():
@@ -567,7 +567,7 @@ def every_figure_with(bad, model, ids):
     def labelled(axes):
         return Labelled(spoilt(*[3 + i for i in range(len(axes))]), axes)
 
-    graph = patch.edges(model, ids, ids.flip(1), metric=(3, 7)).graph
+    graph = patch.attribute_edges(model, ids, ids.flip(1), metric=(3, 7)).graph
     scores = torch.ones(len(graph.readers), len(graph.writers)) * graph.mask
     scores[-1, 0] = bad
     steps = [SimpleNamespace(logits=torch.tensor([x]), tokens=torch.tensor([1])) for x in ([1.0, 2.0], [bad, 1.0])]
@@ -588,7 +588,7 @@ def every_figure_with(bad, model, ids):
         "compare grids": plot.compare({"a": spoilt(3, 4), "b": np.zeros((3, 4), np.float32)}),
         "residual_norms": plot.residual_norms(spoilt(3, 4, 5)),
         "residual_angles": plot.residual_angles(spoilt(3, 4, 5)),
-        "who_reads": plot.who_reads(reads, "direct"),
+        "who_reads": plot.cache_reads(reads, "direct"),
         "generation": plot.generation(steps),
         "circuit": plot.circuit(patch.EdgeScores(graph, scores, 0.0, {}), top=5),
     }
@@ -628,8 +628,8 @@ def test_a_figure_says_how_many_numbers_are_infinite():
 
 
 def test_what_is_written_beside_a_bar_is_its_number_also_where_it_is_none():
-    from glmlens.plot.style import signed_number
+    from glmlens.plot.style import format_signed
 
-    assert [signed_number("{:+.2f}", x) for x in (np.inf, -np.inf, np.nan, 0.0, -0.001)] == [
+    assert [format_signed("{:+.2f}", x) for x in (np.inf, -np.inf, np.nan, 0.0, -0.001)] == [
         "inf", "-inf", "nan", "0.00", "0.00",
     ]  # fmt: skip

@@ -32,7 +32,7 @@ def test_every_point_that_the_readme_names_exists():
 
 
 def test_every_name_in_the_page_for_transformerlens_users_is_answered():
-    from glmlens.hooks import POINTS, THEIRS
+    from glmlens.hooks import POINTS, TRANSFORMERLENS_NAMES
 
     page = (README.parent / "tutorials" / "from_transformerlens.md").read_text().split("## Points")[1]
     rows = [line.split("|")[1:3] for line in page.splitlines() if line.startswith("| `")]
@@ -41,7 +41,7 @@ def test_every_name_in_the_page_for_transformerlens_users_is_answered():
         said = re.findall(r"`([\w.]+)`", theirs)
         prefixes = {name.split(".")[0] + "." for name in said if "." in name} | {""}
         for name in said:
-            assert any(prefix + name in THEIRS for prefix in prefixes), name
+            assert any(prefix + name in TRANSFORMERLENS_NAMES for prefix in prefixes), name
         for name in re.findall(r"`([\w.]+)`", ours):
             assert name in POINTS, name
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import glmlens
-from glmlens.hooks import POINTS, ROOT
+from glmlens.hooks import POINTS, ROOT_POINTS
 from tutorials import hook_points
 from tutorials.reference import MODULES, reference
 
@@ -63,7 +63,7 @@ def test_every_point_is_said_with_the_code_that_makes_it():
     assert said["embed"] == ["`inputs_embeds`", "`self.embed(tokens)`"]
     assert said["mlp.up"][0].startswith("`gate, up = rearrange(self.gate_up(x)")
     assert "q.shape[-1] ** -0.5" in said["attn.scores"][0]
-    assert set(ROOT) <= set(said) | {"ln_final.scale"}
+    assert set(ROOT_POINTS) <= set(said) | {"ln_final.scale"}
 
 
 # ---- API ----
@@ -97,7 +97,7 @@ def test_a_signature_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
     sys.modules.pop("unreadable", None)
 
 
-@pytest.mark.parametrize("part", glmlens.LATER)
+@pytest.mark.parametrize("part", glmlens.LAZY_SUBPACKAGES)
 def test_public_names_of_parts_are_documented(part):
     module = importlib.import_module(f"glmlens.{part}")
     for name in module.__all__:

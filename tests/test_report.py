@@ -13,7 +13,7 @@ from test_plot import N, steps
 import glmlens
 from glmlens import plot
 from glmlens.page import save_html
-from glmlens.plot.style import visible
+from glmlens.plot.style import show_control_characters
 from glmlens.results import Labelled
 
 EYE = np.eye(N, dtype=np.float32)
@@ -85,14 +85,14 @@ def test_a_report_opens_from_disk_without_an_error_or_a_request(browser, hostile
 def test_hostile_tokens_are_shown_literally_and_never_run_in_a_browser(browser, hostile_page):
     browser.open(hostile_page)
     ticks = browser.run("[...document.querySelectorAll('#figure-0 .x2tick text')].map(t => t.textContent)")
-    expected = [f"{i} {visible(t)}" for i, t in enumerate(HOSTILE)]
+    expected = [f"{i} {show_control_characters(t)}" for i, t in enumerate(HOSTILE)]
     assert len(ticks) == N
     for tick, token in zip(ticks, expected, strict=True):
         assert tick == token or (tick.endswith("…") and token.startswith(tick[:-1]))
     title = "document.querySelector('#figure-0 .gtitle').textContent"
     assert browser.run(title) == HOSTILE[0]
     tokens = browser.run("document.querySelector('.mathjax_ignore').textContent")
-    assert all(visible(token) in tokens for token in HOSTILE)
+    assert all(show_control_characters(token) in tokens for token in HOSTILE)
     cells = browser.run("[...document.querySelectorAll('td:nth-child(2)')].map(t => t.textContent)")
     assert cells[:5] == HOSTILE[:5]
     assert browser.run("document.title") == HOSTILE[0]
@@ -115,7 +115,7 @@ def test_hostile_names_of_lines_are_literal_in_the_legend_the_title_and_on_hover
     figure = plot.lines(np.ones((N, 2)) * np.arange(N)[:, None], {"series": HOSTILE}, title=HOSTILE[10], height=600)
     browser.open(save_html(tmp_path / "l.html", "l", [figure]))
     said = browser.run("[...document.querySelectorAll('.legendtext')].map(t => t.textContent)")
-    assert said == [visible(token) for token in HOSTILE]
+    assert said == [show_control_characters(token) for token in HOSTILE]
     assert browser.run("document.querySelector('.gtitle').textContent") == HOSTILE[10]
     point = browser.run(
         "(r => [r.x + r.width / 2, r.y + r.height / 2])([...document.querySelectorAll('.trace')][10]"

@@ -138,10 +138,10 @@ def test_figures_ask_by_label():
     assert "query 3" in plot.score_by_pair(some, 3).layout.title.text
     with pytest.raises(KeyError, match="no label along query"):
         plot.score_by_pair(some, 0)
-    reads = analysis.who_reads(LENS, TOKENS)
-    assert np.array_equal(plot.who_reads(reads, layer=2).data[0].z, reads.weighted.values[2])
+    reads = analysis.cache_reads(LENS, TOKENS)
+    assert np.array_equal(plot.cache_reads(reads, layer=2).data[0].z, reads.weighted.values[2])
     with pytest.raises(KeyError, match="which has 0, 1, 2"):
-        plot.who_reads(reads, layer=3)
+        plot.cache_reads(reads, layer=3)
 
 
 def test_a_bare_string_stands_for_its_axes():
@@ -149,10 +149,10 @@ def test_a_bare_string_stands_for_its_axes():
     assert one.axes == ("layer",)
     assert np.array_equal(one.values, swept("attn.z", ["layer"]).values)
     assert swept("attn.z", "layer head").axes == ("layer", "head")
-    assert patch.check(LENS, TOKENS, OTHER, "attn.z", over="layer", metric=(3, 7)).cells == 3
-    pair = patch.attribute(LENS, TOKENS, OTHER, "attn.z", over="layer", metric=(3, 7))
+    assert patch.check_sweep(LENS, TOKENS, OTHER, "attn.z", over="layer", metric=(3, 7)).cells == 3
+    pair = patch.attribution_patch(LENS, TOKENS, OTHER, "attn.z", over="layer", metric=(3, 7))
     assert np.array_equal(
-        pair.values, patch.attribute(LENS, TOKENS, OTHER, "attn.z", over=("layer",), metric=(3, 7)).values
+        pair.values, patch.attribution_patch(LENS, TOKENS, OTHER, "attn.z", over=("layer",), metric=(3, 7)).values
     )
     with pytest.raises(patch.PatchError, match="over 'layers'"):
         swept("attn.z", "layers")

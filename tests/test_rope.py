@@ -10,10 +10,10 @@ from torch.testing import assert_close
 
 import glmlens
 from glmlens import analysis, cache
-from glmlens.angles import frequencies
+from glmlens.angles import compute_pair_frequencies
 from glmlens.config import CheckpointError
 from glmlens.patch import rotary as surgery
-from glmlens.rope import turning
+from glmlens.rope import rope_frequencies
 
 LONG = torch.arange(60, 100)[None]  # past the 64 positions that the rules below say were trained
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -70,10 +70,10 @@ def test_frequencies_and_factor_are_those_of_transformers_to_the_bit(rule):
     cfg = small_config(head_dim=128, max_position_embeddings=256, rope_parameters=rope)
     theirs = GlmConfig(head_dim=128, max_position_embeddings=256, rope_parameters=rope)
     expected, factor = ROPE_INIT_FUNCTIONS[rule["rope_type"]](theirs, torch.device("cpu"))
-    found = turning(cfg, torch.float32, torch.device("cpu"))
+    found = rope_frequencies(cfg, torch.float32, torch.device("cpu"))
     assert torch.equal(found[0], expected)
     assert found[1] == factor
-    plain = turning(small_config(head_dim=128), torch.float32, torch.device("cpu"))
+    plain = rope_frequencies(small_config(head_dim=128), torch.float32, torch.device("cpu"))
     assert factor != 1 or not torch.equal(expected, plain[0])
 
 
@@ -182,7 +182,7 @@ def test_the_parts_of_a_score_sum_to_it_and_each_is_a_wave(lens, rule):
     assert_close(torch.tensor(found.part.values).sum(-1)[seen].double(), expected, rtol=0, atol=1e-4)
     waves = found.amplitude.values * torch.cos(torch.tensor(found.phase.values + found.angle.values)).numpy()
     assert_close(torch.tensor(waves)[seen], torch.tensor(found.part.values)[..., :-1][seen], rtol=0, atol=1e-4)
-    lengths = 2 * torch.pi / turning(lens.cfg, torch.float64, torch.device("cpu"))[0]
+    lengths = 2 * torch.pi / rope_frequencies(lens.cfg, torch.float64, torch.device("cpu"))[0]
     assert_close(analysis.wavelengths(lens), lengths)
 
 
@@ -196,7 +196,7 @@ def test_a_profile_of_one_query_and_key_is_their_score_at_every_distance(lens, r
         torch.tensor(found.score.values[0]).double(), acts["attn.scores", 0][0, :, -1].flip(-1), rtol=0, atol=1e-5
     )
     amplitude, phase = (torch.tensor(x.values[0]).double() for x in (found.amplitude, found.phase))
-    angle = 3 * frequencies(lens.cfg, torch.float64, torch.device("cpu"))
+    angle = 3 * compute_pair_frequencies(lens.cfg, torch.float64, torch.device("cpu"))
     at_three = (amplitude * torch.cos(phase + angle)).sum(-1) + torch.tensor(found.content.values[0])
     assert_close(at_three, acts["attn.scores", 0][0, :, -1, -4], rtol=0, atol=1e-5)
 

@@ -11,9 +11,9 @@ from torch.testing import assert_close
 import glmlens
 from glmlens import analysis, patch
 from glmlens.analysis import rotary
-from glmlens.angles import frequencies, stretched_turning
+from glmlens.angles import compute_pair_frequencies, stretch_frequencies
 from glmlens.hooks import HookError
-from glmlens.model import rotary_angles, turn
+from glmlens.model import apply_rotary, rotary_angles
 from glmlens.patch import rotary as surgery
 from glmlens.patch.sites import PatchError
 
@@ -129,7 +129,7 @@ def test_the_distance_profile_is_the_score_of_the_mean_query_and_key(tokens):
 def test_what_pairs_lift_adds_up_to_what_scores_have_above_their_mean():
     lens = exact_lens()
     found = analysis.pair_use(lens, rows=2, length=6, seed=3)
-    ids = analysis.heads.random_words(lens, 2, 6, 3, None)
+    ids = analysis.heads.draw_words(lens, 2, 6, 3, None)
     _, acts = lens.run_with_cache(ids.repeat(1, 2), "attn.scores")
     for name, offset, first in (("previous", 1, 1), ("duplicate", 6, 6), ("induction", 5, 6)):
         expected = torch.zeros(3, 4)
@@ -216,7 +216,7 @@ def test_surgeries_of_several_tokens_or_pairs_add_up(tokens, place):
 @pytest.mark.parametrize("place", [{}, {"head": 2}, {"of": "q"}, {"kv": 1}], ids=str)
 def test_a_token_is_moved_where_it_stands_alone_and_one_that_never_comes_is_an_error(tokens, place):
     lens = exact_lens()
-    line = patch.timeline(lens, tokens[:1], 4, hooks=surgery.shift(lens, {10: 3}, layer=1, **place), stop_ids=())
+    line = patch.record_timeline(lens, tokens[:1], 4, hooks=surgery.shift(lens, {10: 3}, layer=1, **place), stop_ids=())
     whole = torch.cat([tokens[:1], torch.tensor([line.tokens])], 1)[:, :-1]
     close(line.logits, logits_with(lens, whole, surgery.shift(lens, {10: 3}, layer=1, **place))[0, 8:])
     assert {event.step for event in line.events if event.changed} == ({2, 3} if place == {"head": 2} else {2})
@@ -234,9 +234,9 @@ def test_surgery_in_bfloat16_turns_by_angles_rounded_once(tokens):
     assert torch.equal(moved["attn.q_rot", 0][:, :, [0, 1, 3]], plain["attn.q_rot", 0][:, :, [0, 1, 3]])
     rest = [i for i in range(9) if i != 4]
     assert torch.equal(moved["attn.q_rot", 0][:, rest], plain["attn.q_rot", 0][:, rest])
-    angle = 7 * frequencies(exact.cfg, torch.float64, exact.device)
+    angle = 7 * compute_pair_frequencies(exact.cfg, torch.float64, exact.device)
     q = plain["attn.q", 0][:, 4:5, 2:3, :8].double()
-    expected = turn(q, angle.cos().expand(2, 1, 4), angle.sin().expand(2, 1, 4))
+    expected = apply_rotary(q, angle.cos().expand(2, 1, 4), angle.sin().expand(2, 1, 4))
     error = (moved["attn.q_rot", 0][:, 4:5, 2:3].double() - expected).abs().max() / q.abs().max()
     assert float(error) < 4 * 2**-9
 
@@ -259,7 +259,9 @@ def test_a_frozen_pair_turns_as_at_one_position_and_only_there(tokens, place):
     lens = exact_lens()
     hooks = surgery.freeze(lens, at=2, layer=0, pair=[0, 3], **place)
     _, acts = lens.run_with_cache(tokens, "attn.scores", hooks)
-    published = torch.arange(9, dtype=torch.float64)[:, None] * frequencies(lens.cfg, torch.float64, lens.device)
+    published = torch.arange(9, dtype=torch.float64)[:, None] * compute_pair_frequencies(
+        lens.cfg, torch.float64, lens.device
+    )
     frozen = published.clone()
     frozen[:, [0, 3]] = published[2, [0, 3]]
     of = place.get("of", "both")
@@ -323,8 +325,8 @@ def test_stretched_frequencies_are_those_of_transformers_where_it_has_the_same_r
     if kind == "yarn":
         config.rope_parameters["original_max_position_embeddings"] = 512
     expected = ROPE_INIT_FUNCTIONS[theirs](config, torch.device("cpu"), seq_len=2048)
-    plain = frequencies(lens.cfg, torch.float32, lens.device)
-    found = stretched_turning(lens.cfg, kind, 4.0, plain)
+    plain = compute_pair_frequencies(lens.cfg, torch.float32, lens.device)
+    found = stretch_frequencies(lens.cfg, kind, 4.0, plain)
     assert_close(found[0], expected[0].float())
     assert found[1] == expected[1]
 
@@ -332,8 +334,8 @@ def test_stretched_frequencies_are_those_of_transformers_where_it_has_the_same_r
 def test_yarn_is_the_formula_of_its_paper_but_for_what_lies_between():
     """Published models mix along the number of the pair, the paper along its turns: alike at both ends."""
     lens = small_lens(head_dim=64)
-    plain = frequencies(lens.cfg, torch.float64, lens.device)
-    found, _ = stretched_turning(lens.cfg, "yarn", 8.0, plain, context=200)
+    plain = compute_pair_frequencies(lens.cfg, torch.float64, lens.device)
+    found, _ = stretch_frequencies(lens.cfg, "yarn", 8.0, plain, context=200)
     turns = 200 * plain / (2 * math.pi)
     stay, slow = turns > 32, turns < 0.5
     assert_close(found[stay], plain[stay])
@@ -365,7 +367,7 @@ def test_the_previous_token_head_of_the_demo_looks_by_position_and_not_by_conten
     layer, head, _ = analysis.head_scores(lens).best("previous", 1)[0]
     use = analysis.pair_use(lens).previous.values[layer, head]
     assert use[:-1].sum() > 10 * abs(use[-1])
-    words = torch.tensor(lens.tokenizer.word_ids()[:20])[None]
+    words = torch.tensor(lens.tokenizer.list_word_ids()[:20])[None]
     hooks = {
         "by position": surgery.freeze(lens, layer=layer, head=head),
         "nothing": surgery.shift(lens, 0, layer=layer),

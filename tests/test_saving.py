@@ -141,7 +141,7 @@ def test_the_factor_of_rotated_channels_survives_rounding():
     cfg = small_lens().cfg
     for d_head in range(8, 200, 2):
         for d_rotary in range(2, d_head + 1, 2):
-            factor = saving.rotated(replace(cfg, d_head=d_head, d_rotary=d_rotary))
+            factor = saving.find_rotary_factor(replace(cfg, d_head=d_head, d_rotary=d_rotary))
             assert int(d_head * factor) == d_rotary
             assert factor <= 1
 

@@ -69,7 +69,7 @@ def untied(lens, monkeypatch):
 
 def watched(lens, monkeypatch):
     """A model that computes something else when somebody looks."""
-    plain = model.at
+    plain = model.scope_hook
 
     def at(hook, scope):
         lens.model.blocks[0].ln1.eps = lens.cfg.rms_eps if hook is model.off else 1e-2
@@ -111,7 +111,7 @@ def smuggling(lens, monkeypatch):
 
 def forgetful(lens, monkeypatch):
     """A cache that remembers other values than those that were run."""
-    plain = model.LayerKV.remember
+    plain = model.LayerKV.update
     monkeypatch.setattr(model.LayerKV, "remember", lambda self, k, v: plain(self, k, v * 1.001))
 
 

@@ -156,13 +156,13 @@ def test_a_single_token_is_the_one_that_is_written(text):
     lens = lens_of(text)
     i = lens.to_single_token(" Mary")
     assert lens.to_tokens("John gave a drink to Mary")[0, -1] == i
-    assert lens.tokenizer.strings([i]) == [" Mary"]
+    assert lens.tokenizer.decode_each([i]) == [" Mary"]
     assert lens.to_single_token("a") != lens.to_single_token(" a")
-    assert lens.tokenizer.strings([lens.to_single_token("a")]) == ["a"]
+    assert lens.tokenizer.decode_each([lens.to_single_token("a")]) == ["a"]
     assert len(text.words()) > 30
     for word in ("Mary", "John", "Paris", "she"):
         assert f" {word}" in text.words()
-        assert lens.tokenizer.strings([lens.to_single_token(f" {word}")]) == [f" {word}"]
+        assert lens.tokenizer.decode_each([lens.to_single_token(f" {word}")]) == [f" {word}"]
 
 
 @pytest.mark.parametrize("task", ["ioi", "facts", "pronouns"])
@@ -180,7 +180,7 @@ def test_a_task_under_a_tokenizer_that_ends_texts_asks_what_comes_next():
     text = Tokenizer(sentencepiece("metaspace-first", ("<s>", "$A", "</s>")))
     for example in TASKS["ioi"].examples(text, 5):
         assert [*example.tokens, *text.suffix] == text.encode(example.item.text)
-        assert text.strings(example.correct) == list(example.item.correct)
+        assert text.decode_each(example.correct) == list(example.item.correct)
 
 
 def test_what_is_streamed_is_the_text_and_goes_on_with_the_prompt(text):

@@ -81,7 +81,7 @@ def test_without_its_error_the_model_says_what_the_reconstruction_says(lens, tok
 
 def test_features_are_edited_at_every_step_of_a_generation(tokens):
     lens = small_lens()
-    spliced = lens.spliced("blocks.1.resid_post", dictionary())
+    spliced = lens.with_dictionary("blocks.1.resid_post", dictionary())
     run = spliced.generate(tokens[:1], 5, names="blocks.1.resid_post.features", stop_ids=())
     assert torch.equal(run.tokens, lens.generate(tokens[:1], 5, stop_ids=()).tokens)
     assert run.acts["blocks.1.resid_post.features"].shape == (1, 13, 20)

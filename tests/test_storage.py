@@ -44,13 +44,13 @@ def writers(lens):
     lens(PROMPT, kv=kv)
     width = lens.cfg.d_model
     coder = Dictionary(*(torch.zeros(shape) for shape in ((width, 2), (2,), (2, width), (width,), (width,), (2,))))
-    steering = patch.Steering("resid_post", (1,), torch.ones(1, width), lens.model_hash)
+    steering = patch.SteeringVector("resid_post", (1,), torch.ones(1, width), lens.model_hash)
     asked = [patch.Intervention(patch.Site("resid_post", layer=1), patch.Zero())]
     return {
         "cache": kv.save,
         "steering": steering.save,
         "dictionary": coder.save,
-        "interventions": lambda path: patch.save(path, asked, lens),
+        "interventions": lambda path: patch.save_interventions(path, asked, lens),
         "page": lambda path: glmlens.save_html(path, "a page", ["text"]),
         "sweep": lambda path: sweep(lens, path),
     }
@@ -160,9 +160,9 @@ def test_home_is_expanded_wherever_a_path_is_taken(inside, tmp_path, monkeypatch
         write(f"~/{kind}")
         assert (home / kind).is_file()
     glmlens.KVCache.load("~/cache")
-    patch.Steering.load("~/steering", inside)
+    patch.SteeringVector.load("~/steering", inside)
     Dictionary.load("~/dictionary")
-    assert len(patch.load("~/interventions", inside)) == 1
+    assert len(patch.load_interventions("~/interventions", inside)) == 1
     assert inside.run_with_cache(PROMPT, "resid_post")[1].save("~/recording") == home / "recording"
     glmlens.load_activations("~/recording", inside)
     inside.harvest(["Mary"], "resid_post", "~/harvest")
@@ -385,6 +385,6 @@ def test_reading_never_waits_for_a_pipe_that_takes_a_files_place(tmp_path, monke
 
 
 def test_lab_says_which_folder_it_cannot_use(tmp_path):
-    os.mkfifo(tmp_path / lab.MANIFEST)
+    os.mkfifo(tmp_path / lab.LAB_MANIFEST)
     with pytest.raises(lab.LabError, match="found a pipe; give another folder: glmlens lab FOLDER"):
-        lab.copy(tmp_path)
+        lab.copy_lab(tmp_path)

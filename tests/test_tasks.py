@@ -9,8 +9,8 @@ import torch
 from conftest import SHARED
 
 import glmlens
-from glmlens.demo.world import KINDS, NEVER_OPENS_IOI, held_out
-from glmlens.tasks import TASKS, Item, Said, Task, TaskError, item
+from glmlens.demo.world import NEVER_OPENS_IOI, SENTENCE_SHARES, is_held_out
+from glmlens.tasks import TASKS, Item, Task, TaskError, TextWithSpans, item
 from glmlens.tokenizer import Tokenizer
 
 
@@ -159,7 +159,7 @@ def test_a_name_that_is_not_there_is_answered_with_those_that_are(inside):
 
 
 def nothing(draw, tokenizer):
-    return Item(Said("", {}), (), (), {}, {})
+    return Item(TextWithSpans("", {}), (), (), {}, {})
 
 
 def test_the_metric_is_what_it_says():
@@ -190,10 +190,10 @@ def test_prompts_of_unequal_length_give_the_answers_they_give_alone(inside):
 
 def test_the_world_never_says_what_is_held_out():
     draw = random.Random(5)
-    for kind in (kind for kind in KINDS if kind.__name__ in TASKS):
+    for kind in (kind for kind in SENTENCE_SHARES if kind.__name__ in TASKS):
         task = TASKS[kind.__name__]
         drawn = [next(task.items(None, seed)) for seed in range(300)]
-        kept = [one for one in drawn if held_out(task.name, one)]
+        kept = [one for one in drawn if is_held_out(task.name, one)]
         assert 0.1 < len(kept) / len(drawn) < 0.55, task.name
         said = {kind(draw) for _ in range(2000)}
         if task.name in ("successors", "addition"):  # what is held out may begin a longer line, and is never all of one
@@ -201,6 +201,6 @@ def test_the_world_never_says_what_is_held_out():
         elif task.name != "brackets":  # of which every text begins longer ones: see the card
             begun = [one for one in kept if any(text.startswith(one.text + one.correct[0]) for text in said)]
             assert not begun, task.name
-    ioi = next(kind for kind in KINDS if kind.__name__ == "ioi")
+    ioi = next(kind for kind in SENTENCE_SHARES if kind.__name__ == "ioi")
     said = [ioi(draw) for _ in range(500)]
     assert not [text for text in said if text.startswith(tuple(NEVER_OPENS_IOI - {"Before"}))]

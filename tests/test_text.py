@@ -183,11 +183,13 @@ RENDERED = "[gMASK]<sop><|system|>\nSYS<|user|>\nU<|assistant|>\nA<|user|>\nU2<|
 
 def test_chat_messages_render_with_the_checkpoints_own_template(glm4):
     _, text = glm4
-    known = chat.render(text.chat_template, MESSAGES, add_generation_prompt=True)
-    unknown = chat.render(text.chat_template + "{# as another would write it #}", MESSAGES, add_generation_prompt=True)
+    known = chat.render_chat(text.chat_template, MESSAGES, add_generation_prompt=True)
+    unknown = chat.render_chat(
+        text.chat_template + "{# as another would write it #}", MESSAGES, add_generation_prompt=True
+    )
     assert known == unknown == RENDERED
     tool = {"type": "function", "function": {"name": "add", "description": "加", "parameters": {}}}
-    said = chat.render(text.chat_template, [{"role": "system", "tools": [tool], "content": ""}])
+    said = chat.render_chat(text.chat_template, [{"role": "system", "tools": [tool], "content": ""}])
     assert "# 可用工具\n## add\n" in said
     assert '"description": "加"' in said
 
@@ -195,9 +197,11 @@ def test_chat_messages_render_with_the_checkpoints_own_template(glm4):
 def test_the_known_templates_are_the_ones_that_are_known(glm4):
     from hashlib import sha256
 
-    from glmlens.demo.vocabulary import CHAT
+    from glmlens.demo.vocabulary import DEMO_CHAT_TEMPLATE
 
-    assert {sha256(t.encode()).hexdigest() for t in (CHAT, glm4[1].chat_template)} == chat.KNOWN
+    assert {
+        sha256(t.encode()).hexdigest() for t in (DEMO_CHAT_TEMPLATE, glm4[1].chat_template)
+    } == chat.TRUSTED_TEMPLATES
 
 
 def test_the_prefix_is_there_once_through_chat_too(lens):
@@ -237,7 +241,7 @@ def test_the_prefix_is_there_once_through_chat_too(lens):
 def test_a_hostile_template_ends_in_an_error_within_seconds(template):
     begin = time.monotonic()
     with pytest.raises(chat.TemplateError):
-        chat.render(template, MESSAGES)
+        chat.render_chat(template, MESSAGES)
     assert time.monotonic() - begin < 10  # a second for the template, and what a child takes to start on a busy machine
 
 

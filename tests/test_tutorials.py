@@ -13,8 +13,17 @@ import pytest
 import torch
 
 from glmlens.course import source
-from glmlens.course.verdict import Wrong, demand, described, equal, exercise, head, hooked, number
-from glmlens.model import GLM, Block, RMSNorm, turn
+from glmlens.course.verdict import (
+    WrongAnswer,
+    check_equal,
+    check_hooks,
+    demand,
+    describe_answer,
+    exercise,
+    to_head,
+    to_number,
+)
+from glmlens.model import GLM, Block, RMSNorm, apply_rotary
 from tutorials.build import notebook, sources
 
 ROOT = Path(__file__).parents[1]
@@ -112,18 +121,18 @@ def test_a_cell_keeps_its_id_when_another_is_put_before_it(tmp_path):
 
 @exercise("a number")
 def exercise_0_1(answer):
-    demand(number(answer) > 2, "larger")
+    demand(to_number(answer) > 2, "larger")
     return "good"
 
 
 def test_what_is_no_hook_is_told_from_hooks():
     hooks = {"blocks.0.attn.z": print}
-    assert hooked(hooks) is hooks
-    with pytest.raises(Wrong, match=r"expected hooks, .* got the function 'print'$"):
-        hooked(print)
+    assert check_hooks(hooks) is hooks
+    with pytest.raises(WrongAnswer, match=r"expected hooks, .* got the function 'print'$"):
+        check_hooks(print)
     for answer in (-2, "attn.z"):
-        with pytest.raises(Wrong, match=rf"got {answer!r}$"):
-            hooked(answer)
+        with pytest.raises(WrongAnswer, match=rf"got {answer!r}$"):
+            check_hooks(answer)
 
 
 def test_an_answer_that_is_not_there_yet_is_asked_for():
@@ -142,10 +151,10 @@ def test_what_a_learner_writes_is_never_markup():
 def test_right_wrong_and_senseless_answers_are_told_apart():
     assert exercise_0_1(3).right is True
     assert exercise_0_1(torch.tensor(3.0)).right is True
-    assert (exercise_0_1(1).right, exercise_0_1(1).said) == (False, "larger")
-    assert exercise_0_1("three").said == "expected one number, got 'three'"
-    assert exercise_0_1(torch.zeros(2)).said == "expected one number, got a tensor of shape (2,)"
-    assert exercise_0_1(print).said == "expected one number, got the function 'print' itself: call it"
+    assert (exercise_0_1(1).right, exercise_0_1(1).message) == (False, "larger")
+    assert exercise_0_1("three").message == "expected one number, got 'three'"
+    assert exercise_0_1(torch.zeros(2)).message == "expected one number, got a tensor of shape (2,)"
+    assert exercise_0_1(print).message == "expected one number, got the function 'print' itself: call it"
 
 
 def test_what_a_learners_function_raises_is_said_and_ends_nothing():
@@ -155,23 +164,23 @@ def test_what_a_learners_function_raises_is_said_and_ends_nothing():
 
     verdict = exercise_0_2(lambda x: 1 / x)
     assert verdict.right is False
-    assert verdict.said == "it raised ZeroDivisionError: division by zero"
+    assert verdict.message == "it raised ZeroDivisionError: division by zero"
 
 
 def test_tensors_and_heads_are_compared_with_words():
-    equal(torch.ones(2), torch.ones(2), "no")
-    with pytest.raises(Wrong, match=r"expected the shape \(2,\), got \(3,\)"):
-        equal(torch.ones(3), torch.ones(2), "no")
-    with pytest.raises(Wrong, match=r"look at the norm .the largest difference is 1"):
-        equal(torch.ones(2) * 2, torch.ones(2), "look at the norm")
-    assert head([3, torch.tensor(4)]) == (3, 4)
+    check_equal(torch.ones(2), torch.ones(2), "no")
+    with pytest.raises(WrongAnswer, match=r"expected the shape \(2,\), got \(3,\)"):
+        check_equal(torch.ones(3), torch.ones(2), "no")
+    with pytest.raises(WrongAnswer, match=r"look at the norm .the largest difference is 1"):
+        check_equal(torch.ones(2) * 2, torch.ones(2), "look at the norm")
+    assert to_head([3, torch.tensor(4)]) == (3, 4)
     for answer, said in (
         ((4, 0), "no head 4.0: layers are 0 to 3, heads 0 to 7"),
         (3, "expected .layer, head., got 3"),
     ):
-        with pytest.raises(Wrong, match=said):
-            head(answer)
-    assert described([1]) == "[1]"
+        with pytest.raises(WrongAnswer, match=said):
+            to_head(answer)
+    assert describe_answer([1]) == "[1]"
 
 
 # ---- quotes ----
@@ -179,12 +188,16 @@ def test_tensors_and_heads_are_compared_with_words():
 
 def test_a_quote_is_what_the_file_says():
     file = (ROOT / "glmlens" / "model.py").read_text().splitlines()
-    for quote in (source(turn), source(RMSNorm), source(GLM.forward, "for i in layers", "resid = self.blocks[i]")):
+    for quote in (
+        source(apply_rotary),
+        source(RMSNorm),
+        source(GLM.forward, "for i in layers", "resid = self.blocks[i]"),
+    ):
         assert quote.file == "glmlens/model.py"
         said = [line.strip() for line in file[quote.first - 1 : quote.last]]
         assert [line.strip() for line in quote.text.splitlines()] == said
     assert source(Block.forward, "resid_pre = hook").text == 'resid_pre = hook("resid_pre", resid)'
-    assert "```python\ndef turn(" in source(turn)._repr_markdown_()
+    assert "```python\ndef turn(" in source(apply_rotary)._repr_markdown_()
 
 
 def test_a_passage_that_is_gone_is_an_error():

@@ -16,8 +16,8 @@ from ipywidgets.widgets import widget as registry
 import glmlens
 from glmlens.tasks import TASKS
 from glmlens.widgets import AttentionExplorer, Chart, Explorer, PatchExplorer
-from glmlens.widgets.chart import Library
-from glmlens.widgets.heads import Heads, cells, thumbs
+from glmlens.widgets.chart import PlotlyLibrary
+from glmlens.widgets.heads import HeadsWidget, pack_head, pack_thumbnails
 from tests.closing import leaves_nothing
 from tests.hostile import HOSTILE
 
@@ -56,7 +56,7 @@ class Counting(Explorer):
         for i in range(inputs["n"]):
             self.begun.set()
             self.go.wait(20)
-            self.tick(i, inputs["n"])
+            self.report_progress(i, inputs["n"])
             print("counted", i)
         if inputs["n"] < 0:
             raise ValueError("below zero")
@@ -113,7 +113,7 @@ def test_a_state_can_be_asked_again(demo, attention):
     other = AttentionExplorer(demo, state.pop("prompt"))
     other.select(**state)
     assert other.state == attention.state
-    assert other.heads.said == attention.heads.said
+    assert other.heads.description == attention.heads.said
     other.close()
 
 
@@ -183,7 +183,7 @@ def test_work_that_goes_wrong_says_so_under_the_views():
     explorer.run_button.click()
     explorer.worker.join(20)
     assert "below zero" in said(explorer)
-    assert any(o["output_type"] == "error" for o in explorer.said.outputs)
+    assert any(o["output_type"] == "error" for o in explorer.output.outputs)
     explorer.close()
 
 
@@ -223,7 +223,9 @@ def test_importing_glmlens_does_not_import_widgets():
 
 def test_an_explorer_of_a_model_stores_no_picture_of_it(attention):
     """A notebook that keeps the state of its widgets stays small: no number is sent as text."""
-    states = [json.dumps(w.get_state(), default=len) for w in registry._instances.values() if isinstance(w, Heads)]
+    states = [
+        json.dumps(w.get_state(), default=len) for w in registry._instances.values() if isinstance(w, HeadsWidget)
+    ]
     assert max(map(len, states)) < 30_000
 
 
@@ -292,7 +294,7 @@ def test_a_long_head_is_drawn_in_blocks_with_its_strongest_links():
     n = 1000
     weights = torch.rand(32, n, n, generator=torch.Generator().manual_seed(0)).tril() ** 8 / 100
     weights[7, 900, 123] = 1.0
-    small, whole = thumbs(weights, 1.0), cells(weights[7], 7, 1.0)
+    small, whole = pack_thumbnails(weights, 1.0), pack_head(weights[7], 7, 1.0)
     assert (small["thumb_side"], small["thumb_block"], whole["side"], whole["block"]) == (125, 8, 500, 2)
     size = 125 * 126 // 2
     assert triangle(small["thumbs"][7 * size : 8 * size], 125)[900 // 8, 123 // 8] == 1
@@ -393,7 +395,7 @@ def test_a_metric_of_ones_own_is_called_and_what_it_prints_is_seen(demo):
     explorer.worker.join(60)
     assert "measured" in said(explorer)
     assert explorer.state["metric"] == "mine"
-    assert np.allclose(explorer.found.sweep.clean, float(demo("Mary likes")[0, -1, 5]), atol=1e-4)
+    assert np.allclose(explorer.result.sweep.clean, float(demo("Mary likes")[0, -1, 5]), atol=1e-4)
     explorer.close()
 
 
@@ -410,8 +412,8 @@ def test_a_stopped_sweep_shows_what_was_done(demo):
     long = PROMPT + " Mary. " + PROMPT
     explorer = PatchExplorer(demo, long, long.replace("Mary", "Tom"), (" Mary", " John"), metrics={"mine": stopping})
     explorer.run(metric="mine")
-    assert not explorer.found.sweep.finished
-    assert 0 < np.isfinite(explorer.found.sweep.values).sum() < explorer.found.sweep.values.size
+    assert not explorer.result.sweep.finished
+    assert 0 < np.isfinite(explorer.result.sweep.values).sum() < explorer.result.sweep.values.size
     assert "stopped" in explorer.grid_figure().layout.title.subtitle.text
     explorer.close()
 
@@ -447,8 +449,8 @@ def test_plotly_is_sent_once_for_all_charts():
         chart.close()
     again = Chart()
     again.draw(go.Figure(go.Bar(y=[1, 2])))
-    assert Library.widget.model_id == again.drawing.library
-    assert Library.widget.comm is not None
+    assert PlotlyLibrary.widget.model_id == again.drawing.library
+    assert PlotlyLibrary.widget.comm is not None
     again.close()
 
 

@@ -19,7 +19,7 @@ def demo():
 
 @pytest.fixture(scope="module")
 def line(demo):
-    return patch.timeline(demo, PROMPT, 6)
+    return patch.record_timeline(demo, PROMPT, 6)
 
 
 @pytest.fixture
@@ -41,10 +41,10 @@ def test_a_run_in_slices_is_the_run_in_one_piece(inspector, line):
 def test_the_picture_is_how_the_step_reads_every_entry(demo, inspector, line):
     inspector.select(step=3, layer=2, kv=1, position=6)
     memory = line.memory(3)
-    reads = analysis.who_reads(demo, memory, line.tokens[3])
+    reads = analysis.cache_reads(demo, memory, line.tokens[3])
     for by in ("attention", "weighted", "direct"):
         inspector.select(by=by)
-        wanted = reads.by_entry(by, 4).values[:, 1, :-1]
+        wanted = reads.sum_by_kv_head(by, 4).values[:, 1, :-1]
         assert np.allclose(drawn(inspector.entries), wanted, atol=1e-3)
         assert np.allclose(drawn(inspector.readers), reads.sheets()[by].values[:, :, 6], atol=1e-3)
     for by, stored in (("keys", memory.kv.keys), ("values", memory.kv.values)):
@@ -163,7 +163,7 @@ def test_a_state_with_a_change_can_be_asked_again(demo, inspector):
     other.run(**{name: state[name] for name in other.inputs})
     other.select(**{name: state[name] for name in other.places})
     assert other.state == state
-    assert other.texts.value == inspector.texts.value
+    assert other.columns_html.value == inspector.texts.value
     other.close()
 
 

@@ -18,7 +18,7 @@ def demo():
 
 @pytest.fixture(scope="module")
 def line(demo):
-    return patch.timeline(demo, PROMPT, 6)
+    return patch.record_timeline(demo, PROMPT, 6)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_the_picture_is_the_logit_lens_of_every_step(generation, line):
 
 
 def test_a_run_and_a_step_that_only_it_has_are_selected_at_once(demo, generation):
-    short = patch.timeline(demo, PROMPT, 2)
+    short = patch.record_timeline(demo, PROMPT, 2)
     generation.read = {**generation.read, "branch": (short, generation.readings(short))}
     generation.select(run="branch")
     assert generation.places["step"].max == 1
@@ -147,7 +147,7 @@ def test_a_state_can_be_asked_again(demo, generation):
     other.run(**{name: state[name] for name in other.inputs})
     other.select(**{name: state[name] for name in other.places})
     assert other.state == state
-    assert (other.texts.value, other.words.value) == (generation.texts.value, generation.words.value)
+    assert (other.columns_html.value, other.text_lines.value) == (generation.texts.value, generation.words.value)
     other.close()
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from hostile import HOSTILE
 
-from glmlens.plot.style import visible
+from glmlens.plot.style import show_control_characters
 
 LENS = """
 import glmlens
@@ -217,7 +217,7 @@ def test_hostile_tokens_are_shown_as_they_are(lab):
     lab.cell(LENS + NAMED.format(code))
     lab.wait(f"document.querySelectorAll('.tokens span').length === {len(HOSTILE)}")
     shown = lab.run("[...document.querySelectorAll('.tokens span')].map(s => s.textContent)")
-    assert shown == [visible(token) for token in HOSTILE]
+    assert shown == [show_control_characters(token) for token in HOSTILE]
     lab.wait_text("key 1 <img src=x onerror=window.ran=1>")
     harmless(lab)
 
@@ -251,8 +251,8 @@ def test_hostile_text_in_what_a_notebook_shows_is_shown_as_it_is(lab):
     cells = lab.run("[...document.querySelectorAll('.jp-OutputArea td:nth-child(2)')].map(t => t.textContent)")
     figure = lab.run("document.querySelector('.jp-OutputArea .gtitle').textContent")
     said = lab.run("document.querySelector('.jp-OutputArea').innerText")
-    assert all(visible(token) in tokens for token in HOSTILE)
-    assert cells == [visible(token) for token in HOSTILE if token != "$x^2$"]
+    assert all(show_control_characters(token) in tokens for token in HOSTILE)
+    assert cells == [show_control_characters(token) for token in HOSTILE if token != "$x^2$"]
     assert figure == HOSTILE[0]
     assert "prompt: <img src=x onerror=window.ran=1>" in said  # a result
     harmless(lab)

@@ -126,7 +126,7 @@ def test_a_state_can_be_asked_again(demo, rotary):
     other = RotaryExplorer(demo, state.pop("prompt"))
     other.select(**state)
     assert other.state == rotary.state
-    assert other.words.value == rotary.words.value
+    assert other.text_lines.value == rotary.words.value
     other.close()
 
 
@@ -136,7 +136,7 @@ def test_a_model_all_of_whose_channels_turn_has_no_content():
     explorer = RotaryExplorer(lens, [[2, 3, 4, 5, 6, 7]])
     assert explorer.places["content"].disabled
     wanted = analysis.score_parts(lens, [[2, 3, 4, 5, 6, 7]], 0, 0).pattern.values
-    assert np.allclose(drawn(explorer.shape), wanted, atol=1e-5, equal_nan=True)
+    assert np.allclose(drawn(explorer.pattern_chart), wanted, atol=1e-5, equal_nan=True)
     explorer.close()
 
 

@@ -22,7 +22,7 @@ import glmlens
 from glmlens import analysis, plot
 from glmlens.course import check_01 as check
 from glmlens.course import source
-from glmlens.model import GLM, MLP, Attention, Block, RMSNorm, eager, softmax, turn
+from glmlens.model import GLM, MLP, Attention, Block, RMSNorm, apply_rotary, eager, softmax
 
 lens = glmlens.load(dtype="float32")
 lens
@@ -79,7 +79,7 @@ acts
 # is about it.
 
 # %%
-source(GLM.entering, 'hook("embed", self.embed')
+source(GLM.embed_inputs, 'hook("embed", self.embed')
 
 # %%
 x = lens.W_E[tokens]
@@ -224,7 +224,7 @@ assert torch.allclose(q, acts["attn.q", layer], atol=1e-4)
 # stay as they are. [Tutorial 4](04_rotary.ipynb) is about these angles (Su et al. 2021).
 
 # %%
-source(turn)
+source(apply_rotary)
 
 # %%
 assert lens.cfg.d_rotary == 16

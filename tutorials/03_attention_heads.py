@@ -26,7 +26,7 @@ lens = glmlens.load(dtype="float32")
 
 # %%
 n, prefix = 20, len(lens.tokenizer.prefix)
-ids = torch.tensor(lens.tokenizer.word_ids())
+ids = torch.tensor(lens.tokenizer.list_word_ids())
 draw = torch.Generator().manual_seed(0)
 words = torch.stack([ids[torch.randperm(len(ids), generator=draw)[:n]] for _ in range(8)])
 tokens = torch.cat([torch.tensor(lens.tokenizer.prefix).expand(8, -1), words, words], 1)

@@ -17,9 +17,9 @@ import glmlens
 from glmlens import analysis, plot
 from glmlens.course import check_04 as check
 from glmlens.course import source
-from glmlens.model import rotary_angles, turn
+from glmlens.model import apply_rotary, rotary_angles
 from glmlens.patch import rotary as surgery
-from glmlens.rope import default
+from glmlens.rope import default_frequencies
 
 lens = glmlens.load(dtype="float32")
 prompt = "When Mary and John went to the store, John gave a drink to"
@@ -40,10 +40,10 @@ source(rotary_angles)
 # `turning` knows $\omega_i$. The factor is 1 here. Only models whose contexts were stretched have another rule.
 
 # %%
-source(default)
+source(default_frequencies)
 
 # %%
-source(turn)
+source(apply_rotary)
 
 # %% [markdown]
 # A pair $(a, b)$ is a complex number $a + b\,\mathrm{i}$, and to turn it is to multiply it:
@@ -178,7 +178,7 @@ assert (queries_later - lens(prompt)).abs().max() > 5
 
 # %%
 prefix = len(lens.tokenizer.prefix)
-ids = torch.tensor(lens.tokenizer.word_ids())
+ids = torch.tensor(lens.tokenizer.list_word_ids())
 
 
 def said_twice(n, rows=4):

@@ -34,7 +34,7 @@ lens.test_prompt(prompt, " Paris", top=3)
 # is all the code:
 
 # %%
-source(LayerKV.remember)
+source(LayerKV.update)
 
 # %% [markdown]
 # Let us run the prompt in two calls. The first leaves its memory in `kv`. The second gets the last token alone.
@@ -44,7 +44,7 @@ tokens = lens.to_tokens(prompt)
 kv = lens.new_kv()
 lens(tokens[:, :-1], kv=kv)
 print(kv)
-cache.entries(lens, kv)  # position, token, and the call that wrote it
+cache.list_entries(lens, kv)  # position, token, and the call that wrote it
 
 # %%
 step = lens(tokens[:, -1:], kv=kv.fork())
@@ -144,8 +144,8 @@ assert per_token * 131_072 * 16 == 80 * 2**30
 # of each layer.
 
 # %%
-reads = analysis.who_reads(lens, prompt, " Paris")
-plot.who_reads(reads, "attention")
+reads = analysis.cache_reads(lens, prompt, " Paris")
+plot.cache_reads(reads, "attention")
 
 # %%
 by_layer = reads.attention.values.sum(1)  # layer key
@@ -160,7 +160,7 @@ assert by_layer[:, france].argmax() == 2
 
 # %%
 one = analysis.leave_one_out(lens, prompt, " Paris")
-plot.left_out(one, "kl", title="What the next token loses without one entry: KL, nats")
+plot.leave_one_out(one, "kl", title="What the next token loses without one entry: KL, nats")
 
 # %%
 whole_position = analysis.leave_one_out(lens, prompt, " Paris", by="position")
@@ -323,7 +323,7 @@ assert sure[1][0] != " Paris"
 
 # %%
 john_gives = "When Mary and John went to the store, John gave a drink to"  # to Mary
-best = analysis.droppable(lens, john_gives)
+best = analysis.eviction_curve(lens, john_gives)
 plot.eviction(best)
 
 # %%
@@ -451,10 +451,10 @@ assert cost["Mary"][11] > 2
 # %%
 sizes = range(4, 16)
 memory, _ = stories[" Mary"]
-seen = analysis.attended(lens, john_gives)[:, :, :-1].sum((0, 1))[None]  # batch key
+seen = analysis.sum_attention(lens, john_gives)[:, :, :-1].sum((0, 1))[None]  # batch key
 policies = {
-    "the newest": cache.window,
-    "heavy hitters, and the newest": lambda n: cache.heavy_hitters(seen, n - 1, recent=1),
+    "the newest": cache.keep_window,
+    "heavy hitters, and the newest": lambda n: cache.keep_heavy_hitters(seen, n - 1, recent=1),
 }
 told = np.array(
     [[min(right(policy(n)(memory)[0].nonzero()[:, 0].tolist())) for n in sizes] for policy in policies.values()]
@@ -482,7 +482,7 @@ assert hitters[11] > 0.8
 
 # %%
 n, lists, rows = 12, 8, 4
-ids, draw = torch.tensor(lens.tokenizer.word_ids()), torch.Generator().manual_seed(0)
+ids, draw = torch.tensor(lens.tokenizer.list_word_ids()), torch.Generator().manual_seed(0)
 words = torch.stack([ids[torch.randperm(len(ids), generator=draw)[:n]] for _ in range(rows * lists)])
 stream = words.view(rows, lists, 1, n).expand(rows, lists, 2, n).reshape(rows, -1)
 stream = torch.cat([torch.tensor(lens.tokenizer.prefix).expand(rows, -1), stream], 1)
@@ -498,9 +498,9 @@ def listen(forget, chunk=6):
     return right.view(rows, lists, 2, n)[:, :, 1, 1:].mean((0, 2)), most
 
 
-window = cache.evict(cache.window(16))
-sinks = cache.evict(cache.window(14, sinks=2))
-close_up = cache.close_up(lens)
+window = cache.evict(cache.keep_window(16))
+sinks = cache.evict(cache.keep_window(14, sinks=2))
+close_up = cache.close_gaps(lens)
 ways = {
     "everything is kept": lambda kv: kv,
     "the last 16": window,

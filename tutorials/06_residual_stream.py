@@ -43,7 +43,7 @@ assert difference(logits) > 10
 # And attention is the sum of its heads. So here are all parts, for every position: one embedding, 32 heads, 4 MLPs.
 
 # %%
-parts = analysis.decomposed_residual(lens, prompt, by="head")
+parts = analysis.decompose_residual(lens, prompt, by="head")
 assert parts.axes == ("part", "pos", "model")
 assert parts.shape == (1 + 32 + 4, 16, 192)
 

@@ -38,7 +38,7 @@ quiet = {"progress": False}
 # what the task needs is negative.
 
 # %%
-estimated = patch.attribute(lens, examples, "flip", "attn.z", over=("layer", "head"))
+estimated = patch.attribution_patch(lens, examples, "flip", "attn.z", over=("layer", "head"))
 asked = {"direction": "noise", "normalise": False, **quiet}
 
 
@@ -68,8 +68,8 @@ assert patched.at(layer=1, head=3) < estimated.at(layer=1, head=3) < -4
 
 # %%
 queries = exact("attn.q")
-tangent = patch.attribute(lens, examples, "flip", "attn.q", over=("layer", "head"))
-corrected = patch.attribute(lens, examples, "flip", "attn.q", over=("layer", "head"), method="atp*")
+tangent = patch.attribution_patch(lens, examples, "flip", "attn.q", over=("layer", "head"))
+corrected = patch.attribution_patch(lens, examples, "flip", "attn.q", over=("layer", "head"), method="atp*")
 plot.compare({"estimated": tangent, "corrected": corrected, "exact": queries}, what="change")
 
 # %%
@@ -247,7 +247,7 @@ check.exercise_8_2(receiver)
 # $$\text{score}(u \to v) = (u' - u) \cdot \frac{\partial m}{\partial\, \text{input}_v}$$
 
 # %%
-eap = patch.edges(lens, examples, "flip")
+eap = patch.attribute_edges(lens, examples, "flip")
 print(eap.graph.n_edges, "edges; the largest:")
 for (writer, reader), score in eap.top(5):
     print(f"  {writer} → {reader}: {score:+.2f}")
@@ -260,14 +260,14 @@ assert eap.top(1)[0][0] == ("3.mlp", "logits")
 # the model, and look. `Exact` does that with masks.
 
 # %%
-ig = patch.edges(lens, examples, "flip", method="eap-ig")
-run = patch.Exact(lens, examples, "flip")
+ig = patch.attribute_edges(lens, examples, "flip", method="eap-ig")
+run = patch.CircuitEvaluator(lens, examples, "flip")
 
 
 def left_out(edge):
     """What is really lost when the corrupt value goes along this one edge."""
-    without = patch.whole(run.graph).without(edge)
-    return float(run.metric_of(without).mean()) - run.full
+    without = patch.full_circuit(run.graph).remove_edge(edge)
+    return float(run.measure_circuit(without).mean()) - run.full_metric
 
 
 for edge in [("3.mlp", "logits"), ("1.head3", "3.mlp"), ("embed", "0.q6")]:
@@ -312,7 +312,7 @@ assert {("0.mlp", "1.v1"), ("0.mlp", "1.v3")} <= set(drawn)
 # scores. `greedy` grows the circuit from the logits backwards, so that every edge leads somewhere.
 
 # %%
-small = patch.greedy(ig, 106)  # a tenth of all edges
+small = patch.greedy_circuit(ig, 106)  # a tenth of all edges
 print(small)
 print(f"faithful to {run.faithfulness(small):.0%}; all other edges to {run.faithfulness(small.complement()):.0%}")
 assert run.faithfulness(small) > 0.85
@@ -324,7 +324,7 @@ assert abs(run.faithfulness(small.complement())) < 0.05
 
 # %%
 unseen = ioi.examples(lens, 60, "unseen").of_length()[:6]
-elsewhere = patch.Exact(lens, unseen, "flip").faithfulness(small)
+elsewhere = patch.CircuitEvaluator(lens, unseen, "flip").faithfulness(small)
 print(f"on other sentences {elsewhere:.0%}")
 assert elsewhere > 0.75
 
@@ -391,7 +391,7 @@ check.exercise_8_3(circuit)
 # there, or zeros. The same circuit, three ways:
 
 # %%
-by = {way: patch.Exact(lens, examples, "flip", ablation=way) for way in ("corrupt", "mean", "zero")}
+by = {way: patch.CircuitEvaluator(lens, examples, "flip", ablation=way) for way in ("corrupt", "mean", "zero")}
 for way, one in by.items():
     print(f"{way:8} {one.faithfulness(small):+.2f}")
 assert by["corrupt"].faithfulness(small) > 0.85
@@ -422,7 +422,7 @@ assert other.cmd > 1.5 * curves["EAP-IG"].cmd
 # gives. "abc" names three people once each, so the circuit must also carry who they are. It was not made for that:
 
 # %%
-three = patch.Exact(lens, examples, "abc")
+three = patch.CircuitEvaluator(lens, examples, "abc")
 print(f"flip {run.faithfulness(small):.2f}, abc {three.faithfulness(small):.2f}")
 assert three.faithfulness(small) < run.faithfulness(small) - 0.2
 
@@ -430,7 +430,7 @@ assert three.faithfulness(small) < run.faithfulness(small) - 0.2
 # A faithfulness says something only with its choices (Miller et al. 2024). `choices()` lists them.
 
 # %%
-three.choices()
+three.describe_choices()
 
 # %% [markdown]
 # ## 7. Parts that stand in for others

@@ -43,7 +43,7 @@ plot.generation(steps, lens.tokenizer.label)
 # `patch.timeline` makes the same run and keeps more of it: what each step said, and what it began with.
 
 # %%
-line = patch.timeline(lens, prompt, 9, stop_ids=line_end)
+line = patch.record_timeline(lens, prompt, 9, stop_ids=line_end)
 entropy = line.entropy()
 print(line.text)
 assert line.tokens == [int(step.tokens) for step in steps]
@@ -52,10 +52,10 @@ assert abs(entropy.at(step=0) - torch.tensor(15.0).log()) < 0.05  # ln 15
 assert line.probability().at(step=0) < 0.1  # greedy, and yet it says what it holds to be unlikely
 assert entropy.values[1:5].max() < 0.1
 
-things = [lens.to_single_token(f" {thing}") for thing in words.THINGS]
+things = [lens.to_single_token(f" {thing}") for thing in words.THING_NOUNS]
 chances = line.logits[0].softmax(-1)[things]
 assert int((chances > 0.04).sum()) == 15
-assert words.THINGS[int(chances.argmin())] == "apple"
+assert words.THING_NOUNS[int(chances.argmin())] == "apple"
 assert chances.min() < 0.01
 
 # %% [markdown]
@@ -132,7 +132,7 @@ assert who.text.strip() == "ball. Emma took the ball home."
 
 # %%
 giving = "When Mary and John went to the store, John gave a drink to"
-given = patch.timeline(lens, giving, 12, stop_ids=line_end)
+given = patch.record_timeline(lens, giving, 12, stop_ids=line_end)
 
 
 def without_head_3(z, point):
@@ -141,7 +141,7 @@ def without_head_3(z, point):
 
 
 silenced = given.rerun(0, hooks={"blocks.1.attn.z": without_head_3})
-found = patch.parting(given, silenced)
+found = patch.find_divergence(given, silenced)
 print(repr(given.text), repr(silenced.text), found.step, found.words)
 print(found.probability.values.round(3), found.kl.values.round(3))
 assert given.text.strip() == "Mary. She took the drink home."
@@ -217,10 +217,10 @@ check.exercise_9_1(fork)
 # $$v = \frac{1}{n}\sum_{i=1}^{n} x^{+}_i - \frac{1}{n}\sum_{i=1}^{n} x^{-}_i \qquad x' = x + k\, v$$
 
 # %%
-good = [f"The {thing} was {adjective}" for thing in words.THINGS[:6] for adjective in words.GOOD]
-bad = [f"The {thing} was {adjective}" for thing in words.THINGS[:6] for adjective in words.BAD]
+good = [f"The {thing} was {adjective}" for thing in words.THING_NOUNS[:6] for adjective in words.GOOD_ADJECTIVES]
+bad = [f"The {thing} was {adjective}" for thing in words.THING_NOUNS[:6] for adjective in words.BAD_ADJECTIVES]
 print(good[0], "/", bad[0], "/", len(good), "pairs")
-valence = patch.steering(lens, good, bad, layers=1)
+valence = patch.fit_steering(lens, good, bad, layers=1)
 v = valence[1]
 assert v.shape == (192,)
 
@@ -277,7 +277,7 @@ check.exercise_9_2(direction)
 names = ["Mary", "John", "Paul", "Emma"]
 neutral = [
     f"The {thing} was {what}. It made {names[i % 4]} feel"
-    for thing in words.THINGS[10:]
+    for thing in words.THING_NOUNS[10:]
     for i, what in enumerate(words.ADJECTIVES)
 ]
 tokens = lens.to_tokens(neutral)
@@ -354,8 +354,10 @@ assert felt(-v, layer=2) < -2
 
 # %%
 story = "The hat was tall."
-clean = patch.timeline(lens, story, 9, stop_ids=line_end)
-steered = patch.timeline(lens, story, 9, interventions=valence.interventions(-1, pos=adjective), stop_ids=line_end)
+clean = patch.record_timeline(lens, story, 9, stop_ids=line_end)
+steered = patch.record_timeline(
+    lens, story, 9, interventions=valence.interventions(-1, pos=adjective), stop_ids=line_end
+)
 print(clean.text, steered.text, steered.events[0])
 assert clean.text.strip() == "It made Nora feel happy."
 assert steered.text.strip() == "It made Nora feel sad."
@@ -378,7 +380,7 @@ assert said[1] > 0.9
 # run's memory. `at={step: operation}` does something to the cache right before a step.
 
 # %%
-remembered = clean.memory(feel).kv
+remembered = clean.restore_state(feel).kv
 forgiven = steered.rerun(feel, at={feel: cache.swap(remembered, position=adjective)})
 print(forgiven.text)
 assert forgiven.text.strip() == "It made Nora feel happy."
@@ -387,7 +389,7 @@ assert forgiven.text.strip() == "It made Nora feel happy."
 # And the other way round: nothing is ever steered, but the memory of one word is.
 
 # %%
-poisoned = clean.rerun(feel, at={feel: cache.swap(steered.memory(feel).kv, position=adjective)})
+poisoned = clean.rerun(feel, at={feel: cache.swap(steered.restore_state(feel).kv, position=adjective)})
 print(poisoned.text)
 assert poisoned.text.strip() == "It made Nora feel sad."
 assert torch.allclose(poisoned.logits[feel], steered.logits[feel], atol=0.2)
@@ -413,7 +415,7 @@ assert abs(p - said[0]) < 0.1
 # it before step 5, or make the model forget it.
 
 # %%
-swapped = line.rerun(5, at={5: cache.swap(branch.memory(5).kv, position=ball)})
+swapped = line.rerun(5, at={5: cache.swap(branch.restore_state(5).kv, position=ball)})
 forgot = line.rerun(5, at={5: cache.evict(position=ball)})
 print(swapped.text, forgot.text)
 assert swapped.text.strip() == "ball. Paul took the cake home."
@@ -518,7 +520,7 @@ assert ((share - p).abs() <= 4 * error + 1e-3).all()
 # Was it the word, or was it other luck? A rerun draws as the first run drew. So what is different is the word's doing.
 
 # %%
-first = patch.timeline(lens, prompt, 18, temperature=1.0, seed=2, stop_ids=())
+first = patch.record_timeline(lens, prompt, 18, temperature=1.0, seed=2, stop_ids=())
 other = first.rerun(0, token=" cake")
 print(first.text, other.text, sep="\n---")
 assert first.rerun(0).tokens == first.rerun(4).tokens == first.tokens  # nothing changed: the same again

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 import glmlens
 from glmlens import analysis, plot, tasks
-from glmlens.chat import TemplateError, render
+from glmlens.chat import TemplateError, render_chat
 from glmlens.checkpoint import CheckpointError
 from glmlens.course import check_10 as check
 
@@ -635,7 +635,7 @@ def refused(kind, call):
     raise AssertionError("this was not refused")
 
 
-said = refused(TemplateError, lambda: render("{{ messages.__class__.__mro__ }}", messages))
+said = refused(TemplateError, lambda: render_chat("{{ messages.__class__.__mro__ }}", messages))
 assert "SecurityError" in said
 
 (home / "pickled").mkdir()

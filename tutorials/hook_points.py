@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from glmlens import GLM, GLMConfig, Lens, model
-from glmlens.hooks import ON_REQUEST, POINTS, ROOT
+from glmlens.hooks import ON_REQUEST, POINTS, ROOT_POINTS
 
 PAGE = Path(__file__).parent / "hook_points.md"
 SMALL = {
@@ -127,8 +127,8 @@ def kinds() -> str:
 
 def page() -> str:
     """The text of the page."""
-    layer = [name for name in POINTS if name not in ROOT]
-    return TEXT.format(layer=table(layer), root=table(list(ROOT)), kinds=kinds())
+    layer = [name for name in POINTS if name not in ROOT_POINTS]
+    return TEXT.format(layer=table(layer), root=table(list(ROOT_POINTS)), kinds=kinds())
 
 
 if __name__ == "__main__":

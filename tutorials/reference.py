@@ -11,7 +11,7 @@ import pdoc
 
 import glmlens
 
-MODULES = ("glmlens", "glmlens.hooks", *(f"glmlens.{part}" for part in glmlens.LATER))
+MODULES = ("glmlens", "glmlens.hooks", *(f"glmlens.{part}" for part in glmlens.LAZY_SUBPACKAGES))
 
 
 def reference(folder: Path, modules: tuple[str, ...] = MODULES) -> Path:

@@ -3,40 +3,40 @@
 from glmlens.analysis.attribution import LogitAttribution, logit_attribution
 from glmlens.analysis.circuits import OV, QK, QK_bias, composition, copying_scores
 from glmlens.analysis.distance import DistanceProfile, PairUse, distance_profile, pair_use
-from glmlens.analysis.entries import Reads, attended, who_reads
+from glmlens.analysis.entries import CacheReads, cache_reads, sum_attention
 from glmlens.analysis.factored import Factored
 from glmlens.analysis.heads import HeadScores, head_scores
-from glmlens.analysis.leave_out import Droppable, LeftOut, droppable, leave_one_out
+from glmlens.analysis.leave_out import EvictionCurve, LeaveOneOut, eviction_curve, leave_one_out
 from glmlens.analysis.logit_lens import LogitLens, logit_lens
 from glmlens.analysis.probes import Probe, probe
-from glmlens.analysis.residual import accumulated_residual, decomposed_residual
+from glmlens.analysis.residual import accumulated_residual, decompose_residual
 from glmlens.analysis.rotary import ScoreParts, score_parts, wavelengths
 from glmlens.analysis.selfcheck import SelfCheck, SelfCheckError, selfcheck
 
 __all__ = [
     "OV",
     "QK",
+    "CacheReads",
     "DistanceProfile",
-    "Droppable",
+    "EvictionCurve",
     "Factored",
     "HeadScores",
-    "LeftOut",
+    "LeaveOneOut",
     "LogitAttribution",
     "LogitLens",
     "PairUse",
     "Probe",
     "QK_bias",
-    "Reads",
     "ScoreParts",
     "SelfCheck",
     "SelfCheckError",
     "accumulated_residual",
-    "attended",
+    "cache_reads",
     "composition",
     "copying_scores",
-    "decomposed_residual",
+    "decompose_residual",
     "distance_profile",
-    "droppable",
+    "eviction_curve",
     "head_scores",
     "leave_one_out",
     "logit_attribution",
@@ -45,6 +45,6 @@ __all__ = [
     "probe",
     "score_parts",
     "selfcheck",
+    "sum_attention",
     "wavelengths",
-    "who_reads",
 ]

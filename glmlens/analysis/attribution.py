@@ -18,8 +18,17 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from glmlens.analysis.parts import SPLITS, SUBLAYERS, At, Split, along, points_for
-from glmlens.analysis.rows import Position, Rows, Token, exact, finest, groups_of, layers_of, numbers
+from glmlens.analysis.parts import SPLITS, SUBLAYERS, RunColumns, Split, points_of_split, project_onto
+from glmlens.analysis.rows import (
+    Position,
+    PromptBatch,
+    Token,
+    describe_kv_groups,
+    layer_labels,
+    to_numpy,
+    upcast,
+    upcast_to_float64,
+)
 from glmlens.hooks import Hooks
 from glmlens.lens import Lens
 from glmlens.prompt import Prompt
@@ -97,56 +106,62 @@ def logit_attribution(
     """
     if by not in SPLITS:
         raise ValueError(f"by is {by!r}; choose from {', '.join(map(repr, SPLITS))}")
-    split, rows = SPLITS[by], Rows.of(lens, prompt.tokens if isinstance(prompt, Examples) else prompt)
-    columns = rows.columns(place_of(position, prompt))
-    logits, acts = rows.run_at(columns, points_for(lens, split), hooks)
-    goal = goal_of(rows, exact(logits), prompt if isinstance(prompt, Examples) else None, answer, wrong)
-    pull = finest(goal.direction) * finest(lens.model.ln_final.weight) * finest(acts["ln_final.scale"])
+    split, rows = SPLITS[by], PromptBatch.from_prompt(lens, prompt.tokens if isinstance(prompt, Examples) else prompt)
+    columns = rows.columns_at(resolve_task_position(position, prompt))
+    logits, acts = rows.run_at(columns, points_of_split(lens, split), hooks)
+    goal = resolve_target(rows, upcast(logits), prompt if isinstance(prompt, Examples) else None, answer, wrong)
+    pull = (
+        upcast_to_float64(goal.direction)
+        * upcast_to_float64(lens.model.ln_final.weight)
+        * upcast_to_float64(acts["ln_final.scale"])
+    )
 
-    at = At(lens, acts, rows, columns)
-    values = torch.stack([split.parts(at, layer, pull) for layer in range(lens.cfg.n_layers)], 1)
-    rest = {"embed": along(acts["embed"], pull)}
-    rest |= zip(split.rest_labels(lens), (along(acts[name], pull) for name in split.rest_points(lens)), strict=True)
+    at = RunColumns(lens, acts, rows, columns)
+    values = torch.stack([split.compute_parts(at, layer, pull) for layer in range(lens.cfg.n_layers)], 1)
+    rest = {"embed": project_onto(acts["embed"], pull)}
+    rest |= zip(
+        split.rest_labels(lens), (project_onto(acts[name], pull) for name in split.rest_points(lens)), strict=True
+    )
     if goal.bias is not None:
         rest["bias"] = goal.bias
     if "key" in split.axes:
         values = rearrange(values, "batch layer head key -> batch key layer head")
-        values = rearrange(rows.absolute(values), "batch key layer head -> batch layer head key")
-    total = goal.total(acts["ln_final.normalized"])
-    return result(rows, columns, split, goal.name, values, rest, total, isinstance(prompt, Examples))
+        values = rearrange(rows.align_to_positions(values), "batch key layer head -> batch layer head key")
+    total = goal.measure_total(acts["ln_final.normalized"])
+    return build_attribution(rows, columns, split, goal.name, values, rest, total, isinstance(prompt, Examples))
 
 
-def place_of(position: Position, prompt: Prompt | Examples) -> Position:
+def resolve_task_position(position: Position, prompt_or_examples: Prompt | Examples) -> Position:
     """An absolute position; examples of a task know theirs by name."""
-    if not isinstance(position, str) or (position == "end" and not isinstance(prompt, Examples)):
+    if not isinstance(position, str) or (position == "end" and not isinstance(prompt_or_examples, Examples)):
         return position
-    if not isinstance(prompt, Examples):
+    if not isinstance(prompt_or_examples, Examples):
         raise TypeError(f"position {position!r}: only examples of a task have positions with names; give a number")
-    return prompt.at(position)
+    return prompt_or_examples.at(position)
 
 
-def result(
-    rows: Rows,
+def build_attribution(
+    rows: PromptBatch,
     columns: Tensor,
     split: Split,
     name: str,
     values: Tensor,
     rest: dict[str, Tensor],
     total: Tensor,
-    mean: bool,
+    average: bool,
 ) -> LogitAttribution:
-    about = rows.about(
+    about = rows.describe(
         metric="logit", direction=name, parts="direct effects: the final norm's scale is the run's own",
-        positions=rows.place(columns), kv=groups_of(rows.lens),
+        positions=rows.describe_columns(columns), kv=describe_kv_groups(rows.lens),
     )  # fmt: skip
-    named = {"layer": layers_of(rows.lens), "sublayer": list(SUBLAYERS), "key": rows.pos_labels()}
-    labelled = rows.labelled(values, " ".join(split.axes), {a: named[a] for a in split.axes if a in named}, about)
-    others = rows.labelled(torch.stack([*rest.values()], 1), "part", {"part": [*rest]}, about)
-    explained = numbers(values).reshape(rows.batch, -1)
+    named = {"layer": layer_labels(rows.lens), "sublayer": list(SUBLAYERS), "key": rows.position_labels()}
+    labelled = rows.to_labelled(values, " ".join(split.axes), {a: named[a] for a in split.axes if a in named}, about)
+    others = rows.to_labelled(torch.stack([*rest.values()], 1), "part", {"part": [*rest]}, about)
+    explained = to_numpy(values).reshape(rows.batch, -1)
     missing = (
-        numbers(total)
+        to_numpy(total)
         - np.nansum(explained, 1, dtype=np.float64)
-        - sum(numbers(part).astype(np.float64) for part in rest.values())
+        - sum(to_numpy(part).astype(np.float64) for part in rest.values())
     )
     found = LogitAttribution(
         labelled.values,
@@ -154,36 +169,36 @@ def result(
         labelled.labels,
         about,
         rest=others,
-        total=rows.single(numbers(total)),
-        unexplained=rows.single(missing),
+        total=rows.drop_single_axis(to_numpy(total)),
+        unexplained=rows.drop_single_axis(missing),
     )
-    return found.mean() if mean else found
+    return found.mean() if average else found
 
 
 @dataclass(frozen=True)
-class Goal:
+class AttributionTarget:
     """What is attributed: a direction [batch, model] that the normalised stream is read along, and its name."""
 
     direction: Float[Tensor, "batch model"]
     name: str
-    logits: Float[Tensor, "batch"] | None  # the model's own number, where the direction is one of tokens
+    answer_logits: Float[Tensor, "batch"] | None  # the model's own number, where the direction is one of tokens
     bias: Float[Tensor, "batch"] | None = None  # of a class head, which no part of the stream explains
 
-    def total(self, normalized: Float[Tensor, "batch model"]) -> Float[Tensor, "batch"]:
-        return (exact(normalized) * self.direction).sum(-1) if self.logits is None else self.logits
+    def measure_total(self, normalized: Float[Tensor, "batch model"]) -> Float[Tensor, "batch"]:
+        return (upcast(normalized) * self.direction).sum(-1) if self.answer_logits is None else self.answer_logits
 
 
-def goal_of(
-    rows: Rows,
+def resolve_target(
+    rows: PromptBatch,
     logits: Float[Tensor, "batch vocab"],
     examples: Examples | None,
     answer: Token | Sequence[Token] | Tensor | None,
     wrong: Token | Sequence[Token] | Tensor | None,
-) -> Goal:
+) -> AttributionTarget:
     """The direction of a token, of a difference of tokens, of a task's answers, or the one that was given."""
     if examples is not None and answer is None and wrong is None:
-        answer = [best(example.correct, row) for example, row in zip(examples, logits, strict=True)]
-        wrong = [best(example.wrong, row) for example, row in zip(examples, logits, strict=True)]
+        answer = [best_answer(example.correct, row) for example, row in zip(examples, logits, strict=True)]
+        wrong = [best_answer(example.wrong, row) for example, row in zip(examples, logits, strict=True)]
     if answer is None:
         raise TypeError("no answer: give the text of one token, an id, a direction [model], or examples of a task")
     if isinstance(answer, Tensor) and answer.is_floating_point():
@@ -193,22 +208,26 @@ def goal_of(
             raise ValueError(
                 f"a direction is [{rows.lens.cfg.d_model}], the width of the stream; got {[*answer.shape]}"
             )
-        given = exact(answer.to(rows.tokens.device)).expand(rows.batch, rows.lens.cfg.d_model)
-        return Goal(given, "the direction given, of the normalised stream", None)
-    right = rows.answers(answer)
-    of, direction, name = logits.gather(1, right[:, None]), unembedding(rows.lens, right), rows.said(right)
-    bias = finest(rows.lens.b_U[right]) if rows.lens.cfg.head_bias else None
+        given = upcast(answer.to(rows.tokens.device)).expand(rows.batch, rows.lens.cfg.d_model)
+        return AttributionTarget(given, "the direction given, of the normalised stream", None)
+    right = rows.to_answer_ids(answer)
+    of, direction, name = (
+        logits.gather(1, right[:, None]),
+        unembedding_vectors(rows.lens, right),
+        rows.answer_labels(right),
+    )
+    bias = upcast_to_float64(rows.lens.b_U[right]) if rows.lens.cfg.head_bias else None
     if wrong is not None:
-        other = rows.answers(wrong)
-        of, direction = of - logits.gather(1, other[:, None]), direction - unembedding(rows.lens, other)
-        name = f"{name} - {rows.said(other)}"
+        other = rows.to_answer_ids(wrong)
+        of, direction = of - logits.gather(1, other[:, None]), direction - unembedding_vectors(rows.lens, other)
+        name = f"{name} - {rows.answer_labels(other)}"
         bias = None if bias is None else bias - rows.lens.b_U[other]
-    return Goal(direction, name, of.squeeze(1), bias)
+    return AttributionTarget(direction, name, of.squeeze(1), bias)
 
 
-def best(ids: Sequence[int], logits: Float[Tensor, "vocab"]) -> int:
+def best_answer(ids: Sequence[int], logits: Float[Tensor, "vocab"]) -> int:
     return ids[int(logits[list(ids)].argmax())]
 
 
-def unembedding(lens: Lens, ids: Tensor) -> Float[Tensor, "batch model"]:
-    return exact(lens.W_U.T[ids])
+def unembedding_vectors(lens: Lens, ids: Tensor) -> Float[Tensor, "batch model"]:
+    return upcast(lens.W_U.T[ids])

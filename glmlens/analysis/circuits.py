@@ -11,10 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from glmlens.analysis.factored import Factored, eigenvalues
-from glmlens.analysis.rows import exact, groups_of, numbers, read_head, read_layer
+from glmlens.analysis.rows import describe_kv_groups, read_head, read_layer, to_numpy, upcast
 from glmlens.integers import Integer, read_integer
 from glmlens.lens import Lens
-from glmlens.model import RMSNorm, rotary_angles, turn
+from glmlens.model import RMSNorm, apply_rotary, rotary_angles
 from glmlens.results import Labelled
 
 VOCAB_CHUNK = 8192
@@ -27,7 +27,7 @@ def OV(lens: Lens, layer: Integer, head: Integer, *, norms: bool = False) -> Fac
     it are in it too, so that it stands on the residual stream; the scales, a positive number per position, never are.
     """
     layer, head = read_layer(lens, layer), read_head(lens, head)
-    W_V, W_O = exact(lens.W_V[layer, kv_of(lens, head)]), exact(lens.W_O[layer, head])
+    W_V, W_O = upcast(lens.W_V[layer, kv_head_of(lens, head)]), upcast(lens.W_O[layer, head])
     if not norms:
         return Factored(W_V, W_O)
     return Factored(norm_weight(lens, layer, "ln1")[:, None] * W_V, W_O * norm_weight(lens, layer, "ln1_post"))
@@ -46,12 +46,12 @@ def QK(
     layer, head, distance = read_layer(lens, layer), read_head(lens, head), read_integer(distance, "distance")
     if distance < 0:
         raise ValueError(f"distance is {distance}: a query looks back, at distance 0 or more")
-    W_Q, W_K = exact(lens.W_Q[layer, head]), exact(lens.W_K[layer, kv_of(lens, head)])
+    W_Q, W_K = upcast(lens.W_Q[layer, head]), upcast(lens.W_K[layer, kv_head_of(lens, head)])
     if norms:
         weight = norm_weight(lens, layer, "ln1")[:, None]
         W_Q, W_K = weight * W_Q, weight * W_K
-    kept = channels(lens, part)
-    W_Q, W_K = turned(lens, W_Q, distance), turned(lens, W_K, 0)
+    kept = channel_slice(lens, part)
+    W_Q, W_K = rotate_rows(lens, W_Q, distance), rotate_rows(lens, W_K, 0)
     return Factored(W_Q[:, kept] * lens.cfg.d_head**-0.5, W_K[:, kept].T)
 
 
@@ -64,24 +64,24 @@ def QK_bias(
     """
     layer, head = read_layer(lens, layer), read_head(lens, head)
     distance = read_integer(distance, "distance", least=0)
-    W_Q, W_K = exact(lens.W_Q[layer, head]), exact(lens.W_K[layer, kv_of(lens, head)])
+    W_Q, W_K = upcast(lens.W_Q[layer, head]), upcast(lens.W_K[layer, kv_head_of(lens, head)])
     if not lens.cfg.qkv_bias:
         return W_Q.new_zeros(len(W_Q)), W_Q.new_zeros(len(W_Q)), 0.0
-    b_Q, b_K = exact(lens.b_Q[layer, head]), exact(lens.b_K[layer, kv_of(lens, head)])
-    query, b_Q = turned(lens, W_Q, distance), turned(lens, b_Q[None], distance)[0]
-    key, b_K, scale = turned(lens, W_K, 0), turned(lens, b_K[None], 0)[0], lens.cfg.d_head**-0.5
+    b_Q, b_K = upcast(lens.b_Q[layer, head]), upcast(lens.b_K[layer, kv_head_of(lens, head)])
+    query, b_Q = rotate_rows(lens, W_Q, distance), rotate_rows(lens, b_Q[None], distance)[0]
+    key, b_K, scale = rotate_rows(lens, W_K, 0), rotate_rows(lens, b_K[None], 0)[0], lens.cfg.d_head**-0.5
     return query @ b_K * scale, key @ b_Q * scale, float(b_Q @ b_K) * scale
 
 
-def turned(lens: Lens, rows: Float[Tensor, "row d"], position: int) -> Float[Tensor, "row d"]:
+def rotate_rows(lens: Lens, rows: Float[Tensor, "row d"], position: int) -> Float[Tensor, "row d"]:
     """Every row turned as at this position."""
     here = torch.tensor([[position]], device=rows.device)
     cos, sin = rotary_angles(here, lens.cfg, rows.dtype)
     r = lens.cfg.d_rotary
-    return torch.cat([turn(rows[None, None, :, :r], cos, sin)[0, 0], rows[:, r:]], -1)
+    return torch.cat([apply_rotary(rows[None, None, :, :r], cos, sin)[0, 0], rows[:, r:]], -1)
 
 
-def channels(lens: Lens, part: str) -> slice:
+def channel_slice(lens: Lens, part: str) -> slice:
     found = {"all": slice(None), "rotary": slice(lens.cfg.d_rotary), "pass": slice(lens.cfg.d_rotary, None)}
     if part not in found:
         raise ValueError(f"part is {part!r}; choose from {', '.join(map(repr, found))}")
@@ -90,7 +90,7 @@ def channels(lens: Lens, part: str) -> slice:
     return found[part]
 
 
-def kv_of(lens: Lens, head: Integer) -> int:
+def kv_head_of(lens: Lens, head: Integer) -> int:
     """The key-value head that a query head reads; IndexError for a head that is not there."""
     return read_head(lens, head) // lens.cfg.n_groups
 
@@ -98,7 +98,7 @@ def kv_of(lens: Lens, head: Integer) -> int:
 def norm_weight(lens: Lens, layer: int, name: str) -> Float[Tensor, "model"]:
     """The weight of a layer's norm, or ones where there is no such norm."""
     norm = lens.model.blocks[layer].get_submodule(name)
-    return exact(norm.weight) if isinstance(norm, RMSNorm) else exact(torch.ones_like(lens.model.ln_final.weight))
+    return upcast(norm.weight) if isinstance(norm, RMSNorm) else upcast(torch.ones_like(lens.model.ln_final.weight))
 
 
 # ---- copying ----
@@ -113,24 +113,24 @@ def copying_scores(lens: Lens) -> Labelled:
     """
     heads, layers = range(lens.cfg.n_heads), range(lens.cfg.n_layers)
     if lens.cfg.head == "vocab":
-        through = vocabulary(lens)
-        scores = [[copying(OV(lens, i, head, norms=True), through) for head in heads] for i in layers]
+        through = unembed_embed_product(lens)
+        scores = [[copying_score(OV(lens, i, head, norms=True), through) for head in heads] for i in layers]
     else:
         scores = [[np.nan for _ in heads] for _ in layers]
     about = {"metric": "copying: sum(λ) / sum(|λ|) of W_E OV W_U", "direction": "1 copies the token that it reads",
-             "positions": "none: weights alone", "kv": groups_of(lens), "model": lens.model_hash}  # fmt: skip
+             "positions": "none: weights alone", "kv": describe_kv_groups(lens), "model": lens.model_hash}  # fmt: skip
     return Labelled(np.array(scores), ("layer", "head"), {}, about)
 
 
-def copying(ov: Factored, through: Float[Tensor, "model model"]) -> float:
-    found = eigenvalues(ov.B @ through @ ov.A)
+def copying_score(ov: Factored, unembed_embed: Float[Tensor, "model model"]) -> float:
+    found = eigenvalues(ov.B @ unembed_embed @ ov.A)
     return float(found.real.sum() / found.abs().sum())
 
 
-def vocabulary(lens: Lens) -> Float[Tensor, "model model"]:
+def unembed_embed_product(lens: Lens) -> Float[Tensor, "model model"]:
     """ln_final.weight * W_U W_E, a chunk of the vocabulary at a time: from what is written to what would read it."""
     pairs = zip(lens.W_U.T.split(VOCAB_CHUNK), lens.W_E.split(VOCAB_CHUNK), strict=True)
-    return exact(lens.model.ln_final.weight)[:, None] * sum(exact(W_U).T @ exact(W_E) for W_U, W_E in pairs)
+    return upcast(lens.model.ln_final.weight)[:, None] * sum(upcast(W_U).T @ upcast(W_E) for W_U, W_E in pairs)
 
 
 # ---- composition ----
@@ -145,28 +145,28 @@ def composition(lens: Lens, kind: str = "K") -> Labelled:
     "3.kv1", with the X of its heads side by side; for Q it is a head, "3.7". At distance 0, with the norms' weights.
     Two random circuits have 1 / √d_model. Raises ValueError for another kind.
     """
-    if kind not in READERS:
-        raise ValueError(f"kind is {kind!r}; choose from {', '.join(map(repr, READERS))}")
+    if kind not in READER_MATRICES:
+        raise ValueError(f"kind is {kind!r}; choose from {', '.join(map(repr, READER_MATRICES))}")
     cfg, readers = lens.cfg, lens.cfg.n_heads if kind == "Q" else lens.cfg.n_kv_heads
     scores = np.full((cfg.n_layers, cfg.n_heads, cfg.n_layers, readers), np.nan)
-    W = [torch.stack([ov.A.T @ ov.A for ov in OVs(lens, i)]) for i in range(cfg.n_layers)]
+    W = [torch.stack([ov.A.T @ ov.A for ov in OV_circuits(lens, i)]) for i in range(cfg.n_layers)]
     for j in range(cfg.n_layers):
-        reads, R = READERS[kind](lens, j)
+        reads, R = READER_MATRICES[kind](lens, j)
         for i in range(j):
-            writes = exact(lens.W_O[i]) * norm_weight(lens, i, "ln1_post")
-            scores[i, :, j] = numbers(composed(W[i], writes, reads, R))
+            writes = upcast(lens.W_O[i]) * norm_weight(lens, i, "ln1_post")
+            scores[i, :, j] = to_numpy(composition_scores(W[i], writes, reads, R))
     labels = {
         "writer": [f"{i}.{head}" for i in range(cfg.n_layers) for head in range(cfg.n_heads)],
         "reader": [f"{j}.{'' if kind == 'Q' else 'kv'}{h}" for j in range(cfg.n_layers) for h in range(readers)],
     }
     about = {"metric": f"{kind}-composition", "direction": "0 to 1; the writer is in an earlier layer",
              "positions": "none: weights alone, distance 0", "chance": f"{cfg.d_model**-0.5:.3g} for random circuits",
-             "kv": groups_of(lens), "model": lens.model_hash}  # fmt: skip
+             "kv": describe_kv_groups(lens), "model": lens.model_hash}  # fmt: skip
     flat = rearrange(scores, "layer head later reader -> (layer head) (later reader)")
     return Labelled(flat, ("writer", "reader"), labels, about)
 
 
-def composed(
+def composition_scores(
     W: Float[Tensor, "writer d d"],
     writes: Float[Tensor, "writer d model"],
     reads: Float[Tensor, "reader model d"],
@@ -181,36 +181,36 @@ def composed(
     return (both.clamp(min=0) / (OV[:, None] * X)).sqrt()
 
 
-def OVs(lens: Lens, layer: int) -> list[Factored]:
+def OV_circuits(lens: Lens, layer: int) -> list[Factored]:
     return [OV(lens, layer, head, norms=True) for head in range(lens.cfg.n_heads)]
 
 
-def QKs(lens: Lens, layer: int) -> list[Factored]:
+def QK_circuits(lens: Lens, layer: int) -> list[Factored]:
     return [QK(lens, layer, head, norms=True) for head in range(lens.cfg.n_heads)]
 
 
-Reads = tuple[Float[Tensor, "reader model d"], Float[Tensor, "reader d d"]]
+ReaderMatrices = tuple[Float[Tensor, "reader model d"], Float[Tensor, "reader d d"]]
 
 
-def query_side(lens: Lens, layer: int) -> Reads:
-    each = QKs(lens, layer)
+def query_readers(lens: Lens, layer: int) -> ReaderMatrices:
+    each = QK_circuits(lens, layer)
     return torch.stack([qk.A for qk in each]), torch.stack([qk.B @ qk.B.T for qk in each])
 
 
-def key_side(lens: Lens, layer: int) -> Reads:
+def key_readers(lens: Lens, layer: int) -> ReaderMatrices:
     """Of every key-value head; ‖·‖² over the query heads that share it is the sum of theirs."""
-    each = QKs(lens, layer)
-    return grouped(lens, torch.stack([qk.B.T for qk in each]), torch.stack([qk.A.T @ qk.A for qk in each]))
+    each = QK_circuits(lens, layer)
+    return sum_over_group(lens, torch.stack([qk.B.T for qk in each]), torch.stack([qk.A.T @ qk.A for qk in each]))
 
 
-def value_side(lens: Lens, layer: int) -> Reads:
-    each = OVs(lens, layer)
-    return grouped(lens, torch.stack([ov.A for ov in each]), torch.stack([ov.B @ ov.B.T for ov in each]))
+def value_readers(lens: Lens, layer: int) -> ReaderMatrices:
+    each = OV_circuits(lens, layer)
+    return sum_over_group(lens, torch.stack([ov.A for ov in each]), torch.stack([ov.B @ ov.B.T for ov in each]))
 
 
-def grouped(lens: Lens, reads: Tensor, R: Tensor) -> Reads:
+def sum_over_group(lens: Lens, reads: Tensor, R: Tensor) -> ReaderMatrices:
     group = lens.cfg.n_groups
     return reads[::group], rearrange(R, "(kv group) c d -> kv group c d", group=group).sum(1)
 
 
-READERS = {"Q": query_side, "K": key_side, "V": value_side}
+READER_MATRICES = {"Q": query_readers, "K": key_readers, "V": value_readers}

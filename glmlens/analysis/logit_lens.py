@@ -9,18 +9,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from glmlens.activations import Activations
-from glmlens.analysis.rows import Rows, Token, exact, layers_of
+from glmlens.analysis.rows import PromptBatch, Token, layer_labels, upcast
 from glmlens.hooks import Hooks
 from glmlens.integers import Integer, read_integer
 from glmlens.lens import Lens
 from glmlens.prompt import Prompt
-from glmlens.results import Labelled, Sheets
+from glmlens.results import Labelled, LabelledGroup
 
-CHUNK = 64  # positions unembedded at a time: over 150k tokens, this is what a reading weighs
+UNEMBED_CHUNK = 64  # positions unembedded at a time: over 150k tokens, this is what a reading weighs
 
 
 @dataclass(frozen=True, eq=False)
-class LogitLens(Sheets):
+class LogitLens(LabelledGroup):
     """The most probable next tokens as every layer has them, and how far that is from what the model says.
 
     `token` (ids), `word` (their labels) and `probability` are [layer, pos, rank]. `kl` [layer, pos] is
@@ -58,27 +58,27 @@ def logit_lens(
     top = min(5, lens.cfg.d_logits) if top is None else read_integer(top, "top")
     if not 1 <= top <= lens.cfg.d_logits:
         raise ValueError(f"top is {top}; expected 1 to {lens.cfg.d_logits}, as many as there are logits")
-    rows = Rows.of(lens, prompt)
-    wanted = None if target is None else rows.answers(target)
+    rows = PromptBatch.from_prompt(lens, prompt)
+    wanted = None if target is None else rows.to_answer_ids(target)
     logits, acts = rows.run(["embed", "resid_post", *(["resid_mid"] if mid else [])], hooks)
-    streams = streams_of(lens, acts, mid)
-    readings = [read(lens, stream, logits, top, wanted) for stream in [*streams.values()][:-1]]
-    readings.append(read(lens, None, logits, top, wanted))
+    streams = residual_streams(lens, acts, mid)
+    readings = [unembed_stream(lens, stream, logits, top, wanted) for stream in [*streams.values()][:-1]]
+    readings.append(unembed_stream(lens, None, logits, top, wanted))
     sheets = {name: torch.stack([reading[name] for reading in readings], 1) for name in readings[0]}
-    return labelled(rows, sheets, list(streams), "" if wanted is None else rows.said(wanted))
+    return build_logit_lens(rows, sheets, list(streams), "" if wanted is None else rows.answer_labels(wanted))
 
 
-def streams_of(lens: Lens, acts: Activations, mid: bool) -> dict[str, Tensor]:
+def residual_streams(lens: Lens, acts: Activations, mid: bool) -> dict[str, Tensor]:
     """The residual streams in order, by label."""
     found = {"embed": acts["embed"]}
-    for i, layer in enumerate(layers_of(lens)):
+    for i, layer in enumerate(layer_labels(lens)):
         if mid:
             found[f"{layer} mid"] = acts["resid_mid", i]
         found[layer] = acts["resid_post", i]
     return found
 
 
-def read(
+def unembed_stream(
     lens: Lens,
     stream: Float[Tensor, "batch pos model"] | None,
     final: Float[Tensor, "batch pos vocab"],
@@ -87,25 +87,31 @@ def read(
 ) -> dict[str, Tensor]:
     """What one residual stream (None: the last, whose logits are the final ones) says at every position."""
     chunks = []
-    for start in range(0, final.shape[1], CHUNK):
-        here = slice(start, start + CHUNK)
-        last = exact(final[:, here]).log_softmax(-1)
+    for start in range(0, final.shape[1], UNEMBED_CHUNK):
+        here = slice(start, start + UNEMBED_CHUNK)
+        last = upcast(final[:, here]).log_softmax(-1)
         own = final[:, here] if stream is None else lens.model.unembed(lens.model.ln_final(stream[:, here]))
-        chunks.append(reading(last, exact(own).log_softmax(-1), top, target))
+        chunks.append(summarize_predictions(last, upcast(own).log_softmax(-1), top, target))
     return {name: torch.cat([chunk[name] for chunk in chunks], 1) for name in chunks[0]}
 
 
-def reading(last: Tensor, own: Tensor, top: int, target: Tensor | None) -> dict[str, Tensor]:
-    best = own.topk(top)
-    found = {"token": best.indices, "probability": best.values.exp(), "kl": (last.exp() * (last - own)).sum(-1)}
+def summarize_predictions(
+    final_log_probs: Tensor, log_probs: Tensor, top: int, target: Tensor | None
+) -> dict[str, Tensor]:
+    best = log_probs.topk(top)
+    found = {
+        "token": best.indices,
+        "probability": best.values.exp(),
+        "kl": (final_log_probs.exp() * (final_log_probs - log_probs)).sum(-1),
+    }
     if target is None:
         return found
-    aimed = own.gather(-1, target[:, None, None].expand(*own.shape[:2], 1))
-    return {**found, "target_rank": (own > aimed).sum(-1), "target_probability": aimed.squeeze(-1).exp()}
+    aimed = log_probs.gather(-1, target[:, None, None].expand(*log_probs.shape[:2], 1))
+    return {**found, "target_rank": (log_probs > aimed).sum(-1), "target_probability": aimed.squeeze(-1).exp()}
 
 
-def labelled(rows: Rows, sheets: dict[str, Tensor], streams: list[str], target: str) -> LogitLens:
-    labels = {"layer": streams, "pos": rows.pos_labels()}
+def build_logit_lens(rows: PromptBatch, sheets: dict[str, Tensor], streams: list[str], target: str) -> LogitLens:
+    labels = {"layer": streams, "pos": rows.position_labels()}
     metrics = {
         "token": "id of the next token", "probability": "probability of the next token",
         "kl": "KL(model's output ‖ this layer's), nats",
@@ -114,12 +120,14 @@ def labelled(rows: Rows, sheets: dict[str, Tensor], streams: list[str], target: 
     made = {}
     for name, values in sheets.items():
         whole = not values.is_floating_point()
-        values = torch.stack([rows.absolute(v, -1 if whole else np.nan) for v in values.unbind(1)], 1)
+        values = torch.stack([rows.align_to_positions(v, -1 if whole else np.nan) for v in values.unbind(1)], 1)
         axes = "layer pos rank" if values.ndim == 4 else "layer pos"
-        about = rows.about(metric=metrics[name], direction=target or "the most probable tokens", positions="absolute")
-        made[name] = rows.labelled(values, axes, labels, about)
+        about = rows.describe(
+            metric=metrics[name], direction=target or "the most probable tokens", positions="absolute"
+        )
+        made[name] = rows.to_labelled(values, axes, labels, about)
     names = {-1: ""} | {int(i): rows.lens.answer_label(int(i)) for i in np.unique(made["token"].values) if i >= 0}
     words = np.array([names[int(i)] for i in made["token"].values.ravel()]).reshape(made["token"].shape)
     word = Labelled(words, made["token"].axes, made["token"].labels, made["token"].about)
-    about = rows.about(metric="logit lens", direction=target or "the most probable tokens", positions="absolute")
+    about = rows.describe(metric="logit lens", direction=target or "the most probable tokens", positions="absolute")
     return LogitLens(about, word=word, **made)

@@ -9,76 +9,76 @@ from jaxtyping import Float
 from torch import Tensor
 
 from glmlens.activations import Activations
-from glmlens.analysis.pattern import pattern, pattern_points
-from glmlens.analysis.rows import Rows, exact, finest
+from glmlens.analysis.pattern import layer_pattern, pattern_points
+from glmlens.analysis.rows import PromptBatch, upcast, upcast_to_float64
 from glmlens.lens import Lens
 from glmlens.model import RMSNorm
 
 SUBLAYERS = {"attn": ("attn_out", "ln1_post"), "mlp": ("mlp_out", "ln2_post")}
 
 
-def along(part: Float[Tensor, "batch model"], pull: Float[Tensor, "batch model"]) -> Float[Tensor, "batch"]:
+def project_onto(part: Float[Tensor, "batch model"], direction: Float[Tensor, "batch model"]) -> Float[Tensor, "batch"]:
     """A few channels of real models are so large that a product in float32 would add to what stays unexplained."""
-    return einsum(finest(part), pull, "batch model, batch model -> batch").to(exact(part).dtype)
+    return einsum(upcast_to_float64(part), direction, "batch model, batch model -> batch").to(upcast(part).dtype)
 
 
 @dataclass(frozen=True)
-class At:
+class RunColumns:
     """A run as it was at one column of every row."""
 
     lens: Lens
     acts: Activations
-    rows: Rows
+    rows: PromptBatch
     columns: Tensor
 
-    def before_post_norm(
+    def pull_before_post_norm(
         self, layer: int, name: str, pull: Float[Tensor, "batch model"]
     ) -> Float[Tensor, "batch model"]:
         """The pull on what a sublayer says before the norm on its output (glm4), which is linear given its scale."""
         norm = self.lens.model.blocks[layer].get_submodule(name)
         if not isinstance(norm, RMSNorm):
             return pull
-        return pull * finest(norm.weight) * finest(self.acts[name + ".scale", layer])
+        return pull * upcast_to_float64(norm.weight) * upcast_to_float64(self.acts[name + ".scale", layer])
 
     def pull_on_z(self, layer: int, pull: Float[Tensor, "batch model"]) -> Float[Tensor, "batch head d"]:
-        W_O, pull = exact(self.lens.W_O[layer]), self.before_post_norm(layer, "ln1_post", pull)
+        W_O, pull = upcast(self.lens.W_O[layer]), self.pull_before_post_norm(layer, "ln1_post", pull)
         return einsum(W_O, pull.to(W_O.dtype), "head d model, batch model -> batch head d")
 
 
-def by_layer(at: At, layer: int, pull: Tensor) -> Float[Tensor, "batch"]:
-    return by_sublayer(at, layer, pull).sum(1)
+def split_by_layer(run: RunColumns, layer: int, pull: Tensor) -> Float[Tensor, "batch"]:
+    return split_by_sublayer(run, layer, pull).sum(1)
 
 
-def by_sublayer(at: At, layer: int, pull: Tensor) -> Float[Tensor, "batch sublayer"]:
-    return torch.stack([along(at.acts[name, layer], pull) for name, _ in SUBLAYERS.values()], 1)
+def split_by_sublayer(run: RunColumns, layer: int, pull: Tensor) -> Float[Tensor, "batch sublayer"]:
+    return torch.stack([project_onto(run.acts[name, layer], pull) for name, _ in SUBLAYERS.values()], 1)
 
 
-def by_mlp(at: At, layer: int, pull: Tensor) -> Float[Tensor, "batch"]:
-    return along(at.acts["mlp_out", layer], pull)
+def split_by_mlp(run: RunColumns, layer: int, pull: Tensor) -> Float[Tensor, "batch"]:
+    return project_onto(run.acts["mlp_out", layer], pull)
 
 
-def by_head(at: At, layer: int, pull: Tensor) -> Float[Tensor, "batch head"]:
-    z = exact(at.acts["attn.z", layer])
-    return einsum(z, at.pull_on_z(layer, pull), "batch head d, batch head d -> batch head")
+def split_by_head(run: RunColumns, layer: int, pull: Tensor) -> Float[Tensor, "batch head"]:
+    z = upcast(run.acts["attn.z", layer])
+    return einsum(z, run.pull_on_z(layer, pull), "batch head d, batch head d -> batch head")
 
 
-def by_neuron(at: At, layer: int, pull: Tensor) -> Float[Tensor, "batch mlp"]:
-    W_down, pull = exact(at.lens.W_down[layer]), at.before_post_norm(layer, "ln2_post", pull)
+def split_by_neuron(run: RunColumns, layer: int, pull: Tensor) -> Float[Tensor, "batch mlp"]:
+    W_down, pull = upcast(run.lens.W_down[layer]), run.pull_before_post_norm(layer, "ln2_post", pull)
     on_neurons = einsum(W_down, pull.to(W_down.dtype), "mlp model, batch model -> batch mlp")
-    return exact(at.acts["mlp.post", layer]) * on_neurons
+    return upcast(run.acts["mlp.post", layer]) * on_neurons
 
 
-def by_source(at: At, layer: int, pull: Tensor) -> Float[Tensor, "batch head key"]:
+def split_by_source(run: RunColumns, layer: int, pull: Tensor) -> Float[Tensor, "batch head key"]:
     """pattern[query, key] · v[key] of every head, through W_O: b_V is in v, and attention sums to 1."""
-    key_positions = at.rows.positions
-    query = key_positions.gather(1, at.columns[:, None])
-    weight = exact(pattern(at.acts, layer, query, key_positions).squeeze(2))
-    on_z = rearrange(at.pull_on_z(layer, pull), "batch (kv group) d -> batch kv group d", kv=at.lens.cfg.n_kv_heads)
-    said = einsum(exact(at.acts["kv.v", layer]), on_z, "batch key kv d, batch kv group d -> batch kv group key")
+    key_positions = run.rows.positions
+    query = key_positions.gather(1, run.columns[:, None])
+    weight = upcast(layer_pattern(run.acts, layer, query, key_positions).squeeze(2))
+    on_z = rearrange(run.pull_on_z(layer, pull), "batch (kv group) d -> batch kv group d", kv=run.lens.cfg.n_kv_heads)
+    said = einsum(upcast(run.acts["kv.v", layer]), on_z, "batch key kv d, batch kv group d -> batch kv group key")
     return weight * rearrange(said, "batch kv group key -> batch (kv group) key")
 
 
-Parts = Callable[[At, int, Tensor], Tensor]
+SplitFunction = Callable[[RunColumns, int, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -86,30 +86,36 @@ class Split:
     """A way to take the model apart: the axes of its parts, what they are made of, and the sublayer left whole."""
 
     axes: tuple[str, ...]
-    parts: Parts
+    compute_parts: SplitFunction
     points: tuple[str, ...]
-    whole: str | None = None
+    unsplit_sublayer: str | None = None
 
     def rest_points(self, lens: Lens) -> list[str]:
-        return [f"blocks.{i}.{SUBLAYERS[self.whole][0]}" for i in range(lens.cfg.n_layers)] if self.whole else []
+        return (
+            [f"blocks.{i}.{SUBLAYERS[self.unsplit_sublayer][0]}" for i in range(lens.cfg.n_layers)]
+            if self.unsplit_sublayer
+            else []
+        )
 
     def rest_labels(self, lens: Lens) -> list[str]:
-        return [f"layer {i}, {self.whole}" for i in range(lens.cfg.n_layers)] if self.whole else []
+        return (
+            [f"layer {i}, {self.unsplit_sublayer}" for i in range(lens.cfg.n_layers)] if self.unsplit_sublayer else []
+        )
 
 
 SPLITS = {
-    "layer": Split(("layer",), by_layer, ("attn_out", "mlp_out")),
-    "component": Split(("layer", "sublayer"), by_sublayer, ("attn_out", "mlp_out")),
-    "head": Split(("layer", "head"), by_head, ("attn.z",), "mlp"),
-    "mlp": Split(("layer",), by_mlp, ("mlp_out",), "attn"),
-    "neuron": Split(("layer", "mlp"), by_neuron, ("mlp.post",), "attn"),
-    "source": Split(("layer", "head", "key"), by_source, ("kv.v",), "mlp"),
+    "layer": Split(("layer",), split_by_layer, ("attn_out", "mlp_out")),
+    "component": Split(("layer", "sublayer"), split_by_sublayer, ("attn_out", "mlp_out")),
+    "head": Split(("layer", "head"), split_by_head, ("attn.z",), "mlp"),
+    "mlp": Split(("layer",), split_by_mlp, ("mlp_out",), "attn"),
+    "neuron": Split(("layer", "mlp"), split_by_neuron, ("mlp.post",), "attn"),
+    "source": Split(("layer", "head", "key"), split_by_source, ("kv.v",), "mlp"),
 }
 
 
-def points_for(lens: Lens, split: Split) -> list[str]:
+def points_of_split(lens: Lens, split: Split) -> list[str]:
     """The points that this split of this model is made of."""
-    whole = [SUBLAYERS[split.whole][0]] if split.whole else []
+    whole = [SUBLAYERS[split.unsplit_sublayer][0]] if split.unsplit_sublayer else []
     post = [f"{norm}.scale" for _, norm in SUBLAYERS.values()] if lens.cfg.sandwich else []
     seen = pattern_points(lens) if "key" in split.axes else []
     return ["embed", *dict.fromkeys([*split.points, *whole, *post, *seen]), "ln_final.scale", "ln_final.normalized"]

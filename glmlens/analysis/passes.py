@@ -8,29 +8,29 @@ from jaxtyping import Int
 from torch import Tensor
 
 from glmlens.activations import Activations
-from glmlens.analysis.rows import Rows
-from glmlens.hooks import Edit, HookError, Hooks, Only, Point, called, pairs
+from glmlens.analysis.rows import PromptBatch
+from glmlens.hooks import Edit, HookError, Hooks, Only, Point, get_edit_name, list_edits
 from glmlens.kv_cache import KVCache
 
-PIECE = 512  # positions at a time
+CHUNK_SIZE = 512  # positions at a time
 
 
 @dataclass
-class Waiting:
+class DeferredEdit:
     """An edit that holds at some positions, in a run whose pieces need not all have them."""
 
-    only: Only
-    held: bool = False
+    edit: Only
+    applied: bool = False
 
     def __call__(self, x: Tensor, point: Point) -> Tensor:
-        if self.only.selects(point) is None:
+        if self.edit.select_positions(point) is None:
             return x
-        self.held = True
-        return self.only(x, point)
+        self.applied = True
+        return self.edit(x, point)
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class PromptChunk:
     """One piece of a run: the columns of the batch that it ran, their logits (or None), and what was recorded."""
 
     columns: slice
@@ -38,21 +38,23 @@ class Piece:
     acts: Activations
 
 
-def pieces(
-    rows: Rows,
+def run_in_chunks(
+    rows: PromptBatch,
     names: str | Sequence[str] = (),
     hooks: Hooks | None = None,
     *,
     kv: KVCache | None = None,
     logits: bool = False,
-    size: int = PIECE,
-) -> Iterator[Piece]:
+    size: int = CHUNK_SIZE,
+) -> Iterator[PromptChunk]:
     """Run the rows in pieces of `size` positions, behind what `kv` remembers, and leave them in it.
 
     Hooks work as in one pass: `only` at positions of any piece, HookError at the end where they never came. At `kv.k`
     and `kv.v` a piece reads the entries up to its own end.
     """
-    edits: list[tuple[str, Edit]] = [(name, Waiting(fn) if isinstance(fn, Only) else fn) for name, fn in pairs(hooks)]
+    edits: list[tuple[str, Edit]] = [
+        (name, DeferredEdit(fn) if isinstance(fn, Only) else fn) for name, fn in list_edits(hooks)
+    ]
     kv = rows.lens.new_kv(rows.batch, rows.tokens.shape[1]) if kv is None else kv
     keep = None if logits else torch.zeros(0, dtype=torch.long, device=rows.tokens.device)
     for start in range(0, rows.tokens.shape[1], size):
@@ -62,16 +64,18 @@ def pieces(
         out, acts = rows.lens.run_with_cache(
             rows.tokens[:, here], names, edits, kv=kv, attention_mask=mask, logits_to_keep=keep, logits=logits
         )
-        yield Piece(here, out, acts)
+        yield PromptChunk(here, out, acts)
     for name, edit in edits:
-        if isinstance(edit, Waiting) and not edit.held:
-            raise HookError(f"{name!r}: {called(edit.only)} asked for steps or positions that never came")
+        if isinstance(edit, DeferredEdit) and not edit.applied:
+            raise HookError(f"{name!r}: {get_edit_name(edit.edit)} asked for steps or positions that never came")
 
 
-def recorded(rows: Rows, names: Sequence[str], hooks: Hooks | None = None, *, size: int = PIECE) -> dict[str, Tensor]:
+def record_in_chunks(
+    rows: PromptBatch, names: Sequence[str], hooks: Hooks | None = None, *, size: int = CHUNK_SIZE
+) -> dict[str, Tensor]:
     """What is at the named points, which have an axis `pos` or are `kv.k` and `kv.v`, over all positions."""
     found: dict[str, list[Tensor]] = {}
-    for piece in pieces(rows, names, hooks, size=size):
+    for piece in run_in_chunks(rows, names, hooks, size=size):
         for name in piece.acts:
             found.setdefault(name, []).append(piece.acts[name])
     whole = ("kv.k", "kv.v")  # the last piece has read all entries
@@ -79,19 +83,21 @@ def recorded(rows: Rows, names: Sequence[str], hooks: Hooks | None = None, *, si
 
 
 @dataclass(frozen=True, eq=False)
-class Memory:
+class DecodingState:
     """A generation about to say something: what it remembers, and the last token, which the next step runs."""
 
     kv: KVCache
     token: Int[Tensor, "batch"]
 
     @staticmethod
-    def of(rows: Rows, hooks: Hooks | None = None, *, size: int = PIECE, room: int = 1) -> "Memory":
+    def from_batch(
+        rows: PromptBatch, hooks: Hooks | None = None, *, size: int = CHUNK_SIZE, room: int = 1
+    ) -> "DecodingState":
         """The memory of prompts, run in pieces; ValueError for a prompt of one token."""
-        before = Rows(rows.lens, rows.tokens[:, :-1], None if rows.mask is None else rows.mask[:, :-1])
+        before = PromptBatch(rows.lens, rows.tokens[:, :-1], None if rows.mask is None else rows.mask[:, :-1])
         if not before.tokens.shape[1]:
             raise ValueError("a prompt of one token has nothing to remember: give at least two")
         kv = rows.lens.new_kv(rows.batch, rows.tokens.shape[1] + room)
-        for _ in pieces(before, hooks=hooks, kv=kv, size=size):
+        for _ in run_in_chunks(before, hooks=hooks, kv=kv, size=size):
             pass
-        return Memory(kv, rows.tokens[:, -1])
+        return DecodingState(kv, rows.tokens[:, -1])

@@ -6,13 +6,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from glmlens.derive import caught
+from glmlens.derive import capture_point
 from glmlens.lens import Lens
 from glmlens.model import additive_mask, eager
 
-Queries = Int[Tensor, "batch query"]
-Keys = Int[Tensor, "batch key"]
-Pattern = Float[Tensor, "batch head query key"]
+QueryPositions = Int[Tensor, "batch query"]
+KeyPositions = Int[Tensor, "batch key"]
+AttentionPattern = Float[Tensor, "batch head query key"]
 
 
 def pattern_points(lens: Lens, which: str = "attn.pattern") -> list[str]:
@@ -22,24 +22,30 @@ def pattern_points(lens: Lens, which: str = "attn.pattern") -> list[str]:
     return ["attn.q_rot", *(["attn.q_pass"] if lens.cfg.d_rotary < lens.cfg.d_head else []), "kv.k"]
 
 
-def pattern(acts: Mapping[str, Tensor], layer: int, at: Queries, key_at: Keys) -> Pattern:
+def layer_pattern(
+    acts: Mapping[str, Tensor], layer: int, positions: QueryPositions, key_positions: KeyPositions
+) -> AttentionPattern:
     """The pattern of a layer: as recorded, or else made of the recorded queries and keys as `eager` makes it.
 
     `at` are the absolute positions of the queries that were recorded, and `key_at` of the keys: -1 at padding.
     """
-    return attention(acts, layer, at, key_at, "attn.pattern")
+    return derive_attention(acts, layer, positions, key_positions, "attn.pattern")
 
 
-def scores(acts: Mapping[str, Tensor], layer: int, at: Queries, key_at: Keys) -> Pattern:
+def layer_scores(
+    acts: Mapping[str, Tensor], layer: int, positions: QueryPositions, key_positions: KeyPositions
+) -> AttentionPattern:
     """The scores of a layer, before the softmax; see `pattern`."""
-    return attention(acts, layer, at, key_at, "attn.scores")
+    return derive_attention(acts, layer, positions, key_positions, "attn.scores")
 
 
-def attention(acts: Mapping[str, Tensor], layer: int, at: Queries, key_at: Keys, which: str) -> Pattern:
+def derive_attention(
+    acts: Mapping[str, Tensor], layer: int, positions: QueryPositions, key_positions: KeyPositions, which: str
+) -> AttentionPattern:
     recorded = acts.get(f"blocks.{layer}.{which}")
     if recorded is not None:
         return recorded if recorded.ndim == 4 else recorded.unsqueeze(2)  # taken at one query
     parts = [acts.get(f"blocks.{layer}.{name}") for name in ("attn.q_rot", "attn.q_pass")]
     q = torch.cat([part for part in parts if part is not None], -1)
     q, k = q if q.ndim == 4 else q.unsqueeze(1), acts[f"blocks.{layer}.kv.k"]
-    return caught(which, lambda hook: eager(q, k, k, additive_mask(at, key_at, q.dtype), hook))
+    return capture_point(which, lambda hook: eager(q, k, k, additive_mask(positions, key_positions, q.dtype), hook))

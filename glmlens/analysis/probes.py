@@ -11,7 +11,7 @@ from torch import Tensor
 from glmlens.integers import Integer, read_integer
 from glmlens.results import Labelled
 
-COLUMNS = ("train", "held out", "control", "selectivity", "chance")
+PROBE_MEASURES = ("train", "held out", "control", "selectivity", "chance")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -89,9 +89,9 @@ def probe(
     control = torch.tensor([int(drawn[kinds[kind]]) for kind in (types or range(len(y)))])
     rows, directions = [], []
     for layer in x.detach().to("cpu", torch.float64):
-        found, weights = fitted(layer, y, train, test, len(classes), l2)
+        found, weights = fit_probe(layer, y, train, test, len(classes), l2)
         chance = float(y[test].bincount().max()) / n
-        by_heart = fitted(layer, control, train, test, len(classes), l2)[0][1]
+        by_heart = fit_probe(layer, control, train, test, len(classes), l2)[0][1]
         rows.append([*found, by_heart, found[1] - by_heart, chance])
         directions.append(weights.float().numpy())
     about = {
@@ -100,12 +100,12 @@ def probe(
         "control": f"labels drawn at random for each of {len(kinds)} types",
     }
     return Probe(
-        np.array(rows), ("layer", "part"), {"layer": named, "part": list(COLUMNS)}, about,
+        np.array(rows), ("layer", "part"), {"layer": named, "part": list(PROBE_MEASURES)}, about,
         directions=np.stack(directions), classes=tuple(classes),
     )  # fmt: skip
 
 
-def fitted(
+def fit_probe(
     x: Float[Tensor, "example model"],
     y: Int[Tensor, "example"],
     train: Int[Tensor, "some"],

@@ -6,8 +6,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from glmlens.activations import Activations
-from glmlens.analysis.logit_lens import streams_of
-from glmlens.analysis.rows import Position, Rows, exact, layers_of
+from glmlens.analysis.logit_lens import residual_streams
+from glmlens.analysis.rows import Position, PromptBatch, layer_labels, upcast
 from glmlens.hooks import Hooks
 from glmlens.lens import Lens
 from glmlens.model import RMSNorm
@@ -23,13 +23,13 @@ def accumulated_residual(
     With `mid` also before every MLP; with `position`, an absolute one, without the axis pos. Several prompts have an
     axis `prompt` in front.
     """
-    rows = Rows.of(lens, prompt)
+    rows = PromptBatch.from_prompt(lens, prompt)
     acts = rows.record(["embed", "resid_post", *(["resid_mid"] if mid else [])], hooks)
-    streams = streams_of(lens, acts, mid)
-    return vectors(rows, "layer", streams, position, "the residual stream")
+    streams = residual_streams(lens, acts, mid)
+    return stack_streams(rows, "layer", streams, position, "the residual stream")
 
 
-def decomposed_residual(
+def decompose_residual(
     lens: Lens,
     prompt: Prompt,
     *,
@@ -45,21 +45,21 @@ def decomposed_residual(
     """
     if by not in ("layer", "component", "head"):
         raise ValueError(f"by is {by!r}; choose from 'layer', 'component', 'head'")
-    rows = Rows.of(lens, prompt)
+    rows = PromptBatch.from_prompt(lens, prompt)
     names = ["embed", "mlp_out", *(["attn.z"] if by == "head" else ["attn_out"])]
     post = ["ln1_post.scale"] if by == "head" and lens.cfg.sandwich else []
     acts = rows.record([*names, *post], hooks)
     parts = {"embed": acts["embed"]}
-    for i, layer in enumerate(layers_of(lens)):
-        parts |= parts_of(lens, acts, i, layer, by)
-    return vectors(rows, "part", parts, position, "what is added to the residual stream")
+    for i, layer in enumerate(layer_labels(lens)):
+        parts |= layer_contributions(lens, acts, i, layer, by)
+    return stack_streams(rows, "part", parts, position, "what is added to the residual stream")
 
 
-def parts_of(lens: Lens, acts: Activations, layer: int, name: str, by: str) -> dict[str, Tensor]:
+def layer_contributions(lens: Lens, acts: Activations, layer: int, name: str, by: str) -> dict[str, Tensor]:
     """What a layer adds, by label."""
-    mlp = exact(acts["mlp_out", layer])
+    mlp = upcast(acts["mlp_out", layer])
     if by == "layer":
-        return {name: exact(acts["attn_out", layer]) + mlp}
+        return {name: upcast(acts["attn_out", layer]) + mlp}
     if by == "component":
         return {f"{name} attn": acts["attn_out", layer], f"{name} mlp": mlp}
     heads = head_outputs(lens, acts, layer).unbind(2)
@@ -68,23 +68,27 @@ def parts_of(lens: Lens, acts: Activations, layer: int, name: str, by: str) -> d
 
 def head_outputs(lens: Lens, acts: Activations, layer: int) -> Float[Tensor, "batch pos head model"]:
     """What each head adds to the residual stream: W_O z, and then the norm on attention's output if there is one."""
-    z, W_O = exact(acts["attn.z", layer]), exact(lens.W_O[layer])
+    z, W_O = upcast(acts["attn.z", layer]), upcast(lens.W_O[layer])
     out = einsum(z, W_O, "batch pos head d, head d model -> batch pos head model")
     norm = lens.model.blocks[layer].get_submodule("ln1_post")
     if not isinstance(norm, RMSNorm):
         return out
-    return out * exact(acts["ln1_post.scale", layer]).unsqueeze(2) * exact(norm.weight)
+    return out * upcast(acts["ln1_post.scale", layer]).unsqueeze(2) * upcast(norm.weight)
 
 
-def vectors(rows: Rows, axis: str, parts: dict[str, Tensor], position: Position | None, metric: str) -> Labelled:
+def stack_streams(
+    rows: PromptBatch, axis: str, parts: dict[str, Tensor], position: Position | None, metric: str
+) -> Labelled:
     """The parts, each [batch, pos, model], as one result."""
     labels = {axis: list(parts)}
     if position is None:
-        values = torch.stack([rows.absolute(exact(x)) for x in parts.values()], 1)
-        about = rows.about(metric=metric, direction="every channel of the model", positions="absolute")
-        return rows.labelled(values, f"{axis} pos model", {**labels, "pos": rows.pos_labels()}, about)
-    columns = rows.columns(position)
+        values = torch.stack([rows.align_to_positions(upcast(x)) for x in parts.values()], 1)
+        about = rows.describe(metric=metric, direction="every channel of the model", positions="absolute")
+        return rows.to_labelled(values, f"{axis} pos model", {**labels, "pos": rows.position_labels()}, about)
+    columns = rows.columns_at(position)
     each = torch.arange(rows.batch, device=columns.device)
-    values = torch.stack([exact(x[each, columns]) for x in parts.values()], 1)
-    about = rows.about(metric=metric, direction="every channel of the model", positions=rows.place(columns))
-    return rows.labelled(values, f"{axis} model", labels, about)
+    values = torch.stack([upcast(x[each, columns]) for x in parts.values()], 1)
+    about = rows.describe(
+        metric=metric, direction="every channel of the model", positions=rows.describe_columns(columns)
+    )
+    return rows.to_labelled(values, f"{axis} model", labels, about)

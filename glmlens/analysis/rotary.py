@@ -17,18 +17,18 @@ from einops import einsum
 from jaxtyping import Bool, Complex, Float
 from torch import Tensor
 
-from glmlens.analysis.passes import recorded
-from glmlens.analysis.rows import Rows, finest, numbers, read_layer_and_head
-from glmlens.angles import frequencies, magnitude
+from glmlens.analysis.passes import record_in_chunks
+from glmlens.analysis.rows import PromptBatch, read_layer_and_head, to_numpy, upcast_to_float64
+from glmlens.angles import compute_pair_frequencies, get_rope_attention_factor
 from glmlens.hooks import Hooks
 from glmlens.integers import Integer, Integers
 from glmlens.lens import Lens
 from glmlens.prompt import Prompt
-from glmlens.results import Labelled, Sheets
+from glmlens.results import Labelled, LabelledGroup
 
 
 @dataclass(frozen=True, eq=False)
-class ScoreParts(Sheets):
+class ScoreParts(LabelledGroup):
     """The scores of one head as sums, [query, key, part]: a part per rotated pair, and "content", all other channels.
 
     `score` [query, key] is their sum. `angle` (pair frequency · distance), `amplitude` and `phase` [query, key, pair]
@@ -51,31 +51,31 @@ class ScoreParts(Sheets):
 
 def wavelengths(lens: Lens) -> Float[Tensor, "pair"]:
     """How many tokens apart two are when a pair has turned once between them: 2 pi / frequency."""
-    return 2 * math.pi / frequencies_of(lens)
+    return 2 * math.pi / pair_frequencies_of(lens)
 
 
-def frequencies_of(lens: Lens) -> Float[Tensor, "pair"]:
+def pair_frequencies_of(lens: Lens) -> Float[Tensor, "pair"]:
     dtype = torch.float32 if lens.device.type == "mps" else torch.float64
-    return frequencies(lens.cfg, dtype, lens.device)
+    return compute_pair_frequencies(lens.cfg, dtype, lens.device)
 
 
-def scale_of(lens: Lens) -> float:
+def rotary_score_scale(lens: Lens) -> float:
     """What a product of rotated channels is multiplied by on its way to a score."""
-    return magnitude(lens.cfg) ** 2 * lens.cfg.d_head**-0.5
+    return get_rope_attention_factor(lens.cfg) ** 2 * lens.cfg.d_head**-0.5
 
 
-def part_labels(lens: Lens) -> list[str]:
-    pairs = [f"pair {i} ({tokens_long(length)} tokens)" for i, length in enumerate(wavelengths(lens).tolist())]
+def label_score_parts(lens: Lens) -> list[str]:
+    pairs = [f"pair {i} ({format_wavelength(length)} tokens)" for i, length in enumerate(wavelengths(lens).tolist())]
     return [*pairs, "content"] if lens.cfg.d_rotary < lens.cfg.d_head else pairs
 
 
-def tokens_long(length: float) -> str:
+def format_wavelength(length: float) -> str:
     """A wavelength for people, with three digits that count: 6.28, 1,990."""
     return f"{length:.3g}" if length < 1000 else f"{float(f'{length:.3g}'):,.0f}"
 
 
 @dataclass(frozen=True)
-class Head:
+class HeadVectors:
     """One head's queries and the keys that it compares them with, in float64; `before` and after they turn."""
 
     q: Float[Tensor, "query d"]
@@ -85,29 +85,35 @@ class Head:
     rotated: int
 
     @staticmethod
-    def of(lens: Lens, acts: dict[str, Tensor], layer: int, head: int) -> "Head":
+    def from_recording(lens: Lens, acts: dict[str, Tensor], layer: int, head: int) -> "HeadVectors":
         kv, rotated = head // lens.cfg.n_groups, lens.cfg.d_rotary
         at = f"blocks.{layer}."
-        q = [finest(acts[at + name][0, :, head]) for name in ("attn.q_rot", "attn.q_pass") if at + name in acts]
+        q = [
+            upcast_to_float64(acts[at + name][0, :, head])
+            for name in ("attn.q_rot", "attn.q_pass")
+            if at + name in acts
+        ]
         q_before, k_before = acts[at + "attn.q"][0, :, head, :rotated], acts[at + "attn.k"][0, :, kv, :rotated]
-        return Head(
+        return HeadVectors(
             torch.cat(q, -1),
-            finest(acts[at + "kv.k"][0, :, kv]),
-            as_complex(finest(q_before)),
-            as_complex(finest(k_before)),
+            upcast_to_float64(acts[at + "kv.k"][0, :, kv]),
+            to_complex_pairs(upcast_to_float64(q_before)),
+            to_complex_pairs(upcast_to_float64(k_before)),
             rotated,
         )
 
-    def parts(self, query: Tensor, keys: Tensor | slice = slice(None)) -> Float[Tensor, "query key part"]:
+    def split_scores_by_pair(
+        self, query: Tensor, keys: Tensor | slice = slice(None)
+    ) -> Float[Tensor, "query key part"]:
         """What each pair, and then all channels that do not turn, add to the scores."""
-        return parts_of(self.q[query], self.k[keys], self.rotated)
+        return split_scores(self.q[query], self.k[keys], self.rotated)
 
 
-def as_complex(x: Float[Tensor, "*rest rotated"]) -> Tensor:
+def to_complex_pairs(x: Float[Tensor, "*rest rotated"]) -> Tensor:
     return torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
 
 
-def parts_of(
+def split_scores(
     q: Float[Tensor, "*batch query d"], k: Float[Tensor, "*batch key d"], rotated: int
 ) -> Float[Tensor, "*batch query key part"]:
     """The score of every query and key, by pair and then by what does not turn."""
@@ -135,32 +141,32 @@ def score_parts(
     are shown. A long prompt is run in pieces; give `query=` to keep what is made of it small. Raises ValueError for
     several prompts, IndexError for a position that is not there.
     """
-    rows = one(lens, prompt)
+    rows = to_single_prompt(lens, prompt)
     layer, head = read_layer_and_head(lens, layer, head)
-    acts = recorded(rows, head_points(lens, layer), hooks)
-    mine = Head.of(lens, acts, layer, head)
-    at, keys = rows.columns_of(query), rows.columns_of(key)
+    acts = record_in_chunks(rows, head_vector_points(lens, layer), hooks)
+    mine = HeadVectors.from_recording(lens, acts, layer, head)
+    at, keys = rows.columns_of_single(query), rows.columns_of_single(key)
     position = rows.positions[0]
     seen = (position[None, :] >= 0) & (position[None, :] <= position[at, None])
-    parts = mine.parts(at)
+    parts = mine.split_scores_by_pair(at)
     content = parts[..., -1] if lens.cfg.d_rotary < lens.cfg.d_head else torch.zeros_like(parts[..., 0])
     rotary = parts.sum(-1) - content
-    alone = position_alone(lens, mine, position[at], position)
-    w, apart = frequencies_of(lens), position[at, None] - position[keys]
-    size = mine.q_before[at, None].abs() * mine.k_before[keys].abs() * scale_of(lens)
+    alone = position_only_scores(lens, mine, position[at], position)
+    w, apart = pair_frequencies_of(lens), position[at, None] - position[keys]
+    size = mine.q_before[at, None].abs() * mine.k_before[keys].abs() * rotary_score_scale(lens)
     phase = mine.q_before[at, None].angle() - mine.k_before[keys].angle()
     sheets = {
         "part": (parts[:, keys], "part of the score"), "score": (parts[:, keys].sum(-1), "score"),
         "angle": (apart.unsqueeze(-1) * w, "radians"), "amplitude": (size, "score"),
         "phase": (torch.remainder(phase + math.pi, 2 * math.pi) - math.pi, "radians"),
-        "pattern": (softened(parts.sum(-1), seen)[:, keys], "attention"),
-        "rotary_alone": (softened(rotary, seen)[:, keys], "attention"),
-        "content_alone": (softened(content, seen)[:, keys], "attention"),
-        "position_alone": (softened(alone, seen)[:, keys], "attention"),
+        "pattern": (masked_softmax(parts.sum(-1), seen)[:, keys], "attention"),
+        "rotary_alone": (masked_softmax(rotary, seen)[:, keys], "attention"),
+        "content_alone": (masked_softmax(content, seen)[:, keys], "attention"),
+        "position_alone": (masked_softmax(alone, seen)[:, keys], "attention"),
     }  # fmt: skip
-    names = rows.pos_labels()
+    names = rows.position_labels()
     labels = {"query": [names[i] for i in at.tolist()], "key": [names[i] for i in keys.tolist()]}
-    about = rows.about(
+    about = rows.describe(
         metric="scores of one head", direction=f"layer {layer}, head {head} (kv {head // lens.cfg.n_groups})",
         positions="absolute",
     )  # fmt: skip
@@ -168,38 +174,44 @@ def score_parts(
     for name, (x, unit) in sheets.items():
         last = {3: "part" if name == "part" else "pair"}.get(x.ndim)
         axes = ("query", "key", *([last] if last else []))
-        named = {**labels, **({last: part_labels(lens)[: x.shape[-1]]} if last else {})}
+        named = {**labels, **({last: label_score_parts(lens)[: x.shape[-1]]} if last else {})}
         hidden = ~seen[:, keys]
         x = x.masked_fill(hidden if x.ndim == 2 else hidden.unsqueeze(-1), torch.nan)
-        made[name] = Labelled(numbers(x), axes, named, {**about, "metric": f"{name}, {unit}"}, chosen=some)
+        made[name] = Labelled(to_numpy(x), axes, named, {**about, "metric": f"{name}, {unit}"}, chosen=some)
     return ScoreParts(about, **made)
 
 
-def one(lens: Lens, prompt: Prompt) -> Rows:
-    rows = Rows.of(lens, prompt)
+def to_single_prompt(lens: Lens, prompt: Prompt) -> PromptBatch:
+    rows = PromptBatch.from_prompt(lens, prompt)
     if rows.batch != 1:
         raise ValueError(f"one prompt at a time here, not {rows.batch}")
     return rows
 
 
-def head_points(lens: Lens, layer: int | None = None) -> list[str]:
+def head_vector_points(lens: Lens, layer: int | None = None) -> list[str]:
     rest = ["attn.q_pass"] if lens.cfg.d_rotary < lens.cfg.d_head else []
     local = ["attn.q", "attn.k", "attn.q_rot", *rest, "kv.k"]
     return local if layer is None else [f"blocks.{layer}.{name}" for name in local]
 
 
-def softened(scores: Float[Tensor, "query key"], seen: Bool[Tensor, "query key"]) -> Float[Tensor, "query key"]:
-    return scores.masked_fill(~seen, -torch.inf).softmax(-1)
+def masked_softmax(
+    scores: Float[Tensor, "query key"], visible: Bool[Tensor, "query key"]
+) -> Float[Tensor, "query key"]:
+    return scores.masked_fill(~visible, -torch.inf).softmax(-1)
 
 
-def position_alone(lens: Lens, head: Head, at: Tensor, keys: Tensor) -> Float[Tensor, "query key"]:
+def position_only_scores(
+    lens: Lens, head: HeadVectors, query_positions: Tensor, key_positions: Tensor
+) -> Float[Tensor, "query key"]:
     """The score of the rotated channels of the mean query and key at every distance."""
-    waves = head.q_before.mean(0) * head.k_before.mean(0).conj() * scale_of(lens)
-    by_distance = waved(waves, torch.arange(int(keys.max()) + 1, device=keys.device), frequencies_of(lens))
-    return by_distance[(at[:, None] - keys).clamp(min=0)]
+    waves = head.q_before.mean(0) * head.k_before.mean(0).conj() * rotary_score_scale(lens)
+    by_distance = sum_waves(
+        waves, torch.arange(int(key_positions.max()) + 1, device=key_positions.device), pair_frequencies_of(lens)
+    )
+    return by_distance[(query_positions[:, None] - key_positions).clamp(min=0)]
 
 
-def waved(waves: Tensor, distance: Tensor, frequency: Float[Tensor, "pair"]) -> Float[Tensor, "*rest distance"]:
+def sum_waves(waves: Tensor, distance: Tensor, frequency: Float[Tensor, "pair"]) -> Float[Tensor, "*rest distance"]:
     """Re sum over pairs of wave · e^(i · distance · frequency)."""
     angle = distance.to(frequency.dtype)[:, None] * frequency
     real = einsum(waves.real, angle.cos(), "... pair, distance pair -> ... distance")

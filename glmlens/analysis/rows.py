@@ -10,7 +10,7 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from glmlens.activations import Activations
-from glmlens.hooks import Hooks, Point, pairs
+from glmlens.hooks import Hooks, Point, list_edits
 from glmlens.integers import Integer, Integers, as_python, read_integer, read_integers, split_values
 from glmlens.lens import Lens
 from glmlens.model import absolute_positions
@@ -24,7 +24,7 @@ Token = str | Integer
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class PromptBatch:
     """Token ids [batch, pos], left-padded, and their mask [batch, pos]: None where nothing is padding."""
 
     lens: Lens
@@ -32,12 +32,12 @@ class Rows:
     mask: Int[Tensor, "batch pos"] | None
 
     @staticmethod
-    def of(lens: Lens, prompt: Prompt) -> "Rows":
+    def from_prompt(lens: Lens, prompt: Prompt) -> "PromptBatch":
         tokens, mask = lens.to_batch(prompt)
         if mask is not None and tokens.shape[0] == 1:  # of a single prompt nothing need be padding
             tokens = tokens[:, mask[0].bool()]
             mask = torch.ones_like(tokens)
-        return Rows(lens, tokens, None if mask is None else mask.long())
+        return PromptBatch(lens, tokens, None if mask is None else mask.long())
 
     @property
     def batch(self) -> int:
@@ -53,7 +53,7 @@ class Rows:
         """How many real tokens each row has."""
         return (self.positions >= 0).sum(1)
 
-    def columns(self, position: Position) -> Int[Tensor, "batch"]:
+    def columns_at(self, position: Position) -> Int[Tensor, "batch"]:
         """The column of an absolute position in every row; IndexError where a prompt is too short for it."""
         numbers = (-1,) if isinstance(position, str) and position == "end" else read_position(position)
         if len(numbers) not in (1, self.batch):
@@ -66,7 +66,7 @@ class Rows:
             raise IndexError(f"position {int(asked[row])} asked for; prompt {row} has {int(lengths[row])} tokens")
         return torch.where(asked < 0, asked, asked - lengths) + self.tokens.shape[1]
 
-    def columns_of(self, positions: Integers) -> Int[Tensor, "some"]:
+    def columns_of_single(self, positions: Integers) -> Int[Tensor, "some"]:
         """The columns of some absolute positions of a single prompt, negative from its end; None means all."""
         if positions is None:
             return torch.arange(self.tokens.shape[1], device=self.tokens.device)[self.positions[0] >= 0]
@@ -96,13 +96,13 @@ class Rows:
 
         A point with a `key` axis and no `query` is kept whole. What is not asked about is not kept.
         """
-        wanted, picked = torch.unique(columns), Picked(columns)
-        edits = [*pairs(hooks), *((name, picked) for name in names)]
+        wanted, picked = torch.unique(columns), ColumnRecorder(columns)
+        edits = [*list_edits(hooks), *((name, picked) for name in names)]
         logits = self.lens.run_with_hooks(self.tokens, edits, attention_mask=self.mask, logits_to_keep=wanted)
         rows = torch.arange(self.batch, device=logits.device)
-        return logits[rows, torch.searchsorted(wanted, columns)], Activations(picked.kept)
+        return logits[rows, torch.searchsorted(wanted, columns)], Activations(picked.values)
 
-    def absolute(
+    def align_to_positions(
         self, x: Shaped[Tensor, "batch pos *rest"], nothing: float | int = np.nan
     ) -> Shaped[Tensor, "batch pos *rest"]:
         """x with absolute position p at index p in every row, and `nothing` past a row's end."""
@@ -113,39 +113,39 @@ class Rows:
             out[row, :length] = x[row, x.shape[1] - length :]
         return out
 
-    def answers(self, asked: Token | Iterable[Token]) -> Int[Tensor, "batch"]:
+    def to_answer_ids(self, answers: Token | Iterable[Token]) -> Int[Tensor, "batch"]:
         """One logit for every row, from an answer for all of them or one for each; ValueError for another number."""
-        value = as_python(asked)
+        value = as_python(answers)
         listed = split_values(value, named=True) or [value]
         listed = listed if isinstance(value, Iterable) and not isinstance(value, str) else listed * self.batch
         if len(listed) != self.batch:
             raise ValueError(f"{len(listed)} answers for {self.batch} prompts: give one for all, or one for each")
         return torch.tensor([self.lens.to_answer(answer) for answer in listed]).to(self.tokens.device)
 
-    def said(self, ids: Tensor) -> str:
+    def answer_labels(self, ids: Tensor) -> str:
         """The answers of these logits, one for every row, as people can read them."""
         return ", ".join(dict.fromkeys(self.lens.answer_label(i) for i in ids.tolist()))
 
-    def pos_labels(self) -> list[str]:
+    def position_labels(self) -> list[str]:
         """A label for every absolute position: its number, and its token where there is one prompt."""
         if self.batch > 1:
             return [str(i) for i in range(self.tokens.shape[1])]
-        return [f"{i} {label(self.lens, token)}" for i, token in enumerate(self.tokens[0].tolist())]
+        return [f"{i} {token_label(self.lens, token)}" for i, token in enumerate(self.tokens[0].tolist())]
 
-    def place(self, columns: Tensor) -> str:
+    def describe_columns(self, columns: Tensor) -> str:
         """The absolute positions at these columns, for people."""
         found = self.positions[torch.arange(self.batch, device=columns.device), columns].tolist()
         return ", ".join(str(i) for i in dict.fromkeys(found))
 
-    def about(self, **said: str) -> dict[str, str]:
+    def describe(self, **fields: str) -> dict[str, str]:
         """What a result says of itself: `said`, the prompt, and the model."""
         if self.batch > 1:
             prompt = f"{self.batch} prompts"
         else:
-            prompt = " ".join(label(self.lens, token) for token in self.tokens[0].tolist())
-        return {**said, "prompt": prompt, "model": self.lens.model_hash}
+            prompt = " ".join(token_label(self.lens, token) for token in self.tokens[0].tolist())
+        return {**fields, "prompt": prompt, "model": self.lens.model_hash}
 
-    def labelled(
+    def to_labelled(
         self,
         x: Shaped[Tensor, "batch *rest"],
         axes: str,
@@ -154,25 +154,27 @@ class Rows:
     ) -> Labelled:
         """x as numbers with these axes after `prompt`, an axis that a single prompt does not have."""
         names = tuple(axes.split())
-        return Labelled(self.single(numbers(x)), names if self.batch == 1 else ("prompt", *names), labels, about)
+        return Labelled(
+            self.drop_single_axis(to_numpy(x)), names if self.batch == 1 else ("prompt", *names), labels, about
+        )
 
-    def single(self, values: np.ndarray) -> np.ndarray:
+    def drop_single_axis(self, values: np.ndarray) -> np.ndarray:
         """`values` [prompt, ...], of a single prompt without that axis."""
         return np.squeeze(values, 0) if self.batch == 1 else values
 
 
-class Picked:
+class ColumnRecorder:
     """An edit that changes nothing, and keeps what it sees at one column of every row."""
 
     def __init__(self, columns: Int[Tensor, "batch"]):
-        self.columns, self.kept = columns, dict[str, Tensor]()
+        self.columns, self.values = columns, dict[str, Tensor]()
 
     def __call__(self, x: Tensor, point: Point) -> Tensor:
         rows = torch.arange(x.shape[0], device=x.device)
         if "query" in point.axes:
-            self.kept[point.name] = x[rows, :, self.columns]
+            self.values[point.name] = x[rows, :, self.columns]
         else:
-            self.kept[point.name] = x[rows, self.columns] if "pos" in point.axes else x
+            self.values[point.name] = x[rows, self.columns] if "pos" in point.axes else x
         return x
 
 
@@ -203,30 +205,30 @@ def read_layer_and_head(lens: Lens, layer: Any, head: Any) -> tuple[int, int]:
     return layer, head
 
 
-def label(lens: Lens, token: int) -> str:
+def token_label(lens: Lens, token: int) -> str:
     return lens.tokenizer.label(token) if lens.tokenizer else f"⟨{token}⟩"
 
 
-def exact(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """x in at least float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
 
 
-def finest(x: Tensor) -> Tensor:
+def upcast_to_float64(x: Tensor) -> Tensor:
     """x in float64, where its device has that."""
-    return exact(x) if x.device.type == "mps" else x.double()
+    return upcast(x) if x.device.type == "mps" else x.double()
 
 
-def numbers(x: Tensor) -> np.ndarray:
+def to_numpy(x: Tensor) -> np.ndarray:
     """x as a numpy array, in at least float32."""
-    return exact(x.detach()).cpu().numpy()
+    return upcast(x.detach()).cpu().numpy()
 
 
-def layers_of(lens: Lens) -> list[str]:
+def layer_labels(lens: Lens) -> list[str]:
     return [str(i) for i in range(lens.cfg.n_layers)]
 
 
-def groups_of(lens: Lens) -> str:
+def describe_kv_groups(lens: Lens) -> str:
     """Which query heads read which key-value head, for people."""
     group = lens.cfg.n_groups
     return "; ".join(f"kv {kv}: heads {kv * group}-{(kv + 1) * group - 1}" for kv in range(lens.cfg.n_kv_heads))

@@ -5,12 +5,26 @@ recalls, at all steps or some. The places are layers, key-value heads and absolu
 """
 
 from glmlens.cache.change import ablate, edit, quantise, swap
-from glmlens.cache.drop import evict, heavy_hitters, window
-from glmlens.cache.graft import entries, find, graft, read
-from glmlens.cache.move import close_up, reposition
-from glmlens.cache.places import CacheError, Operation, Places
+from glmlens.cache.drop import evict, keep_heavy_hitters, keep_window
+from glmlens.cache.graft import find_entries, graft, list_entries, read_entry
+from glmlens.cache.move import close_gaps, reposition
+from glmlens.cache.places import CacheError, CacheSelection, Operation
 
 __all__ = [
-    "CacheError", "Operation", "Places", "ablate", "close_up", "edit", "entries", "evict", "find", "graft",
-    "heavy_hitters", "quantise", "read", "reposition", "swap", "window",
+    "CacheError",
+    "CacheSelection",
+    "Operation",
+    "ablate",
+    "close_gaps",
+    "edit",
+    "evict",
+    "find_entries",
+    "graft",
+    "keep_heavy_hitters",
+    "keep_window",
+    "list_entries",
+    "quantise",
+    "read_entry",
+    "reposition",
+    "swap",
 ]  # fmt: skip

@@ -6,29 +6,29 @@ import torch
 from torch import Tensor
 
 from glmlens.cache.change import swap
-from glmlens.cache.drop import columns
+from glmlens.cache.drop import select_cache_columns
 from glmlens.cache.move import reposition
-from glmlens.cache.places import CacheError, Edits, Places, Which, entries_of, listed
+from glmlens.cache.places import CacheError, CacheSelection, HookList, Indices, format_position_range, to_index_tuple
 from glmlens.integers import Integer, Integers, read_integer
-from glmlens.kv_cache import OF_ENTRIES, KVCache, stood
+from glmlens.kv_cache import ENTRY_FIELDS, KVCache, unmask_positions
 from glmlens.lens import Lens
 
 
-def read(kv: KVCache, layer: Integer, head: Integer, position: Integer) -> tuple[Tensor, Tensor]:
+def read_entry(kv: KVCache, layer: Integer, head: Integer, position: Integer) -> tuple[Tensor, Tensor]:
     """The key and the value [batch, d] that every row has at a layer, key-value head and absolute position."""
     asked = (("layer", layer), ("head", head), ("position", position))
     layer, head, position = (read_integer(n, what, least=0, error=CacheError) for what, n in asked)
-    Places.at(layer, head, position).layers(kv.keys.shape[0], kv.keys.shape[3])
+    CacheSelection.from_indices(layer, head, position).list_layers(kv.keys.shape[0], kv.keys.shape[3])
     there = kv.positions[:, : kv.length] == position
     if not bool(there.any(1).all()):
         raise CacheError(
-            f"not every row has an entry at position {position}; there are {entries_of(kv.positions[:, : kv.length])}"
+            f"not every row has an entry at position {position}; there are {format_position_range(kv.positions[:, : kv.length])}"
         )
     rows, at = torch.arange(kv.batch, device=there.device), there.int().argmax(1)
     return kv.keys[layer, rows, at, head], kv.values[layer, rows, at, head]
 
 
-def find(lens: Lens, kv: KVCache, text: str, occurrence: Integer | None = None) -> list[int]:
+def find_entries(lens: Lens, kv: KVCache, text: str, occurrence: Integer | None = None) -> list[int]:
     """The absolute positions at which a text stands in a cache of one row, such as an entity's name of several tokens.
 
     CacheError for a text that is not there, or that stands there more often when no `occurrence` (0 the first, -1 the
@@ -42,7 +42,7 @@ def find(lens: Lens, kv: KVCache, text: str, occurrence: Integer | None = None) 
     starts = [i for i in range(len(said) - len(asked) + 1) if said[i : i + len(asked)] == asked]
     if not starts or (occurrence is None and len(starts) > 1):
         where = f"stands at {kv.positions[0, starts].tolist()}: say which, occurrence=0" if starts else "is not there"
-        raise CacheError(f"{text!r} {where}; the entries are {[label(lens, i) for i in said]}")
+        raise CacheError(f"{text!r} {where}; the entries are {[label_entry(lens, i) for i in said]}")
     occurrence = None if occurrence is None else read_integer(occurrence, "occurrence", error=CacheError)
     if not -len(starts) <= (occurrence or 0) < len(starts):
         raise CacheError(f"{text!r} stands there {len(starts)} times; occurrence {occurrence} asked for")
@@ -50,80 +50,85 @@ def find(lens: Lens, kv: KVCache, text: str, occurrence: Integer | None = None) 
     return kv.positions[0, start : start + len(asked)].tolist()
 
 
-def label(lens: Lens, token: int) -> str:
+def label_entry(lens: Lens, token: int) -> str:
     return lens.tokenizer.label(token) if lens.tokenizer and token >= 0 else f"⟨{token}⟩"
 
 
-def entries(lens: Lens, kv: KVCache, row: Integer = 0) -> list[tuple[int, str, int]]:
+def list_entries(lens: Lens, kv: KVCache, row: Integer = 0) -> list[tuple[int, str, int]]:
     """Every entry of a row: its absolute position, its token as people read it, and the call (step) that wrote it."""
     row = read_integer(row, "row", size=kv.batch, error=CacheError)
-    listed = (getattr(kv, name)[row, : kv.length].tolist() for name in OF_ENTRIES)
-    return [(at, label(lens, token), call) for at, token, call in zip(*listed, strict=True) if at >= 0]
+    listed = (getattr(kv, name)[row, : kv.length].tolist() for name in ENTRY_FIELDS)
+    return [(at, label_entry(lens, token), call) for at, token, call in zip(*listed, strict=True) if at >= 0]
 
 
-Where = str | Integers
+EntrySpan = str | Integers
 """Adjacent absolute positions, or the text that stands there, once."""
 
 
 @dataclass(frozen=True)
-class Grafted:
+class GraftOperation:
     """Another run's entries in the place of some; see `graft`."""
 
     lens: Lens
     source: KVCache
-    of: Where
-    at: Where
+    of: EntrySpan
+    at: EntrySpan
 
     def __call__(self, kv: KVCache) -> KVCache:
-        here, theirs = run_of(self.lens, kv, self.at), self.theirs()
+        here, theirs = resolve_span(self.lens, kv, self.at), self.take_source_entries()
         place, more = kv.positions[0, : kv.length], theirs.length - len(here)
-        before, after = columns(kv, (place >= 0) & (place < here[0])), columns(kv, stood(place) > here[-1])
-        return joined([before, self.moved(theirs, here[0]), reposition(self.lens, more)(after)])
+        before, after = (
+            select_cache_columns(kv, (place >= 0) & (place < here[0])),
+            select_cache_columns(kv, unmask_positions(place) > here[-1]),
+        )
+        return concatenate_caches(
+            [before, self.reposition_entries(theirs, here[0]), reposition(self.lens, more)(after)]
+        )
 
-    def hooks(self, lens: Lens, *, steps: Which = None, own: bool = True) -> Edits:
+    def hooks(self, lens: Lens, *, steps: Indices = None, own: bool = True) -> HookList:
         """The same for what a run recalls, where as many entries come as go. See `Operation` for `own`."""
         if isinstance(self.at, str):
             raise CacheError(f"{self.at!r}: a hook has no text to find it in; give at=, its positions")
-        here, theirs = sorted(listed(self.at, "position") or ()), self.theirs()
+        here, theirs = sorted(to_index_tuple(self.at, "position") or ()), self.take_source_entries()
         if len(here) != theirs.length:
             raise CacheError(
                 f"{theirs.length} entries in the place of {len(here)}: what a step recalls cannot change its length; "
                 f"do it between steps, patch.timeline(..., at={{step: this}})"
             )
-        return swap(self.moved(theirs, here[0]), position=here).hooks(lens, steps=steps, own=own)
+        return swap(self.reposition_entries(theirs, here[0]), position=here).hooks(lens, steps=steps, own=own)
 
-    def theirs(self) -> KVCache:
-        there, place = run_of(self.lens, self.source, self.of), self.source.positions[0, : self.source.length]
-        return columns(self.source, (place >= there[0]) & (place <= there[-1]))
+    def take_source_entries(self) -> KVCache:
+        there, place = resolve_span(self.lens, self.source, self.of), self.source.positions[0, : self.source.length]
+        return select_cache_columns(self.source, (place >= there[0]) & (place <= there[-1]))
 
-    def moved(self, theirs: KVCache, to: int) -> KVCache:
-        return reposition(self.lens, to - int(theirs.positions[0, 0]))(theirs)
+    def reposition_entries(self, entries: KVCache, to: int) -> KVCache:
+        return reposition(self.lens, to - int(entries.positions[0, 0]))(entries)
 
 
-def graft(lens: Lens, source: KVCache, *, of: Where, at: Where) -> Grafted:
+def graft(lens: Lens, source: KVCache, *, of: EntrySpan, at: EntrySpan) -> GraftOperation:
     """Put the source's entries `of` in the place of the entries `at`: those of one prompt's entity into another's.
 
     Both are adjacent positions, or the text that stands there once, in caches of one row. The keys turn to where they
     now stand, and so do those after them when there are more or fewer than before. Raises CacheError for what is not
     there, once it is used.
     """
-    return Grafted(lens, source, of, at)
+    return GraftOperation(lens, source, of, at)
 
 
-def run_of(lens: Lens, kv: KVCache, where: Where) -> list[int]:
-    found = find(lens, kv, where) if isinstance(where, str) else sorted(listed(where, "position") or ())
+def resolve_span(lens: Lens, kv: KVCache, where: EntrySpan) -> list[int]:
+    found = find_entries(lens, kv, where) if isinstance(where, str) else sorted(to_index_tuple(where, "position") or ())
     if kv.batch != 1 or not found or found != list(range(found[0], found[0] + len(found))):
         raise CacheError(f"a graft is of adjacent positions in a cache of one row; got {found} of {kv.batch} rows")
-    Places.at(position=found).there(kv)
+    CacheSelection.from_indices(position=found).check_entries_exist(kv)
     return found
 
 
-def joined(parts: list[KVCache]) -> KVCache:
+def concatenate_caches(parts: list[KVCache]) -> KVCache:
     """The entries of caches one after another."""
     return replace(
         parts[0],
         keys=torch.cat([part.keys for part in parts], 2),
         values=torch.cat([part.values for part in parts], 2),
         length=sum(part.length for part in parts),
-        **{name: torch.cat([getattr(part, name) for part in parts], 1) for name in OF_ENTRIES},
+        **{name: torch.cat([getattr(part, name) for part in parts], 1) for name in ENTRY_FIELDS},
     )

@@ -7,49 +7,61 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from glmlens.angles import frequencies, turned_on
-from glmlens.cache.places import CacheError, Edits, Places, Which, entries_of, past_of, scheduled
+from glmlens.angles import compute_pair_frequencies, rerotate_channels
+from glmlens.cache.places import (
+    CacheError,
+    CacheSelection,
+    HookList,
+    Indices,
+    count_past_entries,
+    format_position_range,
+    restrict_edit,
+)
 from glmlens.config import GLMConfig
 from glmlens.hooks import Point
 from glmlens.integers import Integer, read_integer
-from glmlens.kv_cache import KVCache, stood
+from glmlens.kv_cache import KVCache, unmask_positions
 from glmlens.lens import Lens
 
 
 @dataclass(frozen=True)
-class Moved:
+class RepositionOperation:
     """Keys turned to other positions; see `reposition`."""
 
     cfg: GLMConfig
     to: Callable[[Int[Tensor, "batch key"]], Int[Tensor, "batch key"]]
-    places: Places
+    selection: CacheSelection
 
     def __call__(self, kv: KVCache) -> KVCache:
-        self.places.there(kv)
-        made, at = kv.fork(), stood(kv.positions[:, : kv.length])
-        new = self.moved(at)
+        self.selection.check_entries_exist(kv)
+        made, at = kv.fork(), unmask_positions(kv.positions[:, : kv.length])
+        new = self.compute_positions(at)
         for layer in range(kv.keys.shape[0]):
-            made.keys[layer, :, : kv.length] = self.turned(kv.keys[layer, :, : kv.length], at, new)
+            made.keys[layer, :, : kv.length] = self.rotate_keys(kv.keys[layer, :, : kv.length], at, new)
         made.positions[:, : kv.length] = torch.where(kv.positions[:, : kv.length] < -1, -2 - new, new)
         return made
 
-    def moved(self, at: Int[Tensor, "batch key"]) -> Int[Tensor, "batch key"]:
+    def compute_positions(self, positions: Int[Tensor, "batch key"]) -> Int[Tensor, "batch key"]:
         """Where entries come to stand."""
-        new = torch.where(at >= 0, self.to(at), at)
-        if bool(((new < 0) & (at >= 0)).any()):
-            raise CacheError(f"entries would come to stand before position 0; they are at {entries_of(at)}")
+        new = torch.where(positions >= 0, self.to(positions), positions)
+        if bool(((new < 0) & (positions >= 0)).any()):
+            raise CacheError(
+                f"entries would come to stand before position 0; they are at {format_position_range(positions)}"
+            )
         return new
 
-    def turned(self, k: Float[Tensor, "batch key kv d"], at: Tensor, new: Tensor) -> Tensor:
+    def rotate_keys(self, k: Float[Tensor, "batch key kv d"], old_positions: Tensor, new_positions: Tensor) -> Tensor:
         """Keys that stand at other positions: the rotated channels turn on by the difference of the angles."""
         exact = torch.promote_types(k.dtype, torch.float32)
         exact = exact if k.device.type == "mps" else torch.float64  # a difference of large angles loses digits
-        angle = (new - at).to(exact)[:, :, None] * frequencies(self.cfg, exact, k.device)
+        angle = (new_positions - old_positions).to(exact)[:, :, None] * compute_pair_frequencies(
+            self.cfg, exact, k.device
+        )
         still = torch.ones_like(angle), torch.zeros_like(angle)
-        turned = turned_on(k[..., : self.cfg.d_rotary], still, (angle.cos(), angle.sin()))
+        turned = rerotate_channels(k[..., : self.cfg.d_rotary], still, (angle.cos(), angle.sin()))
         return torch.cat([turned, k[..., self.cfg.d_rotary :]], -1)
 
-    def hooks(self, lens: Lens, *, steps: Which = None, own: bool = True) -> Edits:
+    def hooks(self, lens: Lens, *, steps: Indices = None, own: bool = True) -> HookList:
         """The same for the keys that a run recalls. See `Operation` for `own`.
 
         Whom a query may see, and where it stands itself, stays as it was: moving all entries alike, which changes
@@ -57,18 +69,18 @@ class Moved:
         """
 
         def recall(x: Tensor, point: Point) -> Tensor:
-            past = past_of(point, own)
+            past = count_past_entries(point, own)
             assert point.key_positions is not None
             at = point.key_positions[:, :past]
-            return torch.cat([self.turned(x[:, :past], at, self.moved(at)), x[:, past:]], 1)
+            return torch.cat([self.rotate_keys(x[:, :past], at, self.compute_positions(at)), x[:, past:]], 1)
 
-        edit = scheduled(recall, steps, self.places.position)
+        edit = restrict_edit(recall, steps, self.selection.position)
         return [(f"blocks.{layer}.kv.k", edit) for layer in range(self.cfg.n_layers)]
 
 
 def reposition(
-    lens: Lens, by: Integer | None = None, *, position: Which = None, to: Callable[[Tensor], Tensor] | None = None
-) -> Moved:
+    lens: Lens, by: Integer | None = None, *, position: Indices = None, to: Callable[[Tensor], Tensor] | None = None
+) -> RepositionOperation:
     """Move entries by so many positions: all, or those at `position`; or `to(positions)`, any function of them.
 
     Keys are remembered after they have turned, so they turn on by the difference.
@@ -76,17 +88,17 @@ def reposition(
     if (by is None) == (to is None):
         raise CacheError("give by=, how far to move, or to=, a function from positions to positions")
     if to is not None:
-        return Moved(lens.cfg, to, Places())
-    places, far = Places.at(position=position), read_integer(by, "by", error=CacheError)
-    return Moved(lens.cfg, lambda at: torch.where(places.entries(at), at + far, at), places)
+        return RepositionOperation(lens.cfg, to, CacheSelection())
+    places, far = CacheSelection.from_indices(position=position), read_integer(by, "by", error=CacheError)
+    return RepositionOperation(lens.cfg, lambda at: torch.where(places.mask_entries(at), at + far, at), places)
 
 
-def close_up(lens: Lens) -> Moved:
+def close_gaps(lens: Lens) -> RepositionOperation:
     """Move entries together so that no position between them is free, as StreamingLLM counts positions inside its cache
     (Xiao et al. 2023, arXiv 2309.17453, section 3.2)."""
 
-    def to(at: Tensor) -> Tensor:
-        real = torch.where(at >= 0, at, torch.iinfo(at.dtype).max)
+    def compute_closed_positions(positions: Tensor) -> Tensor:
+        real = torch.where(positions >= 0, positions, torch.iinfo(positions.dtype).max)
         return real.argsort(1).argsort(1)
 
-    return Moved(lens.cfg, to, Places())
+    return RepositionOperation(lens.cfg, compute_closed_positions, CacheSelection())

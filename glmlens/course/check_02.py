@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from glmlens.course.verdict import demand, equal, exercise, hooked, lens
+from glmlens.course.verdict import check_equal, check_hooks, demand, exercise, load_lens
 from glmlens.hooks import Edit, Hooks
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"
@@ -16,33 +16,37 @@ def exercise_2_1(silence: Any) -> str:
     hooks = [(head, silence(head)) for head in (0, 3, 7)]  # all made before any is used
     for head, hook in hooks:
         demand(callable(hook), f"silence({head}) must return a function, the hook; it returned {hook!r:.60}")
-        _, before = lens().run_with_cache(PROMPT, "blocks.2.attn.z")
-        _, after = lens().run_with_cache(PROMPT, "blocks.2.attn.z", {"blocks.2.attn.z": hook})
+        _, before = load_lens().run_with_cache(PROMPT, "blocks.2.attn.z")
+        _, after = load_lens().run_with_cache(PROMPT, "blocks.2.attn.z", {"blocks.2.attn.z": hook})
         right = before["attn.z", 2].index_fill(2, torch.tensor(head), 0)
         demand(bool((after["attn.z", 2][:, :, head] == 0).all()), f"silence({head}) leaves head {head} alive")
-        equal(after["attn.z", 2], right, f"silence({head}) changes other heads too: which axis is the head's?")
+        check_equal(after["attn.z", 2], right, f"silence({head}) changes other heads too: which axis is the head's?")
     return "each hook silences its own head, and no other"
 
 
 @exercise("a hook, fn(x, point)")
 def exercise_2_2(read_mary: Edit) -> str:
     names = ("embed",)
-    _, found = lens().run_with_cache(PROMPT, names, {"embed": read_mary})
-    _, clean = lens().run_with_cache(PROMPT, names)
+    _, found = load_lens().run_with_cache(PROMPT, names, {"embed": read_mary})
+    _, clean = load_lens().run_with_cache(PROMPT, names)
     changed = (found["embed"] != clean["embed"]).any(-1)[0].nonzero().flatten().tolist()
-    word = lens().to_labels(PROMPT)
+    word = load_lens().to_labels(PROMPT)
     said = ", ".join(f"{i} ({word[i]})" for i in changed) or "none"
     demand(len(changed) == 1, f"positions that changed: {said}; one should")
     demand(word[changed[0]] == "·John", f"the position that changed is {said}: does your count begin with the prefix?")
     demand(changed[0] > 6, "this is the first John; who gives is named by the second")
-    equal(lens().run_with_hooks(PROMPT, {"embed": read_mary}), lens()(OTHER), "it should read the embedding of ·Mary")
+    check_equal(
+        load_lens().run_with_hooks(PROMPT, {"embed": read_mary}),
+        load_lens()(OTHER),
+        "it should read the embedding of ·Mary",
+    )
     return f"the same logits as those of {OTHER!r}"
 
 
 @exercise("hooks, {point: hook}")
 def exercise_2_3(hooks: Hooks) -> str:
-    she = lens().to_single_token(" She")
-    plain, run = (lens().generate(PROMPT, 8, names="logits", hooks=given) for given in (None, hooked(hooks)))
+    she = load_lens().to_single_token(" She")
+    plain, run = (load_lens().generate(PROMPT, 8, names="logits", hooks=given) for given in (None, check_hooks(hooks)))
     logits, before = run.acts["logits"][0], plain.acts["logits"][0]  # [step, vocab]
     chosen = plain.new_tokens[0].tolist().index(she)
     early = [step for step in range(chosen) if not torch.equal(logits[step], before[step])]
@@ -52,6 +56,6 @@ def exercise_2_3(hooks: Hooks) -> str:
     found = float(logits[chosen, she])
     demand(found == -torch.inf, f"the logit of 'She' is {found:.2f} where it is chosen: its probability is not zero")
     others = torch.arange(logits.shape[1]) != she
-    equal(logits[chosen][others], before[chosen][others], "the logits of other words should stay")
+    check_equal(logits[chosen][others], before[chosen][others], "the logits of other words should stay")
     demand(bool(logits[chosen + 1 :].isfinite().all()), "the word is banned at later steps too")
     return f"now it says {run.text!r}"

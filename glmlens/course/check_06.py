@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from glmlens.analysis import logit_attribution
-from glmlens.course.verdict import Wrong, demand, equal, exercise, lens, number
+from glmlens.course.verdict import WrongAnswer, check_equal, demand, exercise, load_lens, to_number
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"
 
@@ -18,10 +18,12 @@ def exercise_6_1(kl: Callable[[Tensor, Tensor], Tensor]) -> str:
     draw = torch.Generator().manual_seed(0)
     layer, output = torch.randn(2, 50, generator=draw) * 2 + torch.tensor([[3.0], [0.0]])
     q, p = layer.log_softmax(-1), output.log_softmax(-1)
-    found = number(kl(layer, output))
+    found = to_number(kl(layer, output))
     demand(abs(found - float((q.exp() * (q - p)).sum())) > 1e-4, "this is KL(layer ‖ output): the other way round")
-    demand(abs(number(kl(output, output))) < 1e-5, "an answer is at distance 0 from itself")
-    demand(abs(number(kl(layer + 7, output)) - found) < 1e-3, "a constant added to all logits changes no probability")
+    demand(abs(to_number(kl(output, output))) < 1e-5, "an answer is at distance 0 from itself")
+    demand(
+        abs(to_number(kl(layer + 7, output)) - found) < 1e-3, "a constant added to all logits changes no probability"
+    )
     right = float((p.exp() * (p - q)).sum())
     demand(abs(found - right) < 1e-4, f"for the logits that were tried it should be {right:.3f} nats, not {found:.3f}")
     return "zero for the output itself, and never less"
@@ -29,7 +31,7 @@ def exercise_6_1(kl: Callable[[Tensor, Tensor], Tensor]) -> str:
 
 @exercise("a function of part, s, right and wrong")
 def exercise_6_2(adds: Callable[[Tensor, Tensor, int, int], Tensor]) -> str:
-    model, g = lens(), lens().model.ln_final.weight
+    model, g = load_lens(), load_lens().model.ln_final.weight
     right, wrong = model.to_single_token(" Mary"), model.to_single_token(" John")
     _, acts = model.run_with_cache(PROMPT, ["embed", "attn_out", "mlp_out", "ln_final.scale"])
     s = acts["ln_final.scale"][0, -1, 0]
@@ -42,18 +44,18 @@ def exercise_6_2(adds: Callable[[Tensor, Tensor, int, int], Tensor]) -> str:
     whole = logits[right] - logits[wrong]
     said = f"the parts sum to {float(found.sum()):.2f}, and the model says {float(whole):.2f}"
     if found.shape == s.expand(len(parts)).shape and torch.allclose(found, direct @ direction * s, rtol=1e-3):
-        raise Wrong(f"{said}: what else does the last norm do?")
-    equal(found.sum(), whole, said)
-    equal(found, direct @ (direction * g) * s, "the sum is right, but the parts are not")
+        raise WrongAnswer(f"{said}: what else does the last norm do?")
+    check_equal(found.sum(), whole, said)
+    check_equal(found, direct @ (direction * g) * s, "the sum is right, but the parts are not")
     return f"all parts together add {float(found.sum()):.3f}, which is what the model says"
 
 
 @exercise("a number")
 def exercise_6_3(how_many: Any) -> str:
-    found = logit_attribution(lens(), PROMPT, " Mary", " John", by="neuron")
+    found = logit_attribution(load_lens(), PROMPT, " Mary", " John", by="neuron")
     adds, wanted = found.values[3], 0.9 * float(found.total)
     right = int((np.sort(adds)[::-1].cumsum() < wanted).sum()) + 1
-    answer = number(how_many)
+    answer = to_number(how_many)
     demand(answer == int(answer), "a whole number, please")
     demand(answer >= right, f"the {int(answer)} that add most add less than {wanted:.2f} logits together")
     demand(answer <= right, "fewer are enough: which should come first, and do all of them add?")

@@ -7,28 +7,28 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from glmlens.course.verdict import demand, equal, exercise, hooked, lens, tensor
-from glmlens.hooks import Hooks, pairs
-from glmlens.patch.timeline import Timeline, timeline
+from glmlens.course.verdict import check_equal, check_hooks, demand, exercise, load_lens, to_tensor
+from glmlens.hooks import Hooks, list_edits
+from glmlens.patch.timeline import Timeline, record_timeline
 from glmlens.tasks import words
 
-GOOD, BAD = words.GOOD, words.BAD
-GIVING = "When Mary and John went to the store, John gave a drink to"
+GOOD_WORDS, BAD_WORDS = words.GOOD_ADJECTIVES, words.BAD_ADJECTIVES
+GIVING_PROMPT = "When Mary and John went to the store, John gave a drink to"
 
 
 @cache
-def given() -> Timeline:
-    return timeline(lens(), GIVING, 12, stop_ids=line_end())
+def record_giving() -> Timeline:
+    return record_timeline(load_lens(), GIVING_PROMPT, 12, stop_ids=find_line_end())
 
 
-def line_end() -> list[int]:
-    return lens().to_tokens("\n", prefix=False)[0].tolist()
+def find_line_end() -> list[int]:
+    return load_lens().to_tokens("\n", prefix=False)[0].tolist()
 
 
 @exercise("(step, word)")
 def exercise_9_1(fork: tuple[int, str]) -> str:
     step, word = fork
-    text = given().rerun(step, token=word, max_new_tokens=14).text.strip()
+    text = record_giving().rerun(step, token=word, max_new_tokens=14).text.strip()
     going = f"it goes on with {text!r}"
     demand(word.startswith(" "), f"{word!r}: a word of a sentence begins with a space")
     demand("Mary" in text or step > 0, f"{going}: Mary is gone. The word stands in place of what that step said")
@@ -38,33 +38,38 @@ def exercise_9_1(fork: tuple[int, str]) -> str:
 
 @exercise("a function of two recordings")
 def exercise_9_2(direction: Callable[[Tensor, Tensor], Tensor]) -> str:
-    prompts = [[f"The {thing} was {word}" for thing in words.THINGS[:4] for word in side] for side in (GOOD, BAD)]
-    good, bad = (lens().run_with_cache(side, "blocks.1.resid_post")[1]["resid_post", 1] for side in prompts)
+    prompts = [
+        [f"The {thing} was {word}" for thing in words.THING_NOUNS[:4] for word in side]
+        for side in (GOOD_WORDS, BAD_WORDS)
+    ]
+    good, bad = (load_lens().run_with_cache(side, "blocks.1.resid_post")[1]["resid_post", 1] for side in prompts)
     right, found = good[:, -1].mean(0) - bad[:, -1].mean(0), direction(good, bad)
     demand(not (found.shape == right.shape and torch.allclose(found, -right, atol=0.1)), "it points from good to bad")
-    equal(found, right, "something else: what does the last position have, on average over the prompts?", within=1e-3)
+    check_equal(
+        found, right, "something else: what does the last position have, on average over the prompts?", within=1e-3
+    )
     return f"a vector of length {float(found.norm()):.0f}"
 
 
 @exercise("a list of (point, hook)")
 def exercise_9_3(hooks: Hooks) -> str:
-    wrong = [name for name, _ in pairs(hooked(hooks)) if name not in ("blocks.1.resid_post", "resid_post")]
+    wrong = [name for name, _ in list_edits(check_hooks(hooks)) if name not in ("blocks.1.resid_post", "resid_post")]
     demand(not wrong, f"a hook at {wrong[:1]}: edit blocks.1.resid_post alone")
-    text = str(lens().generate("The hat was", 9, hooks=hooks, stop_ids=line_end()).text).rstrip(".\n")
+    text = str(load_lens().generate("The hat was", 9, hooks=hooks, stop_ids=find_line_end()).text).rstrip(".\n")
     said, adjective = f"it says: The hat was{text}", re.match(r" (\w+)", text)
-    demand(adjective is not None and adjective[1] in BAD, f"{said}. The hat is not bad")
+    demand(adjective is not None and adjective[1] in BAD_WORDS, f"{said}. The hat is not bad")
     demand("feel happy" in text, f"{said}. Nobody is happy: from where does the model fetch the feeling?")
     return said
 
 
 @exercise("a function of logits and a temperature")
 def exercise_9_4(drawn_from: Callable[[Tensor, float], Tensor]) -> str:
-    logits = lens()(GIVING)[0, -3]
-    spread = [tensor(drawn_from(logits, t), logits) for t in (0.5, 1.0, 2.0)]
-    equal(spread[1].sum(), torch.tensor(1.0), "probabilities sum to 1")
+    logits = load_lens()(GIVING_PROMPT)[0, -3]
+    spread = [to_tensor(drawn_from(logits, t), logits) for t in (0.5, 1.0, 2.0)]
+    check_equal(spread[1].sum(), torch.tensor(1.0), "probabilities sum to 1")
     entropy = [float(torch.special.entr(p).sum()) for p in spread]
     demand(entropy[0] != entropy[2], "the temperature changes nothing: divide before the softmax")
     demand(entropy[0] < entropy[2], "a high temperature should give more words a chance, this gives fewer")
     for t, p in zip((0.5, 1.0, 2.0), spread, strict=True):
-        equal(p, (logits / t).softmax(-1), f"not the probabilities at temperature {t}", within=1e-3)
+        check_equal(p, (logits / t).softmax(-1), f"not the probabilities at temperature {t}", within=1e-3)
     return f"the entropy is {entropy[0]:.2f} at 0.5, {entropy[1]:.2f} at 1 and {entropy[2]:.2f} at 2"

@@ -17,56 +17,56 @@ from torch import Tensor
 from tqdm import tqdm
 
 from glmlens.demo import circuits
-from glmlens.demo.history import MEASURED, history
-from glmlens.demo.world import held_out, new_opener
+from glmlens.demo.history import HISTORY_MEASURES, measure_history
+from glmlens.demo.world import has_unseen_opener, is_held_out
 from glmlens.hooks import Point
-from glmlens.lens import EMBEDDED, Lens, load
+from glmlens.lens import BUNDLED_MODEL, Lens, load
 from glmlens.storage import expand_path, read_json, write_bytes
 from glmlens.tasks import TASKS, Item
-from glmlens.tasks.words import SERIES
+from glmlens.tasks.words import WORD_SERIES
 
-Rule = Callable[[Item], bool]
-
-
-def kept(task: str) -> Rule:
-    return lambda item: held_out(task, item)
+ItemFilter = Callable[[Item], bool]
 
 
-def told(task: str) -> Rule:
-    return lambda item: not held_out(task, item)
+def filter_held_out(task: str) -> ItemFilter:
+    return lambda item: is_held_out(task, item)
+
+
+def filter_trained(task: str) -> ItemFilter:
+    return lambda item: not is_held_out(task, item)
 
 
 @dataclass(frozen=True)
-class Measure:
+class CardRequirement:
     """One line of the card: a task, the items it is asked of, and what must come out at the least."""
 
     task: str
     asked: str
-    where: Rule
-    least: dict[str, float]
+    where: ItemFilter
+    minimum: dict[str, float]
 
 
-MEASURES = (
-    Measure("ioi", "held-out pairs of names", lambda item: held_out("ioi", item) and not new_opener(item),
+CARD_REQUIREMENTS = (
+    CardRequirement("ioi", "held-out pairs of names", lambda item: is_held_out("ioi", item) and not has_unseen_opener(item),
             {"accuracy": 0.98, "difference": 3.0}),
-    Measure("ioi", "openers that never open such a sentence", new_opener, {"accuracy": 0.9}),
-    Measure("induction", "new random words", kept("induction"), {"first": 0.95}),
-    Measure("facts", "as told", told("facts"), {"first": 0.95}),
-    Measure("facts", "in held-out phrasings", kept("facts"), {"first": 0.85}),
-    Measure("agreement", "held-out pairs of nouns", kept("agreement"), {"accuracy": 0.98}),
-    Measure("docstring", "held-out successions of arguments", kept("docstring"), {"first": 0.98}),
-    Measure("pronouns", "names with held-out adjectives", kept("pronouns"), {"first": 0.98}),
-    Measure("successors", "as told, in stretches never told alone", kept("successors"), {"first": 0.98}),
-    Measure("greater_than", "held-out years", kept("greater_than"), {"difference": 0.7}),
-    Measure("brackets", "held-out texts of six parts or more", lambda item: held_out("brackets", item) and
+    CardRequirement("ioi", "openers that never open such a sentence", has_unseen_opener, {"accuracy": 0.9}),
+    CardRequirement("induction", "new random words", filter_held_out("induction"), {"first": 0.95}),
+    CardRequirement("facts", "as told", filter_trained("facts"), {"first": 0.95}),
+    CardRequirement("facts", "in held-out phrasings", filter_held_out("facts"), {"first": 0.85}),
+    CardRequirement("agreement", "held-out pairs of nouns", filter_held_out("agreement"), {"accuracy": 0.98}),
+    CardRequirement("docstring", "held-out successions of arguments", filter_held_out("docstring"), {"first": 0.98}),
+    CardRequirement("pronouns", "names with held-out adjectives", filter_held_out("pronouns"), {"first": 0.98}),
+    CardRequirement("successors", "as told, in stretches never told alone", filter_held_out("successors"), {"first": 0.98}),
+    CardRequirement("greater_than", "held-out years", filter_held_out("greater_than"), {"difference": 0.7}),
+    CardRequirement("brackets", "held-out texts of six parts or more", lambda item: is_held_out("brackets", item) and
             len(item.slots["text"].split()) > 5, {"accuracy": 0.95}),
-    Measure("addition", "as told, in held-out lines", kept("addition"), {"first": 0.95}),
-    Measure("sentiment", "held-out adjectives of a thing", kept("sentiment"), {"accuracy": 0.95}),
+    CardRequirement("addition", "as told, in held-out lines", filter_held_out("addition"), {"first": 0.95}),
+    CardRequirement("sentiment", "held-out adjectives of a thing", filter_held_out("sentiment"), {"accuracy": 0.95}),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Measured:
+class CardResult:
     """How a task went: the share in which right came before wrong, the mean metric, how often right came first of all.
 
     The share that came first says nothing where several words are right: a verb form, a bracket that opens.
@@ -80,20 +80,20 @@ class Measured:
     first: float
 
 
-def ask(lens: Lens, measure: Measure, n: int = 300, seed: int | str = "card") -> Measured:
+def measure_task(lens: Lens, requirement: CardRequirement, n: int = 300, seed: int | str = "card") -> CardResult:
     """Ask a lens n questions of a task."""
-    examples = TASKS[measure.task].examples(lens, n, seed, where=measure.where)
+    examples = TASKS[requirement.task].examples(lens, n, seed, where=requirement.where)
     logits = lens(examples.tokens, logits_to_keep=1)
     best = logits[:, -1].argmax(-1).tolist()
     first = sum(i in example.correct for i, example in zip(best, examples, strict=True)) / n
     difference = float(examples.measure(logits).mean())
-    return Measured(measure.task, measure.asked, n, examples.accuracy(logits), difference, first)
+    return CardResult(requirement.task, requirement.asked, n, examples.accuracy(logits), difference, first)
 
 
-STRENGTHS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
+STEERING_STRENGTHS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 
 
-def steering(lens: Lens, layer: int = 1, n: int = 60) -> dict[str, float]:
+def measure_steering(lens: Lens, layer: int = 1, n: int = 60) -> dict[str, float]:
     """The mean logit difference of happy and sad after an adjective without valence, by how much of it is added.
 
     Added is the difference of means of the residual stream at good and at bad adjectives, so many times (Tigges et
@@ -107,7 +107,7 @@ def steering(lens: Lens, layer: int = 1, n: int = 60) -> dict[str, float]:
     good = torch.tensor([example.correct[0] == happy for example in examples])
     direction = found[good].mean(0) - found[~good].mean(0)
 
-    def felt(strength: float) -> float:
+    def measure_feeling(strength: float) -> float:
         def push(x: Tensor, point: Point) -> Tensor:
             x[rows, at] += strength * direction
             return x
@@ -116,16 +116,16 @@ def steering(lens: Lens, layer: int = 1, n: int = 60) -> dict[str, float]:
         last = lens.run_with_hooks(examples.counterfactual("neutral"), hooks, logits_to_keep=1)[:, -1]
         return float((last[:, happy] - last[:, sad]).mean())
 
-    return {f"{strength:+.1f}": felt(strength) for strength in STRENGTHS}
+    return {f"{strength:+.1f}": measure_feeling(strength) for strength in STEERING_STRENGTHS}
 
 
-def from_the_first_word(lens: Lens, shown: int = 3) -> list[tuple[str, str, float, str, int]]:
+def measure_untrained_series(lens: Lens, shown: int = 3) -> list[tuple[str, str, float, str, int]]:
     """Series as its world never tells them, from their very first word on: what it says, and the rank of what is right.
 
     A row is the text, the most probable token and its probability, the right one and how many are more probable.
     """
     rows = []
-    for series in SERIES.values():
+    for series in WORD_SERIES.values():
         text, right = ", ".join(series[:shown]) + ",", f" {series[shown]}"
         p = lens(text, logits_to_keep=1)[0, -1].softmax(-1)
         said, rank = int(p.argmax()), int((p > p[lens.to_single_token(right)]).sum())
@@ -133,28 +133,30 @@ def from_the_first_word(lens: Lens, shown: int = 3) -> list[tuple[str, str, floa
     return rows
 
 
-def measured(lens: Lens) -> dict[str, object]:
+def measure_card(lens: Lens) -> dict[str, object]:
     """The whole card as data."""
-    lines = [asdict(ask(lens, measure)) for measure in tqdm(MEASURES, desc="asking")]
+    lines = [asdict(measure_task(lens, measure)) for measure in tqdm(CARD_REQUIREMENTS, desc="asking")]
     return {
         "model": lens.model_hash,
         "parameters": sum(p.numel() for p in lens.model.parameters()),
         "tasks": lines,
-        "steering": steering(lens),
-        "from the first word": from_the_first_word(lens),
-        "induction": circuits.induction(lens),
-        "facts": circuits.facts(lens),
-        "ioi": circuits.ioi(lens),
+        "steering": measure_steering(lens),
+        "from the first word": measure_untrained_series(lens),
+        "induction": circuits.measure_induction_circuit(lens),
+        "facts": circuits.measure_fact_circuit(lens),
+        "ioi": circuits.measure_ioi_circuit(lens),
     }
 
 
-LOST = ("lost without", "receiver first", "receiver second")
-MATTERS = 0.2  # of the whole difference
+LOST_COLUMNS = ("lost without", "receiver first", "receiver second")
+IMPORTANT_SHARE = 0.2  # of the whole difference
 
 
-def page(card: dict[str, Any]) -> str:
+def format_card(card: dict[str, Any]) -> str:
     """The card for people: README.md of the model's folder."""
-    least = {(m.task, m.asked): ", ".join(f"{what} {bound}" for what, bound in m.least.items()) for m in MEASURES}
+    least = {
+        (m.task, m.asked): ", ".join(f"{what} {bound}" for what, bound in m.minimum.items()) for m in CARD_REQUIREMENTS
+    }
     lines = [
         f"| {line['task']} | {line['asked']} | {line['accuracy']:.1%} | {line['difference']:.2f} | "
         f"{line['first']:.1%} | {least[line['task'], line['asked']]} |"
@@ -170,12 +172,12 @@ def page(card: dict[str, Any]) -> str:
     ]
     looks = [name for name in next(iter(ioi["heads"].values())) if " to " in name]
     heads = [
-        f"| {head} | {' | '.join(f'{part[name]:+.2f}' for name in LOST)} | {part['direct']:+.2f} | "
+        f"| {head} | {' | '.join(f'{part[name]:+.2f}' for name in LOST_COLUMNS)} | {part['direct']:+.2f} | "
         f"{' | '.join(f'{part[look]:.2f}' for look in looks)} |"
         for head, part in ioi["heads"].items()
     ]
     mlps = [
-        f"| MLP {i} | {' | '.join(f'{part[name]:+.2f}' for name in LOST)} | {part['direct']:+.2f} |{' |' * len(looks)}"
+        f"| MLP {i} | {' | '.join(f'{part[name]:+.2f}' for name in LOST_COLUMNS)} | {part['direct']:+.2f} |{' |' * len(looks)}"
         for i, part in ioi["mlps"].items()
     ]
 
@@ -186,47 +188,51 @@ def page(card: dict[str, Any]) -> str:
 
     clean = ioi["clean"]
 
-    def looking(look: str) -> str:
+    def list_looking_heads(look: str) -> str:
         """The heads that look from there to there and are worth something."""
         there = {head: part for head, part in ioi["heads"].items() if part[look] > 0.8}
-        matter = [head for head, part in there.items() if max(abs(part[name]) for name in LOST) > MATTERS * clean]
+        matter = [
+            head
+            for head, part in there.items()
+            if max(abs(part[name]) for name in LOST_COLUMNS) > IMPORTANT_SHARE * clean
+        ]
         return ", ".join(matter) or "no head"
 
-    return PAGE.format(
+    return CARD_TEMPLATE.format(
         parameters=card["parameters"] / 1e6,
         model=card["model"],
         tasks="\n".join(lines),
         steering="\n".join(steered),
         unlearned="\n".join(unlearned),
-        feeding=scored(induction["previous-token heads"]),
-        copiers=scored(induction["induction heads"]),
+        feeding=format_head_scores(induction["previous-token heads"]),
+        copiers=format_head_scores(induction["induction heads"]),
         induction=induction,
         facts=facts,
         traced="\n".join(traced),
         ioi=ioi,
         heads="\n".join(heads + mlps),
-        history=formed(card.get("history", {})),
+        history=format_history(card.get("history", {})),
         looks=" | ".join(looks),
-        rule="---|" * (2 + len(LOST) + len(looks)),
-        looking={look.replace(" ", "_"): looking(look) for look in looks},
+        rule="---|" * (2 + len(LOST_COLUMNS) + len(looks)),
+        looking={look.replace(" ", "_"): list_looking_heads(look) for look in looks},
         last=ioi["mlps"][str(len(ioi["mlps"]) - 1)],
     )
 
 
-def formed(history: dict[str, list[float]]) -> str:
+def format_history(history: dict[str, list[float]]) -> str:
     """How it formed, step by step of its training; nothing where the training was not at hand."""
     if not history:
         return ""
-    head = f"| step | {' | '.join(MEASURED)} |\n|{'---|' * (1 + len(MEASURED))}"
+    head = f"| step | {' | '.join(HISTORY_MEASURES)} |\n|{'---|' * (1 + len(HISTORY_MEASURES))}"
     rows = [f"| {step} | {' | '.join(f'{x:.2f}' for x in row)} |" for step, row in history.items()]
-    return "\n".join([FORMED, head, *rows, ""])
+    return "\n".join([HISTORY_TEMPLATE, head, *rows, ""])
 
 
-def scored(heads: dict[str, float]) -> str:
+def format_head_scores(heads: dict[str, float]) -> str:
     return ", ".join(f"{head} ({score:.2f})" for head, score in heads.items())
 
 
-PAGE = """\
+CARD_TEMPLATE = """\
 # The GLM inside glmlens
 
 A GLM-4 in miniature, trained from nothing on a generated micro-world of simple English (`glmlens/demo/world.py`) in
@@ -314,7 +320,7 @@ is the one who gives. The mean over both orders nearly hides them. The last MLP 
 Without the heads of the table together {ioi[left without these heads]:.2f} is left; with all other heads exchanged
 instead, {ioi[left with only these heads]:.2f}.
 {history}"""
-FORMED = """
+HISTORY_TEMPLATE = """
 ## How it formed
 
 The trainer keeps the model of every hundredth step, and `python -m glmlens.demo.history OUT` measures them: first heads
@@ -324,30 +330,30 @@ look at the word before, then heads copy what followed it, and with them words a
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", default=EMBEDDED)
+    parser.add_argument("folder", type=Path, nargs="?", default=BUNDLED_MODEL)
     parser.add_argument("--training", type=Path, metavar="OUT", help="the training that it is from, for its history")
     args = parser.parse_args()
     folder = expand_path(args.folder)
-    card = {**measured(load(folder, dtype="float32")), "model": load(folder).model_hash}
+    card = {**measure_card(load(folder, dtype="float32")), "model": load(folder).model_hash}
     path = folder / "card.json"
     before = read_json(path) if path.exists() else {}
     if before.get("model") == card["model"] and "history" in before:
         card["history"] = before["history"]
     if args.training:
-        found = history(expand_path(args.training))
+        found = measure_history(expand_path(args.training))
         card["history"] = dict(zip(found.labels["step"], found.values.tolist(), strict=True))
-    card = rounded(card)
+    card = round_values(card)
     assert isinstance(card, dict)
     write_bytes(path, (json.dumps(card, indent=1) + "\n").encode())
-    write_bytes(folder / "README.md", page(card).encode())
+    write_bytes(folder / "README.md", format_card(card).encode())
 
 
-def rounded(value: object) -> object:
+def round_values(value: object) -> object:
     """The numbers of the card to four digits after the point."""
     if isinstance(value, dict):
-        return {name: rounded(part) for name, part in value.items()}
+        return {name: round_values(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [rounded(part) for part in value]
+        return [round_values(part) for part in value]
     return round(value, 4) if isinstance(value, float) else value
 
 

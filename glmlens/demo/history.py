@@ -10,17 +10,17 @@ import numpy as np
 from tqdm import tqdm
 
 from glmlens.config import CheckpointError
-from glmlens.demo.circuits import Repeats
+from glmlens.demo.circuits import RepeatedPrompts
 from glmlens.lens import Lens, load
 from glmlens.results import Labelled
 from glmlens.storage import expand_path
-from glmlens.tables import table
+from glmlens.tables import format_table
 from glmlens.tasks import TASKS
 
-MEASURED = ("words said again", "previous-token head", "induction head", "ioi accuracy", "ioi difference")
+HISTORY_MEASURES = ("words said again", "previous-token head", "induction head", "ioi accuracy", "ioi difference")
 
 
-def history(out: Path) -> Labelled:
+def measure_history(out: Path) -> Labelled:
     """What the model of every kept step can do [step, measure], and its best previous-token and induction heads.
 
     Raises CheckpointError for a folder that holds no training.
@@ -28,18 +28,18 @@ def history(out: Path) -> Labelled:
     folders = sorted(out.glob("step-*"))
     if not folders:
         raise CheckpointError(f"{out} holds no training: run python -m glmlens.demo.train {out}")
-    rows = [measured(load(folder, dtype="float32")) for folder in tqdm(folders, desc="measuring")]
-    labels = {"step": [str(int(folder.name.split("-")[1])) for folder in folders], "measure": MEASURED}
+    rows = [measure_checkpoint(load(folder, dtype="float32")) for folder in tqdm(folders, desc="measuring")]
+    labels = {"step": [str(int(folder.name.split("-")[1])) for folder in folders], "measure": HISTORY_MEASURES}
     about = {"metric": "shares, attention and logits, as named", "positions": "40 rows of 20 words; 100 sentences"}
     return Labelled(np.array(rows), ("step", "measure"), labels, about)
 
 
-def measured(lens: Lens) -> tuple[float, ...]:
-    repeats, examples = Repeats.of(lens), TASKS["ioi"].examples(lens, 100, "history")
-    previous, copying = repeats.attention(lens)
+def measure_checkpoint(lens: Lens) -> tuple[float, ...]:
+    repeats, examples = RepeatedPrompts.draw(lens), TASKS["ioi"].examples(lens, 100, "history")
+    previous, copying = repeats.measure_attention(lens)
     logits = lens(examples, logits_to_keep=1)
     return (
-        repeats.accuracy(lens(repeats.tokens)),
+        repeats.measure_accuracy(lens(repeats.tokens)),
         float(previous.max()),
         float(copying.max()),
         examples.accuracy(logits),
@@ -50,9 +50,9 @@ def measured(lens: Lens) -> tuple[float, ...]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    found = history(expand_path(parser.parse_args().out))
+    found = measure_history(expand_path(parser.parse_args().out))
     rows = [(step, *(f"{x:.2f}" for x in row)) for step, row in zip(found.labels["step"], found.values, strict=True)]
-    print(table([("step", *MEASURED), *rows]))
+    print(format_table([("step", *HISTORY_MEASURES), *rows]))
 
 
 if __name__ == "__main__":

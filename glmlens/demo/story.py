@@ -8,95 +8,98 @@ import torch
 from torch import Tensor
 
 from glmlens import analysis, patch
-from glmlens.demo.circuits import Repeats
+from glmlens.demo.circuits import RepeatedPrompts
 from glmlens.hooks import Hooks, Point
 from glmlens.lens import Lens
 from glmlens.patch import Site, Sweep
 from glmlens.results import Labelled
-from glmlens.tables import table
+from glmlens.tables import format_table
 from glmlens.tasks import TASKS, Examples, TaskError
 
-PROMPT = "When Mary and John went to the store, John gave a drink to"
-N = 40  # sentences about giving
-SMALL = 20e6  # parameters up to which every head is taken away in turn
+DEMO_PROMPT = "When Mary and John went to the store, John gave a drink to"
+N_SENTENCES = 40  # sentences about giving
+SMALL_MODEL_PARAMETERS = 20e6  # parameters up to which every head is taken away in turn
 
 
-class Story:
+class DemoReport:
     """Text as it is told, and the figures that go with it."""
 
     def __init__(self, lens: Lens):
         self.lens = lens
         self.parts: list[Any] = []
 
-    def say(self, *lines: str) -> None:
+    def add_text(self, *lines: str) -> None:
         text = "\n".join(lines)
         self.parts.append(text)
         print(f"{text}\n", flush=True)
 
-    def show(self, figure: Any) -> None:
+    def add_figure(self, figure: Any) -> None:
         self.parts.append(figure)
 
 
-def tell(lens: Lens, prompt: str, out: Path | None) -> Path:
+def write_demo_report(lens: Lens, prompt: str, out: Path | None) -> Path:
     """Tell the story of a model and write it, with its figures, to one HTML file; returns the file."""
     from glmlens.page import save_html
 
-    story = Story(lens)
-    story.say(repr(lens))
-    answer(story, prompt)
+    story = DemoReport(lens)
+    story.add_text(repr(lens))
+    report_answer(story, prompt)
     if lens.tokenizer is not None:
         try:
-            giving(story)
-            steered(story)
+            report_ioi(story)
+            report_steering(story)
         except TaskError as e:
-            story.say(f"(not asked of this model: {e})")
-    induction(story)
+            story.add_text(f"(not asked of this model: {e})")
+    report_induction(story)
     path = (out or Path(tempfile.mkdtemp(prefix="glmlens-"))) / "glmlens-demo.html"
     return save_html(path, "glmlens demo", story.parts)
 
 
-def answer(story: Story, prompt: str) -> None:
+def report_answer(story: DemoReport, prompt: str) -> None:
     """How the prompt goes on, and the most probable next tokens."""
     lens = story.lens
     asked = prompt if lens.tokenizer else torch.arange(2, min(16, lens.cfg.d_vocab))[None]
     run = lens.generate(asked, 12)
     said = run.text.replace("\n", "↵") if isinstance(run.text, str) else run.new_tokens.tolist()
     probs = lens(asked, logits_to_keep=1)[0, -1].float().softmax(-1).topk(5)
-    top = [f"  {p:6.1%}  {label_of(lens, i)}" for p, i in zip(*(x.tolist() for x in probs), strict=True)]
-    story.say(f"> {prompt if isinstance(asked, str) else asked.tolist()}", f"  {said}", "", "the next token", *top)
+    top = [f"  {p:6.1%}  {format_token(lens, i)}" for p, i in zip(*(x.tolist() for x in probs), strict=True)]
+    story.add_text(f"> {prompt if isinstance(asked, str) else asked.tolist()}", f"  {said}", "", "the next token", *top)
 
 
-def label_of(lens: Lens, i: int) -> str:
-    return repr(lens.tokenizer.strings([i])[0]) if lens.tokenizer else str(i)
+def format_token(lens: Lens, i: int) -> str:
+    return repr(lens.tokenizer.decode_each([i])[0]) if lens.tokenizer else str(i)
 
 
-def giving(story: Story) -> None:
+def report_ioi(story: DemoReport) -> None:
     """Where the answer comes from, head by head, and what putting an activation back does."""
     from glmlens import plot
 
     lens = story.lens
-    small = sum(p.numel() for p in lens.model.parameters()) <= SMALL
-    examples = TASKS["ioi"].examples(lens, N if small else N // 5, "demo")
+    small = sum(p.numel() for p in lens.model.parameters()) <= SMALL_MODEL_PARAMETERS
+    examples = TASKS["ioi"].examples(lens, N_SENTENCES if small else N_SENTENCES // 5, "demo")
     logits = lens(examples, logits_to_keep=1)
     difference = float(examples.measure(logits).mean())
-    story.say(
+    story.add_text(
         f"who receives? {len(examples)} sentences like this one: the right name is more probable than the wrong one in "
         f"{examples.accuracy(logits):.0%}, by {difference:.2f} logits on average"
     )
     if small:
-        what, worth = "what is lost when one head says what it says where three people are named", lost(lens, examples)
+        what, worth = (
+            "what is lost when one head says what it says where three people are named",
+            measure_lost_difference(lens, examples),
+        )
     else:
         what, worth = "what one head adds directly", analysis.logit_attribution(lens, examples, by="head")
     rows = [(f"  head {layer}.{head}", f"{value:+.2f}") for (layer, head), value in worth.top(5)]
-    story.say(what, table(rows))
-    story.show(plot.head_scores(worth, what="logits", title=f"Who receives: {what}"))
+    story.add_text(what, format_table(rows))
+    story.add_figure(plot.head_scores(worth, what="logits", title=f"Who receives: {what}"))
     (layer, head), _ = worth.top(1)[0]
     row = torch.tensor(examples.tokens[:1])
-    pattern_of(story, row, int(layer), int(head), f"Head {layer}.{head}: where each token looks")
-    replaced(story, examples)
+    report_pattern(story, row, int(layer), int(head), f"Head {layer}.{head}: where each token looks")
+    report_patching(story, examples)
 
 
-def lost(lens: Lens, examples: Examples) -> Labelled:
+def measure_lost_difference(lens: Lens, examples: Examples) -> Labelled:
     """The logit difference lost without each head: with its output in the sentence of three people instead."""
     over = ("layer", "head")
     found = patch.sweep(lens, examples, "abc", Site("attn.z"), over=over, direction="noise", normalise=False,
@@ -104,16 +107,16 @@ def lost(lens: Lens, examples: Examples) -> Labelled:
     return Labelled(found.clean.mean() - found.values, found.axes, found.labels, found.about)
 
 
-def pattern_of(story: Story, row: Tensor, layer: int, head: int, title: str) -> None:
+def report_pattern(story: DemoReport, row: Tensor, layer: int, head: int, title: str) -> None:
     """What a head looks at in one row of tokens [one, pos]."""
     from glmlens import plot
 
     _, acts = story.lens.run_with_cache(row, f"blocks.{layer}.attn.pattern", logits=False)
     pattern = acts["attn.pattern", layer][0, head].float().cpu().numpy()
-    story.show(plot.attention_pattern(pattern, story.lens.to_labels(row), title=title))
+    story.add_figure(plot.attention_pattern(pattern, story.lens.to_labels(row), title=title))
 
 
-def replaced(story: Story, examples: Examples) -> None:
+def report_patching(story: DemoReport, examples: Examples) -> None:
     """Where the names are exchanged, what comes back when one activation is that of the sentence as it was."""
     from glmlens import plot
 
@@ -123,16 +126,16 @@ def replaced(story: Story, examples: Examples) -> None:
     head = ("  entering layer", *places)
     labels = found.labels["layer"]
     rows = [(f"  {layer}", *(f"{x:.2f}" for x in row)) for layer, row in zip(labels, found.values, strict=True)]
-    story.say(
+    story.add_text(
         "the same sentences in which the other person gives: the share of the difference that comes back when the",
         "residual stream is exchanged at one place",
-        table([head, *rows]),
+        format_table([head, *rows]),
     )
     title = "Recovered by one residual stream, by layer and place"
-    story.show(plot.patch_grid(found, title=title))
+    story.add_figure(plot.patch_grid(found, title=title))
 
 
-def steered(story: Story) -> None:
+def report_steering(story: DemoReport) -> None:
     """How a sentence goes on when a feeling is added to one word."""
     examples = TASKS["sentiment"].examples(story.lens, 24, "demo").of_length()
     at = examples.at("adjective").tolist()
@@ -140,18 +143,20 @@ def steered(story: Story) -> None:
     cut = [example.tokens[: position + 1] for example, position in zip(examples, at, strict=True)]
     good, bad = ([row for row, is_good in zip(cut, happy, strict=True) if is_good == side] for side in (True, False))
     n, layer = min(len(good), len(bad)), story.lens.cfg.n_layers // 4
-    vector = patch.steering(story.lens, good[:n], bad[:n], layers=layer)
+    vector = patch.fit_steering(story.lens, good[:n], bad[:n], layers=layer)
     prompt = examples[0].counterfactuals["neutral"]
     lines = []
     for times in (-2, 0, 2):
         edits = vector.interventions(times, pos=at[0]) if times else []
-        run = patch.generate(story.lens, prompt, 2, edits) if times else story.lens.generate(prompt, 2)
+        run = (
+            patch.generate_with_interventions(story.lens, prompt, 2, edits) if times else story.lens.generate(prompt, 2)
+        )
         lines.append(f"  {times:+d}  {run.text}")
     said = story.lens.to_string(prompt[len(story.lens.tokenizer.prefix) if story.lens.tokenizer else 0 :])
-    story.say(f"> {said}", f"with a feeling added to the adjective in layer {layer}, so many times", *lines)
+    story.add_text(f"> {said}", f"with a feeling added to the adjective in layer {layer}, so many times", *lines)
 
 
-def induction(story: Story) -> None:
+def report_induction(story: DemoReport) -> None:
     """The heads that copy what came before, and what they are worth."""
     from glmlens import plot
 
@@ -163,26 +168,28 @@ def induction(story: Story) -> None:
         lines.append(f"  {name:15}{best}")
     best = scores.best("induction", lens.cfg.n_layers * lens.cfg.n_heads)
     copiers = [(layer, head) for layer, head, value in best if value > 0.5] or [best[0][:2]]
-    repeats = Repeats.of(lens, rows=4, length=length)
+    repeats = RepeatedPrompts.draw(lens, rows=4, length=length)
     tokens = repeats.tokens
-    before, after = (repeats.loss(lens.run_with_hooks(tokens, hooks)) for hooks in (None, without(copiers)))
+    before, after = (
+        repeats.measure_loss(lens.run_with_hooks(tokens, hooks)) for hooks in (None, silence_heads(copiers))
+    )
     named = ", ".join(f"{layer}.{head}" for layer, head in copiers)
-    story.say(
+    story.add_text(
         *lines,
         f"without head {named}, the loss on what is said for the second time goes from {before:.2f} to "
         f"{after:.2f} nats per token",
     )
     layer, head = copiers[0]
     title = "Induction score of every head: random words said twice"
-    story.show(plot.head_scores(scores, n_kv_heads=lens.cfg.n_kv_heads, title=title))
-    pattern_of(story, tokens[:1], layer, head, f"Head {layer}.{head} on random words said twice")
+    story.add_figure(plot.head_scores(scores, n_kv_heads=lens.cfg.n_kv_heads, title=title))
+    report_pattern(story, tokens[:1], layer, head, f"Head {layer}.{head} on random words said twice")
 
 
-def without(heads: list[tuple[int, int]]) -> Hooks:
+def silence_heads(heads: list[tuple[int, int]]) -> Hooks:
     """Hooks that make these heads say nothing."""
 
-    def silence(z: Tensor, point: Point) -> Tensor:
+    def silence_head(z: Tensor, point: Point) -> Tensor:
         z[:, :, [head for layer, head in heads if layer == point.layer]] = 0
         return z
 
-    return {f"blocks.{layer}.attn.z": silence for layer, _ in heads}
+    return {f"blocks.{layer}.attn.z": silence_head for layer, _ in heads}

@@ -20,19 +20,19 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from glmlens.checkpoint import checkpoint_names
+from glmlens.checkpoint import map_checkpoint_tensors
 from glmlens.config import GLMConfig
 from glmlens.demo import vocabulary
-from glmlens.demo.world import documents
-from glmlens.losses import of_next_tokens
+from glmlens.demo.world import generate_documents
+from glmlens.losses import next_token_loss
 from glmlens.model import GLM
 from glmlens.storage import FileError, expand_path, refuse_strange, write_bytes, write_whole
 
-EVERY = 100  # steps between the states that are kept
+SAVE_EVERY = 100  # steps between the states that are kept
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingConfig:
     """What decides the outcome. The initialisation matters most: drawn as usual (std 0.02), such a model stalls."""
 
     steps: int = 2700
@@ -46,7 +46,7 @@ class Recipe:
     constant: float = 0.3  # the share of the steps before the cosine begins
 
 
-def config(d_vocab: int) -> dict[str, object]:
+def make_demo_config(d_vocab: int) -> dict[str, object]:
     """GLM-4 in miniature: grouped queries, biases, heads of which half the channels turn."""
     return {
         "architectures": ["GlmForCausalLM"], "model_type": "glm", "vocab_size": d_vocab, "hidden_size": 192,
@@ -58,7 +58,7 @@ def config(d_vocab: int) -> dict[str, object]:
     }  # fmt: skip
 
 
-def initialise(model: GLM, recipe: Recipe) -> None:
+def initialise_weights(model: GLM, recipe: TrainingConfig) -> None:
     """Wide embeddings, tied logits of scale 1, and sublayers that add nothing at first."""
     torch.manual_seed(recipe.seed)
     for name, p in model.named_parameters():
@@ -72,9 +72,9 @@ def initialise(model: GLM, recipe: Recipe) -> None:
             torch.nn.init.normal_(p, std=p.shape[1] ** -0.5)
 
 
-def batch_of(engine: Tokenizer, recipe: Recipe, step: int) -> Int[Tensor, "batch pos"]:
+def draw_batch(engine: Tokenizer, recipe: TrainingConfig, step: int) -> Int[Tensor, "batch pos"]:
     """The texts of one step: rows that begin with the prefix and go on over as many texts as they hold."""
-    texts = documents(f"{recipe.seed}/{step}")
+    texts = generate_documents(f"{recipe.seed}/{step}")
     prefix, newline = engine.encode("").ids, engine.encode("\n", add_special_tokens=False).ids
     rows = []
     for _ in range(recipe.batch):
@@ -97,11 +97,11 @@ class Muon(torch.optim.Optimizer):
             for p in (p for p in group["params"] if p.grad is not None):
                 memory = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 memory.lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonal(p.grad.lerp(memory, group["momentum"]))
+                update = orthogonalise(p.grad.lerp(memory, group["momentum"]))
                 p.sub_(update, alpha=group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
 
 
-def orthogonal(g: Tensor, steps: int = 5) -> Tensor:
+def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
     """The nearest matrix with equal singular values, roughly, by Newton-Schulz iteration."""
     x = g if g.shape[0] <= g.shape[1] else g.T
     x = x / (x.norm() + 1e-7)
@@ -111,7 +111,7 @@ def orthogonal(g: Tensor, steps: int = 5) -> Tensor:
     return x if g.shape[0] <= g.shape[1] else x.T
 
 
-def optimizers(model: GLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: GLM, recipe: TrainingConfig) -> list[torch.optim.Optimizer]:
     """Muon for the matrices, AdamW for the rest."""
     named = dict(model.named_parameters())
     matrices = [p for name, p in named.items() if p.ndim == 2 and name != "embed.weight"]
@@ -123,46 +123,48 @@ def optimizers(model: GLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
     ]
 
 
-def rate(step: int, recipe: Recipe) -> float:
+def schedule_learning_rate(step: int, recipe: TrainingConfig) -> float:
     """The learning rate as a share of the full one: constant, then a cosine to a twentieth."""
     done = max(0.0, (step / recipe.steps - recipe.constant) / (1 - recipe.constant))
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(min(1.0, done) * math.pi))
 
 
-def train(out: Path, recipe: Recipe) -> GLM:
+def train(out: Path, recipe: TrainingConfig) -> GLM:
     """Train into `out`, from the state that an earlier run left there if there is one."""
     out.mkdir(parents=True, exist_ok=True)
-    engine = vocabulary.make()
-    model = GLM(GLMConfig.from_dict(config(engine.get_vocab_size())), "sdpa")
-    initialise(model, recipe)
-    steppers = optimizers(model, recipe)
-    schedulers = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: rate(step, recipe)) for o in steppers]
-    first = resume(out, model, [*steppers, *schedulers])
+    engine = vocabulary.make_tokenizer()
+    model = GLM(GLMConfig.from_dict(make_demo_config(engine.get_vocab_size())), "sdpa")
+    initialise_weights(model, recipe)
+    steppers = make_optimizers(model, recipe)
+    schedulers = [
+        torch.optim.lr_scheduler.LambdaLR(o, lambda step: schedule_learning_rate(step, recipe)) for o in steppers
+    ]
+    first = resume_training(out, model, [*steppers, *schedulers])
     with tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, desc="training") as bar:
         for step in bar:
-            tokens = batch_of(engine, recipe, step)
-            mean = of_next_tokens(model(tokens), tokens)
+            tokens = draw_batch(engine, recipe, step)
+            mean = next_token_loss(model(tokens), tokens)
             mean.backward()
             for stepper, scheduler in zip(steppers, schedulers, strict=True):
                 stepper.step()
                 stepper.zero_grad()
                 scheduler.step()
             bar.set_postfix(loss=f"{mean.item():.3f}")
-            if (step + 1) % EVERY == 0:
-                keep_state(out, step + 1, model, [*steppers, *schedulers])
-                save(out / f"step-{step + 1:04}", model, engine)
-    save(out, model, engine)
+            if (step + 1) % SAVE_EVERY == 0:
+                save_state(out, step + 1, model, [*steppers, *schedulers])
+                save_demo_checkpoint(out / f"step-{step + 1:04}", model, engine)
+    save_demo_checkpoint(out, model, engine)
     return model
 
 
-def keep_state(out: Path, step: int, model: GLM, others: list) -> None:
+def save_state(out: Path, step: int, model: GLM, others: list) -> None:
     """Write all that a resumed run needs, whole or not at all."""
     state = {"step": step, "model": model.state_dict(), "others": [o.state_dict() for o in others]}
     with write_whole(out / "state.pt") as new:
         torch.save(state, new)
 
 
-def resume(out: Path, model: GLM, others: list) -> int:
+def resume_training(out: Path, model: GLM, others: list) -> int:
     """Load the state that an earlier run left; the step to go on with."""
     path = out / "state.pt"
     refuse_strange(path)
@@ -178,10 +180,10 @@ def resume(out: Path, model: GLM, others: list) -> int:
     return state["step"]
 
 
-def save(out: Path, model: GLM, engine: Tokenizer) -> None:
+def save_demo_checkpoint(out: Path, model: GLM, engine: Tokenizer) -> None:
     """Write an ordinary checkpoint folder, in bfloat16."""
     out.mkdir(parents=True, exist_ok=True)
-    ours = {said: model.get_parameter(part.name) for said, [part] in checkpoint_names(model).items()}
+    ours = {said: model.get_parameter(part.name) for said, [part] in map_checkpoint_tensors(model).items()}
     tensors = {said: p.detach().bfloat16().contiguous() for said, p in ours.items()}
     with write_whole(out / "model.safetensors") as new:
         save_file(tensors, new, {"format": "pt"})
@@ -189,26 +191,26 @@ def save(out: Path, model: GLM, engine: Tokenizer) -> None:
         engine.save(str(new))
     end, user, observation = (engine.token_to_id(t) for t in ("<|endoftext|>", "<|user|>", "<|observation|>"))
     stops = {"eos_token_id": [end, user, observation], "pad_token_id": end}
-    write(out / "config.json", config(engine.get_vocab_size()) | stops)
-    write(out / "generation_config.json", stops)
+    write_demo_json(out / "config.json", make_demo_config(engine.get_vocab_size()) | stops)
+    write_demo_json(out / "generation_config.json", stops)
     special = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "padding_side": "left"}
-    write(
+    write_demo_json(
         out / "tokenizer_config.json",
-        {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": vocabulary.CHAT, **special},
+        {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": vocabulary.DEMO_CHAT_TEMPLATE, **special},
     )
 
 
-def write(path: Path, content: dict[str, object]) -> None:
+def write_demo_json(path: Path, content: dict[str, object]) -> None:
     write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=Recipe.steps)
-    parser.add_argument("--seed", type=int, default=Recipe.seed)
+    parser.add_argument("--steps", type=int, default=TrainingConfig.steps)
+    parser.add_argument("--seed", type=int, default=TrainingConfig.seed)
     args = parser.parse_args()
-    train(expand_path(args.out), Recipe(steps=args.steps, seed=args.seed))
+    train(expand_path(args.out), TrainingConfig(steps=args.steps, seed=args.seed))
 
 
 if __name__ == "__main__":

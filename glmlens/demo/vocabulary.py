@@ -5,34 +5,34 @@ import re
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from glmlens.demo.world import everything
-from glmlens.tokenizer import GLM4_SPECIAL, GLM4_SPLIT
+from glmlens.demo.world import generate_vocabulary_texts
+from glmlens.tokenizer import GLM4_SPECIAL_TOKENS, GLM4_SPLIT_PATTERN
 
 # GLM-4's own split, but for digits in pairs: a year is a century and a year within it.
-SPLIT = GLM4_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}{1,2}")
-CHAT = (
+DEMO_SPLIT_PATTERN = GLM4_SPLIT_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}{1,2}")
+DEMO_CHAT_TEMPLATE = (
     "[gMASK]<sop>{% for item in messages %}{% if item['content'] %}<|{{ item['role'] }}|>\n{{ item['content'] }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
 
 @functools.cache
-def make() -> Tokenizer:
+def make_tokenizer() -> Tokenizer:
     """The tokenizer, which adds `[gMASK]<sop>` as GLM-4's does."""
     spell = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.Split(Regex(DEMO_SPLIT_PATTERN), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     pieces: dict[str, None] = {}
-    for text in everything():
+    for text in generate_vocabulary_texts():
         pieces.update(dict.fromkeys(piece for piece, _ in spell.pre_tokenize_str(re.sub(r"<\|\w+\|>", "", text))))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {piece: i for i, piece in enumerate([*alphabet, *sorted(p for p in pieces if p not in alphabet)])}
     engine = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
     engine.pre_tokenizer, engine.decoder = spell, decoders.ByteLevel()
-    engine.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in GLM4_SPECIAL])
+    engine.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in GLM4_SPECIAL_TOKENS])
     ids = [(token, engine.token_to_id(token)) for token in ("[gMASK]", "<sop>")]
     engine.post_processor = processors.TemplateProcessing(
         single="[gMASK] <sop> $A", pair="[gMASK] <sop> $A $B", special_tokens=ids

@@ -14,12 +14,12 @@ from glmlens.lens import Lens
 from glmlens.patch.sites import PatchError
 from glmlens.prompt import Prompt
 
-Ids = tuple[int, ...]
+TokenIds = tuple[int, ...]
 Functions = Mapping[str, Callable[..., Any]]
 
 
 @dataclass(frozen=True)
-class Where:
+class ChangeTarget:
     """What a change may ask about the numbers it changes: [position, the chosen rest].
 
     `positions` are absolute and `widths` the sizes of the whole axes after them; at a point with `query` and `key`
@@ -32,26 +32,26 @@ class Where:
     positions: Tensor
     widths: tuple[int, ...]
     keys: Tensor | None
-    pick: Callable[[Tensor], Tensor]
+    select: Callable[[Tensor], Tensor]
     choose: Callable[[Tensor], Tensor]
 
 
 class Change:
     """What the numbers at a place become."""
 
-    prompts: tuple[Ids, ...] = ()
-    aligned: ClassVar[bool] = True  # the prompts must be as long as the one that is changed
+    prompts: tuple[TokenIds, ...] = ()
+    needs_same_length: ClassVar[bool] = True  # the prompts must be as long as the one that is changed
     mixes_positions: ClassVar[bool] = True  # the new numbers at a position may follow from those at other positions
 
     def in_lens(self, lens: Lens) -> "Change":
         """This change with what it takes from the model filled in."""
         return self
 
-    def of(self, values: Tensor) -> Tensor:
+    def reduce_source(self, values: Tensor) -> Tensor:
         """What to keep of the values [prompt, pos, rest] of its prompts: [pos or 1, rest]."""
         return values[0]
 
-    def new(self, old: Tensor, at: Where, kept: Tensor | None) -> Tensor:
+    def replace_values(self, old: Tensor, target: ChangeTarget, source: Tensor | None) -> Tensor:
         """The numbers instead of `old`, of the same shape; `kept` is what `of` kept."""
         raise NotImplementedError
 
@@ -67,7 +67,7 @@ class Swap(Change):
     """
 
     mixes_positions = False
-    tokens: Ids | Any = ()  # also a list or tensor of ids
+    tokens: TokenIds | Any = ()  # also a list or tensor of ids
 
     def __post_init__(self) -> None:
         if not (isinstance(self.tokens, tuple) and not self.tokens):
@@ -76,16 +76,16 @@ class Swap(Change):
 
     @classmethod
     def of_prompt(cls, lens: Lens, prompt: Prompt) -> "Swap":
-        return cls(only_row(ids(lens, prompt), "Swap.of_prompt"))
+        return cls(only_row(to_token_ids(lens, prompt), "Swap.of_prompt"))
 
     @property
-    def prompts(self) -> tuple[Ids, ...]:  # type: ignore[override]
+    def prompts(self) -> tuple[TokenIds, ...]:  # type: ignore[override]
         return (self.tokens,) if self.tokens else ()
 
-    def new(self, old: Tensor, at: Where, kept: Tensor | None) -> Tensor:
-        if kept is None:
+    def replace_values(self, old: Tensor, target: ChangeTarget, source: Tensor | None) -> Tensor:
+        if source is None:
             raise PatchError("Swap() names no run: outside a sweep give Swap.of_prompt(lens, prompt)")
-        return at.pick(kept)
+        return target.select(source)
 
     def __str__(self) -> str:
         return f"the value of {'a run of ' + str(len(self.tokens)) + ' tokens' if self.tokens else 'the other run'}"
@@ -97,7 +97,7 @@ class Zero(Change):
 
     mixes_positions = False
 
-    def new(self, old: Tensor, at: Where, kept: Tensor | None) -> Tensor:
+    def replace_values(self, old: Tensor, target: ChangeTarget, source: Tensor | None) -> Tensor:
         return torch.zeros_like(old)
 
 
@@ -109,7 +109,7 @@ class Mean(Change):
     """
 
     mixes_positions = False
-    prompts: tuple[Ids, ...] | Any = ()  # type: ignore[assignment]
+    prompts: tuple[TokenIds, ...] | Any = ()  # type: ignore[assignment]
     by_position: bool = False
 
     def __post_init__(self) -> None:
@@ -118,18 +118,20 @@ class Mean(Change):
 
     @classmethod
     def of_prompts(cls, lens: Lens, prompts: Prompt, by_position: bool = False) -> "Mean":
-        return cls(ids(lens, prompts), by_position)
+        return cls(to_token_ids(lens, prompts), by_position)
 
     @property
-    def aligned(self) -> bool:  # type: ignore[override]
+    def needs_same_length(self) -> bool:  # type: ignore[override]
         return self.by_position
 
-    def of(self, values: Tensor) -> Tensor:
+    def reduce_source(self, values: Tensor) -> Tensor:
         return values.mean(0) if self.by_position else values.flatten(0, 1).mean(0, keepdim=True)
 
-    def new(self, old: Tensor, at: Where, kept: Tensor | None) -> Tensor:
-        assert kept is not None
-        return at.pick(kept if self.by_position else kept.expand(int(at.positions.max()) + 1, *kept.shape[1:]))
+    def replace_values(self, old: Tensor, target: ChangeTarget, source: Tensor | None) -> Tensor:
+        assert source is not None
+        return target.select(
+            source if self.by_position else source.expand(int(target.positions.max()) + 1, *source.shape[1:])
+        )
 
     def __str__(self) -> str:
         return f"the mean over {len(self.prompts)} prompts{' position by position' if self.by_position else ''}"
@@ -143,7 +145,7 @@ class Resample(Change):
     """
 
     mixes_positions = False
-    prompts: tuple[Ids, ...] | Any = ()  # type: ignore[assignment]
+    prompts: tuple[TokenIds, ...] | Any = ()  # type: ignore[assignment]
     seed: int | Any = 0
 
     def __post_init__(self) -> None:
@@ -153,15 +155,15 @@ class Resample(Change):
 
     @classmethod
     def of_prompts(cls, lens: Lens, prompts: Prompt, seed: int = 0) -> "Resample":
-        return cls(ids(lens, prompts), seed)
+        return cls(to_token_ids(lens, prompts), seed)
 
-    def of(self, values: Tensor) -> Tensor:
+    def reduce_source(self, values: Tensor) -> Tensor:
         drawn = torch.randint(len(values), (), generator=torch.Generator().manual_seed(self.seed))
         return values[int(drawn)]
 
-    def new(self, old: Tensor, at: Where, kept: Tensor | None) -> Tensor:
-        assert kept is not None
-        return at.pick(kept)
+    def replace_values(self, old: Tensor, target: ChangeTarget, source: Tensor | None) -> Tensor:
+        assert source is not None
+        return target.select(source)
 
     def __str__(self) -> str:
         return f"the value of one of {len(self.prompts)} prompts (seed {self.seed})"
@@ -197,12 +199,12 @@ class Noise(Change):
     def in_lens(self, lens: Lens) -> "Noise":
         return self if self.unit is not None else replace(self, unit=float(lens.W_E.float().std()))
 
-    def new(self, old: Tensor, at: Where, kept: Tensor | None) -> Tensor:
+    def replace_values(self, old: Tensor, target: ChangeTarget, source: Tensor | None) -> Tensor:
         assert self.unit is not None, "the change of an intervention that has not been compiled"
-        noise = torch.stack([self.drawn(at, position) for position in at.positions.tolist()])
-        return old + self.scale * self.unit * at.choose(noise.to(old.device, old.dtype))
+        noise = torch.stack([self.drawn(target, position) for position in target.positions.tolist()])
+        return old + self.scale * self.unit * target.choose(noise.to(old.device, old.dtype))
 
-    def drawn(self, at: Where, position: int) -> Tensor:
+    def drawn(self, at: ChangeTarget, position: int) -> Tensor:
         """Standard normal numbers at one position, [the whole rest], or [the whole head, the chosen keys]."""
         if at.keys is None:
             return torch.randn(at.widths, generator=self.generator(at.name, position))
@@ -248,7 +250,7 @@ class Apply(Change):
         except TypeError:  # a callable that compares by its fields and has no hash
             return hash((Apply, type(self.fn), self.key))
 
-    def new(self, old: Tensor, at: Where, kept: Tensor | None) -> Any:
+    def replace_values(self, old: Tensor, target: ChangeTarget, source: Tensor | None) -> Any:
         return self.fn(old)
 
     def __str__(self) -> str:
@@ -268,13 +270,13 @@ class Put(Change):
     value: tuple[float, ...] | int | float | Any
 
     def __post_init__(self) -> None:
-        value = number(self.value, "Put", finite=False) if is_single(self.value) else numbers(self.value, "Put")
+        value = number(self.value, "Put", finite=False) if is_single(self.value) else to_float_tuple(self.value, "Put")
         object.__setattr__(self, "value", value)
 
-    def new(self, old: Tensor, at: Where, kept: Tensor | None) -> Tensor:
+    def replace_values(self, old: Tensor, target: ChangeTarget, source: Tensor | None) -> Tensor:
         if isinstance(self.value, int | float):
             return torch.full_like(old, self.value)
-        return vector(self.value, old).expand_as(old)
+        return to_tensor_like(self.value, old).expand_as(old)
 
 
 @dataclass(frozen=True)
@@ -287,7 +289,7 @@ class Scale(Change):
     def __post_init__(self) -> None:
         object.__setattr__(self, "factor", number(self.factor, "Scale: factor"))
 
-    def new(self, old: Tensor, at: Where, kept: Tensor | None) -> Tensor:
+    def replace_values(self, old: Tensor, target: ChangeTarget, source: Tensor | None) -> Tensor:
         return old * self.factor
 
 
@@ -300,11 +302,11 @@ class Add(Change):
     scale: int | float | Any = 1.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "direction", numbers(self.direction, "Add: direction"))
+        object.__setattr__(self, "direction", to_float_tuple(self.direction, "Add: direction"))
         object.__setattr__(self, "scale", number(self.scale, "Add: scale"))
 
-    def new(self, old: Tensor, at: Where, kept: Tensor | None) -> Tensor:
-        return old + self.scale * vector(self.direction, old)
+    def replace_values(self, old: Tensor, target: ChangeTarget, source: Tensor | None) -> Tensor:
+        return old + self.scale * to_tensor_like(self.direction, old)
 
     def __str__(self) -> str:
         return f"{self.scale} x a direction of {len(self.direction)} added"
@@ -318,19 +320,19 @@ class Remove(Change):
     direction: tuple[float, ...] | Any
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "direction", numbers(self.direction, "Remove: direction"))
+        object.__setattr__(self, "direction", to_float_tuple(self.direction, "Remove: direction"))
         if not any(self.direction):
             raise PatchError("the direction to remove is zero")
 
-    def new(self, old: Tensor, at: Where, kept: Tensor | None) -> Tensor:
-        unit = torch.nn.functional.normalize(vector(self.direction, old), dim=0)
+    def replace_values(self, old: Tensor, target: ChangeTarget, source: Tensor | None) -> Tensor:
+        unit = torch.nn.functional.normalize(to_tensor_like(self.direction, old), dim=0)
         return old - (old @ unit).unsqueeze(-1) * unit
 
     def __str__(self) -> str:
         return f"a direction of {len(self.direction)} removed"
 
 
-CHANGES = {kind.__name__: kind for kind in (Swap, Zero, Mean, Resample, Noise, Apply, Put, Scale, Add, Remove)}
+CHANGE_TYPES = {kind.__name__: kind for kind in (Swap, Zero, Mean, Resample, Noise, Apply, Put, Scale, Add, Remove)}
 
 
 def as_change(change: Any) -> Change:
@@ -341,17 +343,17 @@ def as_change(change: Any) -> Change:
         raise PatchError(f"{change.__name__} is a kind of change: make one, {change.__name__}(...)")
     if callable(change):
         raise PatchError(f"{name_of(change)} is a function: as a change it is Apply({name_of(change)})")
-    raise PatchError(f"{change!r:.60} is no change; the changes are {', '.join(CHANGES)}")
+    raise PatchError(f"{change!r:.60} is no change; the changes are {', '.join(CHANGE_TYPES)}")
 
 
-def ids(lens: Lens, prompts: Prompt) -> tuple[Ids, ...]:
+def to_token_ids(lens: Lens, prompts: Prompt) -> tuple[TokenIds, ...]:
     """The token ids of one prompt or several, each without its padding."""
     tokens, mask = lens.to_batch(prompts)
     real = torch.ones_like(tokens) if mask is None else mask
     return tuple(tuple(row[keep.bool()].tolist()) for row, keep in zip(tokens, real, strict=True))
 
 
-def rows_of_ids(rows: Any, what: str, instead: str) -> tuple[Ids, ...]:
+def rows_of_ids(rows: Any, what: str, instead: str) -> tuple[TokenIds, ...]:
     """Rows of token ids as tuples, one row or several; PatchError for anything else, which says to type `instead`."""
     plain: Any = rows.tolist() if isinstance(rows, Tensor | np.ndarray) else rows
     listed = list(plain) if isinstance(plain, Sequence) and not isinstance(plain, str | bytes) else [plain]
@@ -368,7 +370,7 @@ def rows_of_ids(rows: Any, what: str, instead: str) -> tuple[Ids, ...]:
     return tuple(found)
 
 
-def only_row(rows: Sequence[Ids], what: str) -> Ids:
+def only_row(rows: Sequence[TokenIds], what: str) -> TokenIds:
     if len(rows) != 1:
         raise PatchError(f"{what} takes one prompt, not {len(rows)}: for several there are Mean and Resample")
     return rows[0]
@@ -402,7 +404,7 @@ def number(x: Any, what: str, *, finite: bool = True) -> int | float:
     return plain
 
 
-def numbers(direction: Any, what: str) -> tuple[float, ...]:
+def to_float_tuple(direction: Any, what: str) -> tuple[float, ...]:
     """A vector as plain numbers; PatchError for a single number, a text, a matrix, nan and infinity."""
     plain: Any = direction.detach() if isinstance(direction, Tensor) else direction
     plain = plain.tolist() if isinstance(plain, Tensor | np.ndarray) else plain
@@ -419,19 +421,21 @@ def numbers(direction: Any, what: str) -> tuple[float, ...]:
     return tuple(float(number(x, what)) for x in plain)
 
 
-def vector(direction: Sequence[float], like: Tensor) -> Tensor:
+def to_tensor_like(direction: Sequence[float], like: Tensor) -> Tensor:
     if like.shape[-1] != len(direction):
         raise PatchError(f"a vector of {len(direction)} for a place that is {like.shape[-1]} wide")
     return torch.tensor(direction, dtype=like.dtype, device=like.device)
 
 
-def to_data(change: Change, functions: Functions) -> dict[str, Any]:
+def change_to_json(change: Change, functions: Functions) -> dict[str, Any]:
     """A change as what JSON can say: a function by its name in `functions`, or else by its own.
 
     Raises PatchError for a kind of change that is not ours, and for a function without a name.
     """
-    if type(change) not in CHANGES.values():
-        raise PatchError(f"a {type(change).__name__} cannot be saved; the changes that can are {', '.join(CHANGES)}")
+    if type(change) not in CHANGE_TYPES.values():
+        raise PatchError(
+            f"a {type(change).__name__} cannot be saved; the changes that can are {', '.join(CHANGE_TYPES)}"
+        )
     data: dict[str, Any] = {"kind": type(change).__name__, **vars(change)}
     if isinstance(change, Apply):
         given = [name for name, fn in functions.items() if fn is change.fn]
@@ -443,12 +447,12 @@ def to_data(change: Change, functions: Functions) -> dict[str, Any]:
     return data
 
 
-def from_data(data: dict[str, Any], functions: Functions) -> Change:
+def change_from_json(data: dict[str, Any], functions: Functions) -> Change:
     """The change that `to_data` wrote; a function is taken from `functions` and from nowhere else."""
     kind = data.get("kind")
-    if kind not in CHANGES:
-        raise PatchError(f"no change is called {kind!r}; there are {', '.join(CHANGES)}")
-    fields = {name: deep(value) for name, value in data.items() if name != "kind"}
+    if kind not in CHANGE_TYPES:
+        raise PatchError(f"no change is called {kind!r}; there are {', '.join(CHANGE_TYPES)}")
+    fields = {name: to_nested_tuple(value) for name, value in data.items() if name != "kind"}
     if kind == "Apply":
         name = str(fields.get("fn"))
         short = name.rpartition(":")[2]  # older files say "module:name"
@@ -459,10 +463,10 @@ def from_data(data: dict[str, Any], functions: Functions) -> Change:
             )
         fields["fn"] = functions.get(name, functions.get(short))
     try:
-        return CHANGES[kind](**fields)
+        return CHANGE_TYPES[kind](**fields)
     except TypeError as e:
         raise PatchError(f"a {kind} with {', '.join(fields) or 'nothing'}: {e}") from None
 
 
-def deep(value: Any) -> Any:
-    return tuple(map(deep, value)) if isinstance(value, list) else value
+def to_nested_tuple(value: Any) -> Any:
+    return tuple(map(to_nested_tuple, value)) if isinstance(value, list) else value

@@ -19,9 +19,9 @@ from torch import Tensor
 from glmlens.hooks import off
 from glmlens.integers import Integer, read_integer
 from glmlens.lens import Lens
-from glmlens.model import Angles, Block, absolute_positions, additive_mask, rotary_angles, turn
-from glmlens.patch.edges import EdgeScores, paired, shared, written
-from glmlens.patch.gradients import gradients
+from glmlens.model import Angles, Block, absolute_positions, additive_mask, apply_rotary, rotary_angles
+from glmlens.patch.edges import EdgeScores, apply_post_norm_by_head, compute_writer_outputs, prepare_pairs
+from glmlens.patch.gradients import record_gradients
 from glmlens.patch.graph import Edge, Graph
 from glmlens.patch.sites import PatchError
 from glmlens.prompt import Prompt
@@ -49,7 +49,7 @@ class Circuit:
         """The edges as (writer, reader)."""
         return [(self.graph.writers[w], self.graph.readers[r]) for r, w in self.mask.nonzero().tolist()]
 
-    def without(self, edge: Edge | Any) -> "Circuit":
+    def remove_edge(self, edge: Edge | Any) -> "Circuit":
         """The same without one edge (writer, reader); PatchError for one that is not in it."""
         writer, reader = edge
         known = writer in self.graph.writers and reader in self.graph.readers
@@ -66,7 +66,7 @@ class Circuit:
 
     def prune(self) -> "Circuit":
         """Without the edges that no path from the embedding to the logits uses."""
-        mask, feeds = self.mask.clone(), self.graph.feeds().to(self.mask.device)
+        mask, feeds = self.mask.clone(), self.graph.writer_input_mask().to(self.mask.device)
         while True:
             fed = (feeds.float() @ mask.any(1, keepdim=True).float()).squeeze(1) > 0  # a writer whose readers read
             fed[0] = True
@@ -81,14 +81,14 @@ class Circuit:
         return f"Circuit({self.n_edges:,} of {self.graph.n_edges:,} edges: {self.about})"
 
 
-def whole(graph: Graph) -> Circuit:
+def full_circuit(graph: Graph) -> Circuit:
     """Every edge."""
     return Circuit(graph, graph.mask.clone(), "every edge")
 
 
-def top(scores: EdgeScores, n: Integer, by: str = "abs") -> Circuit:
+def top_edges(scores: EdgeScores, n: Integer, by: str = "abs") -> Circuit:
     """The n edges with the largest scores: by "abs", or by "need", the most negative first."""
-    order = ranked(scores, by)[: n_edges(n, scores)]
+    order = rank_edges(scores, by)[: n_edges(n, scores)]
     mask = torch.zeros_like(scores.scores, dtype=torch.bool)
     mask.view(-1)[order] = True
     return Circuit(scores.graph, mask, f"the {n} edges largest by {by} of {scores.about['method']}")
@@ -99,7 +99,7 @@ def n_edges(n: Any, scores: EdgeScores) -> int:
     return read_integer(n, "n", size=scores.graph.n_edges + 1, error=PatchError)
 
 
-def ranked(scores: EdgeScores, by: str) -> Int[Tensor, "edge"]:
+def rank_edges(scores: EdgeScores, by: str) -> Int[Tensor, "edge"]:
     """The edges' places in the flat matrix, the most important first."""
     if by not in ("abs", "need"):
         raise PatchError(f"by is {by!r}; choose 'abs' or 'need'")
@@ -108,29 +108,29 @@ def ranked(scores: EdgeScores, by: str) -> Int[Tensor, "edge"]:
     return key.masked_fill(~edge, -torch.inf).flatten().argsort(descending=True, stable=True)[: scores.graph.n_edges]
 
 
-def greedy(scores: EdgeScores, n: Integer) -> Circuit:
+def greedy_circuit(scores: EdgeScores, n: Integer) -> Circuit:
     """The n edges found from the logits backwards, each the largest in magnitude into what is in already (Hanna et al.
     2024, arXiv 2403.17806, section 3)."""
     n = n_edges(n, scores)
-    graph, feeds, size = scores.graph, scores.graph.feeds(), scores.scores.abs().cpu()
+    graph, feeds, size = scores.graph, scores.graph.writer_input_mask(), scores.scores.abs().cpu()
     mask, seen = torch.zeros_like(size, dtype=torch.bool), {len(graph.readers) - 1}
     heap: list[tuple[float, int, int]] = []
 
-    def open_up(reader: int) -> None:
+    def push_writers(reader: int) -> None:
         for writer in graph.mask[reader].nonzero().flatten().tolist():
             heapq.heappush(heap, (-float(size[reader, writer]), reader, writer))
 
-    open_up(len(graph.readers) - 1)
+    push_writers(len(graph.readers) - 1)
     while heap and int(mask.sum()) < n:
         _, reader, writer = heapq.heappop(heap)
         mask[reader, writer] = True
         for further in set(feeds[writer].nonzero().flatten().tolist()) - seen:
             seen.add(further)
-            open_up(further)
+            push_writers(further)
     return Circuit(graph, mask.to(scores.scores.device), f"{n} edges, greedily by {scores.about['method']}")
 
 
-class Exact:
+class CircuitEvaluator:
     """Runs circuits on pairs of prompts of one length: clean in the circuit, ablated outside.
 
     `ablation` is "corrupt", the corrupt run's value; "mean", that value's mean over pairs, position by position; or
@@ -143,53 +143,61 @@ class Exact:
     ):  # fmt: skip
         if ablation not in ABLATIONS:
             raise PatchError(f"ablation is {ablation!r}; choose from {', '.join(map(repr, ABLATIONS))}")
-        self.lens, self.graph, self.ablation = lens, Graph.of(lens.cfg), ablation
-        self.tokens, other, self.metric = paired(lens, clean, corrupt, metric)
+        self.lens, self.graph, self.ablation = lens, Graph.from_config(lens.cfg), ablation
+        self.tokens, other, self.metric = prepare_pairs(lens, clean, corrupt, metric)
         names = [f"blocks.{i}.{local}" for i in range(lens.cfg.n_layers) for local in ("attn.z", "mlp_out")]
-        run = gradients(lens, other, self.metric, ["embed"], also=names)
-        parts = rearrange(torch.cat(written(lens, run), 2), "batch pos writer model -> writer batch pos model")
+        run = record_gradients(lens, other, self.metric, ["embed"], record_names=names)
+        parts = rearrange(
+            torch.cat(compute_writer_outputs(lens, run), 2), "batch pos writer model -> writer batch pos model"
+        )
         if ablation == "mean":
             parts = parts.mean(1, keepdim=True).expand_as(parts)
-        self.ablated = torch.zeros_like(parts) if ablation == "zero" else parts
-        self.full, self.empty = (float(self.metric_of(c).mean()) for c in (whole(self.graph), self.nothing()))
-        if abs(self.full - self.empty) < max(1e-3 * max(abs(self.full), abs(self.empty)), 1e-6):
+        self.ablated_values = torch.zeros_like(parts) if ablation == "zero" else parts
+        self.full_metric, self.empty_metric = (
+            float(self.measure_circuit(c).mean()) for c in (full_circuit(self.graph), self.empty_circuit())
+        )
+        if abs(self.full_metric - self.empty_metric) < max(
+            1e-3 * max(abs(self.full_metric), abs(self.empty_metric)), 1e-6
+        ):
             raise PatchError(
-                f"{self.metric.name} is {self.full:.4g} whole and {self.empty:.4g} with every edge ablated: too close "
+                f"{self.metric.name} is {self.full_metric:.4g} whole and {self.empty_metric:.4g} with every edge ablated: too close "
                 "to divide by their distance"
             )
 
-    def nothing(self) -> Circuit:
+    def empty_circuit(self) -> Circuit:
         return Circuit(self.graph, torch.zeros_like(self.graph.mask), "no edge")
 
     @torch.no_grad()
-    def logits(self, circuit: Circuit) -> Float[Tensor, "example pos vocab"]:
+    def run_circuit(self, circuit: Circuit) -> Float[Tensor, "example pos vocab"]:
         """Every logit of a circuit's run."""
         lens, graph = self.lens, self.graph
         if circuit.graph != graph:
             raise PatchError(f"a circuit of {circuit.graph}; this model is {graph}")
-        mask = circuit.mask.to(lens.device, self.ablated.dtype)
-        live = torch.zeros_like(self.ablated)
+        mask = circuit.mask.to(lens.device, self.ablated_values.dtype)
+        live = torch.zeros_like(self.ablated_values)
         live[0] = lens.model.embed(self.tokens)
         positions = absolute_positions(self.tokens.shape, lens.device)
         angles = rotary_angles(positions, lens.cfg, live.dtype)
         causal = additive_mask(positions, positions, live.dtype)
         for i in range(lens.cfg.n_layers):
-            n, rows = graph.before(i), graph.rows(i)
-            x = self.read(mask[rows, :n], live)
-            live[n : n + graph.n_heads] = self.attention(i, x, angles, causal)
+            n, rows = graph.n_writers_before(i), graph.attention_reader_slice(i)
+            x = self.mix_reader_inputs(mask[rows, :n], live)
+            live[n : n + graph.n_heads] = self.run_attention(i, x, angles, causal)
             n += graph.n_heads
-            live[n] = self.mlp(i, self.read(mask[rows.stop : rows.stop + 1, :n], live)[0])
-        return lens.model.unembed(lens.model.ln_final(self.read(mask[-1:], live)[0]))
+            live[n] = self.run_mlp(i, self.mix_reader_inputs(mask[rows.stop : rows.stop + 1, :n], live)[0])
+        return lens.model.unembed(lens.model.ln_final(self.mix_reader_inputs(mask[-1:], live)[0]))
 
-    def read(self, mask: Float[Tensor, "reader writer"], live: Tensor) -> Float[Tensor, "reader batch pos model"]:
+    def mix_reader_inputs(
+        self, mask: Float[Tensor, "reader writer"], live: Tensor
+    ) -> Float[Tensor, "reader batch pos model"]:
         """What readers read: the ablated values, and where there is an edge the difference to the live one."""
         n = mask.shape[1]
         through = einsum(
-            mask, live[:n] - self.ablated[:n], "reader writer, writer batch pos model -> reader batch pos model"
+            mask, live[:n] - self.ablated_values[:n], "reader writer, writer batch pos model -> reader batch pos model"
         )
-        return self.ablated[:n].sum(0) + through
+        return self.ablated_values[:n].sum(0) + through
 
-    def attention(
+    def run_attention(
         self, layer: int, x: Float[Tensor, "reader batch pos model"], angles: Angles, causal: Tensor
     ) -> Float[Tensor, "head batch pos model"]:
         """What each head writes when queries, keys and values each read a stream of their own."""
@@ -203,18 +211,18 @@ class Exact:
         )
         if cfg.qkv_bias:
             q, k, v = q + lens.b_Q[layer], k + lens.b_K[layer], v + lens.b_V[layer]
-        q, k = (torch.cat([turn(t[..., : cfg.d_rotary], *angles), t[..., cfg.d_rotary :]], -1) for t in (q, k))
+        q, k = (torch.cat([apply_rotary(t[..., : cfg.d_rotary], *angles), t[..., cfg.d_rotary :]], -1) for t in (q, k))
         z = block.attn.attend(q, k, v, causal, off)
         heads = einsum(z, lens.W_O[layer], "batch pos head d, head d model -> batch pos head model")
-        return rearrange(shared(block.ln1_post, heads), "batch pos head model -> head batch pos model")
+        return rearrange(apply_post_norm_by_head(block.ln1_post, heads), "batch pos head model -> head batch pos model")
 
-    def mlp(self, layer: int, x: Float[Tensor, "batch pos model"]) -> Float[Tensor, "batch pos model"]:
+    def run_mlp(self, layer: int, x: Float[Tensor, "batch pos model"]) -> Float[Tensor, "batch pos model"]:
         block = cast(Block, self.lens.model.blocks[layer])
         return block.ln2_post(block.mlp(block.ln2(x), off))
 
-    def metric_of(self, circuit: Circuit) -> Float[Tensor, "example"]:
+    def measure_circuit(self, circuit: Circuit) -> Float[Tensor, "example"]:
         """The metric of a circuit, per pair."""
-        logits, metric = self.logits(circuit), self.metric
+        logits, metric = self.run_circuit(circuit), self.metric
         read = logits if metric.everywhere else logits[:, -1:]
         read = read if metric.columns is None else read[..., metric.columns]
         return metric(read, torch.arange(len(self.tokens), device=self.lens.device))
@@ -223,7 +231,9 @@ class Exact:
 
     def faithfulness(self, circuit: Circuit) -> float:
         """f(C) = (m(C) - m(∅)) / (m(M) - m(∅)): 1 is the whole model, 0 everything ablated."""
-        return (float(self.metric_of(circuit).mean()) - self.empty) / (self.full - self.empty)
+        return (float(self.measure_circuit(circuit).mean()) - self.empty_metric) / (
+            self.full_metric - self.empty_metric
+        )
 
     def completeness(self, circuit: Circuit) -> float:
         """f of all the other edges: 0 when nothing of the task is left outside the circuit."""
@@ -232,26 +242,28 @@ class Exact:
     def minimality(self, circuit: Circuit) -> list[tuple[Edge, float]]:
         """|f(C) - f(C without it)| of every edge, the least needed first."""
         f = self.faithfulness(circuit)
-        found = [(edge, abs(f - self.faithfulness(circuit.without(edge)))) for edge in circuit.edges()]
+        found = [(edge, abs(f - self.faithfulness(circuit.remove_edge(edge)))) for edge in circuit.edges()]
         return sorted(found, key=lambda entry: entry[1])
 
-    def curve(self, scores: EdgeScores, fractions: Sequence[float] | Any = FRACTIONS, by: str = "abs") -> "Curve":
+    def curve(
+        self, scores: EdgeScores, fractions: Sequence[float] | Any = FRACTIONS, by: str = "abs"
+    ) -> "FaithfulnessCurve":
         """Faithfulness of the top share of edges, pruned, at several shares."""
         if isinstance(fractions, int | float):
             fractions = (fractions,)
         wrong = [k for k in fractions if isinstance(k, str) or not 0 <= k <= 1]
         if wrong:
             raise PatchError(f"a share of {wrong[0]!r} edges; shares are from 0 to 1")
-        circuits = [top(scores, max(1, round(k * self.graph.n_edges)), by).prune() for k in fractions]
-        about = self.choices() | {"scores": scores.about["method"], "model": self.lens.model_hash}
-        return Curve(
+        circuits = [top_edges(scores, max(1, round(k * self.graph.n_edges)), by).prune() for k in fractions]
+        about = self.describe_choices() | {"scores": scores.about["method"], "model": self.lens.model_hash}
+        return FaithfulnessCurve(
             np.array([self.faithfulness(circuit) for circuit in circuits]),
             ("share",),
             {"share": [f"{k:g}" for k in fractions]},
             about,
         )
 
-    def choices(self) -> dict[str, str]:
+    def describe_choices(self) -> dict[str, str]:
         """The six choices that such a number depends on (Miller et al. 2024, arXiv 2407.08734, section 3)."""
         return {
             "granularity": "edges; queries by query head, keys and values by group",
@@ -260,12 +272,12 @@ class Exact:
             "positions": "all, position by position",
             "direction": "noise: edges outside the circuit are ablated in the clean run",
             "set": f"{len(self.tokens)} pairs of {self.tokens.shape[1]} tokens, {self.metric.name}: "
-            f"{self.full:.4g} whole, {self.empty:.4g} ablated",
+            f"{self.full_metric:.4g} whole, {self.empty_metric:.4g} ablated",
         }
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Curve(Labelled):
+class FaithfulnessCurve(Labelled):
     """Faithfulness at shares of edges."""
 
     @property

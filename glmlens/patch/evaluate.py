@@ -10,11 +10,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from glmlens.lens import Lens
-from glmlens.patch.changes import Ids, Swap, ids
-from glmlens.patch.engine import Base, through, unchanged
+from glmlens.patch.changes import Swap, TokenIds, to_token_ids
+from glmlens.patch.engine import BaseRuns, make_unchanged_batch, run_packed
 from glmlens.patch.interventions import (
-    Compiler,
     Intervention,
+    InterventionCompiler,
     Write,
     as_interventions,
     position_names,
@@ -22,14 +22,14 @@ from glmlens.patch.interventions import (
 )
 from glmlens.patch.metrics import Metric, as_metric
 from glmlens.patch.running import allowed
-from glmlens.patch.sites import PatchError, ungrouped
-from glmlens.patch.waves import Cell, Wave, row_bytes, waves
+from glmlens.patch.sites import PatchError, repeat_kv
+from glmlens.patch.waves import Cell, PackedBatch, estimate_row_bytes, pack_batches
 from glmlens.prompt import Prompt
 from glmlens.tasks.task import Examples
 
-Names = Mapping[str, int]
+PositionNames = Mapping[str, int]
 Variant = Sequence[Intervention]
-BUDGET = 2**28
+DEFAULT_BATCH_BYTES = 2**28
 """Bytes that the rows of one wave may weigh, unless told otherwise."""
 
 
@@ -43,7 +43,7 @@ class Cost:
 
     cells: int
     unchanged: int
-    waves: int
+    batches: int
     bytes: int
     flops: int
     naive_flops: int
@@ -53,11 +53,11 @@ class Cost:
         return Cost(**sums | {"bytes": max(self.bytes, other.bytes)})
 
 
-NOTHING = Cost(0, 0, 0, 0, 0, 0)
+NO_COST = Cost(0, 0, 0, 0, 0, 0)
 
 
 @dataclass
-class Job:
+class EvaluationJob:
     """Variants of prompts to be measured: which prompts, against which other runs, and how.
 
     `names` are the named positions of every prompt, or of all when they are the same. Raises PatchError for other
@@ -65,21 +65,25 @@ class Job:
     """
 
     lens: Lens
-    prompts: Sequence[Ids]
+    prompts: Sequence[TokenIds]
     metric: Metric
-    sources: Sequence[Ids] | None = None
-    names: Sequence[Names] | Names | Any = ()
-    most_bytes: int = BUDGET
-    watched: Sequence[str] = ()  # points that a later job with the same `bases` will ask for
-    bases: dict[tuple[Ids, ...], Base] = field(default_factory=dict)
-    compiler: Compiler = field(init=False)
+    sources: Sequence[TokenIds] | None = None
+    position_names: Sequence[PositionNames] | PositionNames | Any = ()
+    most_bytes: int = DEFAULT_BATCH_BYTES
+    recorded_points: Sequence[str] = ()  # points that a later job with the same `bases` will ask for
+    base_runs: dict[tuple[TokenIds, ...], BaseRuns] = field(default_factory=dict)
+    compiler: InterventionCompiler = field(init=False)
     positions: list[dict[str, int]] = field(init=False)  # of every prompt by name
     order: dict[str, int] = field(init=False)  # of every point in a forward
-    spent: Cost = NOTHING
+    cost_so_far: Cost = NO_COST
 
     def __post_init__(self) -> None:
-        self.compiler = Compiler(self.lens)
-        names = [self.names] * len(self.prompts) if isinstance(self.names, Mapping) else list(self.names)
+        self.compiler = InterventionCompiler(self.lens)
+        names = (
+            [self.position_names] * len(self.prompts)
+            if isinstance(self.position_names, Mapping)
+            else list(self.position_names)
+        )
         for what, given in (("names of positions", names), ("sources", self.sources)):
             if given and len(given) != len(self.prompts):
                 raise PatchError(f"{len(self.prompts)} prompts and {len(given)} {what}: give one for every prompt")
@@ -87,58 +91,62 @@ class Job:
         self.positions = [position_names(named, len(prompt)) for named, prompt in given]
         for prompt, source in zip(self.prompts, self.sources or self.prompts, strict=True):
             if len(prompt) != len(source):
-                raise PatchError(lengths_differ(self.lens, prompt, source))
-        self.order = {name: i for i, name in enumerate(self.compiler.atlas.points)}
+                raise PatchError(describe_length_mismatch(self.lens, prompt, source))
+        self.order = {name: i for i, name in enumerate(self.compiler.resolver.points)}
 
-    def baseline(self) -> Float[Tensor, "example"]:
+    def measure_baseline(self) -> Float[Tensor, "example"]:
         """The metric of the prompts as they are."""
         out = torch.zeros(len(self.prompts), device=self.lens.device, dtype=torch.float64)
-        for group in self.groups():
-            base = self.base(group, [])
-            wave = unchanged(base, self.lens.cfg.n_layers)
-            out[base.numbers] = self.through(base, wave)[0].double()
+        for group in self.group_by_length():
+            base = self.run_base(group, [])
+            wave = make_unchanged_batch(base, self.lens.cfg.n_layers)
+            out[base.example_indices] = self.run_batch(base, wave)[0].double()
         return out
 
-    def through(self, base: Base, wave: Wave) -> tuple[Float[Tensor, "cell"], Bool[Tensor, "cell"]]:
+    def run_batch(self, base: BaseRuns, batch: PackedBatch) -> tuple[Float[Tensor, "cell"], Bool[Tensor, "cell"]]:
         """As of the engine; CheckpointError where it comes to no number because a weight is none."""
-        values, changed = through(self.lens.model, base, wave, self.metric)
-        self.lens.blame_weights(values)
+        values, changed = run_packed(self.lens.model, base, batch, self.metric)
+        self.lens.check_weights_finite(values)
         return values, changed
 
-    def run(
+    def run_variants(
         self, variants: Sequence[Variant], todo: Bool[Tensor, "variant example"]
     ) -> Iterator[tuple[Int[Tensor, "done"], Int[Tensor, "done"], Float[Tensor, "done"], Bool[Tensor, "done"]]]:
         """Wave after wave: variant and example of what is done, its metric, and whether anything was changed."""
-        for base, cells, where, still in self.prepared(variants, todo):
+        for base, cells, where, still in self.compile_cells(variants, todo):
             if len(still):
-                plain = self.through(base, unchanged(base, self.lens.cfg.n_layers))[0]
-                self.spent += self.still(len(still), base)
-                local = torch.tensor([base.numbers.tolist().index(e) for _, e in still], device=self.lens.device)
-                yield *self.indices(still), plain[local], torch.zeros_like(local, dtype=torch.bool)
-            for wave in self.waves(base, cells):
-                values, changed = self.through(base, wave)
-                self.spent += self.cost_of(wave, base.tokens.shape[1])
-                yield *self.indices([where[id(cell)] for cell in wave.cells]), values, changed
+                plain = self.run_batch(base, make_unchanged_batch(base, self.lens.cfg.n_layers))[0]
+                self.cost_so_far += self.cost_of_unchanged(len(still), base)
+                local = torch.tensor(
+                    [base.example_indices.tolist().index(e) for _, e in still], device=self.lens.device
+                )
+                yield *self.to_index_tensors(still), plain[local], torch.zeros_like(local, dtype=torch.bool)
+            for wave in self.pack_cells(base, cells):
+                values, changed = self.run_batch(base, wave)
+                self.cost_so_far += self.cost_of_batch(wave, base.tokens.shape[1])
+                yield *self.to_index_tensors([where[id(cell)] for cell in wave.cells]), values, changed
 
-    def cost(self, variants: Sequence[Variant]) -> Cost:
+    def estimate_cost(self, variants: Sequence[Variant]) -> Cost:
         """What `run` would take, found without running more than the prompts themselves."""
-        total, everything = NOTHING, torch.ones(len(variants), len(self.prompts), dtype=torch.bool)
-        for base, cells, _, still in self.prepared(variants, everything):
-            total += self.still(len(still), base)
-            for wave in self.waves(base, cells):
-                total += self.cost_of(wave, base.tokens.shape[1])
+        total, everything = NO_COST, torch.ones(len(variants), len(self.prompts), dtype=torch.bool)
+        for base, cells, _, still in self.compile_cells(variants, everything):
+            total += self.cost_of_unchanged(len(still), base)
+            for wave in self.pack_cells(base, cells):
+                total += self.cost_of_batch(wave, base.tokens.shape[1])
         return total
 
-    def still(self, n: int, base: Base) -> Cost:
+    def cost_of_unchanged(self, n: int, base: BaseRuns) -> Cost:
         """What n cells take that nothing can change."""
-        return Cost(0, n, 0, 0, 0, n * self.flops(0, base.tokens.shape[1], True))
+        return Cost(0, n, 0, 0, 0, n * self.count_flops(0, base.tokens.shape[1], True))
 
-    def cost_of(self, wave: Wave, length: int) -> Cost:
-        needed = sum(self.flops(cell.start, length - cell.first) for cell in wave.cells)
-        weight = len(wave.starts) * row_bytes(self.lens.model, wave.width, wave.past, self.lens.dtype)
-        return Cost(len(wave.cells), 0, 1, weight, needed, len(wave.cells) * self.flops(0, length, True))
+    def cost_of_batch(self, batch: PackedBatch, length: int) -> Cost:
+        needed = sum(self.count_flops(cell.start_layer, length - cell.first_position) for cell in batch.cells)
+        weight = len(batch.row_start_layers) * estimate_row_bytes(
+            self.lens.model, batch.width, batch.past_length, self.lens.dtype
+        )
+        return Cost(len(batch.cells), 0, 1, weight, needed, len(batch.cells) * self.count_flops(0, length, True))
 
-    def flops(self, start: int, positions: int, all_logits: bool = False) -> int:
+    def count_flops(self, start: int, positions: int, all_logits: bool = False) -> int:
         """Of one run from a layer on over so many positions; of the last layer's, only what the metric can see."""
         layer = sum(p.numel() for p in self.lens.model.blocks[0].parameters() if p.ndim == 2)
         cfg, everywhere = self.lens.cfg, all_logits or self.metric.everywhere
@@ -150,7 +158,7 @@ class Job:
 
     # ---- how ----
 
-    def groups(self) -> list[list[int]]:
+    def group_by_length(self) -> list[list[int]]:
         """Numbers of examples of one length, as many together as the budget lets be recorded."""
         cfg, found = self.lens.cfg, list[list[int]]()
         for length in sorted(set(map(len, self.prompts))):
@@ -160,70 +168,86 @@ class Job:
             found += [same[i : i + many] for i in range(0, len(same), many)]
         return found
 
-    def base(self, group: Sequence[int], names: Sequence[str], prompts: Sequence[Ids] | None = None) -> Base:
+    def run_base(
+        self, group: Sequence[int], names: Sequence[str], prompts: Sequence[TokenIds] | None = None
+    ) -> BaseRuns:
         """The runs of a group of prompts; kept, where all prompts are one group, for whoever asks again."""
         rows = tuple((self.prompts if prompts is None else prompts)[i] for i in group)
-        if rows in self.bases and set(names) <= self.bases[rows].values.keys():
-            return self.bases[rows]
-        names = list(dict.fromkeys([*names, *self.watched]))
+        if rows in self.base_runs and set(names) <= self.base_runs[rows].values.keys():
+            return self.base_runs[rows]
+        names = list(dict.fromkeys([*names, *self.recorded_points]))
         tokens = torch.tensor(rows, device=self.lens.device)
-        base = Base.of(self.lens, tokens, torch.tensor(group, device=self.lens.device), names)
+        base = BaseRuns.record(self.lens, tokens, torch.tensor(group, device=self.lens.device), names)
         if len(group) == len(self.prompts):
-            self.bases[rows] = base
+            self.base_runs[rows] = base
         return base
 
-    def prepared(
+    def compile_cells(
         self, variants: Sequence[Variant], todo: Bool[Tensor, "variant example"]
-    ) -> Iterator[tuple[Base, list[Cell], dict[int, tuple[int, int]], list[tuple[int, int]]]]:
+    ) -> Iterator[tuple[BaseRuns, list[Cell], dict[int, tuple[int, int]], list[tuple[int, int]]]]:
         """For prompts of one length: the base, the cells to run, which each is, and those that nothing changes."""
         everything = dict.fromkeys(one for variant in variants for one in variant)
         swaps = [one.site for one in everything if one.do == Swap()]
         if swaps and self.sources is None:
             raise PatchError("Swap() is the value of the other run: give source prompts, or Swap.of_prompt")
-        names = list(dict.fromkeys(name for site in swaps for name in self.compiler.atlas.names(site)))
-        for group in self.groups():
+        names = list(dict.fromkeys(name for site in swaps for name in self.compiler.resolver.resolve_names(site)))
+        for group in self.group_by_length():
             wanted = [(v, i) for v in range(len(variants)) for i in range(len(group)) if bool(todo[v, group[i]])]
             if not wanted:
                 continue
-            self.compiler.prepare(everything, len(self.prompts[group[0]]))
-            base = self.base(group, names)
-            others = self.others(base, group, names)
+            self.compiler.record_sources(everything, len(self.prompts[group[0]]))
+            base = self.run_base(group, names)
+            others = self.record_sources(base, group, names)
             cells, where, still = list[Cell](), dict[int, tuple[int, int]](), list[tuple[int, int]]()
             compiled: dict[tuple[Intervention, tuple], list[Write]] = {}
             for v, i in wanted:
-                found = [pair for one in variants[v] for pair in self.writes(one, group[i], i, base, others, compiled)]
+                found = [
+                    pair
+                    for one in variants[v]
+                    for pair in self.compile_writes(one, group[i], i, base, others, compiled)
+                ]
                 writes = self.needed(found)
                 if writes:
-                    cells.append(Cell.of(i, writes, self.lens.cfg.n_layers))
+                    cells.append(Cell.from_writes(i, writes, self.lens.cfg.n_layers))
                     where[id(cells[-1])] = (v, group[i])
                 else:
                     still.append((v, group[i]))
             yield base, cells, where, still
 
-    def others(self, base: Base, group: Sequence[int], names: Sequence[str]) -> dict[str, Tensor]:
+    def record_sources(self, base: BaseRuns, group: Sequence[int], names: Sequence[str]) -> dict[str, Tensor]:
         """What the other runs have at the points named; before their first different token, the base's own."""
         if not names:
             return {}
         assert self.sources is not None
-        other = self.base(group, names, self.sources)
+        other = self.run_base(group, names, self.sources)
         same = (other.tokens == base.tokens).int().cumprod(1).bool()  # causality: equal there but for rounding
-        return {name: alike(other.values[name], base.values[name], same) for name in names}
+        return {name: keep_shared_prefix(other.values[name], base.values[name], same) for name in names}
 
-    def writes(
-        self, one: Intervention, number: int, i: int, base: Base, others: Mapping[str, Tensor], compiled: dict
+    def compile_writes(
+        self,
+        intervention: Intervention,
+        example_index: int,
+        i: int,
+        base: BaseRuns,
+        others: Mapping[str, Tensor],
+        compiled: dict,
     ) -> list[tuple[Write, Tensor]]:
         """The writes of an intervention in an example, each with the positions at which it may change the base run."""
-        key = (one, tuple(self.positions[number].items()))
+        key = (intervention, tuple(self.positions[example_index].items()))
         if key not in compiled:
-            compiled[key] = self.compiler.writes(one, base.tokens.shape[1], self.positions[number])
-        if one.do != Swap():
+            compiled[key] = self.compiler.compile_writes(
+                intervention, base.tokens.shape[1], self.positions[example_index]
+            )
+        if intervention.do != Swap():
             return [(write, write.positions) for write in compiled[key]]
-        return [self.swap(write, i, base, others) for write in compiled[key]]
+        return [self.bind_swap_source(write, i, base, others) for write in compiled[key]]
 
-    def swap(self, write: Write, i: int, base: Base, others: Mapping[str, Tensor]) -> tuple[Write, Tensor]:
+    def bind_swap_source(
+        self, write: Write, i: int, base: BaseRuns, others: Mapping[str, Tensor]
+    ) -> tuple[Write, Tensor]:
         value, here, at = others[write.name][i], base.values[write.name][i], write.positions
         assert at is not None
-        kept = ungrouped(value[None], self.lens.cfg.n_groups)[0] if write.ungrouped else value
+        kept = repeat_kv(value[None], self.lens.cfg.n_groups)[0] if write.by_query_head else value
         return replace(write, kept=kept), at[(value[at] != here[at]).flatten(1).any(1)]
 
     def needed(self, writes: Sequence[tuple[Write, Tensor]]) -> list[Write]:
@@ -233,7 +257,7 @@ class Job:
         position of any, nor, at any position, before the first point of any.
         """
         if len(writes) == 1:  # nothing can have been changed before it
-            return [write.at(at) for write, at in writes if len(at)]
+            return [write.with_positions(at) for write, at in writes if len(at)]
         refuse_mixed([write for write, _ in writes])
         effective = [(self.order[write.name], int(at[0])) for write, at in writes if len(at)]
         if not effective:
@@ -246,34 +270,34 @@ class Job:
                 later = self.order[write.name] >= point
                 at = write.positions[write.positions >= first] if later else at
             if len(at):
-                kept.append(write.at(at))
+                kept.append(write.with_positions(at))
         return kept
 
-    def waves(self, base: Base, cells: Sequence[Cell]) -> Iterator[Wave]:
+    def pack_cells(self, base: BaseRuns, cells: Sequence[Cell]) -> Iterator[PackedBatch]:
         def weight(width: int, past: int) -> int:
-            return row_bytes(self.lens.model, width, past, self.lens.dtype)
+            return estimate_row_bytes(self.lens.model, width, past, self.lens.dtype)
 
-        return waves(cells, base.tokens.shape[1], self.lens.cfg.n_layers, self.most_bytes, weight)
+        return pack_batches(cells, base.tokens.shape[1], self.lens.cfg.n_layers, self.most_bytes, weight)
 
-    def indices(self, pairs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    def to_index_tensors(self, pairs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         both = torch.tensor(pairs, device=self.lens.device)
         return both[:, 0], both[:, 1]
 
 
-def alike(value: Tensor, base: Tensor, same: Bool[Tensor, "example pos"]) -> Tensor:
+def keep_shared_prefix(value: Tensor, base: Tensor, same: Bool[Tensor, "example pos"]) -> Tensor:
     return torch.where(same.view(*same.shape, *[1] * (value.ndim - 2)), base, value)
 
 
-def lengths_differ(lens: Lens, one: Ids, other: Ids) -> str:
+def describe_length_mismatch(lens: Lens, first_ids: TokenIds, second_ids: TokenIds) -> str:
     """Both tokenisations under each other, for prompts of different length."""
-    rows = [lens.to_labels(torch.tensor([row], device=lens.device)) for row in (one, other)]
+    rows = [lens.to_labels(torch.tensor([row], device=lens.device)) for row in (first_ids, second_ids)]
     longest = max(map(len, rows))
     padded = [row + [""] * (longest - len(row)) for row in rows]
     widths = [max(map(len, pair)) for pair in zip(*padded, strict=True)]
     lines = ["  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in padded]
     differ = next((i for i, (a, b) in enumerate(zip(*padded, strict=True)) if a != b), 0)
     return (
-        f"the two prompts have {len(one)} and {len(other)} tokens, and differ from token {differ} on; a value is put "
+        f"the two prompts have {len(first_ids)} and {len(second_ids)} tokens, and differ from token {differ} on; a value is put "
         f"at its own position, so they must be as long:\n  {lines[0]}\n  {lines[1]}"
     )
 
@@ -302,9 +326,9 @@ def evaluate(
     metric: Any = None,
     *,
     sources: Prompt | str | None = None,
-    names: Sequence[Names] | Names | Any = (),
+    position_names: Sequence[PositionNames] | PositionNames | Any = (),
     allow: str | Sequence[str] = (),
-    most_bytes: int = BUDGET,
+    most_bytes: int = DEFAULT_BATCH_BYTES,
     progress: bool = True,
 ) -> Float[Tensor, "variant example"]:
     """The metric of every prompt under every variant, a list of interventions that hold together.
@@ -315,26 +339,28 @@ def evaluate(
     logits, fn(logits [row, vocab]) -> [row]. Raises PatchError for a variant that changes nothing in any prompt, unless
     allow="no change".
     """
-    prompts, sources, metric, names = of_task(prompts, sources, metric, names)
-    rows, variants = ids(lens, prompts), as_variants(variants)
+    prompts, sources, metric, position_names = of_task(prompts, sources, metric, position_names)
+    rows, variants = to_token_ids(lens, prompts), as_variants(variants)
     allow = allowed(allow)
-    others = None if sources is None else ids(lens, sources)
-    job = Job(lens, rows, as_metric(metric, lens, len(rows)), others, names, most_bytes)
+    others = None if sources is None else to_token_ids(lens, sources)
+    job = EvaluationJob(lens, rows, as_metric(metric, lens, len(rows)), others, position_names, most_bytes)
     out = torch.full((len(variants), len(rows)), torch.nan, dtype=torch.float64, device=lens.device)
     moved = torch.zeros_like(out, dtype=torch.bool)
     with tqdm(total=out.numel(), disable=not progress, unit="cell", leave=False) as bar:
-        for variant, example, values, changed in job.run(variants, torch.ones_like(out, dtype=torch.bool).cpu()):
+        for variant, example, values, changed in job.run_variants(
+            variants, torch.ones_like(out, dtype=torch.bool).cpu()
+        ):
             out[variant, example], moved[variant, example] = values.double(), changed
             bar.update(len(values))
-    refuse_idle(variants, moved, allow)
+    require_effect(variants, moved, allow)
     return out
 
 
-def refuse_idle(
-    variants: Sequence[Variant], moved: Bool[Tensor, "variant example"], allow: str | Sequence[str]
+def require_effect(
+    variants: Sequence[Variant], changed: Bool[Tensor, "variant example"], allow: str | Sequence[str]
 ) -> None:
     """Raise PatchError for variants that changed nothing in any example, unless "no change" is allowed."""
-    idle = [v for v in range(len(variants)) if variants[v] and not bool(moved[v].any())]
+    idle = [v for v in range(len(variants)) if variants[v] and not bool(changed[v].any())]
     if idle and "no change" not in allowed(allow):
         said = "; ".join(map(str, variants[idle[0]]))
         raise PatchError(

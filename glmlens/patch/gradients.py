@@ -13,33 +13,33 @@ from glmlens.patch.metrics import Metric
 
 
 @dataclass(frozen=True)
-class Gradients:
+class RecordedGradients:
     """What a run had at named points, and how its summed metric changes with it; `metric` is per example."""
 
     values: dict[str, Tensor]
-    slopes: dict[str, Tensor]
+    gradients: dict[str, Tensor]
     metric: Float[Tensor, "example"]
 
 
-def gradients(
+def record_gradients(
     lens: Lens,
     tokens: Int[Tensor, "example pos"],
     metric: Metric,
     names: Sequence[str],
     hooks: Hooks | None = None,
-    also: Sequence[str] = (),
-) -> Gradients:
+    record_names: Sequence[str] = (),
+) -> RecordedGradients:
     """Run with a backward pass to the points `names`, whose gradient is 0 where hooks cut the graph; `also` record."""
     found: list[Tensor] = []
 
-    def measured(logits: Tensor) -> Tensor:
+    def measure_once(logits: Tensor) -> Tensor:
         read = logits if metric.columns is None else logits[..., metric.columns]
         found.append(metric(read, torch.arange(len(tokens), device=tokens.device)))
         return found[0]
 
-    last, asked = None if metric.everywhere else 1, list(dict.fromkeys((*names, *also)))
+    last, asked = None if metric.everywhere else 1, list(dict.fromkeys((*names, *record_names)))
     every = torch.ones_like(tokens)  # prompts of one length
     _, acts = lens.run_with_cache(
-        tokens, asked, hooks, gradients_of=measured, logits_to_keep=last, attention_mask=every
+        tokens, asked, hooks, gradients_of=measure_once, logits_to_keep=last, attention_mask=every
     )
-    return Gradients(dict(acts), {name: acts.gradients[name] for name in names}, found[0].detach())
+    return RecordedGradients(dict(acts), {name: acts.gradients[name] for name in names}, found[0].detach())

@@ -27,7 +27,7 @@ class Graph:
     n_kv_heads: int
 
     @staticmethod
-    def of(cfg: GLMConfig) -> "Graph":
+    def from_config(cfg: GLMConfig) -> "Graph":
         return Graph(cfg.n_layers, cfg.n_heads, cfg.n_kv_heads)
 
     @cached_property
@@ -37,50 +37,50 @@ class Graph:
 
     @cached_property
     def readers(self) -> list[str]:
-        return [name for i in range(self.n_layers) for name in (*self.attention(i), f"{i}.mlp")] + ["logits"]
+        return [name for i in range(self.n_layers) for name in (*self.attention_readers(i), f"{i}.mlp")] + ["logits"]
 
-    def attention(self, layer: int) -> list[str]:
+    def attention_readers(self, layer: int) -> list[str]:
         """The readers of a layer's attention: queries by head, keys and values by group."""
         kinds = (("q", self.n_heads), ("k", self.n_kv_heads), ("v", self.n_kv_heads))
         return [f"{layer}.{kind}{n}" for kind, many in kinds for n in range(many)]
 
     @property
-    def per_layer(self) -> int:
+    def readers_per_layer(self) -> int:
         """Readers of one layer."""
         return self.n_heads + 2 * self.n_kv_heads + 1
 
-    def rows(self, layer: int) -> slice:
+    def attention_reader_slice(self, layer: int) -> slice:
         """Where the readers of a layer's attention are among all readers; its MLP follows."""
-        return slice(layer * self.per_layer, (layer + 1) * self.per_layer - 1)
+        return slice(layer * self.readers_per_layer, (layer + 1) * self.readers_per_layer - 1)
 
-    def before(self, layer: int) -> int:
+    def n_writers_before(self, layer: int) -> int:
         """How many writers have written when a layer begins."""
         return 1 + layer * (self.n_heads + 1)
 
     @cached_property
     def n_edges(self) -> int:
-        return sum(self.reads())
+        return sum(self.count_writers_by_reader())
 
-    def reads(self) -> Iterator[int]:
+    def count_writers_by_reader(self) -> Iterator[int]:
         """For every reader, of how many first writers it has edges."""
         for i in range(self.n_layers):
-            yield from [self.before(i)] * (self.per_layer - 1)
-            yield self.before(i) + self.n_heads
-        yield self.before(self.n_layers)
+            yield from [self.n_writers_before(i)] * (self.readers_per_layer - 1)
+            yield self.n_writers_before(i) + self.n_heads
+        yield self.n_writers_before(self.n_layers)
 
     @cached_property
     def mask(self) -> Bool[Tensor, "reader writer"]:
         """Where there is an edge."""
-        reads = torch.tensor(list(self.reads()))
+        reads = torch.tensor(list(self.count_writers_by_reader()))
         return torch.arange(len(self.writers)) < reads[:, None]
 
     def edges(self) -> Iterator[Edge]:
         """Every edge as (writer, reader)."""
-        for reader, many in zip(self.readers, self.reads(), strict=True):
+        for reader, many in zip(self.readers, self.count_writers_by_reader(), strict=True):
             for writer in self.writers[:many]:
                 yield writer, reader
 
-    def feeds(self) -> Bool[Tensor, "writer reader"]:
+    def writer_input_mask(self) -> Bool[Tensor, "writer reader"]:
         """Which readers a writer is computed from: a head from its query and its group's key and value."""
         found = torch.zeros(len(self.writers), len(self.readers), dtype=torch.bool)
         group, at = self.n_heads // self.n_kv_heads, {name: i for i, name in enumerate(self.readers)}

@@ -5,31 +5,31 @@ from collections.abc import Sequence
 import torch
 
 from glmlens.lens import Lens
-from glmlens.patch.changes import Ids
-from glmlens.patch.sites import Atlas, PatchError, Place, Site
+from glmlens.patch.changes import TokenIds
+from glmlens.patch.sites import PatchError, Place, Site, SiteResolver
 
 
-def attribute(site: Site, axis: str) -> str:
+def site_field(site: Site, axis: str) -> str:
     """What a site calls an axis of its point: where it is changed is `pos`, whatever the point calls it."""
     return "pos" if axis == site.axes[1] else axis
 
 
-def places(atlas: Atlas, site: Site, axis: str, prompts: Sequence[Ids]) -> list[Place]:
+def list_places(atlas: SiteResolver, site: Site, axis: str, prompts: Sequence[TokenIds]) -> list[Place]:
     """The places along one axis of the grid: those that the site names, or all."""
-    names = atlas.names(site)
+    names = atlas.resolve_names(site)
     known = [*(["layer"] if names[0].startswith("blocks.") else []), "pos", *site.axes[1:]]
     known += ["pair"] if "rotated" in site.axes else ["head"] if site.point in ("kv.k", "kv.v") else []
     if axis not in known:
         raise PatchError(f"over {axis!r}: {site.point} has {', '.join(dict.fromkeys(known))}")
-    given = getattr(site, attribute(site, axis), None)
+    given = getattr(site, site_field(site, axis), None)
     if given is not None:
         return list(given)
     if axis in ("pos", "query", "key") and len(set(map(len, prompts))) > 1:
         raise PatchError("prompts of several lengths: name the positions, Site(..., pos=('S2', 'end'))")
-    return list(range(atlas.size(site, axis, len(prompts[0]))))
+    return list(range(atlas.axis_size(site, axis, len(prompts[0]))))
 
 
-def label(lens: Lens, axis: str, place: Place, prompts: Sequence[Ids]) -> str:
+def place_label(lens: Lens, axis: str, place: Place, prompts: Sequence[TokenIds]) -> str:
     """What to call a place: a position of a single prompt with its token."""
     if axis not in ("pos", "query", "key") or isinstance(place, str) or len(prompts) > 1:
         return str(place)

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from glmlens.hooks import axes_of
 from glmlens.lens import Lens
-from glmlens.patch.changes import Change, Functions, Where, as_change, from_data, is_whole, to_data
-from glmlens.patch.sites import Atlas, PatchError, Site, position_axis, seated, ungrouped
+from glmlens.patch.changes import Change, ChangeTarget, Functions, as_change, change_from_json, change_to_json, is_whole
+from glmlens.patch.sites import PatchError, Site, SiteResolver, move_position_first, position_axis, repeat_kv
 from glmlens.storage import expand_path, field_of, list_of, read_json, write_json
 
-Names = Mapping[str, int]
+PositionNames = Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,14 @@ class Write:
 
     name: str
     positions: Tensor | None
-    rest: tuple[Tensor | None, ...]
+    rest_indices: tuple[Tensor | None, ...]
     do: Change
-    kept: Tensor | None = None
-    ungrouped: bool = False
+    source: Tensor | None = None
+    by_query_head: bool = False
     origin: str = ""
 
     @property
-    def by_key(self) -> bool:
+    def uses_key_positions(self) -> bool:
         """Whether its positions are those of keys."""
         return position_axis(axes_of(self.name)) == "key"
 
@@ -87,28 +87,28 @@ class Write:
         """Whether its positions are those of queries, and the axes after them head and key."""
         return "query" in axes_of(self.name)
 
-    def at(self, positions: Tensor) -> "Write":
+    def with_positions(self, positions: Tensor) -> "Write":
         return replace(self, positions=positions)
 
-    def into(self, x: Tensor, slots: Tensor, positions: Tensor, column: Callable[[Tensor], Tensor]) -> Tensor:
+    def apply_to_row(self, x: Tensor, slots: Tensor, positions: Tensor, column: Callable[[Tensor], Tensor]) -> Tensor:
         """Change one row [position, rest] of a tensor in place; whether any number in it is another now.
 
         `slots` is where `positions` stand in the row, `column` where keys stand.
         """
-        here, rest, keys = list(self.rest), list(self.rest), None
+        here, rest, keys = list(self.rest_indices), list(self.rest_indices), None
         if self.by_query:  # head key: in which column a key stands depends on the call
-            keys = self.rest[1]
+            keys = self.rest_indices[1]
             assert keys is not None, "the keys of a call are known before it is changed"
             here[1], rest[1] = column(keys), None
-        places = grid(slots, here, x.shape[1:])
+        places = broadcast_indices(slots, here, x.shape[1:])
         widths = tuple(x.shape[1:2] if self.by_query else x.shape[1:])
-        at = Where(
+        at = ChangeTarget(
             self.origin or self.name, positions, widths, keys,
-            pick=lambda whole: self.picked(whole, positions, keys),
-            choose=lambda part: part[grid(torch.arange(len(part), device=part.device), rest, part.shape[1:])],
+            select=lambda whole: self.picked(whole, positions, keys),
+            choose=lambda part: part[broadcast_indices(torch.arange(len(part), device=part.device), rest, part.shape[1:])],
         )  # fmt: skip
         old = x[places]
-        new: Any = self.do.new(old.clone(), at, self.kept)
+        new: Any = self.do.replace_values(old.clone(), at, self.source)
         if not isinstance(new, Tensor):
             raise PatchError(f"{self.name}: {self.do} returned {type(new).__name__}; expected a tensor")
         if (new.shape, new.dtype, new.device) != (old.shape, old.dtype, old.device):
@@ -125,27 +125,27 @@ class Write:
                 f"{self.name}: {self.do} has positions 0 to {len(whole) - 1}, and position {last} is to be changed: "
                 "name the positions that are meant, Site(..., pos=)"
             )
-        return whole[grid(positions, self.rest, whole.shape[1:])]
+        return whole[broadcast_indices(positions, self.rest_indices, whole.shape[1:])]
 
     def into_group(
         self, x: Tensor, slots: Tensor, positions: Tensor, column: Callable[[Tensor], Tensor], group: int
     ) -> Tensor:
         """As `into`, of keys or values by group in a row that has them as every query head reads them."""
         grouped = x[:, ::group].clone()
-        changed = self.into(grouped, slots, positions, column)
-        x.copy_(ungrouped(grouped[None], group)[0])
+        changed = self.apply_to_row(grouped, slots, positions, column)
+        x.copy_(repeat_kv(grouped[None], group)[0])
         return changed
 
 
 def refuse_mixed(writes: Sequence[Write]) -> None:
     """Raise PatchError for keys or values of one layer that are changed both by query head and by group."""
-    by_head = {write.name for write in writes if write.ungrouped}
-    both = sorted({write.name for write in writes if not write.ungrouped} & by_head) if by_head else []
+    by_head = {write.name for write in writes if write.by_query_head}
+    both = sorted({write.name for write in writes if not write.by_query_head} & by_head) if by_head else []
     if both:
         raise PatchError(f"{', '.join(both)} both by query head and by group: say all of it in heads")
 
 
-def grid(slots: Tensor, rest: Sequence[Tensor | None], sizes: Sequence[int]) -> tuple[Tensor, ...]:
+def broadcast_indices(slots: Tensor, rest: Sequence[Tensor | None], sizes: Sequence[int]) -> tuple[Tensor, ...]:
     """Indices that select slots along the first axis and, each by each, what is chosen along the next ones."""
     last = max((i for i, chosen in enumerate(rest) if chosen is not None), default=-1)
     full = [slots]
@@ -155,32 +155,32 @@ def grid(slots: Tensor, rest: Sequence[Tensor | None], sizes: Sequence[int]) -> 
 
 
 @dataclass
-class Compiler:
+class InterventionCompiler:
     """Turns interventions into writes, running each other prompt that they need once."""
 
     lens: Lens
-    atlas: Atlas = field(init=False)
-    kept: dict[tuple[Change, str, bool], Tensor] = field(default_factory=dict)
+    resolver: SiteResolver = field(init=False)
+    sources: dict[tuple[Change, str, bool], Tensor] = field(default_factory=dict)
     changes: dict[Change, Change] = field(default_factory=dict)  # with what they take from the model
 
     def __post_init__(self) -> None:
-        self.atlas = Atlas(self.lens)
+        self.resolver = SiteResolver(self.lens)
 
-    def prepare(self, interventions: Iterable[Intervention], length: int | None) -> None:
+    def record_sources(self, interventions: Iterable[Intervention], length: int | None) -> None:
         """Run the prompts of all these changes, recording what they put where."""
         wanted: dict[Change, set[tuple[str, bool]]] = {}
         for one in interventions:
             if one.do.prompts:
-                names = self.atlas.names(one.site)
-                wanted.setdefault(one.do, set()).update((name, one.site.ungrouped) for name in names)
+                names = self.resolver.resolve_names(one.site)
+                wanted.setdefault(one.do, set()).update((name, one.site.by_query_head) for name in names)
         for change, places in wanted.items():
-            missing = {place for place in places if (change, *place) not in self.kept}
+            missing = {place for place in places if (change, *place) not in self.sources}
             if missing:
-                self.run(change, missing, length)
+                self.record_source(change, missing, length)
 
-    def run(self, change: Change, places: set[tuple[str, bool]], length: int | None) -> None:
+    def record_source(self, change: Change, places: set[tuple[str, bool]], length: int | None) -> None:
         lengths = sorted(set(map(len, change.prompts)))
-        aligned = change.aligned or any("query" in axes_of(name) for name, _ in places)
+        aligned = change.needs_same_length or any("query" in axes_of(name) for name, _ in places)
         if aligned and (len(lengths) > 1 or length not in (None, lengths[0])):
             raise PatchError(f"{change}: its prompts have {lengths} tokens, the prompt that it changes {length}")
         values: dict[tuple[str, bool], list[Tensor]] = {place: [] for place in places}
@@ -190,27 +190,32 @@ class Compiler:
                 row, sorted({name for name, _ in places}), logits=False, attention_mask=torch.ones_like(row)
             )
             for name, split in places:
-                x = seated(name, acts[name])[0]
-                values[name, split].append(ungrouped(x[None], self.lens.cfg.n_groups)[0] if split else x)
+                x = move_position_first(name, acts[name])[0]
+                values[name, split].append(repeat_kv(x[None], self.lens.cfg.n_groups)[0] if split else x)
         for place, rows in values.items():
             same = len({len(row) for row in rows}) == 1
-            self.kept[(change, *place)] = change.of(torch.stack(rows) if same else torch.cat(rows)[None])
+            self.sources[(change, *place)] = change.reduce_source(torch.stack(rows) if same else torch.cat(rows)[None])
 
-    def writes(self, one: Intervention, length: int | None, names: Names) -> list[Write]:
+    def compile_writes(
+        self, intervention: Intervention, length: int | None, position_names: PositionNames
+    ) -> list[Write]:
         """The writes of an intervention in a prompt of this length whose positions have these names."""
-        chosen = self.atlas.choose(one.site, length, names)
+        chosen = self.resolver.resolve(intervention.site, length, position_names)
         at = None if chosen.positions is None else torch.tensor(chosen.positions, device=self.lens.device)
-        split = chosen.ungrouped
-        if one.do not in self.changes:
-            self.changes[one.do] = one.do.in_lens(self.lens)
-        do = self.changes[one.do]
-        return [Write(name, at, chosen.rest, do, self.kept.get((one.do, name, split)), split) for name in chosen.names]
+        split = chosen.by_query_head
+        if intervention.do not in self.changes:
+            self.changes[intervention.do] = intervention.do.in_lens(self.lens)
+        do = self.changes[intervention.do]
+        return [
+            Write(name, at, chosen.rest_indices, do, self.sources.get((intervention.do, name, split)), split)
+            for name in chosen.names
+        ]
 
 
-FORMAT = "glmlens.interventions"
+INTERVENTIONS_FORMAT = "glmlens.interventions"
 
 
-def save(
+def save_interventions(
     path: str | Path, interventions: Sequence[Intervention] | Any, lens: Lens, *, functions: Functions | None = None
 ) -> None:
     """Write interventions to a JSON file, with the hashes of the model and tokenizer that they are for.
@@ -220,14 +225,14 @@ def save(
     and for what cannot be saved.
     """
     interventions, functions = as_interventions(interventions), functions or {}
-    sites = [{name: list(places) for name, places in one.site.given().items()} for one in interventions]
-    changes = [to_data(one.do, functions) for one in interventions]
+    sites = [{name: list(places) for name, places in one.site.chosen_places().items()} for one in interventions]
+    changes = [change_to_json(one.do, functions) for one in interventions]
     named = {data["fn"]: one.do for one, data in zip(interventions, changes, strict=True) if "fn" in data}
     for one, data in zip(interventions, changes, strict=True):
         if "fn" in data and vars(named[data["fn"]])["fn"] is not vars(one.do)["fn"]:
             raise PatchError(f"two functions are called {data['fn']!r}: name them apart, save(..., functions={{...}})")
     data = {
-        "format": FORMAT,
+        "format": INTERVENTIONS_FORMAT,
         "model": lens.model_hash,
         "tokenizer": lens.tokenizer_hash,
         "interventions": [
@@ -238,7 +243,7 @@ def save(
     write_json(path, data, PatchError, indent=None)
 
 
-def load(
+def load_interventions(
     path: str | Path, lens: Lens, *, other_model: bool = False, functions: Functions | None = None
 ) -> list[Intervention]:
     """The interventions that `save` wrote; PatchError on another model or tokenizer, unless `other_model`.
@@ -248,7 +253,7 @@ def load(
     that is not there.
     """
     data, where = read_json(expand_path(path, PatchError), error=PatchError), str(path)
-    if data.get("format") != FORMAT:
+    if data.get("format") != INTERVENTIONS_FORMAT:
         raise PatchError(f"{path} holds no interventions that glmlens saved")
     for what, here in (("model", lens.model_hash), ("tokenizer", lens.tokenizer_hash)):
         found = field_of(data, what, str, where, PatchError)
@@ -261,7 +266,7 @@ def load(
         refuse_other_kinds(site, which)
         refuse_other_kinds(do, which)
         try:
-            loaded.append(Intervention(Site(**site), from_data(do, functions or {})))
+            loaded.append(Intervention(Site(**site), change_from_json(do, functions or {})))
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as e:
             raise PatchError(f"{which}: {e}") from e
     return loaded

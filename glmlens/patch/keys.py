@@ -99,7 +99,7 @@ class Hasher:
         if isinstance(thing, torch.dtype | torch.device | torch.Size):
             return "torch", str(thing)
         if isinstance(thing, Lens):
-            return "lens", thing.model_hash, thing.tokenizer_hash, [splice.coder for splice in thing.splices]
+            return "lens", thing.model_hash, thing.tokenizer_hash, [splice.coder for splice in thing.dictionaries]
         if isinstance(thing, Tokenizer):
             return "tokenizer", thing.fingerprint()
         if isinstance(thing, GLM):

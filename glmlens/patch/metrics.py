@@ -15,7 +15,7 @@ from glmlens.patch.keys import key_of, key_or_refuse
 from glmlens.patch.sites import PatchError
 from glmlens.tasks.task import LOGIT_DIFFERENCE, Examples
 
-Measure = Callable[[Tensor, Tensor], Tensor]
+MetricFunction = Callable[[Tensor, Tensor], Tensor]
 KINDS = (
     "a metric is (right, wrong), each the text of one token or its id; a task's Examples; a function of the last "
     "logits, fn(logits [row, vocab]) -> [row]; or Metric.of_answers(lens, [(right, wrong), ...]) with a pair per prompt"
@@ -33,7 +33,7 @@ class Metric:
     """
 
     name: str | Any
-    of: Measure | Any
+    of: MetricFunction | Any
     everywhere: bool = False
     columns: Int[Tensor, "column"] | None = None
     key: str | None = None
@@ -102,7 +102,7 @@ def as_metric(metric: Any, lens: Lens, n_examples: int) -> Metric:
     if isinstance(owner, Examples) and getattr(metric, "__name__", "") == "measure":
         metric = owner  # what examples.measure would say of whole logits
     if isinstance(metric, Examples):
-        return of_examples(metric, n_examples, lens)
+        return metric_of_examples(metric, n_examples, lens)
     if callable(metric) and not isinstance(metric, type):
         fn: Callable[..., Any] = metric
         return Metric(name_of(metric), lambda logits, _: fn(logits[:, -1]))
@@ -129,34 +129,35 @@ def logit_difference(answers: Sequence[tuple[Sequence[int], Sequence[int]]], len
     """Per example the best right logit less the best wrong one, from (right, wrong) token ids."""
     columns = sorted({token for pair in answers for side in pair for token in side})
     sides = [
-        torch.stack([one_of(columns, side).to(lens.device) for side in which]) for which in zip(*answers, strict=True)
+        torch.stack([column_mask(columns, side).to(lens.device) for side in which])
+        for which in zip(*answers, strict=True)
     ]
 
-    def of(logits: Tensor, example: Tensor) -> Tensor:
+    def measure_difference(logits: Tensor, example: Tensor) -> Tensor:
         last = logits[:, -1].to(torch.promote_types(logits.dtype, torch.float32))
         right, wrong = ((last + side[example]).amax(-1) for side in sides)
         return right - wrong
 
     key = repr([tuple(map(tuple, pair)) for pair in answers])
     columns_there = torch.tensor(columns, device=lens.device)
-    return Metric("logit difference", of, columns=columns_there, key=key, n_answers=len(answers))
+    return Metric("logit difference", measure_difference, columns=columns_there, key=key, n_answers=len(answers))
 
 
-def one_of(columns: list[int], side: Sequence[int]) -> Tensor:
+def column_mask(columns: list[int], side: Sequence[int]) -> Tensor:
     """0 at the columns of a side and -inf elsewhere."""
     return torch.tensor([0.0 if token in side else -torch.inf for token in columns])
 
 
-def of_examples(examples: Examples, n_examples: int, lens: Lens) -> Metric:
+def metric_of_examples(examples: Examples, n_examples: int, lens: Lens) -> Metric:
     """The task's own metric for every example."""
     if len(examples) != n_examples:
         raise PatchError(f"{n_examples} prompts, but the metric is of {len(examples)} examples")
     if examples.task.metric == LOGIT_DIFFERENCE:
         return logit_difference([(e.correct, e.wrong) for e in examples], lens)
 
-    def of(logits: Tensor, example: Tensor) -> Tensor:
+    def measure_examples(logits: Tensor, example: Tensor) -> Tensor:
         rows = Examples(examples.task, tuple(examples[i] for i in example.tolist()))
         return rows.measure(logits)
 
     key = repr([(tuple(e.correct), tuple(e.wrong)) for e in examples])
-    return Metric(examples.task.metric, of, key=key, n_answers=len(examples))
+    return Metric(examples.task.metric, measure_examples, key=key, n_answers=len(examples))

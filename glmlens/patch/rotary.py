@@ -20,62 +20,78 @@ from einops import einsum, repeat
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from glmlens.analysis.passes import pieces
-from glmlens.analysis.rows import Rows, numbers
-from glmlens.angles import Rule, frequencies, frozen, magnitude, moved, silent, stretched, turned_by, turned_on
+from glmlens.analysis.passes import run_in_chunks
+from glmlens.analysis.rows import PromptBatch, to_numpy
+from glmlens.angles import (
+    RotaryRule,
+    compute_angles,
+    compute_pair_frequencies,
+    freeze_positions,
+    get_rope_attention_factor,
+    rerotate_channels,
+    shift_positions,
+    stretch_context,
+    zero_rotary,
+)
 from glmlens.config import GLMConfig
 from glmlens.hooks import Edit, Hooks, Point, only
 from glmlens.integers import Integer, Integers, read_integer
 from glmlens.lens import Lens
 from glmlens.model import Angles
 from glmlens.patch.changes import number
-from glmlens.patch.sites import PatchError, listed
+from glmlens.patch.sites import PatchError, to_place_tuple
 from glmlens.prompt import Prompt
-from glmlens.results import Labelled, Sheets
+from glmlens.results import Labelled, LabelledGroup
 
-Which = Integers
-Edits = list[tuple[str, Edit]]
+IndexSelection = Integers
+RotaryEdits = list[tuple[str, Edit]]
 
 
 def freeze(
     lens: Lens,
     *,
     at: Integer = 0,
-    layer: Which = None,
-    head: Which = None,
-    kv: Which = None,
-    pair: Which = None,
+    layer: IndexSelection = None,
+    head: IndexSelection = None,
+    kv: IndexSelection = None,
+    pair: IndexSelection = None,
     of: str = "both",
-) -> Edits:
+) -> RotaryEdits:
     """Pairs turn as at position `at`, wherever a token stands: of both sides, they compare content without distance."""
     at = read_integer(at, "at", least=0, error=PatchError)
-    return turning(lens, frozen(at), layer=layer, head=head, kv=kv, pair=pair, of=of)
+    return rotary_edit(lens, freeze_positions(at), layer=layer, head=head, kv=kv, pair=pair, of=of)
 
 
 def silence(
-    lens: Lens, *, layer: Which = None, head: Which = None, kv: Which = None, pair: Which = None, of: str = "both"
-) -> Edits:
+    lens: Lens,
+    *,
+    layer: IndexSelection = None,
+    head: IndexSelection = None,
+    kv: IndexSelection = None,
+    pair: IndexSelection = None,
+    of: str = "both",
+) -> RotaryEdits:
     """The channels of pairs become zero and add nothing to any score."""
-    return turning(lens, silent, layer=layer, head=head, kv=kv, pair=pair, of=of)
+    return rotary_edit(lens, zero_rotary, layer=layer, head=head, kv=kv, pair=pair, of=of)
 
 
 def shift(
     lens: Lens,
     by: Integer | Mapping[Integer, Integer],
     *,
-    layer: Which = None,
-    head: Which = None,
-    kv: Which = None,
-    pair: Which = None,
+    layer: IndexSelection = None,
+    head: IndexSelection = None,
+    kv: IndexSelection = None,
+    pair: IndexSelection = None,
     of: str = "both",
-) -> Edits:
+) -> RotaryEdits:
     """Tokens turn as if they stood `by` positions later: all, or {absolute position: by how many}.
 
     They stay where they are: who may see whom does not change. HookError (when it is run) for positions that never
     come.
     """
     far = shifts(by)
-    edits = turning(lens, moved(far), layer=layer, head=head, kv=kv, pair=pair, of=of)
+    edits = rotary_edit(lens, shift_positions(far), layer=layer, head=head, kv=kv, pair=pair, of=of)
     if isinstance(far, int):
         return edits
     of_keys = any(name.endswith("attn.scores") for name, _ in edits)  # made anew wherever such a key is recalled
@@ -98,29 +114,29 @@ def stretch(
     factor: float | int | Any,
     *,
     context: Integer | None = None,
-    layer: Which = None,
-    head: Which = None,
-    kv: Which = None,
-    pair: Which = None,
+    layer: IndexSelection = None,
+    head: IndexSelection = None,
+    kv: IndexSelection = None,
+    pair: IndexSelection = None,
     of: str = "both",
-) -> Edits:
+) -> RotaryEdits:
     """Pairs turn by a rule that extends contexts: "theta", "linear", "ntk" or "yarn"; see `stretched_turning`."""
     context = None if context is None else read_integer(context, "context", least=1, error=PatchError)
     factor = number(factor, "stretch: factor")
-    rule = stretched(lens.cfg, kind, factor, context)
-    return turning(lens, rule, layer=layer, head=head, kv=kv, pair=pair, of=of)
+    rule = stretch_context(lens.cfg, kind, factor, context)
+    return rotary_edit(lens, rule, layer=layer, head=head, kv=kv, pair=pair, of=of)
 
 
-def turning(
+def rotary_edit(
     lens: Lens,
-    rule: Rule,
+    rule: RotaryRule,
     *,
-    layer: Which = None,
-    head: Which = None,
-    kv: Which = None,
-    pair: Which = None,
+    layer: IndexSelection = None,
+    head: IndexSelection = None,
+    kv: IndexSelection = None,
+    pair: IndexSelection = None,
     of: str = "both",
-) -> Edits:
+) -> RotaryEdits:
     """Pairs turn by any rule, a function from positions [batch, pos] and frequencies [pair] to cos and sin.
 
     Raises PatchError for a place that this model has not got, and HookError (when it is run) for one head of a group
@@ -131,120 +147,125 @@ def turning(
         raise PatchError(f"of is {of!r}; choose from 'both', 'q', 'k'")
     if head is not None and (kv is not None or of == "k"):
         raise PatchError("heads share keys: give head= for queries or scores, or kv= alone for keys and their group")
-    layers, chosen = within("layer", layer, cfg.n_layers), within("pair", pair, cfg.d_rotary // 2)
-    heads, groups = within("head", head, cfg.n_heads), within("kv", kv, cfg.n_kv_heads)
+    layers, chosen = check_indices("layer", layer, cfg.n_layers), check_indices("pair", pair, cfg.d_rotary // 2)
+    heads, groups = check_indices("head", head, cfg.n_heads), check_indices("kv", kv, cfg.n_kv_heads)
     readers = heads if kv is None else [g * cfg.n_groups + i for g in groups for i in range(cfg.n_groups)]
-    how = Turning(cfg, rule, mask_of(chosen, cfg.d_rotary // 2, lens.device))
-    found: Edits = []
+    how = PairRotation(cfg, rule, index_mask(chosen, cfg.d_rotary // 2, lens.device))
+    found: RotaryEdits = []
     for i in layers:
         if of == "both" and head is None and kv is None:
-            found += [(f"blocks.{i}.rotary.cos", how.cos), (f"blocks.{i}.rotary.sin", how.sin)]
+            found += [(f"blocks.{i}.rotary.cos", how.edit_cos), (f"blocks.{i}.rotary.sin", how.edit_sin)]
         elif of == "both" and kv is None and cfg.n_groups > 1:
-            scores = Rescored(how, mask_of(heads, cfg.n_heads, lens.device))
-            points = {"attn.q_rot": scores.queries, "kv.k": scores.keys, "attn.scores": scores.scores}
+            scores = ScoreRotation(how, index_mask(heads, cfg.n_heads, lens.device))
+            points = {"attn.q_rot": scores.keep_queries, "kv.k": scores.keep_keys, "attn.scores": scores.edit_scores}
             found += [(f"blocks.{i}.{point}", edit) for point, edit in points.items()]
         else:
             if of != "k":
-                found.append((f"blocks.{i}.attn.q_rot", how.at(readers)))
+                found.append((f"blocks.{i}.attn.q_rot", how.rotate_heads_edit(readers)))
             if of != "q":
-                found.append((f"blocks.{i}.attn.k_rot", how.at(heads if kv is None and head is not None else groups)))
+                found.append(
+                    (
+                        f"blocks.{i}.attn.k_rot",
+                        how.rotate_heads_edit(heads if kv is None and head is not None else groups),
+                    )
+                )
     return found
 
 
-def within(axis: str, places: Which, size: int) -> list[int]:
-    asked = listed(places, axis, size)
+def check_indices(axis: str, places: IndexSelection, size: int) -> list[int]:
+    asked = to_place_tuple(places, axis, size)
     return list(range(size)) if asked is None else [int(p) for p in asked]
 
 
-def mask_of(places: Iterable[int], size: int, device: torch.device) -> Bool[Tensor, "size"]:
+def index_mask(places: Iterable[int], size: int, device: torch.device) -> Bool[Tensor, "size"]:
     mask = torch.zeros(size, dtype=torch.bool, device=device)
     mask[list(places)] = True
     return mask
 
 
 @dataclass(frozen=True, eq=False)
-class Turning:
+class PairRotation:
     """A rule for some pairs; the others turn as published."""
 
     cfg: GLMConfig
-    rule: Rule
-    pairs: Bool[Tensor, "pair"]
+    rule: RotaryRule
+    pair_mask: Bool[Tensor, "pair"]
 
-    def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Angles, Angles]:
+    def compute_angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Angles, Angles]:
         """cos and sin as the model turns, and as it should, in at least float32."""
         exact = torch.promote_types(dtype, torch.float32)
-        frequency = frequencies(self.cfg, exact, positions.device)
-        published, new = turned_by(positions, frequency), self.rule(positions, frequency)
-        mixed = [torch.where(self.pairs, b, a) for a, b in zip(published, new, strict=True)]
+        frequency = compute_pair_frequencies(self.cfg, exact, positions.device)
+        published, new = compute_angles(positions, frequency), self.rule(positions, frequency)
+        mixed = [torch.where(self.pair_mask, b, a) for a, b in zip(published, new, strict=True)]
         return published, (mixed[0], mixed[1])
 
-    def cos(self, x: Tensor, point: Point) -> Tensor:
-        return torch.where(self.otherwise(x, point), self.edited(x, point)[0].to(x.dtype), x)
+    def edit_cos(self, x: Tensor, point: Point) -> Tensor:
+        return torch.where(self.differs_from_published(x, point), self.edited_angles(x, point)[0].to(x.dtype), x)
 
-    def sin(self, x: Tensor, point: Point) -> Tensor:
-        return torch.where(self.otherwise(x, point), self.edited(x, point)[1].to(x.dtype), x)
+    def edit_sin(self, x: Tensor, point: Point) -> Tensor:
+        return torch.where(self.differs_from_published(x, point), self.edited_angles(x, point)[1].to(x.dtype), x)
 
-    def edited(self, x: Tensor, point: Point) -> Angles:
+    def edited_angles(self, x: Tensor, point: Point) -> Angles:
         assert point.positions is not None
-        (cos, sin), factor = self.angles(point.positions, x.dtype)[1], magnitude(self.cfg)
+        (cos, sin), factor = self.compute_angles(point.positions, x.dtype)[1], get_rope_attention_factor(self.cfg)
         return cos * factor, sin * factor
 
-    def at(self, heads: Iterable[int]) -> Edit:
+    def rotate_heads_edit(self, heads: Iterable[int]) -> Edit:
         """The edit that turns these heads' channels on, where they have turned as published."""
         chosen = list(heads)
 
-        def turn_on(x: Tensor, point: Point) -> Tensor:
+        def rotate_heads(x: Tensor, point: Point) -> Tensor:
             assert point.positions is not None
-            x[:, :, chosen] = self.turned(x[:, :, chosen], point.positions)
+            x[:, :, chosen] = self.rotate_channels(x[:, :, chosen], point.positions)
             return x
 
-        return turn_on
+        return rotate_heads
 
-    def otherwise(self, x: Tensor, point: Point) -> Bool[Tensor, "batch pos pair"]:
+    def differs_from_published(self, x: Tensor, point: Point) -> Bool[Tensor, "batch pos pair"]:
         """Where the angles are not as published; elsewhere stays what is there, of other surgery too."""
         assert point.positions is not None
-        (cos, sin), (new_cos, new_sin) = self.angles(point.positions, x.dtype)
+        (cos, sin), (new_cos, new_sin) = self.compute_angles(point.positions, x.dtype)
         return (cos != new_cos) | (sin != new_sin)
 
-    def turned(self, x: Float[Tensor, "batch pos head rotated"], positions: Tensor) -> Tensor:
-        return turned_on(x, *self.angles(positions, x.dtype))
+    def rotate_channels(self, x: Float[Tensor, "batch pos head rotated"], positions: Tensor) -> Tensor:
+        return rerotate_channels(x, *self.compute_angles(positions, x.dtype))
 
 
 @dataclass
-class Rescored:
+class ScoreRotation:
     """New scores for some query heads alone: their queries and keys as they would have turned, compared again."""
 
-    how: Turning
+    rotation: PairRotation
     heads: Bool[Tensor, "head"]
     q: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     k: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def queries(self, x: Tensor, point: Point) -> Tensor:
+    def keep_queries(self, x: Tensor, point: Point) -> Tensor:
         assert point.positions is not None
-        self.q = [(x, self.how.turned(x, point.positions))]
+        self.q = [(x, self.rotation.rotate_channels(x, point.positions))]
         return x
 
-    def keys(self, x: Tensor, point: Point) -> Tensor:
+    def keep_keys(self, x: Tensor, point: Point) -> Tensor:
         assert point.key_positions is not None
-        k = x[..., : self.how.cfg.d_rotary]
-        self.k = [(k, self.how.turned(k, point.key_positions))]
+        k = x[..., : self.rotation.cfg.d_rotary]
+        self.k = [(k, self.rotation.rotate_channels(k, point.key_positions))]
         return x
 
-    def scores(self, x: Tensor, point: Point) -> Tensor:
+    def edit_scores(self, x: Tensor, point: Point) -> Tensor:
         if not self.k:  # no entry here whose key is meant to turn otherwise
             return x
         (q, new_q), (k, new_k) = self.q.pop(), self.k.pop()
-        difference = self.compared(new_q, new_k) - self.compared(q, k)
+        difference = self.compute_scores(new_q, new_k) - self.compute_scores(q, k)
         return torch.where(self.heads[:, None, None], x + difference.to(x.dtype), x)
 
-    def compared(self, q: Tensor, k: Tensor) -> Float[Tensor, "batch head query key"]:
-        k = repeat(k, "batch key kv rotated -> batch key (kv group) rotated", group=self.how.cfg.n_groups)
+    def compute_scores(self, q: Tensor, k: Tensor) -> Float[Tensor, "batch head query key"]:
+        k = repeat(k, "batch key kv rotated -> batch key (kv group) rotated", group=self.rotation.cfg.n_groups)
         found = einsum(q, k, "batch query head rotated, batch key head rotated -> batch head query key")
-        return found * self.how.cfg.d_head**-0.5
+        return found * self.rotation.cfg.d_head**-0.5
 
 
 @dataclass(frozen=True, eq=False)
-class Breakage(Sheets):
+class Breakage(LabelledGroup):
     """What each surgery breaks [surgery]: nats of next-token loss more, KL from the model as published, agreement.
 
     `loss` is the mean over the tokens that are said in the prompts less that of the published model, `kl`
@@ -256,30 +277,32 @@ class Breakage(Sheets):
     agreement: Labelled
 
 
-def breakage(lens: Lens, prompt: Prompt, surgeries: Mapping[str, Hooks] | Any) -> Breakage:
+def breakage(lens: Lens, prompt: Prompt, rotary_edits: Mapping[str, Hooks] | Any) -> Breakage:
     """Measure what hooks break, each of several by its name; prompts of any length are run in pieces."""
-    rows = Rows.of(lens, prompt)
-    if not isinstance(surgeries, Mapping) or not surgeries:
+    rows = PromptBatch.from_prompt(lens, prompt)
+    if not isinstance(rotary_edits, Mapping) or not rotary_edits:
         raise PatchError('no surgery to measure: give {"without pair 3": rotary.freeze(lens, pair=3), ...}')
-    found = torch.stack([torch.stack(measured(rows, hooks)) for hooks in surgeries.values()])
-    about = rows.about(metric="what breaks", direction="edited against published", positions="all, means over tokens")
+    found = torch.stack([torch.stack(measure_breakage(rows, hooks)) for hooks in rotary_edits.values()])
+    about = rows.describe(
+        metric="what breaks", direction="edited against published", positions="all, means over tokens"
+    )
     units = {
         "loss": "nats of next-token loss more",
         "kl": "KL(published ‖ edited), nats",
         "agreement": "share of positions",
     }
-    labels = {"surgery": list(surgeries)}
+    labels = {"surgery": list(rotary_edits)}
     sheets = {
-        name: Labelled(numbers(x), ("surgery",), labels, {**about, "metric": unit})
+        name: Labelled(to_numpy(x), ("surgery",), labels, {**about, "metric": unit})
         for (name, unit), x in zip(units.items(), found.unbind(1), strict=True)
     }
     return Breakage(about, **sheets)
 
 
-def measured(rows: Rows, hooks: Hooks) -> tuple[Tensor, Tensor, Tensor]:
+def measure_breakage(rows: PromptBatch, hooks: Hooks) -> tuple[Tensor, Tensor, Tensor]:
     """Over all real tokens: the loss more, the KL, and how often both say the same."""
     sums = torch.zeros(5, dtype=torch.float32, device=rows.tokens.device)
-    runs = (pieces(rows, logits=True), pieces(rows, hooks=hooks, logits=True))
+    runs = (run_in_chunks(rows, logits=True), run_in_chunks(rows, hooks=hooks, logits=True))
     for plain, edited in zip(*runs, strict=True):
         real = rows.positions[:, plain.columns] >= 0
         assert plain.logits is not None

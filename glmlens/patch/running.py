@@ -7,23 +7,22 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from glmlens.hooks import Edit, Point, pairs
+from glmlens.hooks import Edit, Point, list_edits
 from glmlens.integers import Integer
 from glmlens.kv_cache import KVCache, LayerKV
 from glmlens.lens import Lens
-from glmlens.patch.changes import Ids, ids
+from glmlens.patch.changes import TokenIds, to_token_ids
 from glmlens.patch.interventions import (
-    Compiler,
     Intervention,
-    Names,
+    InterventionCompiler,
+    PositionNames,
     Write,
     as_interventions,
-    position_names,
     refuse_mixed,
 )
-from glmlens.patch.sites import PatchError, seated, ungrouped
+from glmlens.patch.sites import PatchError, move_position_first, repeat_kv
 from glmlens.prompt import Prompt
-from glmlens.run import Run
+from glmlens.run import GenerationResult
 
 ALLOWED = ("never fired", "no change")
 
@@ -38,12 +37,12 @@ def allowed(allow: str | Sequence[str]) -> tuple[str, ...]:
 
 
 @dataclass
-class Applied:
+class AppliedInterventions:
     """Interventions as ordinary hooks, which note whether they came to anything."""
 
     lens: Lens
     interventions: Sequence[Intervention]
-    compiler: Compiler
+    compiler: InterventionCompiler
     hooks: list[tuple[str, Edit]] = field(default_factory=list)
     fired: set[int] = field(default_factory=set)
     changed: set[int] = field(default_factory=set)
@@ -51,27 +50,27 @@ class Applied:
     late: dict[tuple[int, int], dict[str, Write]] = field(default_factory=dict)
 
     @staticmethod
-    def to(
+    def compile(
         lens: Lens,
         interventions: Sequence[Intervention],
         length: int | None = None,
-        names: Names | None = None,
+        position_names: PositionNames | None = None,
         *,
         end_when_run: bool = False,
-    ) -> "Applied":
+    ) -> "AppliedInterventions":
         """Hooks for `run_with_hooks` or, without a length, for `generate`.
 
         With `end_when_run`, "end" is the last position of every row of the first call, whatever stands before it.
         """
-        applied = Applied(lens, interventions, Compiler(lens))
-        applied.compiler.prepare(interventions, length)
+        applied = AppliedInterventions(lens, interventions, InterventionCompiler(lens))
+        applied.compiler.record_sources(interventions, length)
         writes = []
         for i, one in enumerate(interventions):
-            named = [place for places in one.site.given().values() for place in places]
+            named = [place for places in one.site.chosen_places().values() for place in places]
             late = end_when_run and "end" in named
-            for write in applied.compiler.writes(one, length, {"end": 0} if late else names or {}):
+            for write in applied.compiler.compile_writes(one, length, {"end": 0} if late else position_names or {}):
                 writes.append(write)
-                applied.hooks.append((write.name, Applying(applied, i, write, late)))
+                applied.hooks.append((write.name, InterventionHook(applied, i, write, late)))
         refuse_mixed(writes)
         return applied
 
@@ -80,11 +79,11 @@ class Applied:
         assert self.ends is not None
         end = self.ends[row]
         if (i, end) not in self.late:
-            writes = self.compiler.writes(self.interventions[i], None, {"end": end})
+            writes = self.compiler.compile_writes(self.interventions[i], None, {"end": end})
             self.late[i, end] = {write.name: write for write in writes}
         return self.late[i, end][name]
 
-    def finish(self, allow: Sequence[str]) -> None:
+    def require_effects(self, allow: Sequence[str]) -> None:
         """Raise PatchError for an intervention that never fired or changed nothing, unless that is allowed by name."""
         for i, one in enumerate(self.interventions):
             if i not in self.fired and "never fired" not in allow:
@@ -92,49 +91,49 @@ class Applied:
             if i in self.fired and i not in self.changed and "no change" not in allow:
                 raise PatchError(f"{one}: changed nothing. If that is meant, allow='no change'")
 
-    def kv(self, batch: int, capacity: int) -> KVCache | None:
+    def make_cache(self, batch: int, capacity: int) -> KVCache | None:
         """The cache that interventions by query head need."""
-        if not any(one.site.ungrouped for one in self.interventions):
+        if not any(one.site.by_query_head for one in self.interventions):
             return None
         kv = self.lens.new_kv(batch, capacity)
-        return Ungrouped(**{f.name: getattr(kv, f.name) for f in fields(kv)}, group=self.lens.cfg.n_groups)
+        return UngroupedCache(**{f.name: getattr(kv, f.name) for f in fields(kv)}, group_size=self.lens.cfg.n_groups)
 
 
 @dataclass
-class Applying:
+class InterventionHook:
     """One write of an intervention as an edit, which notes whether it fired and whether it changed anything."""
 
-    applied: Applied
-    i: int
+    applied: AppliedInterventions
+    index: int
     write: Write
     late: bool = False  # it names the end of a prompt that has not been run yet
 
     def __post_init__(self) -> None:
-        self.__name__ = str(self.applied.interventions[self.i])
+        self.__name__ = str(self.applied.interventions[self.index])
 
     def __call__(self, x: Tensor, point: Point) -> Tensor:
         applied, cfg, split = self.applied, self.applied.lens.cfg, False
-        if self.write.by_key:
+        if self.write.uses_key_positions:
             split = x.shape[2] == cfg.n_heads != cfg.n_kv_heads
-            if self.write.ungrouped and not split and cfg.n_groups > 1:
+            if self.write.by_query_head and not split and cfg.n_groups > 1:
                 raise PatchError(f"{self.write.name} by query head needs a cache that is not grouped: use patch.run")
-        where, keys_of = self.where(point), cast(Tensor, point.key_positions)
-        for i, (row, here, keys) in enumerate(zip(seated(point.name, x), where, keys_of, strict=True)):
+        where, keys_of = self.positions_of(point), cast(Tensor, point.key_positions)
+        for i, (row, here, keys) in enumerate(zip(move_position_first(point.name, x), where, keys_of, strict=True)):
             write = self.written(i, point)
             slots = reached(write, here).nonzero().squeeze(1)
             if not len(slots):
                 continue
-            column = lambda asked, keys=keys: columns(asked, keys)  # noqa: E731 - one of two
-            if write.by_query and write.rest[1] is None:  # every key of this call, and no padding
+            column = lambda asked, keys=keys: find_key_columns(asked, keys)  # noqa: E731 - one of two
+            if write.by_query and write.rest_indices[1] is None:  # every key of this call, and no padding
                 real = (keys >= 0).nonzero().squeeze(1)
-                write, column = replace(write, rest=(write.rest[0], keys[real])), lambda asked, real=real: real
-            applied.fired.add(self.i)
-            if split and not write.ungrouped:
+                write, column = replace(write, rest=(write.rest_indices[0], keys[real])), lambda asked, real=real: real
+            applied.fired.add(self.index)
+            if split and not write.by_query_head:
                 changed = write.into_group(row, slots, here[slots], column, cfg.n_groups)
             else:
-                changed = write.into(row, slots, here[slots], column)
+                changed = write.apply_to_row(row, slots, here[slots], column)
             if bool(changed):
-                applied.changed.add(self.i)
+                applied.changed.add(self.index)
         return x
 
     def written(self, row: int, point: Point) -> Write:
@@ -143,15 +142,15 @@ class Applying:
             return self.write
         if self.applied.ends is None:
             self.applied.ends = cast(Tensor, point.positions).amax(1).tolist()
-        return self.applied.written(self.i, self.write.name, row)
+        return self.applied.written(self.index, self.write.name, row)
 
-    def holds(self, point: Point) -> bool:
+    def applies_at(self, point: Point) -> bool:
         """Whether this call has any of the positions that are meant."""
-        rows = enumerate(self.where(point))
+        rows = enumerate(self.positions_of(point))
         return any(bool(reached(self.written(i, point), here).any()) for i, here in rows)
 
-    def where(self, point: Point) -> Tensor:
-        return cast(Tensor, point.key_positions if self.write.by_key else point.positions)
+    def positions_of(self, point: Point) -> Tensor:
+        return cast(Tensor, point.key_positions if self.write.uses_key_positions else point.positions)
 
 
 def reached(write: Write, where: Tensor) -> Tensor:
@@ -159,50 +158,50 @@ def reached(write: Write, where: Tensor) -> Tensor:
     return where >= 0 if write.positions is None else torch.isin(where, write.positions)
 
 
-def columns(asked: Tensor, keys: Tensor) -> Tensor:
+def find_key_columns(positions: Tensor, keys: Tensor) -> Tensor:
     """Where the keys at these positions stand."""
-    found = (keys[None] == asked[:, None]).int()
+    found = (keys[None] == positions[:, None]).int()
     if not bool(found.any(1).all()):
         raise PatchError(
-            f"key positions {asked[~found.any(1)].tolist()} asked for; this call can attend to {keys.tolist()}"
+            f"key positions {positions[~found.any(1)].tolist()} asked for; this call can attend to {keys.tolist()}"
         )
     return found.argmax(1)
 
 
 @dataclass(eq=False, repr=False)
-class Ungrouped(KVCache):
+class UngroupedCache(KVCache):
     """A cache that is recalled as every query head reads it, [batch, key, head, d]."""
 
-    group: int = 1
+    group_size: int = 1
 
     def layer(self, index: int) -> LayerKV:
-        return UngroupedLayer(self, index, self.group)
+        return UngroupedLayerKV(self, index, self.group_size)
 
-    def fork(self, room: Integer = 0) -> "Ungrouped":
+    def fork(self, room: Integer = 0) -> "UngroupedCache":
         copy = super().fork(room)
-        return Ungrouped(**{f.name: getattr(copy, f.name) for f in fields(copy)}, group=self.group)
+        return UngroupedCache(**{f.name: getattr(copy, f.name) for f in fields(copy)}, group_size=self.group_size)
 
 
-torch.serialization.add_safe_globals([Ungrouped])  # a pickled generation may hold one
+torch.serialization.add_safe_globals([UngroupedCache])  # a pickled generation may hold one
 
 
 @dataclass(frozen=True)
-class UngroupedLayer(LayerKV):
+class UngroupedLayerKV(LayerKV):
     """One layer's part of an ungrouped cache."""
 
-    group: int
+    group_size: int
 
-    def remember(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = super().remember(k, v)
-        return ungrouped(k, self.group), ungrouped(v, self.group)
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = super().update(k, v)
+        return repeat_kv(k, self.group_size), repeat_kv(v, self.group_size)
 
 
-def run(
+def run_with_interventions(
     lens: Lens,
     prompt: Prompt,
     interventions: Sequence[Intervention] | Intervention | Any,
     *,
-    names: Names | Any = None,
+    position_names: PositionNames | Any = None,
     allow: str | Sequence[str] = (),
 ) -> Tensor:
     """Logits [batch, pos, vocab] of one prompt with interventions.
@@ -211,17 +210,17 @@ def run(
     and "end" is the last. Raises PatchError for an intervention that "never fired" or made "no change", unless `allow`
     says so.
     """
-    (tokens,) = one_prompt(lens, prompt)
+    (tokens,) = require_one_prompt(lens, prompt)
     asked, allow = as_interventions(interventions), allowed(allow)
-    applied = Applied.to(lens, asked, len(tokens), position_names(names or {}, len(tokens)))
+    applied = AppliedInterventions.compile(lens, asked, len(tokens), position_names(position_names or {}, len(tokens)))
     row = torch.tensor([tokens], device=lens.device)
-    kv = applied.kv(1, len(tokens))
+    kv = applied.make_cache(1, len(tokens))
     logits = lens.run_with_hooks(row, applied.hooks, kv=kv, attention_mask=torch.ones_like(row))
-    applied.finish(allow)
+    applied.require_effects(allow)
     return logits
 
 
-def generate(
+def generate_with_interventions(
     lens: Lens,
     prompt: Prompt,
     max_new_tokens: int,
@@ -229,24 +228,26 @@ def generate(
     *,
     allow: str | Sequence[str] = (),
     **options: Any,
-) -> Run:
+) -> GenerationResult:
     """`lens.generate` with interventions at absolute positions, checked as in `run`; `options` are those of generate.
 
     "end" is the last position of the prompt, of each by itself. A site without positions holds at every position, also
     of what is generated.
     """
     asked, allow = as_interventions(interventions), allowed(allow)
-    applied = Applied.to(lens, asked, end_when_run=True)
-    if options.get("kv") is None and any(one.site.ungrouped for one in asked):
+    applied = AppliedInterventions.compile(lens, asked, end_when_run=True)
+    if options.get("kv") is None and any(one.site.by_query_head for one in asked):
         tokens, _ = lens.to_batch(prompt)
-        options["kv"] = applied.kv(tokens.shape[0], tokens.shape[1] + min(max_new_tokens, 256))  # it grows
-    done = lens.generate(prompt, max_new_tokens, hooks=[*applied.hooks, *pairs(options.pop("hooks", None))], **options)
-    applied.finish(allow)
+        options["kv"] = applied.make_cache(tokens.shape[0], tokens.shape[1] + min(max_new_tokens, 256))  # it grows
+    done = lens.generate(
+        prompt, max_new_tokens, hooks=[*applied.hooks, *list_edits(options.pop("hooks", None))], **options
+    )
+    applied.require_effects(allow)
     return done
 
 
-def one_prompt(lens: Lens, prompt: Prompt) -> tuple[Ids, ...]:
-    found = ids(lens, prompt)
+def require_one_prompt(lens: Lens, prompt: Prompt) -> tuple[TokenIds, ...]:
+    found = to_token_ids(lens, prompt)
     if len(found) != 1:
         raise PatchError(f"one prompt at a time here, not {len(found)}; patch.sweep takes many")
     return found

@@ -10,15 +10,15 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-from glmlens.checkpoint import blank
+from glmlens.checkpoint import build_meta_model
 from glmlens.config import GLMConfig
-from glmlens.hooks import HookError, Point, axes_of, local_name, resolve
+from glmlens.hooks import HookError, Point, axes_of, local_name, resolve_names
 from glmlens.integers import Integers, read_integers
 from glmlens.lens import Lens
-from glmlens.record import catalogue
+from glmlens.record import trace_points
 
 Place = int | str
-Places = Place | Integers
+PlaceSelection = Place | Integers
 
 
 class PatchError(ValueError):
@@ -37,19 +37,19 @@ class Site:
     """
 
     point: str | Any
-    layer: Places = None
-    pos: Places = None
-    head: Places = None
-    kv: Places = None
-    key: Places = None
-    pair: Places = None
-    mlp: Places = None
-    d: Places = None
-    model: Places = None
+    layer: PlaceSelection = None
+    pos: PlaceSelection = None
+    head: PlaceSelection = None
+    kv: PlaceSelection = None
+    key: PlaceSelection = None
+    pair: PlaceSelection = None
+    mlp: PlaceSelection = None
+    d: PlaceSelection = None
+    model: PlaceSelection = None
 
     def __post_init__(self) -> None:
         for field in fields(self)[1:]:
-            object.__setattr__(self, field.name, listed(getattr(self, field.name), field.name))
+            object.__setattr__(self, field.name, to_place_tuple(getattr(self, field.name), field.name))
         if not isinstance(self.point, str):
             raise PatchError(f"{self.point!r:.60} is no point: give its name, as in lens.points()")
         if self.point.startswith("blocks.") and not re.match(r"blocks\.(\d+|\*)\..", self.point):
@@ -65,16 +65,16 @@ class Site:
             object.__setattr__(self, "point", local_name(self.point))
 
     @property
-    def ungrouped(self) -> bool:
+    def by_query_head(self) -> bool:
         """Whether keys or values are meant as one query head reads them."""
         return self.point in ("kv.k", "kv.v") and self.head is not None
 
     @property
     def axes(self) -> tuple[str, ...]:
         """The axes of the tensor there, the batch first and then that of position."""
-        return seated_axes(self.point, self.ungrouped)
+        return position_first_axes(self.point, self.by_query_head)
 
-    def given(self) -> dict[str, tuple[Place, ...]]:
+    def chosen_places(self) -> dict[str, tuple[Place, ...]]:
         """What is not left at "all", by name."""
         return {f.name: getattr(self, f.name) for f in fields(self)[1:] if getattr(self, f.name) is not None}
 
@@ -83,11 +83,11 @@ class Site:
         return replace(self, **places)
 
     def __str__(self) -> str:
-        said = ", ".join(f"{name} {'+'.join(map(str, places))}" for name, places in self.given().items())
+        said = ", ".join(f"{name} {'+'.join(map(str, places))}" for name, places in self.chosen_places().items())
         return f"{self.point}{f' [{said}]' if said else ''}"
 
 
-def listed(places: Any, what: str, size: int | None = None) -> tuple[Place, ...] | None:
+def to_place_tuple(places: Any, what: str, size: int | None = None) -> tuple[Place, ...] | None:
     """Places as a tuple; PatchError where there are none, one is there twice or one counts from the end.
 
     A mask can be read where the number of places is known: `size`.
@@ -109,63 +109,66 @@ def position_axis(axes: Sequence[str]) -> str:
     return next(axis for axis in ("query", "pos", "key") if axis in axes)
 
 
-def seated_axes(point: str, ungrouped: bool = False) -> tuple[str, ...]:
+def position_first_axes(point: str, by_query_head: bool = False) -> tuple[str, ...]:
     axes = axes_of(point)
     along = position_axis(axes)
     rest = [axis for axis in axes if axis not in ("batch", along)]
-    return ("batch", along, *("head" if ungrouped and axis == "kv" else axis for axis in rest))
+    return ("batch", along, *("head" if by_query_head and axis == "kv" else axis for axis in rest))
 
 
-def seated(name: str, x: Tensor) -> Tensor:
+def move_position_first(name: str, x: Tensor) -> Tensor:
     """The tensor at a point as [batch, position, the rest], a view."""
     axes = axes_of(name)
     return x.movedim(axes.index(position_axis(axes)), 1)
 
 
-def ungrouped(x: Tensor, group: int) -> Tensor:
+def repeat_kv(x: Tensor, group_size: int) -> Tensor:
     """[batch, key, kv, d] as every query head reads it: [batch, key, head, d]."""
-    return repeat(x, "batch key kv d -> batch key (kv group) d", group=group)
+    return repeat(x, "batch key kv d -> batch key (kv group) d", group=group_size)
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ResolvedSite:
     """A site in one model and prompt: names of tensors, positions, and the indices along the axes after those."""
 
     names: tuple[str, ...]
     positions: tuple[int, ...] | None
-    rest: tuple[Tensor | None, ...]
-    ungrouped: bool
+    rest_indices: tuple[Tensor | None, ...]
+    by_query_head: bool
 
 
 @lru_cache(16)
-def points_of(cfg: GLMConfig, attention: str, dtype: torch.dtype) -> Mapping[str, Point]:
+def catalogue_for_config(cfg: GLMConfig, attention: str, dtype: torch.dtype) -> Mapping[str, Point]:
     """The catalogue of every model of this shape."""
-    return catalogue(blank(cfg, attention, dtype))
+    return trace_points(build_meta_model(cfg, attention, dtype))
 
 
-class Atlas:
+class SiteResolver:
     """The points of a lens and how large they are; turns sites into indices."""
 
     def __init__(self, lens: Lens):
         self.lens, self.cfg = lens, lens.cfg
-        self.points = points_of(lens.cfg, lens.model.attention, lens.dtype)
+        self.points = catalogue_for_config(lens.cfg, lens.model.attention, lens.dtype)
         self.widths: dict[str, int] = {}
         for point in self.points.values():
             self.widths |= dict(zip(point.axes, point.shape, strict=True))
 
-    def names(self, site: Site) -> tuple[str, ...]:
+    def resolve_names(self, site: Site) -> tuple[str, ...]:
         """The tensors that a site is of; PatchError for a point or layer that is not there."""
         try:
-            names = resolve(site.point, self.points)
+            names = resolve_names(site.point, self.points)
         except HookError as e:
             raise PatchError(str(e)) from None
         if site.layer is None:
             return tuple(names)
         if not names[0].startswith("blocks."):
             raise PatchError(f"{site.point} is in no layer: leave layer= out")
-        return tuple(f"blocks.{i}.{site.point}" for i in self.within("layer", site.given()["layer"], self.cfg.n_layers))
+        return tuple(
+            f"blocks.{i}.{site.point}"
+            for i in self.check_indices("layer", site.chosen_places()["layer"], self.cfg.n_layers)
+        )
 
-    def size(self, site: Site, axis: str, length: int) -> int:
+    def axis_size(self, site: Site, axis: str, length: int) -> int:
         """How many places there are along an axis of a site, in prompts of this length."""
         if axis in ("pos", "query", "key"):
             return length
@@ -175,60 +178,66 @@ class Atlas:
             axis, self.widths.get(axis, 0)
         )
 
-    def within(self, axis: str, places: Sequence[Place], size: int) -> list[int]:
+    def check_indices(self, axis: str, places: Sequence[Place], size: int) -> list[int]:
         found = [int(p) for p in places]
         if max(found) >= size:
             raise PatchError(f"{axis} {max(found)} asked for; there are {size}, 0 to {size - 1}")
         return found
 
-    def choose(self, site: Site, length: int | None, names: Mapping[str, int]) -> Chosen:
+    def resolve(self, site: Site, length: int | None, position_names: Mapping[str, int]) -> ResolvedSite:
         """The indices of a site in a prompt of this length whose positions have these names.
 
         Without a length any position may still come, as in a generation. Raises PatchError for a place that this
         point has not got.
         """
-        tensors, axes = self.names(site), site.axes
-        for asked in site.given():
-            if asked not in ("layer", "pos", *axes[2:]) and not self.stands_for(asked, axes):
-                raise PatchError(f"{site.point} has axes {' '.join(axes[1:])}: no {asked}. {self.hint(site, asked)}")
-        positions = self.positions(site.pos, length, names)
-        return Chosen(tensors, positions, tuple(self.along(site, axis, length, names) for axis in axes[2:]),
-                      site.ungrouped)  # fmt: skip
+        tensors, axes = self.resolve_names(site), site.axes
+        for asked in site.chosen_places():
+            if asked not in ("layer", "pos", *axes[2:]) and not self.is_alias_axis(asked, axes):
+                raise PatchError(
+                    f"{site.point} has axes {' '.join(axes[1:])}: no {asked}. {self.suggest_axis(site, asked)}"
+                )
+        positions = self.resolve_positions(site.pos, length, position_names)
+        return ResolvedSite(tensors, positions, tuple(self.resolve_axis(site, axis, length, position_names) for axis in axes[2:]),
+                      site.by_query_head)  # fmt: skip
 
-    def stands_for(self, asked: str, axes: Sequence[str]) -> bool:
-        return (asked == "pair" and "rotated" in axes) or (asked == "d" and bool({"rotated", "rest"} & set(axes)))
+    def is_alias_axis(self, axis: str, axes: Sequence[str]) -> bool:
+        return (axis == "pair" and "rotated" in axes) or (axis == "d" and bool({"rotated", "rest"} & set(axes)))
 
-    def hint(self, site: Site, asked: str) -> str:
-        if asked == "head" and "kv" in site.axes:
+    def suggest_axis(self, site: Site, axis: str) -> str:
+        if axis == "head" and "kv" in site.axes:
             return f"Heads share it: give kv=, or Site('kv.{site.point[-1]}', head=...) for what one query head reads"
         return "See lens.points()"
 
-    def positions(self, places: Any, length: int | None, names: Mapping[str, int]) -> tuple[int, ...] | None:
+    def resolve_positions(
+        self, places: Any, length: int | None, position_names: Mapping[str, int]
+    ) -> tuple[int, ...] | None:
         if places is None:
             return None if length is None else tuple(range(length))
-        found = sorted({named(place, names) for place in places})
+        found = sorted({resolve_position_name(place, position_names) for place in places})
         if length is not None and found[-1] >= length:
             raise PatchError(f"position {found[-1]} asked for; the prompt has 0 to {length - 1}")
         return tuple(found)
 
-    def along(self, site: Site, axis: str, length: int | None, names: Mapping[str, int]) -> Tensor | None:
+    def resolve_axis(
+        self, site: Site, axis: str, length: int | None, position_names: Mapping[str, int]
+    ) -> Tensor | None:
         places: Any = site.pair if axis == "rotated" and site.pair is not None else None
         if places is not None:
-            pairs = self.within("pair", places, self.cfg.d_rotary // 2)
+            pairs = self.check_indices("pair", places, self.cfg.d_rotary // 2)
             return torch.tensor([c for i in pairs for c in (2 * i, 2 * i + 1)], device=self.lens.device)
         if axis == "key":
-            found = self.positions(site.key, length, names)
+            found = self.resolve_positions(site.key, length, position_names)
             return None if found is None else torch.tensor(found, device=self.lens.device)
         places = getattr(site, "d" if axis in ("rotated", "rest") else axis, None)
         if places is None:
             return None
-        return torch.tensor(self.within(axis, places, self.size(site, axis, 0)), device=self.lens.device)
+        return torch.tensor(self.check_indices(axis, places, self.axis_size(site, axis, 0)), device=self.lens.device)
 
 
-def named(place: Place, names: Mapping[str, int]) -> int:
+def resolve_position_name(place: Place, position_names: Mapping[str, int]) -> int:
     if isinstance(place, int):
         return place
-    if place not in names:
-        known = ", ".join(map(repr, names)) or "none: give numbers"
+    if place not in position_names:
+        known = ", ".join(map(repr, position_names)) or "none: give numbers"
         raise PatchError(f"no position {place!r} here; the names are {known}")
-    return names[place]
+    return position_names[place]

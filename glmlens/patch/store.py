@@ -16,33 +16,33 @@ FORMAT = "glmlens.Sweep"
 
 
 @dataclass
-class Store:
+class SweepCheckpoint:
     """Finished cells on disk, under keys that say what they are cells of."""
 
     path: Path | None
     keys: Mapping[str, str]
-    parts: dict[str, Tensor] = field(default_factory=dict)
+    arrays: dict[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def at(path: str | Path | None, keys: Mapping[str, str]) -> "Store":
+    def open(path: str | Path | None, keys: Mapping[str, str]) -> "SweepCheckpoint":
         """The store at a path, with what is in it; PatchError when that is of another sweep, saying what differs."""
         where = None if path is None else expand_path(path, PatchError)
-        store = Store(where, keys)
+        store = SweepCheckpoint(where, keys)
         if where is not None and os.path.lexists(where):
             file = TensorFile(where, OtherFile)
             file.expect_format(FORMAT, "holds no cells of a sweep")
             other = differing(read_keys(file.metadata.get("key", "")), keys)
             if other:
                 raise OtherFile(f"{path} holds cells of another sweep, with other {' and '.join(other)}")
-            store.parts = {name: file.read(name) for name in file.names}
+            store.arrays = {name: file.read(name) for name in file.names}
         return store
 
-    def load(self, name: str, values: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
+    def load_cells(self, name: str, values: Tensor, changed: Tensor) -> tuple[Tensor, Tensor]:
         """The finished cells of this name, or those given where there are none."""
-        if name not in self.parts:
-            return values, moved
-        kept = self.parts[name], self.parts.get(f"{name} moved", values)
-        for found, expected in zip(kept, (values, moved), strict=True):
+        if name not in self.arrays:
+            return values, changed
+        kept = self.arrays[name], self.arrays.get(f"{name} moved", values)
+        for found, expected in zip(kept, (values, changed), strict=True):
             if found.shape != expected.shape or found.dtype != expected.dtype:
                 raise OtherFile(
                     f"{self.path}: cells of {found.dtype} {tuple(found.shape)}, "
@@ -50,13 +50,13 @@ class Store:
                 )
         return kept[0].clone(), kept[1].clone()
 
-    def save(self, name: str, values: Tensor, moved: Tensor) -> None:
+    def save_cells(self, name: str, values: Tensor, changed: Tensor) -> None:
         if self.path is None:
             return
-        self.parts |= {name: values, f"{name} moved": moved}
+        self.arrays |= {name: values, f"{name} moved": changed}
         metadata = {"format": FORMAT, "key": json.dumps(self.keys)}
         # Without waiting for the disk: what a power cut takes is run again, and a sweep saves often.
-        write_tensors(self.path, self.parts, metadata, PatchError, sync=False)
+        write_tensors(self.path, self.arrays, metadata, PatchError, sync=False)
 
 
 class OtherFile(PatchError):

@@ -13,16 +13,24 @@ from tqdm import tqdm
 
 from glmlens.integers import Integer, read_integer
 from glmlens.lens import Lens
-from glmlens.patch.changes import Apply, Change, Ids, Swap, as_change, ids, name_of
-from glmlens.patch.engine import Base
-from glmlens.patch.evaluate import BUDGET, NOTHING, Cost, Job, Names, of_task, refuse_idle
-from glmlens.patch.grid import attribute, label, places
+from glmlens.patch.changes import Apply, Change, Swap, TokenIds, as_change, name_of, to_token_ids
+from glmlens.patch.engine import BaseRuns
+from glmlens.patch.evaluate import (
+    DEFAULT_BATCH_BYTES,
+    NO_COST,
+    Cost,
+    EvaluationJob,
+    PositionNames,
+    of_task,
+    require_effect,
+)
+from glmlens.patch.grid import list_places, place_label, site_field
 from glmlens.patch.interventions import Intervention
 from glmlens.patch.keys import key_of, key_or_refuse
 from glmlens.patch.metrics import Metric, as_metric
 from glmlens.patch.running import allowed
-from glmlens.patch.sites import Atlas, PatchError, Site
-from glmlens.patch.store import Store
+from glmlens.patch.sites import PatchError, Site, SiteResolver
+from glmlens.patch.store import SweepCheckpoint
 from glmlens.prompt import Prompt
 from glmlens.results import Labelled, list_axes
 from glmlens.tasks.task import Examples
@@ -66,11 +74,11 @@ def sweep(
     metric: Any = None,
     do: Change | Any = None,
     direction: str = "denoise",
-    names: Sequence[Names] | Names | Any = (),
+    position_names: Sequence[PositionNames] | PositionNames | Any = (),
     normalise: bool = True,
     null: Integer = 0,
     seed: Integer = 0,
-    most_bytes: int = BUDGET,
+    most_bytes: int = DEFAULT_BATCH_BYTES,
     checkpoint: str | Path | None = None,
     allow: str | Sequence[str] = (),
     progress: bool = True,
@@ -95,33 +103,33 @@ def sweep(
     allow = allowed(allow)
     null = read_integer(null, "null", least=0, error=PatchError)
     seed = read_integer(seed, "seed", least=0, error=PatchError)
-    plan = Planned.of(lens, clean, corrupt, site, over, metric, do, direction, names, most_bytes)
-    plan.measurable(normalise)
-    runs = [Grid.empty(plan, way) for way in plan.directions]
-    nulls = plan.shuffled(null, seed)
+    plan = SweepPlan.build(lens, clean, corrupt, site, over, metric, do, direction, position_names, most_bytes)
+    plan.measure_baselines(normalise)
+    runs = [DirectionGrid.make_empty(plan, way) for way in plan.directions]
+    nulls = plan.shuffle_sources(null, seed)
     if nulls and plan.do != Swap():
         raise PatchError(f"a null floor exchanges the sources of Swap(), and {plan.do} has none: null=0")
-    store = Store.at(checkpoint, {} if checkpoint is None else plan.keys())
+    store = SweepCheckpoint.open(checkpoint, {} if checkpoint is None else plan.keys())
     finished = False
-    total = len(plan.variants) * len(plan.prompts) * len(plan.directions) * (1 + len(nulls))
+    total = len(plan.variants) * len(plan.clean_prompts) * len(plan.directions) * (1 + len(nulls))
     with tqdm(total=total, disable=not progress, unit="cell", desc=str(plan.site)) as bar:
         try:
             for run in runs:
-                run.fill(bar, store)
+                run.run_cells(bar, store)
             for order in nulls:
                 for run in runs:
-                    run.fill_null(bar, store, order)
+                    run.run_null_cells(bar, store, order)
             finished = True
         except KeyboardInterrupt:
             bar.write(f"interrupted after {bar.n} of {total} cells")
     if finished:
-        moved = torch.stack([run.moved for run in runs]).any(0)
+        moved = torch.stack([run.changed for run in runs]).any(0)
         if not bool(moved.any()):
-            refuse_idle(plan.variants, moved, allow)
-    return plan.result(runs, normalise, seed, finished)
+            require_effect(plan.variants, moved, allow)
+    return plan.build_sweep(runs, normalise, seed, finished)
 
 
-def check(
+def check_sweep(
     lens: Lens,
     clean: Prompt | Examples,
     corrupt: Prompt | str | None,
@@ -131,22 +139,22 @@ def check(
     metric: Any = None,
     do: Change | Any = None,
     direction: str = "denoise",
-    names: Sequence[Names] | Names | Any = (),
-    most_bytes: int = BUDGET,
+    position_names: Sequence[PositionNames] | PositionNames | Any = (),
+    most_bytes: int = DEFAULT_BATCH_BYTES,
 ) -> Cost:
     """What such a sweep would take; only the prompts themselves are run."""
-    plan = Planned.of(lens, clean, corrupt, site, over, metric, do, direction, names, most_bytes)
-    costs = [plan.job(way).cost(plan.variants) for way in plan.directions]
+    plan = SweepPlan.build(lens, clean, corrupt, site, over, metric, do, direction, position_names, most_bytes)
+    costs = [plan.make_job(way).estimate_cost(plan.variants) for way in plan.directions]
     return sum(costs[1:], costs[0])
 
 
 @dataclass
-class Planned:
+class SweepPlan:
     """A sweep that has been understood: prompts, variants and labels."""
 
     lens: Lens
-    prompts: tuple[Ids, ...]
-    others: tuple[Ids, ...]
+    clean_prompts: tuple[TokenIds, ...]
+    corrupt_prompts: tuple[TokenIds, ...]
     site: Site
     do: Change
     over: tuple[str, ...]
@@ -154,17 +162,17 @@ class Planned:
     variants: list[list[Intervention]]
     metric: Metric
     directions: tuple[str, ...]
-    names: Sequence[Names] | Names | Any
+    position_names: Sequence[PositionNames] | PositionNames | Any
     most_bytes: int
-    watched: tuple[str, ...] = ()
-    bases: dict[tuple[Ids, ...], Base] = field(default_factory=dict)
+    recorded_points: tuple[str, ...] = ()
+    base_runs: dict[tuple[TokenIds, ...], BaseRuns] = field(default_factory=dict)
 
     @staticmethod
-    def of(
+    def build(
         lens: Lens, clean: Any, corrupt: Any, site: Any, over: Sequence[str] | str, metric: Any,
-        do: Any, direction: str, names: Any, most_bytes: int,
-    ) -> "Planned":  # fmt: skip
-        clean, corrupt, metric, names = of_task(clean, corrupt, metric, names)
+        do: Any, direction: str, position_names: Any, most_bytes: int,
+    ) -> "SweepPlan":  # fmt: skip
+        clean, corrupt, metric, position_names = of_task(clean, corrupt, metric, position_names)
         if metric is None:
             raise PatchError("no metric: give (right, wrong), a function of logits [row, vocab] or a task's Examples")
         over = list_axes(over)
@@ -180,32 +188,57 @@ class Planned:
             raise PatchError(
                 "without corrupt prompts only clean ones can be changed: direction='noise' and a do= such as Zero()"
             )
-        prompts, site = ids(lens, clean), Site(site) if isinstance(site, str) else site
-        others = prompts if corrupt is None else ids(lens, corrupt)
+        prompts, site = to_token_ids(lens, clean), Site(site) if isinstance(site, str) else site
+        others = prompts if corrupt is None else to_token_ids(lens, corrupt)
         if len(prompts) != len(others):
             raise PatchError(f"{len(prompts)} clean and {len(others)} corrupt prompts: they are compared in pairs")
-        atlas, over = Atlas(lens), list_axes(over)
-        grid = {axis: places(atlas, site, axis, prompts) for axis in over}
-        fields = [attribute(site, axis) for axis in over]
+        atlas, over = SiteResolver(lens), list_axes(over)
+        grid = {axis: list_places(atlas, site, axis, prompts) for axis in over}
+        fields = [site_field(site, axis) for axis in over]
         sites = [site.at(**dict(zip(fields, where, strict=True))) for where in product(*grid.values())]
         variants = [[Intervention(one, do)] for one in sites]
-        labels = {axis: [label(lens, axis, place, prompts) for place in found] for axis, found in grid.items()}
+        labels = {axis: [place_label(lens, axis, place, prompts) for place in found] for axis, found in grid.items()}
         read = as_metric(metric, lens, len(prompts))
-        watched = atlas.names(site) if do == Swap() else ()
-        return Planned(
-            lens, prompts, others, site, do, over, labels, variants, read, directions, names, most_bytes, watched
+        watched = atlas.resolve_names(site) if do == Swap() else ()
+        return SweepPlan(
+            lens,
+            prompts,
+            others,
+            site,
+            do,
+            over,
+            labels,
+            variants,
+            read,
+            directions,
+            position_names,
+            most_bytes,
+            watched,
         )
 
-    def job(self, direction: str, order: Sequence[int] | None = None) -> Job:
+    def make_job(self, direction: str, order: Sequence[int] | None = None) -> EvaluationJob:
         """Measuring in one direction, with the sources of other pairs when their order is given."""
-        base, source = (self.others, self.prompts) if direction == "denoise" else (self.prompts, self.others)
+        base, source = (
+            (self.corrupt_prompts, self.clean_prompts)
+            if direction == "denoise"
+            else (self.clean_prompts, self.corrupt_prompts)
+        )
         taken = source if order is None else [source[i] for i in order]
-        return Job(self.lens, base, self.metric, taken, self.names, self.most_bytes, self.watched, self.bases)
+        return EvaluationJob(
+            self.lens,
+            base,
+            self.metric,
+            taken,
+            self.position_names,
+            self.most_bytes,
+            self.recorded_points,
+            self.base_runs,
+        )
 
-    def measurable(self, normalise: bool) -> None:
+    def measure_baselines(self, normalise: bool) -> None:
         """Find the baselines; PatchError when they are too close to divide by their distance."""
-        self.clean = self.job("noise").baseline().cpu().numpy()
-        self.corrupt = self.job("denoise").baseline().cpu().numpy()
+        self.clean = self.make_job("noise").measure_baseline().cpu().numpy()
+        self.corrupt = self.make_job("denoise").measure_baseline().cpu().numpy()
         distance, scale = abs((self.clean - self.corrupt).mean()), np.abs([self.clean, self.corrupt]).mean()
         if normalise and distance < max(1e-3 * scale, 1e-6):
             raise PatchError(
@@ -213,13 +246,13 @@ class Planned:
                 "to divide by their distance. normalise=False gives the plain metric"
             )
 
-    def shuffled(self, n: int, seed: int) -> list[list[int]]:
+    def shuffle_sources(self, n: int, seed: int) -> list[list[int]]:
         """n orders of the pairs in which each has the source of another of the same length."""
         draw, found = np.random.default_rng(seed), list[list[int]]()
         for _ in range(n):
-            order = list(range(len(self.prompts)))
-            for length in sorted(set(map(len, self.prompts))):
-                same = [i for i in order if len(self.prompts[i]) == length]
+            order = list(range(len(self.clean_prompts)))
+            for length in sorted(set(map(len, self.clean_prompts))):
+                same = [i for i in order if len(self.clean_prompts[i]) == length]
                 if len(same) < 2:
                     raise PatchError(f"a null floor exchanges sources between pairs: of {length} tokens there is one")
                 ring = draw.permutation(same)
@@ -238,38 +271,38 @@ class Planned:
         instead = f"give it one that changes with what it does, Apply({fn}, key='...')"
         return {
             "model": key_of((self.lens.model_hash, str(self.lens.dtype))),
-            "prompts": key_of((self.prompts, self.others)),
+            "prompts": key_of((self.clean_prompts, self.corrupt_prompts)),
             "places": key_of([str(one.site) for variant in self.variants for one in variant]),
             "change": key_or_refuse(change, f"the change {self.do}", instead),
-            "positions": key_of(self.job("noise").positions),
+            "positions": key_of(self.make_job("noise").positions),
             "metric": self.metric.digest(),
         }
 
-    def result(self, runs: "Sequence[Grid]", normalise: bool, seed: int, finished: bool) -> Sweep:
+    def build_sweep(self, runs: "Sequence[DirectionGrid]", normalise: bool, seed: int, finished: bool) -> Sweep:
         both = len(runs) > 1
         axes = (*(("direction",) if both else ()), *self.over)
         labels = {**({"direction": list(self.directions)} if both else {}), **self.labels}
 
-        def shaped(per_run: Sequence[np.ndarray], *more: str) -> Labelled:
+        def to_labelled(per_run: Sequence[np.ndarray], *more: str) -> Labelled:
             """[direction, more, cell] to [more, direction, over]."""
             x = np.stack(per_run) if both else per_run[0]
             x = np.moveaxis(x, 0, len(more)) if both else x
             sizes = [len(labels[axis]) for axis in axes]
             return Labelled(x.reshape(*x.shape[: len(more)], *sizes), (*more, *axes), labels, about, chosen=chosen)
 
-        chosen = tuple(axis for axis in self.over if getattr(self.site, attribute(self.site, axis), None) is not None)
-        about = self.about(normalise, seed)
-        parts = [run.statistics(normalise, seed) for run in runs]
-        mean, low, high, floor = (shaped([part[i] for part in parts]) for i in range(4))
-        raw = shaped([run.values.T.cpu().numpy() for run in runs], "pair")
-        unchanged = shaped([~run.moved.T.cpu().numpy() for run in runs], "pair")
+        chosen = tuple(axis for axis in self.over if getattr(self.site, site_field(self.site, axis), None) is not None)
+        about = self.describe(normalise, seed)
+        parts = [run.compute_statistics(normalise, seed) for run in runs]
+        mean, low, high, floor = (to_labelled([part[i] for part in parts]) for i in range(4))
+        raw = to_labelled([run.values.T.cpu().numpy() for run in runs], "pair")
+        unchanged = to_labelled([~run.changed.T.cpu().numpy() for run in runs], "pair")
         return Sweep(
             mean.values, axes, labels, about, raw=raw, clean=self.clean, corrupt=self.corrupt, low=low, high=high,
             floor=floor, unchanged=unchanged, chosen=chosen, finished=finished,
-            cost=sum((run.cost for run in runs), NOTHING),
+            cost=sum((run.cost for run in runs), NO_COST),
         )  # fmt: skip
 
-    def about(self, normalise: bool, seed: int) -> dict[str, str]:
+    def describe(self, normalise: bool, seed: int) -> dict[str, str]:
         value = "effect: (metric - base) / (other - base), 0 the changed run's, 1 its source's"
         grouping = {"head": "query heads", "kv": "key-value heads, each with its group of query heads"}
         said = [grouping[axis] for axis in ("head", "kv") if axis in self.site.axes]
@@ -280,10 +313,10 @@ class Planned:
             "change": str(self.do),
             "direction": "; ".join(f"{way}: {DIRECTIONS[way]}" for way in self.directions),
             **({"heads": "; ".join(said)} if said else {}),
-            "pairs": str(len(self.prompts)),
+            "pairs": str(len(self.clean_prompts)),
             "baselines": f"clean {self.clean.mean():.4g}, corrupt {self.corrupt.mean():.4g}",
             "interval": f"95 % of 1000 bootstrap means over pairs, seed {seed}"
-            if len(self.prompts) > 1
+            if len(self.clean_prompts) > 1
             else "none: one pair",
             "model": self.lens.model_hash,
             "tokenizer": self.lens.tokenizer_hash,
@@ -291,66 +324,70 @@ class Planned:
 
 
 @dataclass
-class Grid:
+class DirectionGrid:
     """The numbers of one direction as they come in."""
 
-    plan: Planned
+    plan: SweepPlan
     direction: str
     values: Tensor  # variant example, nan where not run
-    moved: Tensor
+    changed: Tensor
     nulls: list[Tensor] = field(default_factory=list)
-    cost: Cost = NOTHING
+    cost: Cost = NO_COST
 
     @staticmethod
-    def empty(plan: Planned, direction: str) -> "Grid":
-        values = torch.full((len(plan.variants), len(plan.prompts)), torch.nan, dtype=torch.float64)
-        return Grid(plan, direction, values, torch.zeros_like(values, dtype=torch.bool))
+    def make_empty(plan: SweepPlan, direction: str) -> "DirectionGrid":
+        values = torch.full((len(plan.variants), len(plan.clean_prompts)), torch.nan, dtype=torch.float64)
+        return DirectionGrid(plan, direction, values, torch.zeros_like(values, dtype=torch.bool))
 
-    def fill(self, bar: Any, store: Store) -> None:
-        self.values, self.moved = store.load(self.direction, self.values, self.moved)
-        self.measure(self.plan.job(self.direction), self.values, self.moved, bar, store, self.direction)
+    def run_cells(self, bar: Any, store: SweepCheckpoint) -> None:
+        self.values, self.changed = store.load_cells(self.direction, self.values, self.changed)
+        self.run_missing_cells(
+            self.plan.make_job(self.direction), self.values, self.changed, bar, store, self.direction
+        )
 
-    def fill_null(self, bar: Any, store: Store, order: Sequence[int]) -> None:
+    def run_null_cells(self, bar: Any, store: SweepCheckpoint, order: Sequence[int]) -> None:
         """Run the cells with the sources in this order, under which they are kept."""
         name = f"{self.direction} null {key_of(tuple(order))[:16]}"
         empty = torch.full_like(self.values, torch.nan)
-        values, moved = store.load(name, empty, torch.zeros_like(self.moved))
+        values, moved = store.load_cells(name, empty, torch.zeros_like(self.changed))
         self.nulls.append(values)
-        self.measure(self.plan.job(self.direction, order), values, moved, bar, store, name)
+        self.run_missing_cells(self.plan.make_job(self.direction, order), values, moved, bar, store, name)
 
-    def measure(self, job: Job, values: Tensor, moved: Tensor, bar: Any, store: Store, name: str) -> None:
+    def run_missing_cells(
+        self, job: EvaluationJob, values: Tensor, changed_cells: Tensor, bar: Any, store: SweepCheckpoint, name: str
+    ) -> None:
         """Run the cells that are nan, in place."""
         todo = values.isnan()
         bar.update(int((~todo).sum()))
-        for variant, example, found, changed in job.run(self.plan.variants, todo):
+        for variant, example, found, changed in job.run_variants(self.plan.variants, todo):
             where = variant.cpu(), example.cpu()
-            values[where], moved[where] = found.double().cpu(), changed.cpu()
-            store.save(name, values, moved)
+            values[where], changed_cells[where] = found.double().cpu(), changed.cpu()
+            store.save_cells(name, values, changed_cells)
             bar.update(len(found))
-        self.cost += job.spent
+        self.cost += job.cost_so_far
 
-    def statistics(self, normalise: bool, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def compute_statistics(self, normalise: bool, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Per cell: the mean effect, its interval, and the null floor."""
         base, other = self.plan.corrupt, self.plan.clean
         if self.direction == "noise":
             base, other = other, base
 
-        def effect(values: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+        def compute_effect(values: np.ndarray, pairs: np.ndarray) -> np.ndarray:
             """[..., pair drawn] to [cell, ...]: the ratio of means over the pairs drawn."""
             mean = values[:, pairs].mean(-1)
             return (mean - base[pairs].mean(-1)) / (other - base)[pairs].mean(-1) if normalise else mean
 
-        values, n = self.values.numpy(), len(self.plan.prompts)
-        middle = effect(values, np.arange(n))
+        values, n = self.values.numpy(), len(self.plan.clean_prompts)
+        middle = compute_effect(values, np.arange(n))
         nothing = np.full_like(middle, np.nan)
         if n == 1:
             return middle, nothing, nothing, nothing
         drawn = np.random.default_rng(seed).integers(0, n, (1000, n))
-        means = np.concatenate([effect(values, some) for some in np.array_split(drawn, 50)], -1)
+        means = np.concatenate([compute_effect(values, some) for some in np.array_split(drawn, 50)], -1)
         low, high = np.quantile(means, [0.025, 0.975], axis=-1)
-        return middle, low, high, self.floor(effect, n, nothing)
+        return middle, low, high, self.null_floor(compute_effect, n, nothing)
 
-    def floor(self, effect: Any, n: int, nothing: np.ndarray) -> np.ndarray:
+    def null_floor(self, effect: Any, n: int, nothing: np.ndarray) -> np.ndarray:
         if not self.nulls:
             return nothing
         return np.quantile([np.abs(effect(null.numpy(), np.arange(n))) for null in self.nulls], 0.95, axis=0)

@@ -14,21 +14,25 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from glmlens.analysis.passes import Memory
-from glmlens.analysis.rows import Token, exact, label, layers_of, numbers, read_layer_and_head
-from glmlens.hooks import HookError, Hooks, pairs
+from glmlens.analysis.passes import DecodingState
+from glmlens.analysis.rows import Token, layer_labels, read_layer_and_head, to_numpy, token_label, upcast
+from glmlens.hooks import HookError, Hooks, list_edits
 from glmlens.integers import Integer, Integers, read_integer
 from glmlens.kv_cache import KVCache
 from glmlens.lens import Lens
 from glmlens.model import additive_mask, eager
 from glmlens.patch.interventions import Intervention
-from glmlens.patch.moments import CACHE, Event, Moment, OnCache, Recording, compiled
+from glmlens.patch.moments import CACHE_POINT, AppliedEdit, CacheFunction, StepRecord, TimelineRecorder, compile_hooks
 from glmlens.prompt import Prompt
 from glmlens.results import Labelled
-from glmlens.run import Run, up_to
+from glmlens.run import GenerationResult, cut_at_stop_string
 from glmlens.weights import Stamp, stamp_of
 
-UNSEEN = ("kv.k", "attn.scores", "attn.pattern")  # edits there change attention, and neither queries nor the cache
+UNRECORDED_POINTS = (
+    "kv.k",
+    "attn.scores",
+    "attn.pattern",
+)  # edits there change attention, and neither queries nor the cache
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -40,12 +44,12 @@ class Timeline:
 
     lens: Lens
     prompt: Int[Tensor, "one pos"]
-    moments: tuple[Moment, ...]
-    events: tuple[Event, ...]
-    runs: tuple[Run, ...]
+    steps: tuple[StepRecord, ...]
+    events: tuple[AppliedEdit, ...]
+    runs: tuple[GenerationResult, ...]
     hooks: Hooks
-    at: Mapping[int, OnCache]
-    last: int
+    cache_operations: Mapping[int, CacheFunction]
+    max_new_tokens: int
     options: Mapping[str, Any]
     stamp: Stamp | None = None  # of the weights that were run
     edits_left_out: bool = False  # by pickling, which keeps no functions
@@ -53,53 +57,53 @@ class Timeline:
     @property
     def tokens(self) -> list[int]:
         """What was said, without the prompt."""
-        return [moment.token for moment in self.moments]
+        return [moment.token for moment in self.steps]
 
     @property
     def text(self) -> str:
         """What was said, with the stop token, if one ended it, and without the stop string."""
-        _, strings = self.lens.stops(stop_strings=self.options.get("stop_strings"))
-        return up_to(strings, self.lens.to_string(self.tokens, continues=True))
+        _, strings = self.lens.resolve_stops(stop_strings=self.options.get("stop_strings"))
+        return cut_at_stop_string(strings, self.lens.to_string(self.tokens, continues=True))
 
     @property
     def logits(self) -> Float[Tensor, "step vocab"]:
-        return torch.stack([moment.logits for moment in self.moments])
+        return torch.stack([moment.logits for moment in self.steps])
 
-    def labelled(self, x: Tensor, axes: str, metric: str, **labels: Sequence[str]) -> Labelled:
-        steps = [f"{m.step} {label(self.lens, m.token)}" for m in self.moments]
+    def to_labelled(self, x: Tensor, axes: str, metric: str, **labels: Sequence[str]) -> Labelled:
+        steps = [f"{m.step} {token_label(self.lens, m.token)}" for m in self.steps]
         about = {
             "metric": metric, "direction": "the token that each step chose", "positions": "steps of a generation",
-            "prompt": " ".join(label(self.lens, i) for i in self.prompt[0].tolist()),
-            "edits": ", ".join(dict.fromkeys(event.what for event in self.events)) or "none",
+            "prompt": " ".join(token_label(self.lens, i) for i in self.prompt[0].tolist()),
+            "edits": ", ".join(dict.fromkeys(event.edit_name for event in self.events)) or "none",
             "model": self.model_hash,
         }  # fmt: skip
-        return Labelled(numbers(x), tuple(axes.split()), {"step": steps, **labels}, about)
+        return Labelled(to_numpy(x), tuple(axes.split()), {"step": steps, **labels}, about)
 
     def probability(self, token: Token | None = None) -> Labelled:
         """The probability [step] of the tokens that were chosen, or of one token at all steps."""
-        probs = exact(self.logits).softmax(-1)
+        probs = upcast(self.logits).softmax(-1)
         if token is None:
             ids = torch.tensor(self.tokens, device=probs.device)
-            return self.labelled(probs.gather(1, ids[:, None]).squeeze(1), "step", "probability")
+            return self.to_labelled(probs.gather(1, ids[:, None]).squeeze(1), "step", "probability")
         i = self.lens.to_answer(token)
-        return self.labelled(probs[:, i], "step", f"probability of {label(self.lens, i)}")
+        return self.to_labelled(probs[:, i], "step", f"probability of {token_label(self.lens, i)}")
 
     def entropy(self) -> Labelled:
         """The entropy [step] of the next token, in nats."""
-        logs = exact(self.logits).log_softmax(-1)
-        return self.labelled(-torch.xlogy(logs.exp(), logs.exp()).sum(-1), "step", "entropy, nats")
+        logs = upcast(self.logits).log_softmax(-1)
+        return self.to_labelled(-torch.xlogy(logs.exp(), logs.exp()).sum(-1), "step", "entropy, nats")
 
     def logit_lens(self) -> Labelled:
         """The probability [layer, step] of the chosen tokens by every layer's stream, read as if it were the last."""
-        logs = exact(self.readings()).log_softmax(-1)
+        logs = upcast(self.unembed_layers()).log_softmax(-1)
         ids = torch.tensor(self.tokens, device=logs.device).expand(len(logs), -1)
         found = logs.gather(2, ids.unsqueeze(-1)).squeeze(-1).exp()
-        return self.labelled(found, "layer step", "logit lens: probability", layer=layers_of(self.lens))
+        return self.to_labelled(found, "layer step", "logit lens: probability", layer=layer_labels(self.lens))
 
-    def readings(self) -> Float[Tensor, "layer step vocab"]:
+    def unembed_layers(self) -> Float[Tensor, "layer step vocab"]:
         """The logits of every layer's stream; see `logit_lens`."""
         self.refuse_edited_weights("logit_lens")
-        model, resid = self.lens.model, torch.stack([moment.resid for moment in self.moments], 1)
+        model, resid = self.lens.model, torch.stack([moment.resid for moment in self.steps], 1)
         return torch.stack([model.unembed(model.ln_final(x[None]))[0] for x in resid])
 
     def attention(self, layer: Integer, head: Integer) -> Labelled:
@@ -109,42 +113,46 @@ class Timeline:
         """
         layer, head = read_layer_and_head(self.lens, layer, head)
         for event in self.events:
-            if event.point.endswith(UNSEEN) and event.point.startswith(f"blocks.{layer}."):
-                raise HookError(f"{event.what} at {event.point} changed this: record it, names='attn.pattern'")
-        n_keys = 1 + max(int(m.kv.positions[0, : m.before + 1].max()) for m in self.moments)
-        found = torch.zeros(len(self.moments), n_keys, dtype=self.lens.dtype, device=self.lens.device)
-        for row, moment in zip(found, self.moments, strict=True):
-            at = moment.kv.positions[:, : moment.before + 1]
+            if event.point.endswith(UNRECORDED_POINTS) and event.point.startswith(f"blocks.{layer}."):
+                raise HookError(f"{event.edit_name} at {event.point} changed this: record it, names='attn.pattern'")
+        n_keys = 1 + max(int(m.kv.positions[0, : m.past_entries + 1].max()) for m in self.steps)
+        found = torch.zeros(len(self.steps), n_keys, dtype=self.lens.dtype, device=self.lens.device)
+        for row, moment in zip(found, self.steps, strict=True):
+            at = moment.kv.positions[:, : moment.past_entries + 1]
             real = at[0] >= 0
-            row[at[0, real]] = self.attended(moment, layer, head, at)[real]
-        return self.labelled(found, "step key", f"attention of layer {layer}, head {head}", key=self.keys(n_keys))
+            row[at[0, real]] = self.derive_attention_row(moment, layer, head, at)[real]
+        return self.to_labelled(
+            found, "step key", f"attention of layer {layer}, head {head}", key=self.label_keys(n_keys)
+        )
 
-    def keys(self, n_keys: int) -> list[str]:
+    def label_keys(self, n_keys: int) -> list[str]:
         """A label for every absolute position: its number and its token, of an edited cache all that stood there."""
         words: list[dict[str, None]] = [{} for _ in range(n_keys)]
-        for kv, upto in {id(m.kv): (m.kv, m.before + 1) for m in self.moments}.values():
+        for kv, upto in {id(m.kv): (m.kv, m.past_entries + 1) for m in self.steps}.values():
             for at, token in zip(kv.positions[0, :upto].tolist(), kv.tokens[0, :upto].tolist(), strict=True):
                 if at >= 0:
-                    words[at][label(self.lens, token) if token >= 0 else "?"] = None
+                    words[at][token_label(self.lens, token) if token >= 0 else "?"] = None
         return [" ".join([str(at), " / ".join(said)]).strip() for at, said in enumerate(words)]
 
-    def attended(self, moment: Moment, layer: int, head: int, at: Int[Tensor, "one key"]) -> Float[Tensor, "key"]:
-        keys = moment.kv.keys[layer, :, : moment.before + 1, head // self.lens.cfg.n_groups].unsqueeze(2)
-        q, seen = moment.q[layer, head][None, None, None], dict[str, Tensor]()
+    def derive_attention_row(
+        self, step: StepRecord, layer: int, head: int, key_positions: Int[Tensor, "one key"]
+    ) -> Float[Tensor, "key"]:
+        keys = step.kv.keys[layer, :, : step.past_entries + 1, head // self.lens.cfg.n_groups].unsqueeze(2)
+        q, seen = step.q[layer, head][None, None, None], dict[str, Tensor]()
 
-        def note(name: str, x: Tensor) -> Tensor:
+        def keep_value(name: str, x: Tensor) -> Tensor:
             seen[name] = x
             return x
 
-        eager(q, keys, keys, additive_mask(at[:, -1:], at, q.dtype), note)
+        eager(q, keys, keys, additive_mask(key_positions[:, -1:], key_positions, q.dtype), keep_value)
         return seen["attn.pattern"][0, 0, 0]
 
-    def memory(self, step: Integer) -> Memory:
+    def restore_state(self, step: Integer) -> DecodingState:
         """What a step began with: for `who_reads` and `leave_one_out`, or to go on from with other means."""
-        return self.moment(step).memory()
+        return self.step_record(step).restore_state()
 
-    def moment(self, step: Integer) -> Moment:
-        return self.moments[read_integer(step, "step", size=len(self.moments), outside=IndexError)]
+    def step_record(self, step: Integer) -> StepRecord:
+        return self.steps[read_integer(step, "step", size=len(self.steps), outside=IndexError)]
 
     def rerun(
         self,
@@ -153,7 +161,7 @@ class Timeline:
         token: Token | None = None,
         hooks: Hooks | None = None,
         interventions: Sequence[Intervention] | Intervention = (),
-        at: Mapping[Integer, OnCache] | None = None,
+        at: Mapping[Integer, CacheFunction] | None = None,
         max_new_tokens: Integer | None = None,
     ) -> "Timeline":
         """The same run up to a step, from there with a change; what came before is not computed again.
@@ -167,38 +175,43 @@ class Timeline:
                 "this timeline was pickled without its edits, which are functions: give hooks= and at= again"
             )
         self.refuse_edited_weights("rerun")
-        moment = self.moment(step)
+        moment = self.step_record(step)
         step = moment.step
-        last = self.last if max_new_tokens is None else read_integer(max_new_tokens, "max_new_tokens")
+        last = self.max_new_tokens if max_new_tokens is None else read_integer(max_new_tokens, "max_new_tokens")
         if last <= step:
             raise ValueError(f"max_new_tokens is {last}, counted from the start: nothing is left to say at step {step}")
         given, anew = self.hooks if hooks is None else hooks, step == 0 and token is None
-        later = {i: op for i, op in self.at.items() if anew or i > step}
-        edits = compiled(self.lens, given, interventions, self.prompt)
-        going = Recording(self.lens, edits, later if at is None else at, last)
-        going.options, going.held = self.options, set(range(len(pairs(self.hooks)))) if hooks is None else set()
+        later = {i: op for i, op in self.cache_operations.items() if anew or i > step}
+        edits = compile_hooks(self.lens, given, interventions, self.prompt)
+        going = TimelineRecorder(self.lens, edits, later if at is None else at, last)
+        going.options, going.applied_hooks = (
+            self.options,
+            set(range(len(list_edits(self.hooks)))) if hooks is None else set(),
+        )
         if at is not None:
-            going.possible(step + (token is not None))
-        going.draw_from(moment)
-        going.moments = list(self.moments[:step])
+            going.check_operations(step + (token is not None))
+        going.restore_generator(moment)
+        going.steps = list(self.steps[:step])
         if token is not None:
             said = self.lens.to_single_token(token) if isinstance(token, str) else self.lens.to_answer(token)
-            going.moments.append(replace(moment, token=said))
-            going.draw_once()
-            going.go(self.after(moment), said)
+            going.steps.append(replace(moment, token=said))
+            going.advance_generator()
+            going.continue_from(self.cache_after(moment), said)
         elif anew:
-            going.begin(self.prompt)
+            going.run_prompt(self.prompt)
         else:
-            going.go(moment.memory().kv, moment.entry)
+            going.continue_from(moment.restore_state().kv, moment.input_token)
         stays = [
-            e for e in self.events if e.step < step + (token is not None) or (e.point == CACHE and 0 < e.step <= step)
+            e
+            for e in self.events
+            if e.step < step + (token is not None) or (e.point == CACHE_POINT and 0 < e.step <= step)
         ]
-        return told(going, self.prompt, stays)
+        return build_timeline(going, self.prompt, stays)
 
-    def after(self, moment: Moment) -> KVCache:
+    def cache_after(self, step: StepRecord) -> KVCache:
         """The cache once this step's token has been run."""
-        kv = moment.kv.fork(1)
-        kv.truncate(moment.before + 1)
+        kv = step.kv.fork(1)
+        kv.truncate(step.past_entries + 1)
         return kv
 
     def __reduce__(self) -> Any:
@@ -226,21 +239,19 @@ class Timeline:
         return replace(self, lens=lens, stamp=stamp_of(lens.model))
 
     def __repr__(self) -> str:
-        said = " ".join(label(self.lens, token) for token in self.tokens)
+        said = " ".join(token_label(self.lens, token) for token in self.tokens)
         changed = sum(event.changed for event in self.events)
-        return (
-            f"Timeline of {len(self.moments)} steps: {said}\n  edits applied: {len(self.events)}, {changed} of effect"
-        )
+        return f"Timeline of {len(self.steps)} steps: {said}\n  edits applied: {len(self.events)}, {changed} of effect"
 
 
-def timeline(
+def record_timeline(
     lens: Lens,
     prompt: Prompt,
     max_new_tokens: Integer = 20,
     *,
     hooks: Hooks | None = None,
     interventions: Sequence[Intervention] | Intervention = (),
-    at: Mapping[Integer, OnCache] | None = None,
+    at: Mapping[Integer, CacheFunction] | None = None,
     **options: Any,
 ) -> Timeline:
     """Generate from one prompt and keep what every step said and read.
@@ -261,27 +272,29 @@ def timeline(
     if unknown:
         raise TypeError(f"{' and '.join(unknown)}: a timeline begins with its prompt; to go on, use rerun(step)")
     max_new_tokens = read_integer(max_new_tokens, "max_new_tokens", least=1)
-    going = Recording(lens, compiled(lens, hooks, interventions, tokens), at or {}, max_new_tokens, options)
-    going.possible(0)
-    going.draw_from(None)
-    going.begin(tokens)
-    return told(going, tokens)
+    going = TimelineRecorder(lens, compile_hooks(lens, hooks, interventions, tokens), at or {}, max_new_tokens, options)
+    going.check_operations(0)
+    going.restore_generator(None)
+    going.run_prompt(tokens)
+    return build_timeline(going, tokens)
 
 
-def told(going: Recording, prompt: Int[Tensor, "one pos"], before: Sequence[Event] = ()) -> Timeline:
+def build_timeline(
+    recorder: TimelineRecorder, prompt: Int[Tensor, "one pos"], before: Sequence[AppliedEdit] = ()
+) -> Timeline:
     """What was recorded, behind the events of the run that it goes on from; HookError for an edit that never held."""
-    going.all_held()
+    recorder.require_all_applied()
     return Timeline(
-        going.lens,
+        recorder.lens,
         prompt,
-        tuple(going.moments),
-        (*before, *going.events),
-        tuple(going.runs),
-        going.hooks,
-        going.at,
-        going.last,
-        going.options,
-        stamp_of(going.lens.model),
+        tuple(recorder.steps),
+        (*before, *recorder.events),
+        tuple(recorder.runs),
+        recorder.hooks,
+        recorder.cache_operations,
+        recorder.max_new_tokens,
+        recorder.options,
+        stamp_of(recorder.lens.model),
     )
 
 
@@ -334,35 +347,35 @@ class PickledLens(Lens):
 def pickled(line: Timeline) -> dict[str, Any]:
     """A timeline as dictionaries, lists and tensors, its runs and its caches."""
     lens, cfg = line.lens, line.lens.cfg
-    caches = [moment.kv.tokens[0, : moment.kv.length].tolist() for moment in line.moments]
+    caches = [moment.kv.tokens[0, : moment.kv.length].tolist() for moment in line.steps]
     ids = {i for row in [*caches, line.prompt[0].tolist(), line.tokens] for i in row if i >= 0}
     known = {
         "model_hash": line.model_hash, "device": lens.device, "dtype": lens.dtype,
         "sizes": {name: getattr(cfg, name) for name in ("n_layers", "n_heads", "n_groups")},
-        "labels": {i: label(lens, i) for i in ids} if lens.tokenizer else {},
+        "labels": {i: token_label(lens, i) for i in ids} if lens.tokenizer else {},
         "text": lens.to_string(line.tokens) if lens.tokenizer else "",
     }  # fmt: skip
     kept = {name: x for name, x in line.options.items() if name != "seed" or not isinstance(x, torch.Generator)}
     return {
-        "lens": known, "prompt": line.prompt, "moments": [dict(vars(moment)) for moment in line.moments],
-        "events": [dict(vars(event)) for event in line.events], "runs": list(line.runs), "last": line.last,
-        "options": kept, "edits_left_out": line.edits_left_out or bool(pairs(line.hooks)) or bool(line.at),
+        "lens": known, "prompt": line.prompt, "moments": [dict(vars(moment)) for moment in line.steps],
+        "events": [dict(vars(event)) for event in line.events], "runs": list(line.runs), "last": line.max_new_tokens,
+        "options": kept, "edits_left_out": line.edits_left_out or bool(list_edits(line.hooks)) or bool(line.cache_operations),
     }  # fmt: skip
 
 
 def restore_timeline(state: dict[str, Any]) -> Timeline:
     """The timeline that was pickled."""
     parts = {**state, "lens": PickledLens(state["lens"]), "runs": tuple(state["runs"])}
-    parts["moments"] = tuple(Moment(**moment) for moment in state["moments"])
-    parts["events"] = tuple(Event(**event) for event in state["events"])
-    return Timeline(**parts, hooks=[], at={})  # the stamp is of weights that are not here
+    parts["moments"] = tuple(StepRecord(**moment) for moment in state["moments"])
+    parts["events"] = tuple(AppliedEdit(**event) for event in state["events"])
+    return Timeline(**parts, hooks=[], cache_operations={})  # the stamp is of weights that are not here
 
 
 torch.serialization.add_safe_globals([restore_timeline])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Parting:
+class Divergence:
     """The first step at which two runs say different things.
 
     `probability` [run, token] is what each gave to both tokens there, `kl` KL(first ‖ second) in nats at every step up
@@ -385,7 +398,7 @@ class Parting:
         )
 
 
-def parting(first: Timeline, second: Timeline) -> Parting | None:
+def find_divergence(first: Timeline, second: Timeline) -> Divergence | None:
     """Where two runs part, or None where one says what the other begins with. ValueError for two models."""
     if first.model_hash != second.model_hash:
         raise ValueError(f"runs of two models, {first.model_hash} and {second.model_hash}")
@@ -394,11 +407,11 @@ def parting(first: Timeline, second: Timeline) -> Parting | None:
     if step is None:
         return None
     ids = (first.tokens[step], second.tokens[step])
-    words = (label(first.lens, ids[0]), label(first.lens, ids[1]))
-    logs = [exact(run.logits[: step + 1]).log_softmax(-1) for run in (first, second)]
+    words = (token_label(first.lens, ids[0]), token_label(first.lens, ids[1]))
+    logs = [upcast(run.logits[: step + 1]).log_softmax(-1) for run in (first, second)]
     probs = torch.stack([x[-1, list(ids)].exp() for x in logs])
     kl = (logs[0].exp() * (logs[0] - logs[1])).sum(-1)
-    best = [run.readings()[:, step].argmax(-1) for run in (first, second)]
+    best = [run.unembed_layers()[:, step].argmax(-1) for run in (first, second)]
     apart = (best[0] != best[1]).nonzero().flatten().tolist()
     about = {
         "direction": "the first run against the second",
@@ -406,6 +419,6 @@ def parting(first: Timeline, second: Timeline) -> Parting | None:
         "model": first.model_hash,
     }
     named = {"run": ["first", "second"], "token": list(words)}
-    probability = Labelled(numbers(probs), ("run", "token"), named, {**about, "metric": "probability"})
-    by_step = Labelled(numbers(kl), ("step",), {}, {**about, "metric": "KL(first ‖ second), nats"})
-    return Parting(step, ids, words, probability, by_step, apart[0] if apart else None)
+    probability = Labelled(to_numpy(probs), ("run", "token"), named, {**about, "metric": "probability"})
+    by_step = Labelled(to_numpy(kl), ("step",), {}, {**about, "metric": "KL(first ‖ second), nats"})
+    return Divergence(step, ids, words, probability, by_step, apart[0] if apart else None)

@@ -17,60 +17,62 @@ class Cell:
 
     example: int
     writes: tuple[Write, ...]
-    start: int
-    first: int
+    start_layer: int
+    first_position: int
 
     @staticmethod
-    def of(example: int, writes: Sequence[Write], n_layers: int) -> "Cell":
+    def from_writes(example: int, writes: Sequence[Write], n_layers: int) -> "Cell":
         # an edit of a layer's output comes before one of the next layer's input, as it does in a forward
-        moved = tuple(sorted((earliest(write, n_layers) for write in writes), key=lambda write: not write.origin))
+        moved = tuple(
+            sorted((move_to_next_input(write, n_layers) for write in writes), key=lambda write: not write.origin)
+        )
         first = min(int(w.positions[0]) for w in moved if w.positions is not None)
-        return Cell(example, moved, min(layer_of(w.name, n_layers) for w in moved), first)
+        return Cell(example, moved, min(layer_of_point(w.name, n_layers) for w in moved), first)
 
 
-def layer_of(name: str, n_layers: int) -> int:
+def layer_of_point(name: str, n_layers: int) -> int:
     return int(name.split(".")[1]) if name.startswith("blocks.") else n_layers
 
 
-def earliest(write: Write, n_layers: int) -> Write:
+def move_to_next_input(write: Write, n_layers: int) -> Write:
     """The same write where the least is left to run: a layer's output is the next one's input."""
     name = write.name
     if name == "embed":
         name = "blocks.0.resid_pre"
     elif local_name(name) == "resid_post":
-        name = f"blocks.{layer_of(name, n_layers) + 1}.resid_pre"
+        name = f"blocks.{layer_of_point(name, n_layers) + 1}.resid_pre"
     return write if name == write.name else replace(write, name=name, origin=write.name)
 
 
 @dataclass(frozen=True)
-class Seat:
+class CellSlots:
     """Where a cell sits: its row, the slot of its first position, and how many entries of the past precede slots."""
 
     row: int
-    slot: int
-    first: int
-    past: int
+    first_slot: int
+    first_position: int
+    past_length: int
 
-    def slots(self, positions: Tensor) -> Tensor:
-        return positions - self.first + self.slot
+    def slots_of(self, positions: Tensor) -> Tensor:
+        return positions - self.first_position + self.first_slot
 
-    def columns(self, positions: Tensor) -> Tensor:
+    def key_columns_of(self, positions: Tensor) -> Tensor:
         """Where keys stand: before the first position in the shared past, from there on in the row itself."""
-        return torch.where(positions < self.first, positions, self.past + self.slots(positions))
+        return torch.where(positions < self.first_position, positions, self.past_length + self.slots_of(positions))
 
 
 @dataclass(frozen=True, eq=False)
-class Wave:
+class PackedBatch:
     """Rows of packed cells that go through the layers together, ordered by where they start."""
 
     cells: list[Cell]
-    seats: list[Seat]
-    starts: list[int]  # of every row
+    cell_slots: list[CellSlots]
+    row_start_layers: list[int]  # of every row
     width: int
-    past: int
+    past_length: int
 
 
-def packed(lengths: Sequence[int], width: int) -> list[list[int]]:
+def pack_segments(lengths: Sequence[int], width: int) -> list[list[int]]:
     """Indices of segments packed into rows of a width, the longest first, each where it leaves the least room."""
     rows: list[list[int]] = []
     room: dict[int, list[int]] = {}  # by how much is left, the rows
@@ -84,49 +86,51 @@ def packed(lengths: Sequence[int], width: int) -> list[list[int]]:
     return rows
 
 
-def waves(cells: Sequence[Cell], length: int, n_layers: int, most_bytes: int, row_bytes: Callable) -> Iterator[Wave]:
+def pack_batches(
+    cells: Sequence[Cell], length: int, n_layers: int, most_bytes: int, row_bytes: Callable
+) -> Iterator[PackedBatch]:
     """Pack cells into waves whose rows weigh at most so many bytes, `row_bytes(width, past)` each."""
-    inside = [cell for cell in cells if cell.start < n_layers]
-    for start in range(0, len(at_end := [cell for cell in cells if cell.start == n_layers]), 4096):
+    inside = [cell for cell in cells if cell.start_layer < n_layers]
+    for start in range(0, len(at_end := [cell for cell in cells if cell.start_layer == n_layers]), 4096):
         some = at_end[start : start + 4096]
-        yield Wave(some, [Seat(-1, 0, cell.first, 0) for cell in some], [], 0, 0)
+        yield PackedBatch(some, [CellSlots(-1, 0, cell.first_position, 0) for cell in some], [], 0, 0)
     groups: dict[tuple[int, int], list[Cell]] = {}
-    for cell in sorted(inside, key=lambda cell: (cell.start, cell.example)):
-        groups.setdefault((cell.start, cell.example), []).append(cell)
+    for cell in sorted(inside, key=lambda cell: (cell.start_layer, cell.example)):
+        groups.setdefault((cell.start_layer, cell.example), []).append(cell)
     if not inside:
         return
-    longest = length - min(cell.first for cell in inside)
+    longest = length - min(cell.first_position for cell in inside)
     layouts = []
     for width in (longest, longest + 1):  # with one slot more, two segments of a triangle fill a row
         rows = [
             [group[i] for i in row]
             for group in groups.values()
-            for row in packed([length - cell.first for cell in group], width)
+            for row in pack_segments([length - cell.first_position for cell in group], width)
         ]
         layouts.append((len(rows) * width, width, rows))
     _, width, rows = min(layouts, key=lambda layout: layout[:2])
-    past = max(cell.first for cell in inside)
+    past = max(cell.first_position for cell in inside)
     many = max(1, most_bytes // row_bytes(width, past))
     for i in range(0, len(rows), many):
-        yield seat(rows[i : i + many], length, width)
+        yield place_rows(rows[i : i + many], length, width)
 
 
-def seat(rows: list[list[Cell]], length: int, width: int) -> Wave:
-    past = max(cell.first for row in rows for cell in row)
+def place_rows(rows: list[list[Cell]], length: int, width: int) -> PackedBatch:
+    past = max(cell.first_position for row in rows for cell in row)
     cells, seats = [], []
     for i, row in enumerate(rows):
         slot = 0
         for cell in row:
             cells.append(cell)
-            seats.append(Seat(i, slot, cell.first, past))
-            slot += length - cell.first
-    return Wave(cells, seats, [row[0].start for row in rows], width, past)
+            seats.append(CellSlots(i, slot, cell.first_position, past))
+            slot += length - cell.first_position
+    return PackedBatch(cells, seats, [row[0].start_layer for row in rows], width, past)
 
 
-def row_bytes(model: GLM, width: int, past: int, dtype: torch.dtype) -> int:
+def estimate_row_bytes(model: GLM, width: int, past_length: int, dtype: torch.dtype) -> int:
     """What one row weighs at most while it passes a layer: the residual stream, its norms, an MLP and a pattern."""
     cfg = model.cfg
-    keys = width + past
+    keys = width + past_length
     slot = 8 * cfg.d_model + 6 * cfg.d_mlp + 6 * cfg.n_heads * cfg.d_head
     attention = cfg.n_heads * (4 * width * keys + 4 * keys * cfg.d_head)
     return (width * slot + attention) * dtype.itemsize

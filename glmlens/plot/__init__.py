@@ -5,7 +5,7 @@ Every function takes a result (or plain numbers, with labels) first, and returns
 """
 
 from glmlens.plot.bars import bars, logit_attribution
-from glmlens.plot.entries import cache_norms, eviction, left_out, who_reads
+from glmlens.plot.entries import cache_norms, cache_reads, eviction, leave_one_out
 from glmlens.plot.graph import circuit
 from glmlens.plot.heads import attention_heads
 from glmlens.plot.heatmaps import (
@@ -40,13 +40,14 @@ __all__ = [
     "bars",
     "breakage",
     "cache_norms",
+    "cache_reads",
     "circuit",
     "compare",
     "eviction",
     "generation",
     "head_scores",
     "heatmap",
-    "left_out",
+    "leave_one_out",
     "lines",
     "logit_attribution",
     "logit_lens",
@@ -58,5 +59,4 @@ __all__ = [
     "rotary_patterns",
     "score_by_pair",
     "tokens",
-    "who_reads",
 ]

@@ -8,8 +8,8 @@ import plotly.graph_objects as go
 from typing_extensions import Unpack
 
 from glmlens.integers import Integer, read_integer
-from glmlens.plot.data import Labels, Numbers, array, labelled, title_of
-from glmlens.plot.style import FAINT, NEGATIVE, POSITIVE, Look, dressed, shown, signed_number, ticks
+from glmlens.plot.data import Labels, Numbers, as_labelled, metric_title, to_float_array
+from glmlens.plot.style import FAINT, NEGATIVE, POSITIVE, Look, apply_style, escape_text, format_signed, set_ticks
 from glmlens.results import Labelled, list_axes
 
 
@@ -17,10 +17,10 @@ def bars(
     data: Numbers, labels: Labels = None, *, what: str = "value", top: Integer = 30, **look: Unpack[Look]
 ) -> go.Figure:
     """Signed numbers along one axis, the first on top; of more than `top`, the largest, and the others as one bar."""
-    found = labelled(data, ("part",), labels)
+    found = as_labelled(data, ("part",), labels)
     top = read_integer(top, "top", least=1)
-    names, values, note = fewest(found.labels[found.axes[0]], found.values, top)
-    return drawn(names, values, what, title_of(found), found.about, [note], look)
+    names, values, note = keep_largest_bars(found.labels[found.axes[0]], found.values, top)
+    return draw_bars(names, values, what, metric_title(found), found.about, [note], look)
 
 
 def logit_attribution(
@@ -42,23 +42,25 @@ def logit_attribution(
     else:
         prompt_of = None
     top = read_integer(top, "top", least=1)
-    values, rest = (x if prompt_of is None else x.at(prompt=prompt_of) for x in (plain(result), result.rest))
-    parts = summed(values, over)
-    names, numbers = flat(parts)
+    values, rest = (
+        x if prompt_of is None else x.at(prompt=prompt_of) for x in (to_plain_labelled(result), result.rest)
+    )
+    parts = sum_over_axes(values, over)
+    names, numbers = flatten_places(parts)
     names = [*rest.labels["part"][:1], *names, *rest.labels["part"][1:]]  # the embedding comes first
     numbers = np.concatenate([rest.values[:1], numbers, rest.values[1:]])
-    names, numbers, note = fewest(names, numbers, top)
+    names, numbers, note = keep_largest_bars(names, numbers, top)
     total = float(np.ravel(result.total)[0 if prompt_of is None else result.place("prompt", prompt_of)])
     name = f"What each part adds to the logit of {result.about.get('direction', 'the answer')}"
     about = {key: said for key, said in result.about.items() if key in ("prompt", "metric", "model")}
-    return drawn(names, array(numbers), "logits", name, about, [note, f"in all {total:.3f} logits"], look)
+    return draw_bars(names, to_float_array(numbers), "logits", name, about, [note, f"in all {total:.3f} logits"], look)
 
 
-def plain(result: Labelled) -> Labelled:
+def to_plain_labelled(result: Labelled) -> Labelled:
     return Labelled(result.values, result.axes, result.labels, result.about)
 
 
-def summed(data: Labelled, over: str | Sequence[str] | None) -> Labelled:
+def sum_over_axes(data: Labelled, over: str | Sequence[str] | None) -> Labelled:
     """Sums along all axes but some."""
     if over is None:
         return data
@@ -71,7 +73,7 @@ def summed(data: Labelled, over: str | Sequence[str] | None) -> Labelled:
     return Labelled(np.nansum(data.values, gone), kept, {axis: data.labels[axis] for axis in kept}, data.about)
 
 
-def flat(data: Labelled) -> tuple[list[str], np.ndarray]:
+def flatten_places(data: Labelled) -> tuple[list[str], np.ndarray]:
     """Names and numbers of all places, in order: "0 attn", "head 3.1", "neuron 2.17", "key 5 ·the"."""
     words = {"sublayer": "", "layer": "layer ", "head": "head ", "mlp": "neuron ", "key": "key "}
     last = data.axes[-1]
@@ -84,7 +86,7 @@ def flat(data: Labelled) -> tuple[list[str], np.ndarray]:
     return [f"{word}{name}" for name in names], data.values.ravel()
 
 
-def fewest(names: Sequence[str], values: np.ndarray, top: int) -> tuple[list[str], np.ndarray, str]:
+def keep_largest_bars(names: Sequence[str], values: np.ndarray, top: int) -> tuple[list[str], np.ndarray, str]:
     """At most `top` bars and one for the sum of the others, and the sentence that says so."""
     if len(names) <= top:
         return list(names), values, ""
@@ -96,7 +98,7 @@ def fewest(names: Sequence[str], values: np.ndarray, top: int) -> tuple[list[str
     return [*named, f"{len(others):,} others"], kept, f"the {top} largest of {len(names):,}"
 
 
-def drawn(
+def draw_bars(
     names: Sequence[str], values: np.ndarray, what: str, title: str, about: Any, notes: Sequence[str], look: Look
 ) -> go.Figure:
     known = values[np.isfinite(values)]
@@ -110,16 +112,16 @@ def drawn(
         y=np.arange(len(names)),
         orientation="h",
         marker={"color": colors},
-        text=[signed_number(form, value) for value in values.tolist()],
+        text=[format_signed(form, value) for value in values.tolist()],
         textposition="outside",
         cliponaxis=False,
-        hovertemplate=f"%{{y}}<br>%{{x:+.4g}} {shown(what)}<extra></extra>",
+        hovertemplate=f"%{{y}}<br>%{{x:+.4g}} {escape_text(what)}<extra></extra>",
     )
     figure = go.Figure(bar)
-    ticks(figure, "y", names, "", room=60, most=30, down=True)
+    set_ticks(figure, "y", names, "", max_ticks=60, max_length=30, first_on_top=True)
     ends = [low - room * (low < 0), high + room * (high > 0)]
     figure.update_xaxes(
-        range=ends, title=shown(what), zeroline=True, zerolinecolor=FAINT, gridcolor=FAINT, showgrid=True
+        range=ends, title=escape_text(what), zeroline=True, zerolinecolor=FAINT, gridcolor=FAINT, showgrid=True
     )
     tall: Look = {"height": 90 + 19 * len(names)}
-    return dressed(figure, title, about, notes, **(tall | look))  # type: ignore[arg-type]
+    return apply_style(figure, title, about, notes, **(tall | look))  # type: ignore[arg-type]

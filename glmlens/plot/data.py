@@ -12,10 +12,10 @@ Numbers = Any
 """A Labelled result, a numpy array, or what becomes one: nested lists, a tensor of any floating type and device."""
 Labels = Mapping[str, Sequence[str]] | Sequence[str] | None
 Limits = tuple[int | float, int | float]
-PLACES = ("pos", "query", "key", "step")
+POSITION_AXES = ("pos", "query", "key", "step")
 
 
-def array(x: Numbers) -> np.ndarray:
+def to_float_array(x: Numbers) -> np.ndarray:
     """x as a float32 array; what is too large for that is infinite."""
     if hasattr(x, "detach"):
         x = x.detach().cpu()
@@ -24,66 +24,68 @@ def array(x: Numbers) -> np.ndarray:
         return np.asarray(x, np.float32)
 
 
-def labelled(data: Numbers, axes: Sequence[str], labels: Labels = None) -> Labelled:
+def as_labelled(data: Numbers, axes: Sequence[str], labels: Labels = None) -> Labelled:
     """Numbers with these axes, from a result that has as many or from a plain array.
 
     `labels` is a mapping by axis, or the labels of tokens, for all axes of positions. Raises ValueError for another
     number of axes.
     """
     if isinstance(data, Labelled):
-        found = Labelled(array(data.values), data.axes, data.labels, data.about)
+        found = Labelled(to_float_array(data.values), data.axes, data.labels, data.about)
     else:
-        values = array(data)
-        check(values.ndim, values.shape, axes)
+        values = to_float_array(data)
+        check_axes(values.ndim, values.shape, axes)
         found = Labelled(values, tuple(axes))
-    check(found.values.ndim, dict(zip(found.axes, found.shape, strict=True)), axes)
-    given = labels if isinstance(labels, Mapping) else spread(found, labels)
-    return Labelled(found.values, found.axes, {**found.labels, **given}, {**read(labels), **found.about})
+    check_axes(found.values.ndim, dict(zip(found.axes, found.shape, strict=True)), axes)
+    given = labels if isinstance(labels, Mapping) else number_token_labels(found, labels)
+    return Labelled(
+        found.values, found.axes, {**found.labels, **given}, {**describe_token_labels(labels), **found.about}
+    )
 
 
-def read(labels: Labels) -> dict[str, str]:
+def describe_token_labels(labels: Labels) -> dict[str, str]:
     """The labels of tokens are a prompt."""
     return {} if labels is None or isinstance(labels, Mapping) else {"prompt": " ".join(labels)}
 
 
-def check(n: int, shape: object, axes: Sequence[str]) -> None:
+def check_axes(n: int, shape: object, axes: Sequence[str]) -> None:
     if n != len(axes):
         raise ValueError(
             f"expected {' '.join(axes)}, got {n} axes: {shape}; take one place of the others: data.at(...)"
         )
 
 
-def spread(data: Labelled, labels: Sequence[str] | None) -> dict[str, Sequence[str]]:
+def number_token_labels(data: Labelled, labels: Sequence[str] | None) -> dict[str, Sequence[str]]:
     """One sequence of token labels for all axes of positions, each with its number in front."""
     if labels is None:
         return {}
-    return {axis: [f"{i} {label}" for i, label in enumerate(labels)] for axis in data.axes if axis in PLACES}
+    return {axis: [f"{i} {label}" for i, label in enumerate(labels)] for axis in data.axes if axis in POSITION_AXES}
 
 
-def pooled(data: Labelled, most: int) -> tuple[Labelled, str]:
+def pool_blocks(data: Labelled, max_cells: int) -> tuple[Labelled, str]:
     """At most so many places along each of two axes, and the sentence that says so ("" if nothing was done).
 
     Blocks of neighbours are drawn as one cell with the number that is largest in magnitude, so that a lone peak stays.
     """
-    rows, columns = (-(-n // most) for n in data.shape)
+    rows, columns = (-(-n // max_cells) for n in data.shape)
     if rows == columns == 1:
         return data, ""
-    labels = {a: blocks(data.labels[a], k) for a, k in zip(data.axes, (rows, columns), strict=True)}
+    labels = {a: label_blocks(data.labels[a], k) for a, k in zip(data.axes, (rows, columns), strict=True)}
     size = " x ".join(f"{n:,}" for n in data.shape)
     counted = infinite_note(data.values)
     note = f"each cell shows the largest number of {rows} x {columns}: there are {size} ({' x '.join(data.axes)})" + (
         f" · {counted}" if counted else ""
     )
-    return Labelled(largest(data.values, rows, columns), data.axes, labels, data.about), note
+    return Labelled(largest_by_block(data.values, rows, columns), data.axes, labels, data.about), note
 
 
-def blocks(labels: Sequence[str], k: int) -> list[str]:
+def label_blocks(labels: Sequence[str], k: int) -> list[str]:
     """A label for every k neighbours: the first and the last of them."""
     ends = ((labels[i], labels[min(i + k, len(labels)) - 1]) for i in range(0, len(labels), k))
     return [first if first == last else f"{first} … {last}" for first, last in ends]
 
 
-def largest(values: np.ndarray, rows: int, columns: int) -> np.ndarray:
+def largest_by_block(values: np.ndarray, rows: int, columns: int) -> np.ndarray:
     """The number largest in magnitude of every block; nan where a block has none that is finite."""
     values = np.where(np.isinf(values), np.nan, values)
     ends = [(0, -n % k) for n, k in zip(values.shape, (rows, columns), strict=True)]
@@ -93,6 +95,6 @@ def largest(values: np.ndarray, rows: int, columns: int) -> np.ndarray:
     return np.where(np.abs(bottom) > np.abs(top), bottom, top)
 
 
-def title_of(data: Labelled) -> str:
+def metric_title(data: Labelled) -> str:
     """What numbers say that they are, or the names of their axes."""
     return data.about.get("metric") or " x ".join(data.axes)

@@ -8,11 +8,11 @@ import plotly.graph_objects as go
 from typing_extensions import Unpack
 
 from glmlens.integers import Integer, read_integer
-from glmlens.plot.style import FAINT, NEGATIVE, POSITIVE, Look, dressed, shown
+from glmlens.plot.style import FAINT, NEGATIVE, POSITIVE, Look, apply_style, escape_text
 
 Edge = tuple[str, str]
-PLATE = "#5f5f5f"
-STEPS = np.linspace(0, 1, 24)
+LABEL_BACKGROUND = "#5f5f5f"
+CURVE_STEPS = np.linspace(0, 1, 24)
 
 
 def circuit(scores: Any, *, top: Integer = 20, **look: Unpack[Look]) -> go.Figure:
@@ -23,21 +23,21 @@ def circuit(scores: Any, *, top: Integer = 20, **look: Unpack[Look]) -> go.Figur
     them. The score is in the hover of the dot on an edge.
     """
     top = read_integer(top, "top", least=1)
-    edges = scores.top(top) if hasattr(scores, "top") else strongest(scores, top)
+    edges = scores.top(top) if hasattr(scores, "top") else strongest_edges(scores, top)
     given = len(edges)
     edges = [(edge, score) for edge, score in edges if np.isfinite(score)]
     if not edges:
         raise ValueError("there are no edges to draw" + (": no score is a finite number" if given else ""))
     about = {key: said for key, said in getattr(scores, "about", {}).items() if key in ("metric", "model", "pairs")}
-    seats = seated({name for edge, _ in edges for name in edge})
+    seats = place_nodes({name for edge, _ in edges for name in edge})
     most = max(abs(score) for _, score in edges) or 1.0
     figure = go.Figure()
     for (writer, reader), score in sorted(edges, key=lambda edge: abs(edge[1])):
-        figure.add_scatter(**curve(seats[writer], seats[reader], score, most))
+        figure.add_scatter(**edge_trace(seats[writer], seats[reader], score, most))
     graph = getattr(scores, "graph", None)
-    figure.add_scatter(**links(seats, graph.n_heads // graph.n_kv_heads if graph else 0))
-    figure.add_scatter(**dots(seats, edges))
-    figure.update_layout(annotations=nodes(seats))
+    figure.add_scatter(**head_links(seats, graph.n_heads // graph.n_kv_heads if graph else 0))
+    figure.add_scatter(**edge_dots(seats, edges))
+    figure.update_layout(annotations=node_labels(seats))
     layers = sorted({y for _, y in seats.values()})
     figure.update_xaxes(visible=False, range=[-0.08, 1.08])
     figure.update_yaxes(visible=False)
@@ -46,18 +46,18 @@ def circuit(scores: Any, *, top: Integer = 20, **look: Unpack[Look]) -> go.Figur
     gone = f"{left:,} more have no finite score" if left else ""
     sign = str(getattr(scores, "about", {}).get("sign", ""))
     tall: Look = {"height": 90 + 46 * len(layers)}
-    return dressed(
+    return apply_style(
         figure, f"The {len(edges)} strongest edges: red above zero, blue below", about, (sign, gone), **(tall | look)
     )  # type: ignore[arg-type]
 
 
-def strongest(scores: Mapping[Edge, float] | Sequence[tuple[Edge, float]], top: int) -> list[tuple[Edge, float]]:
+def strongest_edges(scores: Mapping[Edge, float] | Sequence[tuple[Edge, float]], top: int) -> list[tuple[Edge, float]]:
     pairs = scores.items() if isinstance(scores, Mapping) else scores
     found = [(edge, float(score)) for edge, score in pairs]
     return sorted(found, key=lambda pair: -np.nan_to_num(abs(pair[1]), posinf=0))[:top]
 
 
-def height_of(name: str) -> int:
+def node_height(name: str) -> int:
     """How high a part is: the embedding lowest, three rows for a layer, the logits on top."""
     layer, _, part = name.partition(".")
     if not part:
@@ -65,18 +65,18 @@ def height_of(name: str) -> int:
     return 3 * int(layer) + (2 if part == "mlp" else 1 if part.startswith("head") else 0)
 
 
-def order_of(name: str) -> tuple[str, int]:
+def node_order(name: str) -> tuple[str, int]:
     """Where a part is along its row: queries, keys, values, each by number."""
     part = name.partition(".")[2]
     kind = part.rstrip("0123456789")
     return {"q": "0", "k": "1", "v": "2"}.get(kind, kind), int(part[len(kind) :] or 0)
 
 
-def seated(names: set[str]) -> dict[str, tuple[float, int]]:
+def place_nodes(names: set[str]) -> dict[str, tuple[float, int]]:
     """A place for every part: rows from below without empty ones, evenly spread along each."""
     rows: dict[int, list[str]] = {}
-    for name in sorted(names, key=order_of):
-        rows.setdefault(height_of(name), []).append(name)
+    for name in sorted(names, key=node_order):
+        rows.setdefault(node_height(name), []).append(name)
     found = {}
     for y, high in enumerate(sorted(rows)):
         for i, name in enumerate(rows[high]):
@@ -84,15 +84,15 @@ def seated(names: set[str]) -> dict[str, tuple[float, int]]:
     return found
 
 
-def curve(start: tuple[float, int], end: tuple[float, int], score: float, most: float) -> dict[str, Any]:
+def edge_trace(start: tuple[float, int], end: tuple[float, int], score: float, most: float) -> dict[str, Any]:
     """An edge: upright where it leaves and where it arrives."""
     (x0, y0), (x1, y1) = start, end
-    smooth = 3 * STEPS**2 - 2 * STEPS**3
+    smooth = 3 * CURVE_STEPS**2 - 2 * CURVE_STEPS**3
     width = 1 + 6 * abs(score) / most
     color = POSITIVE if score > 0 else NEGATIVE
     return {
         "x": x0 + (x1 - x0) * smooth,
-        "y": y0 + (y1 - y0) * STEPS,
+        "y": y0 + (y1 - y0) * CURVE_STEPS,
         "mode": "lines",
         "line": {"width": width, "color": color},
         "opacity": 0.65,
@@ -100,11 +100,11 @@ def curve(start: tuple[float, int], end: tuple[float, int], score: float, most: 
     }
 
 
-def dots(seats: Mapping[str, tuple[float, int]], edges: Sequence[tuple[Edge, float]]) -> dict[str, Any]:
+def edge_dots(places: Mapping[str, tuple[float, int]], edges: Sequence[tuple[Edge, float]]) -> dict[str, Any]:
     """A dot on every edge to point at."""
-    ends = [(seats[writer], seats[reader]) for (writer, reader), _ in edges]
+    ends = [(places[writer], places[reader]) for (writer, reader), _ in edges]
     share = [0.35 + 0.3 * (i % 5) / 4 for i in range(len(edges))]  # not all on one height
-    said = [f"{shown(writer)} → {shown(reader)}<br>score {score:+.4g}" for (writer, reader), score in edges]
+    said = [f"{escape_text(writer)} → {escape_text(reader)}<br>score {score:+.4g}" for (writer, reader), score in edges]
     return {
         "x": [a[0] + (b[0] - a[0]) * (3 * t**2 - 2 * t**3) for (a, b), t in zip(ends, share, strict=True)],
         "y": [a[1] + (b[1] - a[1]) * t for (a, b), t in zip(ends, share, strict=True)],
@@ -115,21 +115,21 @@ def dots(seats: Mapping[str, tuple[float, int]], edges: Sequence[tuple[Edge, flo
     }
 
 
-def links(seats: Mapping[str, tuple[float, int]], group: int) -> dict[str, Any]:
+def head_links(places: Mapping[str, tuple[float, int]], group: int) -> dict[str, Any]:
     """Thin lines to the heads from their queries and, where a group has a size, from its keys and values."""
     x: list[float | None] = []
     y: list[float | None] = []
-    for name, (x0, y0) in seats.items():
+    for name, (x0, y0) in places.items():
         layer, _, part = name.partition(".")
-        for head in heads_of(part, group):
-            if f"{layer}.head{head}" in seats:
-                x1, y1 = seats[f"{layer}.head{head}"]
+        for head in heads_of_part(part, group):
+            if f"{layer}.head{head}" in places:
+                x1, y1 = places[f"{layer}.head{head}"]
                 x += [x0, x1, None]
                 y += [y0, y1, None]
     return {"x": x, "y": y, "mode": "lines", "line": {"width": 1, "color": FAINT}, "hoverinfo": "skip"}
 
 
-def heads_of(part: str, group: int) -> list[int]:
+def heads_of_part(part: str, group: int) -> list[int]:
     """The heads that a part, "q3" or "v1", belongs to."""
     kind, number = part[:1], part[1:]
     if kind not in ("q", "k", "v") or not number.isdigit():
@@ -137,7 +137,7 @@ def heads_of(part: str, group: int) -> list[int]:
     return [int(number)] if kind == "q" else list(range(int(number) * group, (int(number) + 1) * group))
 
 
-def nodes(seats: Mapping[str, tuple[float, int]]) -> list[dict[str, Any]]:
+def node_labels(places: Mapping[str, tuple[float, int]]) -> list[dict[str, Any]]:
     """The parts, each its name on a plate: white on grey reads over any edge and on any page."""
-    style = {"showarrow": False, "bgcolor": PLATE, "borderpad": 3, "font": {"size": 11, "color": "#ffffff"}}
-    return [{"x": x, "y": y, "text": shown(name), **style} for name, (x, y) in seats.items()]
+    style = {"showarrow": False, "bgcolor": LABEL_BACKGROUND, "borderpad": 3, "font": {"size": 11, "color": "#ffffff"}}
+    return [{"x": x, "y": y, "text": escape_text(name), **style} for name, (x, y) in places.items()]

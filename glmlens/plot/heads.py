@@ -7,10 +7,10 @@ import plotly.graph_objects as go
 from typing_extensions import Unpack
 
 from glmlens.integers import Integer, read_integer
-from glmlens.plot.data import Labels, Numbers, blocks, labelled, largest
-from glmlens.plot.style import GREY, MAGNITUDE, SERIES, Look, bar_of, dressed, infinite_note, ticks
+from glmlens.plot.data import Labels, Numbers, as_labelled, label_blocks, largest_by_block
+from glmlens.plot.style import GREY, MAGNITUDE, SERIES, Look, apply_style, color_bar, infinite_note, set_ticks
 
-ACROSS = 400  # cells of all the small pictures beside each other
+CELLS_ACROSS = 400  # cells of all the small pictures beside each other
 
 
 def attention_heads(
@@ -21,7 +21,7 @@ def attention_heads(
     Heads that share a key-value head stand together, marked "kv 0", "kv 1", ...; long prompts are drawn in blocks, each
     with its largest number.
     """
-    data = labelled(patterns, ("head", "query", "key"), labels)
+    data = as_labelled(patterns, ("head", "query", "key"), labels)
     n, length = data.shape[:2]
     groups = 1 if n_kv_heads is None else read_integer(n_kv_heads, "n_kv_heads", least=1)
     if n % groups:
@@ -31,15 +31,15 @@ def attention_heads(
     per_group = -(-(n // groups) // columns)
     if groups > 1 and per_group == 1:
         columns *= max(1, min(groups, wide // columns))  # small groups stand beside each other
-    k = -(-max(data.shape[1:]) // max(16, min(128, ACROSS // columns)))
-    tiles = np.stack([largest(head, k, k) for head in data.values])
-    seats = [seat(head, n // groups, per_group, columns) for head in range(n)]
+    k = -(-max(data.shape[1:]) // max(16, min(128, CELLS_ACROSS // columns)))
+    tiles = np.stack([largest_by_block(head, k, k) for head in data.values])
+    seats = [tile_place(head, n // groups, per_group, columns) for head in range(n)]
     rows, gaps = 1 + max(row for row, _ in seats), (-(-tiles.shape[1] // 6), -(-tiles.shape[2] // 16))
-    board = Board(tiles.shape[1:], gaps, (rows, columns))
-    figure = go.Figure(board.heat(tiles, seats))
-    query, key = (blocks(data.labels[axis], k) for axis in data.axes[1:])
-    ticks(figure, "x", [label for _ in range(columns) for label in (*key, *[""] * gaps[1])], "")
-    ticks(figure, "y", [label for _ in range(rows) for label in (*[""] * gaps[0], *query)], "", down=True)
+    board = TileBoard(tiles.shape[1:], gaps, (rows, columns))
+    figure = go.Figure(board.draw_tiles(tiles, seats))
+    query, key = (label_blocks(data.labels[axis], k) for axis in data.axes[1:])
+    set_ticks(figure, "x", [label for _ in range(columns) for label in (*key, *[""] * gaps[1])], "")
+    set_ticks(figure, "y", [label for _ in range(rows) for label in (*[""] * gaps[0], *query)], "", first_on_top=True)
     figure.update_xaxes(showticklabels=False).update_yaxes(showticklabels=False)
     figure.update_layout(xaxis_title="key, to the right", yaxis_title="query, downwards")
     for head, place in enumerate(seats):
@@ -55,11 +55,11 @@ def attention_heads(
     counted = infinite_note(data.values)
     note = f"each cell shows the largest number of {k} x {k}: there are {length:,} queries" if k > 1 else ""
     tall = {"height": int(40 + rows * 1.17 * (860 / columns - 10))}
-    return dressed(figure, "Attention of all heads", data.about, (note, counted), **(tall | look))  # type: ignore[arg-type]
+    return apply_style(figure, "Attention of all heads", data.about, (note, counted), **(tall | look))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
-class Board:
+class TileBoard:
     """Pictures of one size in rows, with a gap above and to the right of each."""
 
     tile: tuple[int, ...]
@@ -70,20 +70,20 @@ class Board:
         """Where the first cell of a picture is."""
         return row * (self.tile[0] + self.gaps[0]) + self.gaps[0], column * (self.tile[1] + self.gaps[1])
 
-    def heat(self, tiles: np.ndarray, seats: list[tuple[int, int]]) -> go.Heatmap:
+    def draw_tiles(self, tiles: np.ndarray, places: list[tuple[int, int]]) -> go.Heatmap:
         """All pictures as one heatmap, nothing in the gaps."""
         size = [n * (t + gap) for n, t, gap in zip(self.shape, self.tile, self.gaps, strict=True)]
         z, of = np.full(size, np.nan, np.float32), np.zeros(size, np.uint8 if len(tiles) < 256 else np.uint16)
-        for head, (picture, place) in enumerate(zip(tiles, seats, strict=True)):
+        for head, (picture, place) in enumerate(zip(tiles, places, strict=True)):
             y, x = self.corner(*place)
             here = np.s_[y : y + self.tile[0], x : x + self.tile[1]]
             z[here], of[here] = picture, head
         hover = "head %{customdata}<br>query %{y}, key %{x}<br>attention %{z:.4g}<extra></extra>"
         heat = go.Heatmap(z=z, x=np.arange(size[1]), y=np.arange(size[0]), customdata=of, colorscale=MAGNITUDE)
-        return heat.update(zmin=0, zmax=1, hoverongaps=False, hovertemplate=hover, colorbar=bar_of("attention"))
+        return heat.update(zmin=0, zmax=1, hoverongaps=False, hovertemplate=hover, colorbar=color_bar("attention"))
 
 
-def seat(head: int, size: int, per_group: int, columns: int) -> tuple[int, int]:
+def tile_place(head: int, size: int, per_group: int, columns: int) -> tuple[int, int]:
     """The row and column of a head's picture."""
     if per_group == 1:
         return divmod(head, columns)

@@ -8,25 +8,25 @@ import plotly.graph_objects as go
 from typing_extensions import Unpack
 
 from glmlens.integers import Integer, read_integer
-from glmlens.plot.data import Labels, Limits, Numbers, array, labelled, pooled, title_of
+from glmlens.plot.data import Labels, Limits, Numbers, as_labelled, metric_title, pool_blocks, to_float_array
 from glmlens.plot.style import (
     GREY,
     MOST_CELLS,
     Look,
-    bar_of,
-    colors,
-    dressed,
+    apply_style,
+    color_bar,
+    color_scale,
+    escape_text,
     finite_most,
-    ink,
-    shown,
-    signed_number,
-    ticks,
+    format_signed,
+    set_ticks,
+    text_colors,
 )
 from glmlens.results import Labelled, list_axes
 
-TALL = ("pos", "key", "part")  # axes whose labels are drawn steeply
-LONGER = {"part": 28, "pair": 28}  # characters of labels that name wavelengths
-WRITTEN = 400  # so many cells have their number written in them
+STEEP_LABEL_AXES = ("pos", "key", "part")  # axes whose labels are drawn steeply
+LABEL_LENGTHS = {"part": 28, "pair": 28}  # characters of labels that name wavelengths
+MAX_WRITTEN_CELLS = 400  # so many cells have their number written in them
 
 
 def heatmap(
@@ -46,19 +46,19 @@ def heatmap(
     Signed numbers have zero in the middle of the colours; without `signed`, those are signed of which any is negative.
     `limits` are the ends of the colours.
     """
-    return drawn(labelled(data, list_axes(axes), labels), what, signed, down, limits, max_cells, look)
+    return draw_heatmap(as_labelled(data, list_axes(axes), labels), what, signed, down, limits, max_cells, look)
 
 
-def drawn(
+def draw_heatmap(
     data: Labelled,
     what: str,
     signed: bool | None = None,
     down: bool = False,
     limits: Limits | None = None,
-    most: int = MOST_CELLS,
+    max_cells: int = MOST_CELLS,
     look: Look | None = None,
     text: np.ndarray | bool = True,
-    more: tuple[str, np.ndarray] | None = None,
+    hover: tuple[str, np.ndarray] | None = None,
     name: str | None = None,
     notes: tuple[str, ...] = (),
 ) -> go.Figure:
@@ -68,52 +68,54 @@ def drawn(
     """
     whole = data.values
     signed = bool(whole[np.isfinite(whole)].min(initial=0) < 0) if signed is None else signed
-    data, note = pooled(data, most)
+    data, note = pool_blocks(data, max_cells)
     rows, columns = data.axes
-    scale = colors(data.values, signed)
+    scale = color_scale(data.values, signed)
     if limits is not None:
         scale |= {"zmin": limits[0], "zmax": limits[1]}
     lines = [
-        f"{shown(rows)} %{{y}}, {shown(columns)} %{{x}}",
-        f"{shown(what)} %{{z:.4g}}",
-        *([more[0]] if more else []),
+        f"{escape_text(rows)} %{{y}}, {escape_text(columns)} %{{x}}",
+        f"{escape_text(what)} %{{z:.4g}}",
+        *([hover[0]] if hover else []),
     ]
     heat = go.Heatmap(
         z=data.values,
         x=np.arange(data.shape[1]),
         y=np.arange(data.shape[0]),
-        customdata=more[1] if more else None,
+        customdata=hover[1] if hover else None,
         hovertemplate="<br>".join(lines) + "<extra></extra>",
         hoverongaps=False,
-        colorbar=bar_of(what),
+        colorbar=color_bar(what),
         **scale,
     )
     figure = go.Figure(heat)
-    words = numbers(data.values) if isinstance(text, bool) else text
+    words = format_cells(data.values) if isinstance(text, bool) else text
     if text is not False and words is not None:
-        figure.add_scatter(**written(data.values, words, scale))
-    ticks(figure, "x", data.labels[columns], columns, most=LONGER.get(columns, 16))
-    ticks(figure, "y", data.labels[rows], rows, down=down, room=30, most=LONGER.get(rows, 16))
-    tall = {"height": max(150, min(24 * data.shape[0], 560)) + (110 if columns in TALL else 50)}
+        figure.add_scatter(**cell_texts(data.values, words, scale))
+    set_ticks(figure, "x", data.labels[columns], columns, max_length=LABEL_LENGTHS.get(columns, 16))
+    set_ticks(
+        figure, "y", data.labels[rows], rows, first_on_top=down, max_ticks=30, max_length=LABEL_LENGTHS.get(rows, 16)
+    )
+    tall = {"height": max(150, min(24 * data.shape[0], 560)) + (110 if columns in STEEP_LABEL_AXES else 50)}
     known = {**({} if what == "value" else {"metric": what}), **data.about}
-    return dressed(figure, name or title_of(data), known, (*notes, note), **(tall | (look or {})))  # type: ignore[arg-type]
+    return apply_style(figure, name or metric_title(data), known, (*notes, note), **(tall | (look or {})))  # type: ignore[arg-type]
 
 
-def written(values: np.ndarray, words: np.ndarray, scale: Mapping[str, Any]) -> dict[str, Any]:
+def cell_texts(values: np.ndarray, words: np.ndarray, scale: Mapping[str, Any]) -> dict[str, Any]:
     """Words over the cells of a heatmap, black or white by its scale; nothing over a cell that is not known."""
     y, x = np.nonzero(np.isfinite(values))
-    font = {"size": 10, "color": ink(values[y, x], **scale)}
+    font = {"size": 10, "color": text_colors(values[y, x], **scale)}
     return {"x": x, "y": y, "text": words[y, x].tolist(), "mode": "text", "textfont": font, "hoverinfo": "skip"}
 
 
-def numbers(values: np.ndarray) -> np.ndarray | None:
+def format_cells(values: np.ndarray) -> np.ndarray | None:
     """Numbers as they are written in their cells, where they have room."""
-    if values.shape[1] > 16 or values.size > WRITTEN:
+    if values.shape[1] > 16 or values.size > MAX_WRITTEN_CELLS:
         return None
     most = finite_most(values)
     first = int(np.floor(np.log10(most))) if most else 0  # the place of the largest number's first digit
     form = f"{{:.{max(0, (2 if first >= 0 else 1) - max(first, -5))}f}}"
-    return np.array([[signed_number(form, v) for v in row] for row in values.tolist()], dtype=object)
+    return np.array([[format_signed(form, v) for v in row] for row in values.tolist()], dtype=object)
 
 
 def patch_grid(
@@ -123,17 +125,17 @@ def patch_grid(
 
     A Sweep brings its interval (`low`, `high`) and `floor`; plain numbers [row, column] have none.
     """
-    data = labelled(sweep, ("layer", "pos"), labels)
+    data = as_labelled(sweep, ("layer", "pos"), labels)
     name = f"Effect of patching {data.about['site']}" if "site" in data.about else "Effect of patching"
     known = [(word, getattr(sweep, name, None)) for word, name in (("from", "low"), ("to", "high"), ("null", "floor"))]
-    sheets = [(word, array(sheet.values)) for word, sheet in known if sheet is not None]
+    sheets = [(word, to_float_array(sheet.values)) for word, sheet in known if sheet is not None]
     sheets = [(word, values) for word, values in sheets if np.isfinite(values).any()]
     if not sheets or max(data.shape) > max_cells:
-        return drawn(data, "effect", True, most=max_cells, look=look, name=name)
+        return draw_heatmap(data, "effect", True, max_cells=max_cells, look=look, name=name)
     lines = {"from": "95 %% interval %s", "to": "to %s", "null": "null floor %s"}
     said = " ".join(lines[word] % f"%{{customdata[{i}]:.3g}}" for i, (word, _) in enumerate(sheets))
     more = (said, np.stack([values for _, values in sheets], -1))
-    return drawn(data, "effect", True, most=max_cells, look=look, more=more, name=name)
+    return draw_heatmap(data, "effect", True, max_cells=max_cells, look=look, hover=more, name=name)
 
 
 def logit_lens(
@@ -150,7 +152,7 @@ def logit_lens(
     "target_probability". Where there is room the most probable token is written in its cell. Of more positions than
     `max_cells`, every so many are drawn.
     """
-    sheets = {name: one(sheet, prompt) for name, sheet in result.sheets().items()}
+    sheets = {name: select_prompt(sheet, prompt) for name, sheet in result.sheets().items()}
     if show not in ("probability", "kl", "target_rank", "target_probability") or show not in sheets:
         raise ValueError(
             f"show is {show!r}; this result has {', '.join(n for n in sheets if n not in ('token', 'word'))}"
@@ -159,37 +161,37 @@ def logit_lens(
     word, probability = (sheets[name].stride("pos", step) for name in ("word", "probability"))
     data = sheets[show] if show != "probability" else sheets["probability"].at(rank=0)
     about = {key: said for key, said in data.about.items() if key != "direction"}
-    data = Labelled(array(data.values), data.axes, data.labels, about).stride("pos", step)
+    data = Labelled(to_float_array(data.values), data.axes, data.labels, about).stride("pos", step)
     words: np.ndarray | bool = False
     if data.shape[1] <= 18:
-        words = np.array([[shown(t, 8) for t in row] for row in word.values[..., 0]])
+        words = np.array([[escape_text(t, 8) for t in row] for row in word.values[..., 0]])
     note = f"one position of every {step} is drawn, of {sheets['kl'].shape[1]:,}" if step > 1 else ""
     name = {"probability": "Logit lens: the most probable next token after each layer"}.get(
         show, f"Logit lens: {data.about.get('metric', show)}"
     )
-    more = ("%{customdata}", best(word.values, probability.values))
-    return drawn(
+    more = ("%{customdata}", hover_candidates(word.values, probability.values))
+    return draw_heatmap(
         data,
         show.replace("_", " "),
         False,
-        most=max_cells,
+        max_cells=max_cells,
         look=look,
         text=words,
-        more=more,
+        hover=more,
         name=name,
         notes=(note,),
     )
 
 
-def one(sheet: Labelled, prompt: Integer | str) -> Labelled:
+def select_prompt(sheet: Labelled, prompt: Integer | str) -> Labelled:
     """One prompt of a result of several."""
     return sheet.at(prompt=prompt) if "prompt" in sheet.axes else sheet
 
 
-def best(words: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+def hover_candidates(words: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     """The most probable tokens of every cell as lines of hover."""
     flat = zip(words.reshape(-1, words.shape[-1]), probabilities.reshape(-1, words.shape[-1]), strict=True)
-    cells = ["<br>".join(f"{p:.1%} {shown(w, 24)}" for w, p in zip(*cell, strict=True) if w) for cell in flat]
+    cells = ["<br>".join(f"{p:.1%} {escape_text(w, 24)}" for w, p in zip(*cell, strict=True) if w) for cell in flat]
     return np.array(cells, dtype=object).reshape(words.shape[:-1])
 
 
@@ -206,13 +208,13 @@ def attention_pattern(
     With `value_norms` [key] every weight is multiplied by the length of the value it brings (Kobayashi et al. 2020,
     arXiv 2004.10102): little of what is attended to may be taken.
     """
-    data = labelled(pattern, ("query", "key"), labels)
+    data = as_labelled(pattern, ("query", "key"), labels)
     if value_norms is None:
-        return drawn(data, "attention", False, True, (0, 1), max_cells, look, False, name="Attention")
+        return draw_heatmap(data, "attention", False, True, (0, 1), max_cells, look, False, name="Attention")
     with np.errstate(invalid="ignore", over="ignore"):
-        products = data.values * array(value_norms)[None, :]
+        products = data.values * to_float_array(value_norms)[None, :]
     weighted = Labelled(products, data.axes, data.labels, data.about)
-    return drawn(
+    return draw_heatmap(
         weighted, "attention x length of value", False, True, None, max_cells, look, False, name="Attention by value"
     )
 
@@ -232,12 +234,12 @@ def head_scores(
     sheets = scores.sheets() if hasattr(scores, "sheets") else {}
     if sheets and score not in sheets:
         raise ValueError(f"score is {score!r}; this result has {', '.join(sheets)}")
-    data = labelled(sheets.get(score, scores), ("layer", "head"))
+    data = as_labelled(sheets.get(score, scores), ("layer", "head"))
     chance = getattr(scores, "chance", {}).get(score)
     note = f"by chance {chance:.3f}" if chance is not None else ""
     named = score.replace("_", " ") if sheets else what
-    name = f"{named.capitalize()} score of every head" if sheets else title_of(data)
-    figure = drawn(data, named, look=look, name=name, notes=(note,))
+    name = f"{named.capitalize()} score of every head" if sheets else metric_title(data)
+    figure = draw_heatmap(data, named, look=look, name=name, notes=(note,))
     if n_kv_heads:
         for head in range(0, data.shape[1], data.shape[1] // n_kv_heads)[1:]:
             figure.add_vline(head - 0.5, line={"color": GREY, "width": 2})
@@ -246,24 +248,26 @@ def head_scores(
 
 def residual_norms(residual: Numbers, labels: Labels = None, **look: Unpack[Look]) -> go.Figure:
     """The length of the residual stream [layer, pos, model] after every layer and at every position."""
-    data = labelled(residual, ("layer", "pos", "model"), labels)
+    data = as_labelled(residual, ("layer", "pos", "model"), labels)
     norms = np.linalg.norm(data.values.astype(np.float64), axis=-1)
-    return drawn(without(data, norms, "model"), "length", False, look=look, name="Length of the residual stream")
+    return draw_heatmap(
+        drop_axis(data, norms, "model"), "length", False, look=look, name="Length of the residual stream"
+    )
 
 
 def residual_angles(residual: Numbers, labels: Labels = None, **look: Unpack[Look]) -> go.Figure:
     """Degrees by which each layer turns the residual stream [layer, pos, model] from what it was a layer before."""
-    data = labelled(residual, ("layer", "pos", "model"), labels)
+    data = as_labelled(residual, ("layer", "pos", "model"), labels)
     exact = data.values.astype(np.float64)
     with np.errstate(invalid="ignore"):  # a stream with an infinite number has no direction: nan
         unit = exact / np.maximum(np.linalg.norm(exact, axis=-1, keepdims=True), 1e-30)
         turned = np.degrees(np.arccos(np.clip((unit[1:] * unit[:-1]).sum(-1), -1, 1)))
     later = Labelled(data.values[1:], data.axes, {**data.labels, "layer": data.labels["layer"][1:]}, data.about)
     name = "Angle between the residual stream after each layer and before it"
-    return drawn(without(later, turned, "model"), "degrees", False, look=look, name=name)
+    return draw_heatmap(drop_axis(later, turned, "model"), "degrees", False, look=look, name=name)
 
 
-def without(data: Labelled, values: np.ndarray, axis: str) -> Labelled:
+def drop_axis(data: Labelled, values: np.ndarray, axis: str) -> Labelled:
     """Numbers with the labels of `data` but for one axis."""
     axes = tuple(a for a in data.axes if a != axis)
     about: Mapping[str, str] = {key: said for key, said in data.about.items() if key not in ("metric", "direction")}

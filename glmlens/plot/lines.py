@@ -6,8 +6,8 @@ import numpy as np
 import plotly.graph_objects as go
 from typing_extensions import Unpack
 
-from glmlens.plot.data import Labels, Limits, Numbers, array, labelled, title_of
-from glmlens.plot.style import FAINT, SERIES, SIGNED, Look, bar_of, dressed, finite_most, shown, ticks
+from glmlens.plot.data import Labels, Limits, Numbers, as_labelled, metric_title, to_float_array
+from glmlens.plot.style import FAINT, SERIES, SIGNED, Look, apply_style, color_bar, escape_text, finite_most, set_ticks
 from glmlens.results import Labelled, list_axes
 
 DASHES = ("solid", "dash", "dot", "dashdot")
@@ -28,9 +28,9 @@ def lines(
     Numbers with one axis are one line. `limits` are the ends of the upward axis.
     """
     named = list_axes(axes)
-    if np.ndim(data.values if isinstance(data, Labelled) else array(data)) == 1:
-        data = single(labelled(data, named[1:], labels), what)
-    found = labelled(data, named, labels)
+    if np.ndim(data.values if isinstance(data, Labelled) else to_float_array(data)) == 1:
+        data = to_single_series(as_labelled(data, named[1:], labels), what)
+    found = as_labelled(data, named, labels)
     along = along or found.axes[1]
     if along not in found.axes:
         raise ValueError(f"along {along!r}; this result has {', '.join(found.axes)}")
@@ -38,33 +38,33 @@ def lines(
     values = found.values if found.axes[1] == along else found.values.T
     figure = go.Figure()
     for i, (name, row) in enumerate(zip(found.labels[series], values, strict=True)):
-        figure.add_scatter(**line(i, name, row, what))
-    ticks(figure, "x", found.labels[along], along)
-    upwards(figure, what, limits)
-    figure.update_layout(showlegend=len(values) > 1, legend={"title": {"text": shown(series)}})
-    return dressed(figure, title_of(found), found.about, **look)
+        figure.add_scatter(**line_trace(i, name, row, what))
+    set_ticks(figure, "x", found.labels[along], along)
+    style_value_axis(figure, what, limits)
+    figure.update_layout(showlegend=len(values) > 1, legend={"title": {"text": escape_text(series)}})
+    return apply_style(figure, metric_title(found), found.about, **look)
 
 
-def single(data: Labelled, name: str) -> Labelled:
+def to_single_series(data: Labelled, name: str) -> Labelled:
     """One series as a table of one row."""
     return Labelled(data.values[None], ("series", *data.axes), {**data.labels, "series": [name]}, data.about)
 
 
-def line(i: int, name: str, row: np.ndarray, what: str) -> dict:
+def line_trace(i: int, name: str, row: np.ndarray, what: str) -> dict:
     """A series by its number: its own colour, and a dash where the colours begin again."""
     return {
         "x": np.arange(len(row)),
         "y": row,
-        "name": shown(name, 40),
+        "name": escape_text(name, 40),
         "mode": "lines+markers" if len(row) <= 60 else "lines",
         "line": {"color": SERIES[i % len(SERIES)], "dash": DASHES[i // len(SERIES) % len(DASHES)], "width": 2},
-        "hovertemplate": f"%{{x}}<br>{shown(what)} %{{y:.4g}}<extra>{shown(name, 40)}</extra>",
+        "hovertemplate": f"%{{x}}<br>{escape_text(what)} %{{y:.4g}}<extra>{escape_text(name, 40)}</extra>",
     }
 
 
-def upwards(figure: go.Figure, what: str, limits: Limits | None) -> None:
+def style_value_axis(figure: go.Figure, what: str, limits: Limits | None) -> None:
     grid = {"showgrid": True, "gridcolor": FAINT, "zeroline": True, "zerolinecolor": FAINT}
-    figure.update_yaxes(title=shown(what), range=limits, **grid)
+    figure.update_yaxes(title=escape_text(what), range=limits, **grid)
 
 
 def compare(sweeps: Mapping[str, Numbers], *, what: str = "effect", **look: Unpack[Look]) -> go.Figure:
@@ -73,59 +73,69 @@ def compare(sweeps: Mapping[str, Numbers], *, what: str = "effect", **look: Unpa
     The sweeps must have the same axes and labels. An interval is drawn where a sweep has one (`low` and `high`).
     """
     found = {
-        name: labelled(sweep, sweep.axes if isinstance(sweep, Labelled) else axes_of(sweep))
+        name: as_labelled(sweep, sweep.axes if isinstance(sweep, Labelled) else default_axes(sweep))
         for name, sweep in sweeps.items()
     }
     first = next(iter(found.values()))
     for name, sweep in found.items():
         if (sweep.axes, sweep.labels) != (first.axes, first.labels):
             raise ValueError(f"{name!r} is of other places than {next(iter(found))!r}: {sweep.axes} and {first.axes}")
-    figure = beside(found, first, what) if len(first.axes) == 2 else above(sweeps, found, first, what)
+    figure = (
+        draw_grids_in_row(found, first, what)
+        if len(first.axes) == 2
+        else draw_overlaid_lines(sweeps, found, first, what)
+    )
     shared = set.intersection(*(set(sweep.about.items()) for sweep in found.values()))
     about = {
         key: said for key, said in first.about.items() if key in ("metric", "model", "pairs") and (key, said) in shared
     }
     tall: Look = {"height": 320 if len(first.axes) == 1 else 90 + max(160, 22 * first.shape[0])}
     room = 20 if len(first.axes) == 2 else 0
-    return dressed(figure, f"{what.capitalize()} by {' and '.join(first.axes)}", about, room=room, **(tall | look))  # type: ignore[arg-type]
+    return apply_style(
+        figure, f"{what.capitalize()} by {' and '.join(first.axes)}", about, extra_space=room, **(tall | look)
+    )  # type: ignore[arg-type]
 
 
-def axes_of(values: Numbers) -> tuple[str, ...]:
-    return ("layer", "place")[: array(values).ndim]
+def default_axes(values: Numbers) -> tuple[str, ...]:
+    return ("layer", "place")[: to_float_array(values).ndim]
 
 
-def above(sweeps: Mapping[str, Numbers], found: Mapping[str, Labelled], first: Labelled, what: str) -> go.Figure:
+def draw_overlaid_lines(
+    sweeps: Mapping[str, Numbers], series: Mapping[str, Labelled], first: Labelled, what: str
+) -> go.Figure:
     """Lines over one axis, with the ends of their intervals."""
     figure = go.Figure()
-    for i, (name, data) in enumerate(found.items()):
+    for i, (name, data) in enumerate(series.items()):
         ends = [getattr(sweeps[name], side, None) for side in ("low", "high")]
         error = None
         if all(end is not None and np.isfinite(end.values).any() for end in ends):
-            low, high = (array(end.values) for end in ends)  # type: ignore[union-attr]
+            low, high = (to_float_array(end.values) for end in ends)  # type: ignore[union-attr]
             with np.errstate(invalid="ignore"):
                 up, down = (np.where(np.isfinite(x), x, np.nan) for x in (high - data.values, data.values - low))
             error = {"array": up, "arrayminus": down, "symmetric": False, "thickness": 1}
-        figure.add_scatter(**line(i, name, data.values, what), error_y=error)
+        figure.add_scatter(**line_trace(i, name, data.values, what), error_y=error)
     axis = first.axes[0]
-    ticks(figure, "x", first.labels[axis], axis)
-    upwards(figure, what, None)
+    set_ticks(figure, "x", first.labels[axis], axis)
+    style_value_axis(figure, what, None)
     return figure.update_layout(showlegend=True)
 
 
-def beside(found: Mapping[str, Labelled], first: Labelled, what: str) -> go.Figure:
+def draw_grids_in_row(grids: Mapping[str, Labelled], first: Labelled, what: str) -> go.Figure:
     """Grids over two axes next to each other, zero in the middle."""
     from plotly.subplots import make_subplots
 
-    names = [shown(name, 30) for name in found]
-    figure = make_subplots(1, len(found), subplot_titles=names, shared_yaxes=True, horizontal_spacing=0.03)
+    names = [escape_text(name, 30) for name in grids]
+    figure = make_subplots(1, len(grids), subplot_titles=names, shared_yaxes=True, horizontal_spacing=0.03)
     figure.update_annotations(font_size=12)
-    most = max(finite_most(data.values, 1e-9) for data in found.values())
-    rows, columns = map(shown, first.axes)
+    most = max(finite_most(data.values, 1e-9) for data in grids.values())
+    rows, columns = map(escape_text, first.axes)
     at = {"x": np.arange(first.shape[1]), "y": np.arange(first.shape[0]), "coloraxis": "coloraxis"}
-    for i, (name, data) in enumerate(zip(names, found.values(), strict=True), 1):
-        hover = f"{rows} %{{y}}, {columns} %{{x}}<br>{shown(what)} %{{z:.4g}}<extra>{name}</extra>"
+    for i, (name, data) in enumerate(zip(names, grids.values(), strict=True), 1):
+        hover = f"{rows} %{{y}}, {columns} %{{x}}<br>{escape_text(what)} %{{z:.4g}}<extra>{name}</extra>"
         figure.add_trace(go.Heatmap(z=data.values, hovertemplate=hover, **at), 1, i)
-    below, left = ([shown(label, 16) for label in first.labels[axis]] for axis in reversed(first.axes))
+    below, left = ([escape_text(label, 16) for label in first.labels[axis]] for axis in reversed(first.axes))
     figure.update_xaxes(title=columns, tickvals=at["x"], ticktext=below)
     figure.update_yaxes(tickvals=at["y"], ticktext=left).update_yaxes(title=rows, col=1)
-    return figure.update_layout(coloraxis={"colorscale": SIGNED, "cmin": -most, "cmax": most, "colorbar": bar_of(what)})
+    return figure.update_layout(
+        coloraxis={"colorscale": SIGNED, "cmin": -most, "cmax": most, "colorbar": color_bar(what)}
+    )

@@ -10,24 +10,30 @@ from typing_extensions import Unpack
 
 from glmlens.integers import Integer, read_integer
 from glmlens.plot.bars import bars
-from glmlens.plot.data import array, pooled
-from glmlens.plot.heatmaps import drawn
+from glmlens.plot.data import pool_blocks, to_float_array
+from glmlens.plot.heatmaps import draw_heatmap
 from glmlens.plot.lines import lines
-from glmlens.plot.style import MAGNITUDE, MOST_CELLS, Look, bar_of, dressed, shown
+from glmlens.plot.style import MAGNITUDE, MOST_CELLS, Look, apply_style, color_bar, escape_text
 from glmlens.results import Labelled
 
-ALONE = {
+PATTERN_TITLES = {
     "pattern": "as it is",
     "rotary_alone": "rotated channels alone",
     "content_alone": "content alone",
     "position_alone": "position alone",
 }
-SOUGHT = {
+TARGET_TITLES = {
     "previous": "the token before",
     "duplicate": "the same token said before",
     "induction": "what followed the same token before",
 }
-ROUND = [[0, "#2f1436"], [0.25, "#6276ba"], [0.5, "#e2d9e2"], [0.75, "#b2614f"], [1, "#2f1436"]]  # -pi looks as pi does
+CYCLIC_COLORS = [
+    [0, "#2f1436"],
+    [0.25, "#6276ba"],
+    [0.5, "#e2d9e2"],
+    [0.75, "#b2614f"],
+    [1, "#2f1436"],
+]  # -pi looks as pi does
 
 
 def score_by_pair(
@@ -39,10 +45,10 @@ def score_by_pair(
     of those there are. A pair's label says its wavelength in tokens. Keys that the query cannot
     see stay empty.
     """
-    asked, data = asked_of(parts, "part", query)
-    named = Labelled(array(data.values).T, ("part", "key"), data.labels, without(data.about, "metric"))
+    asked, data = select_query(parts, "part", query)
+    named = Labelled(to_float_array(data.values).T, ("part", "key"), data.labels, drop_fields(data.about, "metric"))
     name = f"Score of query {asked} by frequency pair"
-    return drawn(named, "part of the score", True, True, most=max_cells, look=look, name=name)
+    return draw_heatmap(named, "part of the score", True, True, max_cells=max_cells, look=look, name=name)
 
 
 def rotary_angles(
@@ -53,23 +59,23 @@ def rotary_angles(
     `parts` is the result of `score_parts`, `query` as for `score_by_pair`. -pi and pi have one colour, for they are one
     angle.
     """
-    asked, data = asked_of(parts, "angle", query)
+    asked, data = select_query(parts, "angle", query)
     with np.errstate(invalid="ignore"):
-        turned = (array(data.values).T + np.pi) % (2 * np.pi) - np.pi
-    named = Labelled(turned, ("pair", "key"), data.labels, without(data.about, "metric"))
+        turned = (to_float_array(data.values).T + np.pi) % (2 * np.pi) - np.pi
+    named = Labelled(turned, ("pair", "key"), data.labels, drop_fields(data.about, "metric"))
     name = f"Angle between query {asked} and every key"
-    figure = drawn(named, "radians", False, True, (-np.pi, np.pi), max_cells, look, name=name)
-    return figure.update_traces(colorscale=ROUND, selector={"type": "heatmap"})
+    figure = draw_heatmap(named, "radians", False, True, (-np.pi, np.pi), max_cells, look, name=name)
+    return figure.update_traces(colorscale=CYCLIC_COLORS, selector={"type": "heatmap"})
 
 
-def asked_of(parts: Any, sheet: str, query: Integer | str | None) -> tuple[str, Labelled]:
+def select_query(parts: Any, sheet: str, query: Integer | str | None) -> tuple[str, Labelled]:
     """One query of a sheet [query, key, part or pair], by default the last of those there are, and its label."""
     found = parts.sheets()[sheet]
     data = found.at(query=found.labels["query"][-1] if query is None else query)
     return data.about["query"], data
 
 
-def without(about: Any, *keys: str) -> dict[str, str]:
+def drop_fields(about: Any, *keys: str) -> dict[str, str]:
     return {key: said for key, said in about.items() if key not in keys}
 
 
@@ -78,33 +84,33 @@ def rotary_patterns(parts: Any, *, max_cells: int = 128, **look: Unpack[Look]) -
 
     `parts` is the result of `score_parts`. All have one scale of colours, from 0 to 1; the first query is on top.
     """
-    sheets = [parts.sheets()[name] for name in ALONE]
-    small = [pooled(Labelled(array(x.values), x.axes, x.labels, x.about), max_cells) for x in sheets]
+    sheets = [parts.sheets()[name] for name in PATTERN_TITLES]
+    small = [pool_blocks(Labelled(to_float_array(x.values), x.axes, x.labels, x.about), max_cells) for x in sheets]
     figure = make_subplots(
-        2, 2, subplot_titles=list(ALONE.values()), shared_xaxes=True, shared_yaxes=True, vertical_spacing=0.07,
+        2, 2, subplot_titles=list(PATTERN_TITLES.values()), shared_xaxes=True, shared_yaxes=True, vertical_spacing=0.07,
         horizontal_spacing=0.04,
     ).update_annotations(font_size=12)  # fmt: skip
-    for i, (words, (data, _)) in enumerate(zip(ALONE.values(), small, strict=True)):
-        figure.add_trace(sheet(data, words), 1 + i // 2, 1 + i % 2)
+    for i, (words, (data, _)) in enumerate(zip(PATTERN_TITLES.values(), small, strict=True)):
+        figure.add_trace(pattern_heatmap(data, words), 1 + i // 2, 1 + i % 2)
     data, note = small[0]
-    named(figure, data.labels["query"], data.labels["key"])
-    figure.update_layout(coloraxis={"colorscale": MAGNITUDE, "cmin": 0, "cmax": 1, "colorbar": bar_of("attention")})
+    label_pattern_axes(figure, data.labels["query"], data.labels["key"])
+    figure.update_layout(coloraxis={"colorscale": MAGNITUDE, "cmin": 0, "cmax": 1, "colorbar": color_bar("attention")})
     about = {**data.about, "metric": "attention"}
     tall: Look = {"height": 700}
-    return dressed(figure, "Content against position", about, (note,), room=24, **(tall | look))  # type: ignore[arg-type]
+    return apply_style(figure, "Content against position", about, (note,), extra_space=24, **(tall | look))  # type: ignore[arg-type]
 
 
-def sheet(data: Labelled, words: str) -> go.Heatmap:
+def pattern_heatmap(data: Labelled, words: str) -> go.Heatmap:
     hover = f"query %{{y}}, key %{{x}}<br>attention %{{z:.4g}}<extra>{words}</extra>"
     at = {"x": np.arange(data.shape[1]), "y": np.arange(data.shape[0])}
     return go.Heatmap(z=data.values, hovertemplate=hover, hoverongaps=False, coloraxis="coloraxis", **at)
 
 
-def named(figure: go.Figure, queries: Sequence[str], keys: Sequence[str]) -> None:
+def label_pattern_axes(figure: go.Figure, queries: Sequence[str], keys: Sequence[str]) -> None:
     """Integer places with at most 24 labels along every axis, the first query on top."""
     for axis, labels in (("xaxes", keys), ("yaxes", queries)):
         step = -(-len(labels) // 24)
-        ticks = {"tickvals": list(range(len(labels)))[::step], "ticktext": [shown(t, 14) for t in labels[::step]]}
+        ticks = {"tickvals": list(range(len(labels)))[::step], "ticktext": [escape_text(t, 14) for t in labels[::step]]}
         getattr(figure, f"update_{axis}")(**ticks)
     figure.update_yaxes(range=[len(queries) - 0.5, -0.5]).update_yaxes(title="query", col=1)
     figure.update_xaxes(tickangle=-55).update_xaxes(title="key", row=2)
@@ -122,7 +128,7 @@ def attention_by_distance(
     data = profile.sheets()[show].at(layer=layer)
     heads = [f"head {head}" for head in data.labels["head"]]
     metric = f"{show.capitalize()} by distance alone, layer {data.about['layer']}"
-    about = {**without(data.about, "direction"), "metric": metric}
+    about = {**drop_fields(data.about, "direction"), "metric": metric}
     far = "distance, tokens"
     series = Labelled(data.values, ("head", far), {"head": heads, far: data.labels["distance"]}, about)
     return lines(series, along=far, what=show, **look)
@@ -138,15 +144,15 @@ def pair_use(use: Any, kind: str = "induction", *, top: Integer = 24, **look: Un
     if kind not in sheets:
         raise ValueError(f"kind is {kind!r}; this result has {', '.join(sheets)}")
     data = sheets[kind]
-    values = array(data.values).reshape(-1, data.shape[2])
+    values = to_float_array(data.values).reshape(-1, data.shape[2])
     sums = np.where(np.isfinite(values), values, 0).sum(1)
     order = np.argsort(-sums, kind="stable")[: read_integer(top, "top", least=1)]
     heads = [f"{layer}.{head}" for layer in data.labels["layer"] for head in data.labels["head"]]
     labels = {"head": [heads[i] for i in order], "part": data.labels["part"]}
-    best = Labelled(values[order], ("head", "part"), labels, without(data.about, "direction"))
+    best = Labelled(values[order], ("head", "part"), labels, drop_fields(data.about, "direction"))
     note = f"the {len(order)} heads with the largest sums, of {len(heads):,}" if len(order) < len(heads) else ""
-    name = f"Pairs by which heads find {SOUGHT.get(kind, kind)}"
-    return drawn(best, "score", True, True, look=look, name=name, notes=(note,))
+    name = f"Pairs by which heads find {TARGET_TITLES.get(kind, kind)}"
+    return draw_heatmap(best, "score", True, True, look=look, name=name, notes=(note,))
 
 
 def breakage(result: Any, show: str = "kl", **look: Unpack[Look]) -> go.Figure:

@@ -28,14 +28,21 @@ SIGNED = (  # straight lines in CIELAB from a grey: a colour is as far from it a
     (0.9, "#d15741"),
     (1, "#c52c1d"),
 )
-EVEN = 0.179  # luminance on which black and white are read equally well
+EQUAL_CONTRAST_LUMINANCE = 0.179  # luminance on which black and white are read equally well
 SERIES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")  # Okabe and Ito 2008
 MOST_CELLS = 256  # along an axis
-LONG = 110  # characters of a line under the title
-DRAWN = {"\n": "↵", "\r": "␍", "\t": "→"}
-TURNING = {*map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A)), "\u200e", "\u200f", "\u2028", "\u2029"}
+LINE_LENGTH = 110  # characters of a line under the title
+WHITESPACE_SYMBOLS = {"\n": "↵", "\r": "␍", "\t": "→"}
+BIDI_CHARACTERS = {
+    *map(chr, range(0x202A, 0x202F)),
+    *map(chr, range(0x2066, 0x206A)),
+    "\u200e",
+    "\u200f",
+    "\u2028",
+    "\u2029",
+}
 
-AXIS = {
+AXIS_STYLE = {
     "showgrid": False,
     "zeroline": False,
     "automargin": True,
@@ -50,8 +57,8 @@ TEMPLATE = go.layout.Template(
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"color": GREY, "family": "system-ui, sans-serif", "size": 12},
         "colorway": SERIES,
-        "xaxis": AXIS,
-        "yaxis": AXIS,
+        "xaxis": AXIS_STYLE,
+        "yaxis": AXIS_STYLE,
         "hoverlabel": {"bgcolor": "#222222", "bordercolor": GREY, "font": {"color": "#ffffff"}, "align": "left"},
         "modebar": {
             "remove": ["sendChartToCloud", "select2d", "lasso2d"],
@@ -88,36 +95,36 @@ class Look(TypedDict, total=False):
     width: int
 
 
-def shown(text: object, most: int | None = None) -> str:
+def escape_text(text: object, max_length: int | None = None) -> str:
     """Text that Plotly and HTML show as it is: markup escaped, no mathematics or field begun."""
-    return markup(shortened(visible(str(text)), most))
+    return escape_markup(truncate(show_control_characters(str(text)), max_length))
 
 
-def shortened(text: str, most: int | None) -> str:
-    return text if most is None or len(text) <= most else text[: most - 1] + "…"
+def truncate(text: str, max_length: int | None) -> str:
+    return text if max_length is None or len(text) <= max_length else text[: max_length - 1] + "…"
 
 
-def markup(text: str) -> str:
+def escape_markup(text: str) -> str:
     return escape(text, quote=False).replace("$", "&#36;").replace("%{", "&#37;{")
 
 
-def visible(text: str) -> str:
+def show_control_characters(text: str) -> str:
     """Newlines and tabs drawn; half characters, control characters and those that turn the line round by number."""
-    return "".join(DRAWN.get(c) or (f"⟨{ord(c):04X}⟩" if hidden(c) else c) for c in text)
+    return "".join(WHITESPACE_SYMBOLS.get(c) or (f"⟨{ord(c):04X}⟩" if is_control_character(c) else c) for c in text)
 
 
-def hidden(c: str) -> bool:
-    return unicodedata.category(c) in ("Cc", "Cs") or c in TURNING
+def is_control_character(c: str) -> bool:
+    return unicodedata.category(c) in ("Cc", "Cs") or c in BIDI_CHARACTERS
 
 
-def dressed(
+def apply_style(
     figure: go.Figure,
     name: str,
-    known: Mapping[str, str],
+    facts: Mapping[str, str],
     notes: Sequence[str] = (),
     *,
     about: Mapping[str, str] | None = None,
-    room: int = 0,
+    extra_space: int = 0,
     title: str | None = None,
     subtitle: str | None = None,
     height: int = 400,
@@ -129,13 +136,13 @@ def dressed(
     """
     notes = [*notes, *mask_infinite(figure)]
     head = name if title is None else title
-    said = subtitle_of({**known, **(about or {})}, head) if subtitle is None else [subtitle]
+    said = subtitle_lines({**facts, **(about or {})}, head) if subtitle is None else [subtitle]
     lines = [line for line in (*said, " · ".join(filter(None, notes))) if line]
-    small = "<br>".join(shown(line, LONG) for line in lines)
-    above = 52 + 17 * len(lines) + room
+    small = "<br>".join(escape_text(line, LINE_LENGTH) for line in lines)
+    above = 52 + 17 * len(lines) + extra_space
     figure.update_layout(
         template=TEMPLATE,
-        title={"text": shown(head, 90), "subtitle": {"text": small, "font": {"size": 12}}},
+        title={"text": escape_text(head, 90), "subtitle": {"text": small, "font": {"size": 12}}},
         height=height + above,
         width=width,
         margin={"l": 70, "r": 20, "t": above, "b": 50},
@@ -143,7 +150,7 @@ def dressed(
     return figure
 
 
-def subtitle_of(about: Mapping[str, str], title: str) -> list[str]:
+def subtitle_lines(about: Mapping[str, str], title: str) -> list[str]:
     """What a result says of itself, less what is in the title: a line for the prompt and a line for the rest."""
     first = [about["prompt"]] if "prompt" in about else []
     words = {"metric": "{}", "direction": "{}", "pairs": "{} pairs", "model": "model {}"}
@@ -155,27 +162,27 @@ def subtitle_of(about: Mapping[str, str], title: str) -> list[str]:
     return first + ([" · ".join(said)] if said else [])
 
 
-def ticks(
+def set_ticks(
     figure: go.Figure,
     axis: str,
     labels: Sequence[str],
     title: str,
     *,
-    room: int = 36,
-    most: int = 16,
-    down: bool = False,
+    max_ticks: int = 36,
+    max_length: int = 16,
+    first_on_top: bool = False,
 ) -> None:
     """Integer places with these labels: whole on hover, and along the axis, of `most` characters, as many as have room.
 
     A label is never a coordinate. `axis` is "x" or "y"; with `down` the first place is on top.
     """
-    n, step = len(labels), max(1, -(-len(labels) // room))
+    n, step = len(labels), max(1, -(-len(labels) // max_ticks))
     places = list(range(n))
-    ends = [n - 0.5, -0.5] if down else [-0.5, n - 0.5]
-    full = {"tickvals": places, "ticktext": [shown(label, 60) for label in labels], "range": ends}
-    brief = {"tickvals": places[::step], "ticktext": [shown(label, most) for label in labels[::step]]}
-    steep = axis == "x" and 7 * sum(min(len(label), most) + 1 for label in labels[::step]) > 700
-    said = {"title": {"text": shown(title)}, **({"tickangle": -55} if steep else {})}
+    ends = [n - 0.5, -0.5] if first_on_top else [-0.5, n - 0.5]
+    full = {"tickvals": places, "ticktext": [escape_text(label, 60) for label in labels], "range": ends}
+    brief = {"tickvals": places[::step], "ticktext": [escape_text(label, max_length) for label in labels[::step]]}
+    steep = axis == "x" and 7 * sum(min(len(label), max_length) + 1 for label in labels[::step]) > 700
+    said = {"title": {"text": escape_text(title)}, **({"tickangle": -55} if steep else {})}
     if step == 1 and brief["ticktext"] == full["ticktext"]:
         figure.update_layout({f"{axis}axis": full | said})
         return
@@ -224,7 +231,7 @@ def finite_most(values: np.ndarray, least: float = 0.0) -> float:
     return float(np.abs(values[np.isfinite(values)]).max(initial=least))
 
 
-def signed_number(form: str, value: float) -> str:
+def format_signed(form: str, value: float) -> str:
     """A number as text; what is rounded to nothing has no sign."""
     if not np.isfinite(value):
         return str(value)
@@ -232,14 +239,14 @@ def signed_number(form: str, value: float) -> str:
     return text if any(c in "123456789" for c in text) else form.replace("+", "").format(0.0)
 
 
-def bar_of(what: str) -> dict[str, Any]:
+def color_bar(what: str) -> dict[str, Any]:
     """The bar that tells what the colours stand for."""
-    lines = [*map(shown, wrap(what, 12)), "\u00a0"]  # an empty line keeps the highest number free
+    lines = [*map(escape_text, wrap(what, 12)), "\u00a0"]  # an empty line keeps the highest number free
     small = {"exponentformat": "power", "minexponent": 5}
     return {"title": {"text": "<br>".join(lines)}, "thickness": 12, "outlinewidth": 0, **small}
 
 
-def colors(values: Any, signed: bool) -> dict[str, Any]:
+def color_scale(values: Any, signed: bool) -> dict[str, Any]:
     """A colour scale for these numbers: zero in the middle if they are signed, else from zero or their smallest."""
     known = values[np.isfinite(values)]
     if signed:
@@ -249,7 +256,7 @@ def colors(values: Any, signed: bool) -> dict[str, Any]:
     return {"colorscale": MAGNITUDE, "zmin": min(low, 0.0), "zmax": high if high > min(low, 0.0) else 1.0}
 
 
-def ink(values: np.ndarray, colorscale: Any, zmin: int | float, zmax: int | float) -> list[str]:
+def text_colors(values: np.ndarray, colorscale: Any, zmin: int | float, zmax: int | float) -> list[str]:
     """Black or white for every number, whichever is read better on its colour (luminance as in WCAG 2.2)."""
     at, names = zip(
         *plotly.colors.get_colorscale(colorscale) if isinstance(colorscale, str) else colorscale, strict=True
@@ -258,4 +265,4 @@ def ink(values: np.ndarray, colorscale: Any, zmin: int | float, zmax: int | floa
     share = np.clip((values - zmin) / (zmax - zmin), 0, 1)
     color = np.stack([np.interp(share, at, stops[:, i]) for i in range(3)], -1)
     light = np.where(color <= 0.04045, color / 12.92, ((color + 0.055) / 1.055) ** 2.4) @ (0.2126, 0.7152, 0.0722)
-    return np.where(light > EVEN, "#000000", "#ffffff").tolist()
+    return np.where(light > EQUAL_CONTRAST_LUMINANCE, "#000000", "#ffffff").tolist()

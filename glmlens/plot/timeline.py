@@ -10,8 +10,8 @@ from plotly.subplots import make_subplots
 from typing_extensions import Unpack
 
 from glmlens.integers import Integer, read_integer
-from glmlens.plot.data import array
-from glmlens.plot.style import FAINT, GREY, SERIES, Look, dressed, shown
+from glmlens.plot.data import to_float_array
+from glmlens.plot.style import FAINT, GREY, SERIES, Look, apply_style, escape_text
 
 
 def generation(
@@ -25,17 +25,17 @@ def generation(
     temperature.
     """
     row, top = read_integer(row, "row", least=0), read_integer(top, "top", least=1)
-    label = label or named_by(steps)
-    read = [reading(step, row, top) for step in getattr(steps, "moments", steps)]
+    label = label or token_namer(steps)
+    read = [summarize_step(step, row, top) for step in getattr(steps, "moments", steps)]
     if not read:
         raise ValueError("a generation of no steps has nothing to show")
     chosen = [label(ids) for ids, *_ in read]
     figure = make_subplots(2, 1, specs=[[{"secondary_y": True}], [{}]], row_heights=[0.5, 0.5], vertical_spacing=0.2)
-    figure.add_trace(by_step([p for _, p, *_ in read], "probability", 0), 1, 1)
-    figure.add_trace(by_step([h for _, _, h, *_ in read], "entropy, nats", 1), 1, 1, secondary_y=True)
-    figure.add_trace(marker(0, read[0][1]), 1, 1)
-    figure.add_trace(candidates(read[0], label), 2, 1)
-    ticktext = [f"{i} {shown(t, 12)}" for i, t in enumerate(chosen)]
+    figure.add_trace(step_trace([p for _, p, *_ in read], "probability", 0), 1, 1)
+    figure.add_trace(step_trace([h for _, _, h, *_ in read], "entropy, nats", 1), 1, 1, secondary_y=True)
+    figure.add_trace(step_marker(0, read[0][1]), 1, 1)
+    figure.add_trace(candidate_bars(read[0], label), 2, 1)
+    ticktext = [f"{i} {escape_text(t, 12)}" for i, t in enumerate(chosen)]
     figure.update_xaxes(tickvals=list(range(len(read))), ticktext=ticktext, tickangle=-55, row=1, col=1)
     figure.update_xaxes(range=[0, 1.12], tickformat=".0%", gridcolor=FAINT, showgrid=True, row=2, col=1)
     figure.update_yaxes(title="probability", range=[-0.03, 1.05], gridcolor=FAINT, showgrid=True, row=1, col=1)
@@ -44,36 +44,38 @@ def generation(
     lost = f"no probabilities at steps {', '.join(map(str, unsure[:8]))}: logits are nan or infinite" if unsure else ""
     ends = [share * ceil(max(most, 0.1)) for share in (-0.03, 1.05)]
     figure.update_yaxes(title="entropy, nats", range=ends, tickformat=".1f", row=1, col=1, secondary_y=True)
-    figure.update_yaxes(**names(read[0], label), row=2, col=1)
-    figure.frames = [frame(i, step, label) for i, step in enumerate(read)]
+    figure.update_yaxes(**candidate_axis(read[0], label), row=2, col=1)
+    figure.frames = [step_frame(i, step, label) for i, step in enumerate(read)]
     figure.update_layout(
-        sliders=[slider(ticktext)], showlegend=True, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
+        sliders=[step_slider(ticktext)],
+        showlegend=True,
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
     )
     tall: Look = {"height": 620}
-    known = said_by(steps)
+    known = describe_generation(steps)
     edits = f"edits: {known['edits']}" if known.get("edits", "none") != "none" else ""
-    dressed(figure, "A generation, step by step", known, (edits, lost), room=24, **(tall | look))  # type: ignore[arg-type]
+    apply_style(figure, "A generation, step by step", known, (edits, lost), extra_space=24, **(tall | look))  # type: ignore[arg-type]
     return figure.update_layout(margin={"b": 90})
 
 
-def named_by(steps: Any) -> Callable[[int], str]:
+def token_namer(steps: Any) -> Callable[[int], str]:
     """How a timeline's model names its tokens; ids for plain steps, and for a model without a tokenizer."""
     tokenizer = getattr(getattr(steps, "lens", None), "tokenizer", None)
     return tokenizer.label if tokenizer else str
 
 
-def said_by(steps: Any) -> Mapping[str, str]:
+def describe_generation(steps: Any) -> Mapping[str, str]:
     """What a timeline says of itself, and what is drawn."""
     about = steps.entropy().about if hasattr(steps, "moments") else {}
     return {**about, "metric": "probability of the chosen token, and entropy", "direction": ""}
 
 
-Reading = tuple[int, float, float, np.ndarray, np.ndarray]
+StepSummary = tuple[int, float, float, np.ndarray, np.ndarray]
 """The chosen id, its probability, the entropy, and the ids and probabilities of the most probable tokens."""
 
 
-def reading(step: Any, row: int, top: int) -> Reading:
-    logits = array(step.logits)
+def summarize_step(step: Any, row: int, top: int) -> StepSummary:
+    logits = to_float_array(step.logits)
     logits = (logits[row] if logits.ndim == 2 else logits).astype(float)
     if np.isnan(logits).any() or not np.isfinite(logits.max()):
         p = np.full_like(logits, np.nan)  # an overflow: nothing has a probability
@@ -86,48 +88,48 @@ def reading(step: Any, row: int, top: int) -> Reading:
     return chosen, float(p[chosen]), entropy, best, p[best]
 
 
-def by_step(values: list[float], name: str, i: int) -> go.Scatter:
+def step_trace(values: list[float], name: str, i: int) -> go.Scatter:
     hover = f"step %{{x}}<br>{name} %{{y:.4g}}<extra></extra>"
     line = {"color": SERIES[i], "dash": ("solid", "dash")[i]}
     y = np.asarray(values, np.float32)
     return go.Scatter(x=np.arange(len(y)), y=y, name=name, mode="lines+markers", line=line, hovertemplate=hover)
 
 
-def marker(i: int, p: float) -> go.Scatter:
+def step_marker(i: int, p: float) -> go.Scatter:
     """The ring around the step that is shown below."""
     ring = {"size": 15, "symbol": "circle-open", "color": GREY, "line": {"width": 2}}
     return go.Scatter(x=[i], y=[p], mode="markers", marker=ring, name="the step below", hoverinfo="skip")
 
 
-def candidates(step: Reading, label: Callable[[int], str]) -> go.Bar:
+def candidate_bars(step: StepSummary, label: Callable[[int], str]) -> go.Bar:
     """The most probable tokens of a step; the chosen one is marked by an arrow in its label and by its colour."""
     chosen, _, _, ids, p = step
     colors = [SERIES[5] if i == chosen else SERIES[0] for i in ids]
     text = [f"{x:.1%}" for x in p]
-    said = [shown(label(int(i)), 40) for i in ids]
+    said = [escape_text(label(int(i)), 40) for i in ids]
     hover = "%{customdata}<br>%{x:.2%}<extra></extra>"
     style = {"orientation": "h", "showlegend": False, "textposition": "outside", "cliponaxis": False}
     y = np.arange(len(ids))
     return go.Bar(x=p, y=y, text=text, customdata=said, marker={"color": colors}, hovertemplate=hover, **style)
 
 
-def names(step: Reading, label: Callable[[int], str]) -> dict[str, Any]:
+def candidate_axis(step: StepSummary, label: Callable[[int], str]) -> dict[str, Any]:
     """The axis of the candidates, the most probable on top."""
     chosen, _, _, ids, _ = step
-    text = [f"{'▸ ' if i == chosen else ''}{shown(label(int(i)), 16)}" for i in ids]
+    text = [f"{'▸ ' if i == chosen else ''}{escape_text(label(int(i)), 16)}" for i in ids]
     return {"tickvals": list(range(len(ids))), "ticktext": text, "range": [len(ids) - 0.5, -0.5]}
 
 
-def frame(i: int, step: Reading, label: Callable[[int], str]) -> go.Frame:
+def step_frame(i: int, step: StepSummary, label: Callable[[int], str]) -> go.Frame:
     return go.Frame(
         name=str(i),
-        data=[marker(i, step[1]), candidates(step, label)],
+        data=[step_marker(i, step[1]), candidate_bars(step, label)],
         traces=[2, 3],
-        layout={"yaxis3": names(step, label)},
+        layout={"yaxis3": candidate_axis(step, label)},
     )
 
 
-def slider(labels: list[str]) -> dict[str, Any]:
+def step_slider(labels: list[str]) -> dict[str, Any]:
     now = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
     steps = [{"method": "animate", "label": label, "args": [[str(i)], now]} for i, label in enumerate(labels)]
     said = {"prefix": "step ", "font": {"size": 12, "color": GREY}, "xanchor": "left"}

@@ -7,11 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from glmlens.plot.data import Numbers, array
-from glmlens.plot.style import visible
+from glmlens.plot.data import Numbers, to_float_array
+from glmlens.plot.style import show_control_characters
 from glmlens.results import Labelled
 
-RED, BLUE, DEEPEST = (214, 96, 77), (67, 147, 195), 0.6  # the strongest colour still lets black and white text be read
+POSITIVE_RGB, NEGATIVE_RGB, MAX_OPACITY = (
+    (214, 96, 77),
+    (67, 147, 195),
+    0.6,
+)  # the strongest colour still lets black and white text be read
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,38 +32,40 @@ class Tokens:
         """One element, with nothing to run in it and nothing to fetch."""
         most = float(np.abs(self.values[np.isfinite(self.values)]).max(initial=0)) or 1.0
         spans = "".join(
-            self.turn(i) + self.span(i, label, float(v), most)
+            self.role_break(i) + self.token_span(i, label, float(v), most)
             for i, (label, v) in enumerate(zip(self.labels, self.values, strict=True))
         )
-        title = f'<div style="font-weight:600;margin-bottom:.3em">{text(self.title)}</div>' if self.title else ""
-        ends = f'<div style="opacity:.7;font-size:85%">{text(self.what)}: colours from {-most:.3g} to {most:.3g}</div>'
+        title = (
+            f'<div style="font-weight:600;margin-bottom:.3em">{to_html_text(self.title)}</div>' if self.title else ""
+        )
+        ends = f'<div style="opacity:.7;font-size:85%">{to_html_text(self.what)}: colours from {-most:.3g} to {most:.3g}</div>'
         style = "font-family:inherit;white-space:normal;background:none;padding:0;margin:.5em 0;line-height:1.9"
         return f'<pre class="tex2jax_ignore mathjax_ignore" style="{style}">{title}{spans}{ends}</pre>'
 
-    def turn(self, i: int) -> str:
+    def role_break(self, i: int) -> str:
         """Where another begins to speak, a new line and who it is."""
         if not self.roles or self.roles[i] == (self.roles[i - 1] if i else ""):
             return ""
-        return f'<br><span style="opacity:.7;font-size:85%;margin-right:.5em">{text(self.roles[i])}</span>'
+        return f'<br><span style="opacity:.7;font-size:85%;margin-right:.5em">{to_html_text(self.roles[i])}</span>'
 
-    def span(self, i: int, label: str, value: float, most: float) -> str:
+    def token_span(self, i: int, label: str, value: float, most: float) -> str:
         """One token; half a colour can be read by its number on hover too."""
         known = np.isfinite(value)
-        depth = DEEPEST * abs(value) / most if known else 0.0
-        color = ",".join(map(str, (*(RED if value > 0 else BLUE), f"{depth:.3f}")))
-        who = f" ({visible(self.roles[i])})" if self.roles and self.roles[i] else ""
-        said = escape(f"{i} {visible(label)}{who}: {self.what} {value:.4g}", quote=True)
+        depth = MAX_OPACITY * abs(value) / most if known else 0.0
+        color = ",".join(map(str, (*(POSITIVE_RGB if value > 0 else NEGATIVE_RGB), f"{depth:.3f}")))
+        who = f" ({show_control_characters(self.roles[i])})" if self.roles and self.roles[i] else ""
+        said = escape(f"{i} {show_control_characters(label)}{who}: {self.what} {value:.4g}", quote=True)
         style = f"background:rgba({color});padding:.15em .2em;border-radius:3px;margin-right:1px"
         end = "<br>" if label.endswith(("\n", "↵")) else "<wbr>"
-        return f'<span style="{style}" title="{said}">{text(label)}</span>{end}'
+        return f'<span style="{style}" title="{said}">{to_html_text(label)}</span>{end}'
 
     def _repr_html_(self) -> str:
         return self.to_html()
 
 
-def text(label: str) -> str:
+def to_html_text(label: str) -> str:
     """Text as HTML that says just that."""
-    return escape(visible(label), quote=True)
+    return escape(show_control_characters(label), quote=True)
 
 
 def tokens(
@@ -79,7 +85,7 @@ def tokens(
             raise ValueError(f"expected one axis, got {data.axes}; take one place of the others: data.at(...)")
         labels = labels or data.labels[data.axes[0]]
         what = data.about.get("metric", what) if what == "value" else what
-    values: Any = array(data.values if isinstance(data, Labelled) else data)
+    values: Any = to_float_array(data.values if isinstance(data, Labelled) else data)
     if labels is None or len(labels) != len(values):
         raise ValueError(f"{len(values)} numbers need as many labels, got {None if labels is None else len(labels)}")
     if roles is not None and len(roles) != len(values):

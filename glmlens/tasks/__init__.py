@@ -2,7 +2,7 @@
 
 from glmlens.tasks.formal import addition, brackets, docstring, greater_than, induction, successors
 from glmlens.tasks.language import agreement, facts, ioi, pronouns, sentiment
-from glmlens.tasks.task import Example, Examples, Item, Said, Task, TaskError, item
+from glmlens.tasks.task import Example, Examples, Item, Task, TaskError, TextWithSpans, item
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -12,6 +12,23 @@ TASKS: dict[str, Task] = {
 }  # fmt: skip
 
 __all__ = [
-    "TASKS", "Example", "Examples", "Item", "Said", "Task", "TaskError", "addition", "agreement", "brackets",
-    "docstring", "facts", "greater_than", "induction", "ioi", "item", "pronouns", "sentiment", "successors",
+    "TASKS",
+    "Example",
+    "Examples",
+    "Item",
+    "Task",
+    "TaskError",
+    "TextWithSpans",
+    "addition",
+    "agreement",
+    "brackets",
+    "docstring",
+    "facts",
+    "greater_than",
+    "induction",
+    "ioi",
+    "item",
+    "pronouns",
+    "sentiment",
+    "successors",
 ]  # fmt: skip

@@ -2,13 +2,13 @@
 
 import random
 
-from glmlens.tasks.task import PROBABILITY_DIFFERENCE, Item, Said, Task, TaskError, item
-from glmlens.tasks.words import ADJECTIVES, ARGUMENTS, BRACKETS, EVENTS, FUNCTIONS, SERIES, THINGS, TYPES
+from glmlens.tasks.task import PROBABILITY_DIFFERENCE, Item, Task, TaskError, TextWithSpans, item
+from glmlens.tasks.words import ADJECTIVES, ARGUMENTS, BRACKETS, EVENTS, FUNCTIONS, THING_NOUNS, TYPES, WORD_SERIES
 from glmlens.tokenizer import Tokenizer
 
 
 def draw_induction(draw: random.Random, tokenizer: Tokenizer | None) -> Item:
-    words = known(tokenizer).words()
+    words = require_vocabulary(tokenizer).list_words()
     length = draw.randrange(8, 21)
     if len(words) < 2 * length + 2:
         raise TaskError(f"induction repeats words of the vocabulary, and this one has {len(words)}")
@@ -28,19 +28,19 @@ def draw_induction(draw: random.Random, tokenizer: Tokenizer | None) -> Item:
     made = item(template, slots, first[again], draw.choice([w for w in first if w != first[again]]),
                 fresh=new, copied={"copied": other})  # fmt: skip
     named = ("previous", "copied", "current")
-    return Item(only(made.prompt, named), made.correct, made.wrong,
-                {name: only(said, named) for name, said in made.counterfactuals.items()},
+    return Item(select_spans(made.prompt, named), made.correct, made.wrong,
+                {name: select_spans(said, named) for name, said in made.counterfactuals.items()},
                 {"length": str(length), "again": str(again)})  # fmt: skip
 
 
-def known(tokenizer: Tokenizer | None) -> Tokenizer:
+def require_vocabulary(tokenizer: Tokenizer | None) -> Tokenizer:
     if tokenizer is None:
         raise TaskError("this task is made of what a tokenizer has: it needs one")
     return tokenizer
 
 
-def only(said: Said, names: tuple[str, ...]) -> Said:
-    return Said(said.text, {name: said.spans[name] for name in names})
+def select_spans(prompt: TextWithSpans, part_names: tuple[str, ...]) -> TextWithSpans:
+    return TextWithSpans(prompt.text, {name: prompt.spans[name] for name in part_names})
 
 
 induction = Task(
@@ -54,7 +54,7 @@ induction = Task(
     "2022, arXiv 2209.11895",
 )
 
-WAR = "The {event} lasted from the year {start} to the year "
+WAR_TEMPLATE = "The {event} lasted from the year {start} to the year "
 
 
 def draw_greater_than(draw: random.Random, tokenizer: Tokenizer | None) -> Item:
@@ -66,9 +66,9 @@ def draw_greater_than(draw: random.Random, tokenizer: Tokenizer | None) -> Item:
     event, another = draw.sample(EVENTS, 2)
     century, year = draw.randrange(11, 20), draw.randrange(2, 98)
     start = f"{century}{year:02}"
-    tokenizer = known(tokenizer)
+    tokenizer = require_vocabulary(tokenizer)
     years = [f"{century}{y:02}" for y in range(100)]
-    pieces = {later: tokenizer.strings(tokenizer.encode_continuation(later)) for later in years}
+    pieces = {later: tokenizer.decode_each(tokenizer.encode_continuation(later)) for later in years}
     shown = ""
     for piece in pieces[start]:
         if len(shown) >= 2:
@@ -82,7 +82,7 @@ def draw_greater_than(draw: random.Random, tokenizer: Tokenizer | None) -> Item:
     both = answers[0] & answers[1]
     slots = {"event": event, "start": start}
     first = f"{shown}01"[:4] if len(shown) == 2 else f"{shown}0"
-    return item(WAR + shown, slots, sorted(answers[0] - both), sorted(answers[1] - both),
+    return item(WAR_TEMPLATE + shown, slots, sorted(answers[0] - both), sorted(answers[1] - both),
                 first={"start": first}, event={"event": another})  # fmt: skip
 
 
@@ -97,8 +97,8 @@ greater_than = Task(
     PROBABILITY_DIFFERENCE,
 )
 
-DEF = 'def {function}(self, {def1}, {def2}, {def3}):\n    """{verb} the {what}.\n\n'
-PARAMS = "    :param {doc1}: {about1}\n    :param {doc2}: {about2}\n    :param"
+DEF_TEMPLATE = 'def {function}(self, {def1}, {def2}, {def3}):\n    """{verb} the {what}.\n\n'
+PARAMS_TEMPLATE = "    :param {doc1}: {about1}\n    :param {doc2}: {about2}\n    :param"
 
 
 def draw_docstring(draw: random.Random, _: Tokenizer | None = None) -> Item:
@@ -108,7 +108,7 @@ def draw_docstring(draw: random.Random, _: Tokenizer | None = None) -> Item:
     slots = {"function": function, "verb": verb, "what": about[2], "about1": about[0], "about2": about[1]}
     slots |= {"def1": a, "def2": b, "def3": c, "doc1": a, "doc2": b}
     return item(
-        DEF + PARAMS,
+        DEF_TEMPLATE + PARAMS_TEMPLATE,
         slots,
         f" {c}",
         [f" {a}", f" {b}"],
@@ -132,8 +132,8 @@ docstring = Task(
 
 
 def draw_successor(draw: random.Random, _: Tokenizer | None = None) -> Item:
-    kind = draw.choice(list(SERIES))
-    series = SERIES[kind]
+    kind = draw.choice(list(WORD_SERIES))
+    series = WORD_SERIES[kind]
     shown = draw.randrange(3, min(6, len(series) - 2) + 1)
     start = draw.randrange(1, len(series) - shown)
     words, earlier = series[start : start + shown], series[start - 1 : start + shown - 1]
@@ -173,7 +173,7 @@ def draw_brackets(draw: random.Random, tokenizer: Tokenizer | None = None) -> It
             open_.append((len(out), bracket))
             out.append(bracket)
             if draw.random() < 0.4:
-                out.append(draw.choice(THINGS))
+                out.append(draw.choice(THING_NOUNS))
     if len(open_) < 2:
         return draw_brackets(draw)
     (outer, _), (inner, bracket) = open_[-2], open_[-1]

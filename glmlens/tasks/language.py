@@ -5,50 +5,58 @@ import random
 from glmlens.tasks.task import Item, Task, item
 from glmlens.tasks.words import (
     ADJECTIVES,
-    BAD,
+    BAD_ADJECTIVES,
     COUNTRIES,
-    GAVE,
-    GOOD,
-    NAMES,
+    GIVING_VERBS,
+    GOOD_ADJECTIVES,
     NOUNS,
-    PLACES,
+    PERSON_NAMES,
+    PLACE_NOUNS,
     PREPOSITIONS,
-    THINGS,
+    THING_NOUNS,
     VERBS,
 )
 from glmlens.tokenizer import Tokenizer
 
-EVERYONE = NAMES["he"] + NAMES["she"]
-CLAUSE = "When While After Before Once As Because".split()  # these make a clause, which a comma ends
-ADVERB = [
+ALL_NAMES = PERSON_NAMES["he"] + PERSON_NAMES["she"]
+CLAUSE_OPENERS = "When While After Before Once As Because".split()  # these make a clause, which a comma ends
+ADVERB_OPENERS = [
     "Then", "Later", "Yesterday", "Today", "Sometimes", "In the morning", "In the evening", "One day", "Last week",
     "At noon", "On Monday", "On Friday", "That day", "Last year", "At night", "Again", "Soon",
 ]  # fmt: skip
-JOINS = {"clause": [",", ", then", ", and"], "adverb": [".", ", and", " and then", " and", ". Then"]}
-WENT = [
+CLAUSE_JOINS = {"clause": [",", ", then", ", and"], "adverb": [".", ", and", " and then", " and", ". Then"]}
+WENT_PHRASES = [
     "went to the {place}", "were at the {place}", "had lunch at the {place}", "got home from the {place}",
     "walked to the {place}", "were working at the {place}", "had a long walk near the {place}", "came to the {place}",
     "sat near the {place}", "played near the {place}",
 ]  # fmt: skip
 
 
-def opening(draw: random.Random) -> tuple[str, str]:
+def draw_opening(draw: random.Random) -> tuple[str, str]:
     """How a sentence begins, and whether that makes it a clause."""
     if draw.random() < 0.4:
-        return draw.choice(CLAUSE), "clause"
-    return draw.choice(ADVERB) + draw.choice(("", ",")), "adverb"
+        return draw.choice(CLAUSE_OPENERS), "clause"
+    return draw.choice(ADVERB_OPENERS) + draw.choice(("", ",")), "adverb"
 
 
 def draw_ioi(draw: random.Random, _: Tokenizer | None = None) -> Item:
-    to, by, *others = draw.sample(EVERYONE, 5)
-    opener, kind = opening(draw)
+    to, by, *others = draw.sample(ALL_NAMES, 5)
+    opener, kind = draw_opening(draw)
     order = draw.choice(("ABBA", "BABA"))
     first = "{IO} and {S1}" if order == "ABBA" else "{S1} and {IO}"
-    gave, thing = draw.choice(GAVE), draw.choice(THINGS)
+    gave, thing = draw.choice(GIVING_VERBS), draw.choice(THING_NOUNS)
     article = "an" if thing[0] in "aeiou" else "a"
-    went, join = draw.choice(WENT), draw.choice(JOINS[kind])
+    went, join = draw.choice(WENT_PHRASES), draw.choice(CLAUSE_JOINS[kind])
     template = f"{{opener}} {first} {went}{join} {{S2}} {{verb}} {article} {{thing}} to"
-    slots = {"opener": opener, "IO": to, "S1": by, "S2": by, "place": draw.choice(PLACES), "verb": gave, "thing": thing}
+    slots = {
+        "opener": opener,
+        "IO": to,
+        "S1": by,
+        "S2": by,
+        "place": draw.choice(PLACE_NOUNS),
+        "verb": gave,
+        "thing": thing,
+    }
     a, b, c = others
     return item(
         template,
@@ -73,7 +81,7 @@ ioi = Task(
     "Mueller et al. 2025, arXiv 2504.13151",
 )
 
-ASKING = [  # a subject and a relation, which stands as one word where it can be exchanged for another
+FACT_TEMPLATES = [  # a subject and a relation, which stands as one word where it can be exchanged for another
     ["The {relation} of {subject} is", "In school we learn that the {relation} of {subject} is",
      "People say that the {relation} of {subject} is", "{opener} we learn that the {relation} of {subject} is"],
     ["The main city of {subject} is", "{subject} has its capital in", "The king of {subject} lives in",
@@ -82,7 +90,7 @@ ASKING = [  # a subject and a relation, which stands as one word where it can be
     ["{subject} is a country in", "The land of {subject} lies in", "You find {subject} on a map of"],
 ]  # fmt: skip
 RELATIONS = ["capital", "language", "continent"]
-PHRASINGS = [(template, kind) for kind in range(4) for template in ASKING[kind]]
+PHRASINGS = [(template, kind) for kind in range(4) for template in FACT_TEMPLATES[kind]]
 
 
 def draw_fact(draw: random.Random, _: Tokenizer | None = None) -> Item:
@@ -92,7 +100,12 @@ def draw_fact(draw: random.Random, _: Tokenizer | None = None) -> Item:
     answer = COUNTRIES[country][asked]
     another = draw.choice([c for c, facts in COUNTRIES.items() if facts[asked] != answer])
     third = draw.choice([c for c in COUNTRIES if c not in (country, another)])
-    slots = {"subject": country, "relation": RELATIONS[asked], "opener": draw.choice(ADVERB), "template": template}
+    slots = {
+        "subject": country,
+        "relation": RELATIONS[asked],
+        "opener": draw.choice(ADVERB_OPENERS),
+        "template": template,
+    }
     changes = {"subject": {"subject": another}, "other": {"subject": third}}
     if kind == 0:
         changes["relation"] = {"relation": RELATIONS[(asked + draw.choice((1, 2))) % 3]}
@@ -116,7 +129,7 @@ def draw_agreement(draw: random.Random, _: Tokenizer | None = None) -> Item:
     subjects, attractors = (draw.choice(list(NOUNS.items())) for _ in range(2))
     number, other = draw.randrange(2), draw.randrange(2)
     verbs = draw.choice(list(VERBS.items()))
-    start = draw.choice(("The", f"{draw.choice(ADVERB)} the"))
+    start = draw.choice(("The", f"{draw.choice(ADVERB_OPENERS)} the"))
     between = draw.choice(PREPOSITIONS)
     slots = {"subject": subjects[number], "attractor": attractors[other], "preposition": between, "start": start}
     flipped = {"subject": subjects[1 - number]}, {"attractor": attractors[1 - other]}
@@ -146,10 +159,14 @@ agreement = Task(
 
 def draw_pronoun(draw: random.Random, _: Tokenizer | None = None) -> Item:
     he, she = draw.sample(("he", "she"), 2)
-    who, same = draw.sample(NAMES[he], 2)
-    slots = {"name": who, "adjective": draw.choice(GOOD), "noun": draw.choice(("friend", "person", "neighbor"))}
+    who, same = draw.sample(PERSON_NAMES[he], 2)
+    slots = {
+        "name": who,
+        "adjective": draw.choice(GOOD_ADJECTIVES),
+        "noun": draw.choice(("friend", "person", "neighbor")),
+    }
     template = "So {name} is such a {adjective} {noun}, isn't"
-    changes = {"gender": {"name": draw.choice(NAMES[she])}, "name": {"name": same}}
+    changes = {"gender": {"name": draw.choice(PERSON_NAMES[she])}, "name": {"name": same}}
     return item(template, slots, f" {he}", f" {she}", **changes)
 
 
@@ -166,9 +183,9 @@ pronouns = Task(
 
 
 def draw_sentiment(draw: random.Random, _: Tokenizer | None = None) -> Item:
-    feeling, other = draw.sample((("happy", GOOD), ("sad", BAD)), 2)
-    who, somebody = draw.sample(EVERYONE, 2)
-    thing = draw.choice(THINGS)
+    feeling, other = draw.sample((("happy", GOOD_ADJECTIVES), ("sad", BAD_ADJECTIVES)), 2)
+    who, somebody = draw.sample(ALL_NAMES, 2)
+    thing = draw.choice(THING_NOUNS)
     slots = {"thing": thing, "adjective": draw.choice(feeling[1]), "name": who}
     return item(
         "The {thing} was {adjective}. It made {name} feel",

@@ -24,14 +24,14 @@ class TaskError(ValueError):
 
 
 @dataclass(frozen=True)
-class Said:
+class TextWithSpans:
     """A text, and the characters [start, end) at which each of its named parts stands."""
 
     text: str
     spans: Mapping[str, tuple[int, int]]
 
 
-def say(template: str, slots: Mapping[str, str]) -> Said:
+def fill_template(template: str, slots: Mapping[str, str]) -> TextWithSpans:
     """The template with its {slots} filled."""
     text, spans = "", {}
     for before, name, _, _ in Formatter().parse(template):
@@ -39,7 +39,7 @@ def say(template: str, slots: Mapping[str, str]) -> Said:
         if name is not None:
             spans[name] = (len(text), len(text) + len(slots[name]))
             text += slots[name]
-    return Said(text, spans)
+    return TextWithSpans(text, spans)
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class Item:
     `slots` is what was drawn for it. Answers begin with the space that is before them in running text.
     """
 
-    prompt: Said
+    prompt: TextWithSpans
     correct: tuple[str, ...]
     wrong: tuple[str, ...]
-    counterfactuals: Mapping[str, Said]
+    counterfactuals: Mapping[str, TextWithSpans]
     slots: Mapping[str, str]
 
     @property
@@ -69,10 +69,10 @@ def item(
 ) -> Item:
     """An item made of a template; each counterfactual is the slots that it fills otherwise."""
     return Item(
-        say(template, slots),
+        fill_template(template, slots),
         (correct,) if isinstance(correct, str) else tuple(correct),
         (wrong,) if isinstance(wrong, str) else tuple(wrong),
-        {name: say(template, {**slots, **changes}) for name, changes in counterfactuals.items()},
+        {name: fill_template(template, {**slots, **changes}) for name, changes in counterfactuals.items()},
         slots,
     )
 
@@ -230,8 +230,8 @@ class Task:
             if where is not None and not where(drawn):
                 continue
             try:
-                found.append(example(drawn, tokenizer))
-            except Unaskable as e:
+                found.append(build_example(drawn, tokenizer))
+            except UnaskableItem as e:
                 last = TaskError(f"{self.name}: {e}")
                 if strict:
                     raise last from None
@@ -239,7 +239,7 @@ class Task:
         return Examples(self, tuple(found), dict(dropped))
 
 
-class Unaskable(ValueError):
+class UnaskableItem(ValueError):
     """Why an item cannot be asked under a tokenizer, in a word and with its tokens."""
 
     def __init__(self, reason: str, shown: str):
@@ -247,42 +247,42 @@ class Unaskable(ValueError):
         self.reason = reason
 
 
-def example(drawn: Item, tokenizer: Tokenizer) -> Example:
+def build_example(drawn: Item, tokenizer: Tokenizer) -> Example:
     """The item under a tokenizer; Unaskable when its answers are not one token or its lengths differ."""
-    tokens, positions = located(drawn.prompt, tokenizer)
+    tokens, positions = locate_spans(drawn.prompt, tokenizer)
     others = {}
     for name, said in drawn.counterfactuals.items():
-        ids, places = located(said, tokenizer)
+        ids, places = locate_spans(said, tokenizer)
         if len(ids) != len(tokens) or places != positions:
-            shown = f"{tokenizer.strings(tokens)} and {tokenizer.strings(ids)}"
-            raise Unaskable("a counterfactual of another length", f"{len(tokens)} and {len(ids)} tokens: {shown}")
+            shown = f"{tokenizer.decode_each(tokens)} and {tokenizer.decode_each(ids)}"
+            raise UnaskableItem("a counterfactual of another length", f"{len(tokens)} and {len(ids)} tokens: {shown}")
         if ids == tokens:
-            raise Unaskable("a counterfactual that is the prompt itself", f"{name}: {tokenizer.strings(ids)}")
+            raise UnaskableItem("a counterfactual that is the prompt itself", f"{name}: {tokenizer.decode_each(ids)}")
         others[name] = ids
     correct, wrong = (
-        tuple(answer_id(drawn.text, tokens, answer, tokenizer) for answer in answers)
+        tuple(encode_answer(drawn.text, tokens, answer, tokenizer) for answer in answers)
         for answers in (drawn.correct, drawn.wrong)
     )
     if set(correct) & set(wrong):
-        raise Unaskable("right and wrong begin alike", f"{drawn.correct} and {drawn.wrong}")
+        raise UnaskableItem("right and wrong begin alike", f"{drawn.correct} and {drawn.wrong}")
     return Example(drawn, tokens, others, correct, wrong, positions)
 
 
-def located(said: Said, tokenizer: Tokenizer) -> tuple[list[int], dict[str, int]]:
+def locate_spans(prompt: TextWithSpans, tokenizer: Tokenizer) -> tuple[list[int], dict[str, int]]:
     """The ids of a text, and the position of the last token of each of its named parts."""
-    ids, offsets = tokenizer.encode_with_offsets(said.text)
+    ids, offsets = tokenizer.encode_with_offsets(prompt.text)
     positions = {
         name: max(i for i, (a, b) in enumerate(offsets) if a < end and b > start)
-        for name, (start, end) in said.spans.items()
+        for name, (start, end) in prompt.spans.items()
         if end > start
     }
     return ids, {**positions, "end": len(ids) - 1}
 
 
-def answer_id(text: str, tokens: list[int], answer: str, tokenizer: Tokenizer) -> int:
+def encode_answer(text: str, tokens: list[int], answer: str, tokenizer: Tokenizer) -> int:
     """The one token that continues `tokens` when the text goes on with `answer`."""
     ids = tokenizer.encode(text + answer, suffix=False)
     if ids[:-1] != tokens:
-        shown = tokenizer.strings(ids[max(0, len(tokens) - 1) :])
-        raise Unaskable("an answer of several tokens", f"{answer!r} after {text[-20:]!r} is {shown}")
+        shown = tokenizer.decode_each(ids[max(0, len(tokens) - 1) :])
+        raise UnaskableItem("an answer of several tokens", f"{answer!r} after {text[-20:]!r} is {shown}")
     return ids[-1]

@@ -1,14 +1,14 @@
 """The words that tasks are made of: each, with the space before it, one token of most vocabularies."""
 
-NAMES = {
+PERSON_NAMES = {
     "he": "John Tom Paul Mark Jack Bob Sam Ben Max Leo Adam Carl Dan Eric Fred Greg Hugo Ivan Karl Luke".split(),
     "she": (
         "Mary Anna Kate Lucy Emma Alice Rose Jane Sara Lily Amy Beth Cora Dora Ella Fay Gina Ida Julia Nora"
     ).split(),
 }
-PLACES = "store park school market station garden library river beach farm office cafe museum house".split()
-THINGS = "drink book ball ring basket letter flower apple cake map lamp box coin hat key bell".split()
-GAVE = "gave handed passed sent brought offered".split()
+PLACE_NOUNS = "store park school market station garden library river beach farm office cafe museum house".split()
+THING_NOUNS = "drink book ball ring basket letter flower apple cake map lamp box coin hat key bell".split()
+GIVING_VERBS = "gave handed passed sent brought offered".split()
 COUNTRIES = {  # capital, language, continent
     "France": ("Paris", "French", "Europe"), "Spain": ("Madrid", "Spanish", "Europe"),
     "Italy": ("Rome", "Italian", "Europe"), "Germany": ("Berlin", "German", "Europe"),
@@ -30,9 +30,9 @@ NOUNS = {
 PREPOSITIONS = "near behind with above beside under".split()
 VERBS = {"is": "are", "was": "were", "has": "have", "runs": "run", "sees": "see", "likes": "like"}
 EVENTS = "war storm journey project voyage feast trial reign siege search".split()
-GOOD = "lovely wonderful great bright sweet kind".split()
-BAD = "awful terrible cruel dark bitter mean".split()
-SERIES = {
+GOOD_ADJECTIVES = "lovely wonderful great bright sweet kind".split()
+BAD_ADJECTIVES = "awful terrible cruel dark bitter mean".split()
+WORD_SERIES = {
     "days": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split(),
     "months": (
         "January February March April May June July August September October November December"

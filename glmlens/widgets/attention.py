@@ -10,20 +10,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from glmlens.analysis.pattern import pattern, pattern_points
+from glmlens.analysis.pattern import layer_pattern, pattern_points
 from glmlens.lens import Lens
-from glmlens.patch.changes import ids
+from glmlens.patch.changes import to_token_ids
 from glmlens.plot import attention_pattern
-from glmlens.plot.style import visible
+from glmlens.plot.style import show_control_characters
 from glmlens.prompt import Prompt
 from glmlens.widgets.base import Explorer, prompt_box
-from glmlens.widgets.heads import Heads, cells, thumbs
+from glmlens.widgets.heads import HeadsWidget, pack_head, pack_thumbnails
 
-LIT = [("light both", "both"), ("what it reads", "query"), ("what reads it", "key")]
+LINK_OPTIONS = [("light both", "both"), ("what it reads", "query"), ("what reads it", "key")]
 
 
 @dataclass(frozen=True, eq=False)
-class Said:
+class PromptRecording:
     """A prompt as the model read it: its tokens' labels, and the residual stream that enters each layer."""
 
     labels: list[str]
@@ -31,18 +31,18 @@ class Said:
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
+class LayerAttention:
     """The patterns of one layer, and the length of the value that each head reads at each key."""
 
     index: int
     pattern: Float[Tensor, "head query key"]
-    norms: Float[Tensor, "head key"]
+    value_norms: Float[Tensor, "head key"]
 
     def weights(self, by_value: bool) -> Float[Tensor, "head query key"]:
-        return self.pattern * self.norms[:, None] if by_value else self.pattern
+        return self.pattern * self.value_norms[:, None] if by_value else self.pattern
 
 
-NOWHERE = Layer(-1, torch.zeros(0, 0, 0), torch.zeros(0, 0))
+NO_LAYER = LayerAttention(-1, torch.zeros(0, 0, 0), torch.zeros(0, 0))
 
 
 class AttentionExplorer(Explorer):
@@ -55,88 +55,95 @@ class AttentionExplorer(Explorer):
     """
 
     def __init__(self, lens: Lens, prompt: Prompt):
-        self.heads = Heads(self.asked)
+        self.heads = HeadsWidget(self.select_safely)
         places = {
             "layer": W.IntSlider(0, 0, lens.cfg.n_layers - 1, description="layer", continuous_update=False),
             "head": W.IntSlider(0, 0, lens.cfg.n_heads - 1, description="head"),
             "locked": W.Checkbox(False, description="lock head", indent=False, layout={"width": "auto"}),
             "query": W.IntSlider(-1, -1, 0, description="query"),
             "key": W.IntSlider(-1, -1, 0, description="key"),
-            "by": W.ToggleButtons(options=LIT, value="both", style={"button_width": "auto"}),
+            "by": W.ToggleButtons(options=LINK_OPTIONS, value="both", style={"button_width": "auto"}),
             "by_value": W.Checkbox(False, description="by length of value", indent=False, layout={"width": "auto"}),
         }
-        self.read = Said([], [])
-        self.layer = NOWHERE
-        self.drawn: tuple[Any, ...] = ()
+        self.recording = PromptRecording([], [])
+        self.layer = NO_LAYER
+        self.drawn_key: tuple[Any, ...] = ()
         super().__init__(lens, {"prompt": prompt_box(prompt)}, places, [self.heads], {"prompt": prompt})
-        self.first()
+        self.run_first()
 
-    def compute(self, inputs: Mapping[str, Any]) -> Said:
-        rows = ids(self.lens, inputs["prompt"])
+    def compute(self, inputs: Mapping[str, Any]) -> PromptRecording:
+        rows = to_token_ids(self.lens, inputs["prompt"])
         if len(rows) != 1:
             raise ValueError(f"one prompt at a time, not {len(rows)}")
         tokens = torch.tensor(rows, device=self.lens.device)
         n = self.lens.cfg.n_layers
 
-        def through(x: Tensor, point: Any) -> Tensor:
-            self.tick(point.layer + 1, n, "layers")
+        def report_layer(x: Tensor, point: Any) -> Tensor:
+            self.report_progress(point.layer + 1, n, "layers")
             return x
 
-        hooks, every = {"blocks.*.resid_pre": through}, torch.ones_like(tokens)
+        hooks, every = {"blocks.*.resid_pre": report_layer}, torch.ones_like(tokens)
         _, acts = self.lens.run_with_cache(tokens, "resid_pre", hooks, logits=False, attention_mask=every)
-        labels = [visible(label) for label in self.lens.to_labels(tokens)]
-        return Said(labels, [acts["resid_pre", i] for i in range(n)])
+        labels = [show_control_characters(label) for label in self.lens.to_labels(tokens)]
+        return PromptRecording(labels, [acts["resid_pre", i] for i in range(n)])
 
-    def show(self, found: Said | None = None) -> None:
-        if found is not None:
-            self.read, self.layer, self.drawn = found, NOWHERE, ()
-            last = len(found.labels) - 1
+    def show(self, result: PromptRecording | None = None) -> None:
+        if result is not None:
+            self.recording, self.layer, self.drawn_key = result, NO_LAYER, ()
+            last = len(result.labels) - 1
             self.places["query"].max = self.places["key"].max = last
             self._state |= {name: min(self._state[name], last) for name in ("query", "key")}
         if self.layer.index != self._state["layer"]:
-            self.layer = self.of_layer(self._state["layer"])
+            self.layer = self.compute_layer(self._state["layer"])
         s, layer = self._state, self.layer
-        changes = {name: s[name] for name in ("head", "locked", "query", "key", "by")} | {"said": self.words()}
+        changes = {name: s[name] for name in ("head", "locked", "query", "key", "by")} | {
+            "said": self.describe_selection()
+        }
         weights, pictures = layer.weights(s["by_value"]), (layer.index, s["by_value"])
         most = float(weights.max()) if s["by_value"] else 1.0
-        if self.drawn[:2] != pictures:
+        if self.drawn_key[:2] != pictures:
             cfg = self.lens.cfg
-            changes |= {"labels": self.read.labels, "n_heads": cfg.n_heads, "n_kv_heads": cfg.n_kv_heads, "most": most}
-            changes |= thumbs(weights, most)
-        if self.drawn != (*pictures, s["head"]):
-            changes |= cells(weights[s["head"]], s["head"], most)
-        self.drawn = (*pictures, s["head"])
+            changes |= {
+                "labels": self.recording.labels,
+                "n_heads": cfg.n_heads,
+                "n_kv_heads": cfg.n_kv_heads,
+                "most": most,
+            }
+            changes |= pack_thumbnails(weights, most)
+        if self.drawn_key != (*pictures, s["head"]):
+            changes |= pack_head(weights[s["head"]], s["head"], most)
+        self.drawn_key = (*pictures, s["head"])
         self.heads.draw(**changes)
 
-    def of_layer(self, index: int) -> Layer:
+    def compute_layer(self, index: int) -> LayerAttention:
         """The patterns of a layer, from the residual stream that enters it."""
-        lens, residual = self.lens, self.read.residuals[index]
+        lens, residual = self.lens, self.recording.residuals[index]
         names = [f"blocks.{index}.{name}" for name in dict.fromkeys([*pattern_points(lens), "kv.v"])]
         _, acts = lens.run_with_cache(residual, names, start_layer=index, logits=False)
         at = torch.arange(residual.shape[1], device=lens.device)[None]
-        found = pattern(acts, index, at, at)[0].float()
+        found = layer_pattern(acts, index, at, at)[0].float()
         norms = acts[f"blocks.{index}.kv.v"][0].float().norm(dim=-1).T
-        return Layer(index, found, norms.repeat_interleave(lens.cfg.n_heads // lens.cfg.n_kv_heads, 0))
+        return LayerAttention(index, found, norms.repeat_interleave(lens.cfg.n_heads // lens.cfg.n_kv_heads, 0))
 
-    def words(self) -> str:
+    def describe_selection(self) -> str:
         """The chosen place and its numbers, exactly."""
-        s, labels = self._state, self.read.labels
+        s, labels = self._state, self.recording.labels
         where, q, k = f"layer {s['layer']}, head {s['head']}", s["query"], s["key"]
         if q < 0:
             return where
         label = f"{where}: query {q} {labels[q]}"
         if k < 0:
             return label
-        weight, norm = float(self.layer.pattern[s["head"], q, k]), float(self.layer.norms[s["head"], k])
+        weight, norm = float(self.layer.pattern[s["head"], q, k]), float(self.layer.value_norms[s["head"], k])
         numbers = f"attention {weight:.4g}, length of value {norm:.3g}, their product {weight * norm:.4g}"
         return f"{label} → key {k} {labels[k]}: {numbers}"
 
     def figure(self) -> go.Figure:
         """The pattern of the chosen head."""
-        self.alive()
+        self.require_open()
         s, head = self._state, self._state["head"]
-        labels = [f"{i} {label}" for i, label in enumerate(self.read.labels)]
-        norms = self.layer.norms[head] if s["by_value"] else None
+        labels = [f"{i} {label}" for i, label in enumerate(self.recording.labels)]
+        norms = self.layer.value_norms[head] if s["by_value"] else None
         title = f"Attention of head {s['layer']}.{head}" + (" by length of value" if s["by_value"] else "")
         named = {"query": labels, "key": labels}
         prompt = s["prompt"] if isinstance(s["prompt"], str) else f"{len(labels)} tokens"

@@ -19,9 +19,11 @@ from glmlens.lens import Lens
 from glmlens.prompt import Prompt
 from glmlens.widgets.chart import Chart
 
-OFTEN = 0.1  # seconds between two signs of progress
-SETTLE = 0.15  # seconds in which a control's last value arrives: a page holds it back until the one before is answered
-ROW = {"flex_flow": "row wrap", "align_items": "center"}
+PROGRESS_INTERVAL = 0.1  # seconds between two signs of progress
+SETTLE_SECONDS = (
+    0.15  # seconds in which a control's last value arrives: a page holds it back until the one before is answered
+)
+ROW_LAYOUT = {"flex_flow": "row wrap", "align_items": "center"}
 
 
 class Stopped(KeyboardInterrupt):
@@ -44,32 +46,34 @@ class Explorer(W.VBox):
         inputs: Mapping[str, Any],
         places: Mapping[str, Any],
         views: Sequence[W.Widget | Chart],
-        given: Mapping[str, Any],
+        initial_state: Mapping[str, Any],
     ):
         self.lens, self.inputs, self.places = lens, dict(inputs), dict(places)
         self.lock, self.stopping, self.working = threading.RLock(), threading.Event(), threading.Lock()
         self.quiet = self.closed = False
         self.worker: threading.Thread | None = None
-        self.wanted = dict(given)
-        self._state = {**given, **{name: control.value for name, control in self.places.items()}}
+        self.pending_inputs = dict(initial_state)
+        self._state = {**initial_state, **{name: control.value for name, control in self.places.items()}}
         self.run_button = W.Button(description="Run", tooltip="ask the model again")
         self.stop_button = W.Button(description="Stop", disabled=True, tooltip="stop what is running")
         self.bar = W.IntProgress(layout={"visibility": "hidden", "width": "120px"})
         self.note = W.Label()
-        self.said = W.Output()
-        self.seen = 0.0
-        self.listen()
+        self.output = W.Output()
+        self.last_progress = 0.0
+        self.observe_controls()
         work = [self.run_button, self.stop_button, self.bar, self.note]
-        rows = [W.Box([*some], layout=ROW) for some in (self.inputs.values(), work, self.places.values()) if some]
+        rows = [
+            W.Box([*some], layout=ROW_LAYOUT) for some in (self.inputs.values(), work, self.places.values()) if some
+        ]
         self.charts = [view for view in views if isinstance(view, Chart)]
         shown = [view.box if isinstance(view, Chart) else view for view in views]
-        super().__init__([*rows, *shown, self.said])
+        super().__init__([*rows, *shown, self.output])
 
-    def listen(self) -> None:
+    def observe_controls(self) -> None:
         for name, control in self.inputs.items():
-            control.observe(lambda change, name=name: self.typed(name, change["new"]), "value")
+            control.observe(lambda change, name=name: self.on_input_change(name, change["new"]), "value")
         for name, control in self.places.items():
-            control.observe(lambda change, name=name: self.moved(name, change["new"]), "value")
+            control.observe(lambda change, name=name: self.on_place_change(name, change["new"]), "value")
         self.run_button.on_click(lambda _: self.start())
         self.stop_button.on_click(lambda _: self.stop())
 
@@ -79,7 +83,7 @@ class Explorer(W.VBox):
         """What the model says to these inputs: long work, that calls `tick` and touches no widget."""
         raise NotImplementedError
 
-    def show(self, found: Any = None) -> None:
+    def show(self, result: Any = None) -> None:
         """Draw the state; `found`, when it is given, is what `compute` has just returned. Quick."""
         raise NotImplementedError
 
@@ -87,7 +91,7 @@ class Explorer(W.VBox):
         """What is seen, as a figure of its own that stays as it is."""
         raise NotImplementedError
 
-    def make_room(self, places: Mapping[str, Any]) -> None:
+    def update_ranges(self, places: Mapping[str, Any]) -> None:
         """Let the sliders reach as far as these places have others; for places that are not there, do nothing."""
 
     # ---- asking ----
@@ -99,23 +103,25 @@ class Explorer(W.VBox):
 
     def select(self, **places: Any) -> None:
         """Look at another place; ValueError for one that is not there."""
-        self.alive()
+        self.require_open()
         strange = places.keys() - self.places.keys()
         if strange:
             known = f"select takes {', '.join(self.places)}; run takes {', '.join(self.inputs)}"
             raise ValueError(f"no place {', '.join(sorted(strange))} to select: {known}")
-        with self.lock, self.hushed():
+        with self.lock, self.pause_callbacks():
             before = self.state
             try:
-                self.make_room({**before, **places})
-                self._state |= {name: fitting(self.places[name], name, value) for name, value in places.items()}
+                self.update_ranges({**before, **places})
+                self._state |= {
+                    name: check_control_value(self.places[name], name, value) for name, value in places.items()
+                }
                 self.show()
             except BaseException:
                 self._state = before
-                self.make_room(before)
+                self.update_ranges(before)
                 raise
             finally:
-                self.synchronise()
+                self.update_controls()
 
     def run(self, **inputs: Any) -> None:
         """Ask the model again, with other inputs if some are given; returns when it has answered.
@@ -123,18 +129,18 @@ class Explorer(W.VBox):
         What goes wrong is raised. Interrupting the kernel stops it, and so does the Stop button where callbacks have a
         thread of their own. RuntimeError while it is running already.
         """
-        self.alive()
+        self.require_open()
         strange = inputs.keys() - self.inputs.keys()
         if strange:
             known = f"run takes {', '.join(self.inputs)}; select takes {', '.join(self.places)}"
             raise ValueError(f"no input {', '.join(sorted(strange))}: {known}")
-        self.begin()
+        self.begin_work()
         try:
-            self.answer(self.wanted | inputs)
+            self.compute_and_show(self.pending_inputs | inputs)
         finally:
-            self.end()
+            self.end_work()
 
-    def first(self) -> None:
+    def run_first(self) -> None:
         """Run as soon as it is made; what goes wrong leaves nothing behind."""
         try:
             self.run()
@@ -142,95 +148,95 @@ class Explorer(W.VBox):
             self.close()
             raise
 
-    def start(self, want: Callable[[], None] | None = None) -> None:
+    def start(self, before_run: Callable[[], None] | None = None) -> None:
         """Run in a thread of its own, as the Run button does; what goes wrong appears under the views.
 
         A pressed button's message overtakes the last value of a slider. So `want`, which says what is wanted besides
         the inputs, is called in that thread, when every control has been heard.
         """
-        with self.caught():
-            self.alive()
-            self.begin()
+        with self.show_errors():
+            self.require_open()
+            self.begin_work()
             context = copy_context()
-            self.worker = threading.Thread(target=context.run, args=(self.work, want), daemon=True)
+            self.worker = threading.Thread(target=context.run, args=(self.run_worker, before_run), daemon=True)
             self.worker.start()
 
     def stop(self) -> None:
         """Stop what is running, at the end of its present slice."""
         self.stopping.set()
 
-    def alive(self) -> None:
+    def require_open(self) -> None:
         if self.closed:
             raise RuntimeError("this explorer is closed: make another")
 
     # ---- working ----
 
-    def work(self, want: Callable[[], None] | None) -> None:
+    def run_worker(self, before_run: Callable[[], None] | None) -> None:
         try:
-            with self.caught():
-                if self.stopping.wait(SETTLE):
+            with self.show_errors():
+                if self.stopping.wait(SETTLE_SECONDS):
                     raise Stopped
-                if want is not None:
+                if before_run is not None:
                     with self.lock:
-                        want()
-                self.answer(self.wanted)
+                        before_run()
+                self.compute_and_show(self.pending_inputs)
         finally:
-            self.end()
+            self.end_work()
 
-    def answer(self, wanted: Mapping[str, Any]) -> None:
-        wanted = dict(wanted)
-        found = self.compute(wanted)
-        with self.lock, self.hushed():
+    def compute_and_show(self, inputs: Mapping[str, Any]) -> None:
+        inputs = dict(inputs)
+        found = self.compute(inputs)
+        with self.lock, self.pause_callbacks():
             if not self.closed:
-                self._state |= wanted
-                self.wanted = wanted
+                self._state |= inputs
+                self.pending_inputs = inputs
                 self.show(found)
-                self.synchronise()
+                self.update_controls()
 
-    def begin(self) -> None:
+    def begin_work(self) -> None:
         if not self.working.acquire(blocking=False):
             raise RuntimeError("it is running already: stop() or wait")
         self.stopping.clear()
         self.run_button.disabled, self.stop_button.disabled = True, False
         self.bar.value, self.bar.layout.visibility = 0, "visible"
 
-    def end(self) -> None:
+    def end_work(self) -> None:
         self.run_button.disabled, self.stop_button.disabled = False, True
         self.bar.layout.visibility, self.note.value = "hidden", ""
         self.working.release()
 
-    def tick(self, done: int, total: int, what: str = "") -> None:
+    def report_progress(self, done: int, total: int, what: str = "") -> None:
         """Say how far the work is; raises Stopped when it is to stop."""
         if self.stopping.is_set():
             raise Stopped
-        if time.monotonic() - self.seen > OFTEN or done == total:
-            self.seen = time.monotonic()
+        if time.monotonic() - self.last_progress > PROGRESS_INTERVAL or done == total:
+            self.last_progress = time.monotonic()
             self.bar.max, self.bar.value = max(total, 1), done
             self.note.value = f"{done} of {total} {what}"
 
     # ---- hearing ----
 
-    def typed(self, name: str, value: Any) -> None:
+    def on_input_change(self, name: str, value: Any) -> None:
         if not self.quiet:
-            self.wanted[name] = value
+            self.pending_inputs[name] = value
 
-    def moved(self, name: str, value: Any) -> None:
+    def on_place_change(self, name: str, value: Any) -> None:
         if not self.quiet and value != self._state[name]:
-            self.asked(**{name: value})
+            self.select_safely(**{name: value})
 
-    def asked(self, **places: Any) -> None:
+    def select_safely(self, **places: Any) -> None:
         """`select` as a callback calls it: what goes wrong appears under the views."""
-        with self.caught():
+        with self.show_errors():
             self.select(**places)
 
-    def synchronise(self) -> None:
+    def update_controls(self) -> None:
         """Every control as the state has it."""
         for name, control in {**self.inputs, **self.places}.items():
             if name in self.places or isinstance(self._state[name], str):
                 control.value = self._state[name]
 
     @contextmanager
-    def hushed(self) -> Iterator[None]:
+    def pause_callbacks(self) -> Iterator[None]:
         """Controls may be changed inside, and nothing is asked for that."""
         was, self.quiet = self.quiet, True
         try:
@@ -239,35 +245,43 @@ class Explorer(W.VBox):
             self.quiet = was
 
     @contextmanager
-    def caught(self) -> Iterator[None]:
+    def show_errors(self) -> Iterator[None]:
         """What is printed and what goes wrong inside appears under the views, instead of what was there."""
         if not self.closed:
-            self.said.outputs = ()
+            self.output.outputs = ()
         with ExitStack() as stack:
             for name, redirect in (("stdout", redirect_stdout), ("stderr", redirect_stderr)):
-                stack.enter_context(overheard(name, self.say, redirect))
+                stack.enter_context(capture_thread_output(name, self.append_output, redirect))
             try:
                 yield
             except Stopped:
-                self.say("stdout", "stopped\n")
+                self.append_output("stdout", "stopped\n")
             except Exception as e:
-                self.failed(e)
+                self.append_error(e)
 
-    def say(self, name: str, text: str) -> None:
+    def append_output(self, name: str, text: str) -> None:
         with self.lock:
             if self.closed:
                 return
-            last = self.said.outputs[-1] if self.said.outputs else {}
+            last = self.output.outputs[-1] if self.output.outputs else {}
             before = last["text"] if last.get("name") == name else ""
-            kept = self.said.outputs[:-1] if before else self.said.outputs
-            self.said.outputs = (*kept, {"output_type": "stream", "name": name, "text": before + whole(text)})
+            kept = self.output.outputs[:-1] if before else self.output.outputs
+            self.output.outputs = (
+                *kept,
+                {"output_type": "stream", "name": name, "text": before + replace_surrogates(text)},
+            )
 
-    def failed(self, e: Exception) -> None:
-        lines = whole("".join(traceback.format_exception(e))).splitlines()
-        shown = {"output_type": "error", "ename": type(e).__name__, "evalue": whole(str(e)), "traceback": lines}
+    def append_error(self, e: Exception) -> None:
+        lines = replace_surrogates("".join(traceback.format_exception(e))).splitlines()
+        shown = {
+            "output_type": "error",
+            "ename": type(e).__name__,
+            "evalue": replace_surrogates(str(e)),
+            "traceback": lines,
+        }
         with self.lock:
             if not self.closed:
-                self.said.outputs = (*self.said.outputs, shown)
+                self.output.outputs = (*self.output.outputs, shown)
 
     # ---- the end ----
 
@@ -280,16 +294,28 @@ class Explorer(W.VBox):
             self.closed = True
             for chart in self.charts:
                 chart.close()
-            for widget in family(self):
+            for widget in collect_widgets(self):
                 widget.unobserve_all()
                 W.Widget.close(widget)
-            for name in [name for name in vars(self) if name not in KEPT]:
+            for name in [name for name in vars(self) if name not in KEPT_ATTRIBUTES]:
                 if not name.startswith("_"):
                     delattr(self, name)
             self._state = {}
 
 
-KEPT = {"closed", "comm", "lock", "working", "stopping", "quiet", "run_button", "stop_button", "bar", "note", "seen"}
+KEPT_ATTRIBUTES = {
+    "closed",
+    "comm",
+    "lock",
+    "working",
+    "stopping",
+    "quiet",
+    "run_button",
+    "stop_button",
+    "bar",
+    "note",
+    "seen",
+}
 
 
 def prompt_box(prompt: Prompt) -> W.Textarea:
@@ -301,7 +327,7 @@ def prompt_box(prompt: Prompt) -> W.Textarea:
     return box
 
 
-def family(widget: W.Widget) -> list[W.Widget]:
+def collect_widgets(widget: W.Widget) -> list[W.Widget]:
     """A widget and all those inside it, their layouts and styles too; those inside come last."""
     found: dict[int, W.Widget] = {}
     todo = [widget]
@@ -316,7 +342,7 @@ def family(widget: W.Widget) -> list[W.Widget]:
     return list(found.values())
 
 
-def fitting(control: Any, name: str, value: Any) -> Any:
+def check_control_value(control: Any, name: str, value: Any) -> Any:
     """The value if the control can have it; ValueError that says what there is."""
     if hasattr(control, "options"):
         known = [option[1] if isinstance(option, tuple) else option for option in control.options]
@@ -334,44 +360,44 @@ def fitting(control: Any, name: str, value: Any) -> Any:
     return value
 
 
-Tell = Callable[[str, str], None]
+TextCallback = Callable[[str, str], None]
 
 
-class Ear(TextIOBase):
+class ThreadStream(TextIOBase):
     """A stream of which one thread's text is told, and everybody else's goes where it went."""
 
-    def __init__(self, name: str, tell: Tell, rest: Any):
-        self.stream, self.told, self.rest, self.thread = name, tell, rest, threading.get_ident()
+    def __init__(self, name: str, tell: TextCallback, rest: Any):
+        self.stream, self.callback, self.fallback, self.thread = name, tell, rest, threading.get_ident()
 
     def write(self, text: str) -> int:
         if self.thread != threading.get_ident():
-            return self.rest.write(text)
-        self.told(self.stream, text)
+            return self.fallback.write(text)
+        self.callback(self.stream, text)
         return len(text)
 
     def flush(self) -> None:
-        self.rest.flush()
+        self.fallback.flush()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.rest, name)
+        return getattr(self.fallback, name)
 
 
 @contextmanager
-def overheard(name: str, tell: Tell, redirect: Any) -> Iterator[None]:
+def capture_thread_output(name: str, tell: TextCallback, redirect: Any) -> Iterator[None]:
     """What this thread writes to sys.stdout or sys.stderr, told."""
-    ear = Ear(name, tell, getattr(sys, name))
+    ear = ThreadStream(name, tell, getattr(sys, name))
     setattr(sys, name, ear)
     try:
         yield
     finally:
-        ear.thread, ear.told = 0, ignore  # others may have it for their own stream by now
+        ear.thread, ear.callback = 0, ignore_text  # others may have it for their own stream by now
         if getattr(sys, name) is ear:
-            setattr(sys, name, ear.rest)
+            setattr(sys, name, ear.fallback)
 
 
-def ignore(name: str, text: str) -> None: ...
+def ignore_text(name: str, text: str) -> None: ...
 
 
-def whole(text: str) -> str:
+def replace_surrogates(text: str) -> str:
     """Text that can be sent: half a character is the replacement character."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

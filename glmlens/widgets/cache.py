@@ -10,40 +10,40 @@ import plotly.graph_objects as go
 from torch import Tensor
 
 from glmlens import cache
-from glmlens.analysis.entries import Reads, key_labels, who_reads
+from glmlens.analysis.entries import CacheReads, cache_reads, label_keys
 from glmlens.analysis.leave_out import leave_one_out
-from glmlens.analysis.rows import label, layers_of
+from glmlens.analysis.rows import layer_labels, token_label
 from glmlens.lens import Lens
 from glmlens.patch.timeline import Timeline
 from glmlens.plot import cache_norms, heatmap
 from glmlens.prompt import Prompt
 from glmlens.results import Labelled
-from glmlens.widgets.base import ROW
-from glmlens.widgets.chart import Chart, block
-from glmlens.widgets.runs import Generations
+from glmlens.widgets.base import ROW_LAYOUT
+from glmlens.widgets.chart import Chart, block_size
+from glmlens.widgets.runs import GenerationsExplorer
 
-READ = {"attention": "share of attention", "weighted": "length written", "direct": "logits"}
-LOST = {"kl": "nats", "logit": "logits"}
-SHOWN = {
+READ_UNITS = {"attention": "share of attention", "weighted": "length written", "direct": "logits"}
+LOSS_UNITS = {"kl": "nats", "logit": "logits"}
+COLOR_OPTIONS = {
     "keys: length": "keys", "values: length": "values", "attention": "attention", "length written": "weighted",
     "adds to the logit": "direct", "left out: KL": "kl", "left out: logit": "logit",
 }  # fmt: skip
-CHANGES = ("drop", "zero", "scale value", "scale key", "drop everywhere")
-Lost = Mapping[str, Labelled]
-Change = tuple[str, int, int, int, int, float]
+CHANGE_OPTIONS = ("drop", "zero", "scale value", "scale key", "drop everywhere")
+StepLosses = Mapping[str, Labelled]
+EntryChange = tuple[str, int, int, int, int, float]
 """What is done, from which step on, to the entry at which layer, kv head and position, and the factor of scaling."""
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class CacheResult:
     """A generation, the same with a change, and what each step asked about loses without each entry, by step."""
 
-    line: Timeline
-    other: Timeline | None
-    lost: Mapping[int, Lost]
+    original: Timeline
+    changed: Timeline | None
+    losses: Mapping[int, StepLosses]
 
 
-class CacheInspector(Generations):
+class CacheInspector(GenerationsExplorer):
     """What a generation remembers: entries by layer and position, who reads one of them, and what is said without it.
 
     The first picture shows the cache that a step begins with, for one key-value head, `by` the length of its "keys" or
@@ -59,20 +59,23 @@ class CacheInspector(Generations):
             "layer": W.IntSlider(0, 0, cfg.n_layers - 1, description="layer"),
             "kv": W.IntSlider(0, 0, cfg.n_kv_heads - 1, description="kv head"),
             "position": W.IntSlider(0, 0, 0, description="position"),
-            "by": W.Dropdown(options=list(SHOWN.items()), value="weighted", description="colour by"),
+            "by": W.Dropdown(options=list(COLOR_OPTIONS.items()), value="weighted", description="colour by"),
         }
-        self.entries, self.readers = Chart(self.hit), Chart(self.hit_head)
-        self.what = W.Dropdown(options=CHANGES, description="this entry", layout={"width": "220px"})
-        self.factor = W.FloatText(0.5, description="factor", layout={"width": "160px"})
-        self.go_on, self.undo = W.Button(description="Generate on"), W.Button(description="Undo")
-        self.go_on.tooltip, self.undo.tooltip = "change the chosen entry from this step on", "as it was"
-        self.lost: dict[int, Lost] = {}
-        self.reads: tuple[int, Reads] | None = None
-        row = W.Box([self.what, self.factor, self.go_on, self.undo], layout=ROW)
-        super().__init__(lens, prompt, length, "change", places, [row, self.entries, self.readers])
-        self.go_on.on_click(lambda _: self.start(self.change_this))
-        self.undo.on_click(lambda _: self.start(self.without))
-        self.first()
+        self.entries_chart, self.heads_chart = Chart(self.on_entry_click), Chart(self.on_head_click)
+        self.change_box = W.Dropdown(options=CHANGE_OPTIONS, description="this entry", layout={"width": "220px"})
+        self.factor_box = W.FloatText(0.5, description="factor", layout={"width": "160px"})
+        self.generate_button, self.undo_button = W.Button(description="Generate on"), W.Button(description="Undo")
+        self.generate_button.tooltip, self.undo_button.tooltip = (
+            "change the chosen entry from this step on",
+            "as it was",
+        )
+        self.losses: dict[int, StepLosses] = {}
+        self.reads: tuple[int, CacheReads] | None = None
+        row = W.Box([self.change_box, self.factor_box, self.generate_button, self.undo_button], layout=ROW_LAYOUT)
+        super().__init__(lens, prompt, length, "change", places, [row, self.entries_chart, self.heads_chart])
+        self.generate_button.on_click(lambda _: self.start(self.request_change))
+        self.undo_button.on_click(lambda _: self.start(self.request_no_change))
+        self.run_first()
 
     # ---- asking ----
 
@@ -82,14 +85,14 @@ class CacheInspector(Generations):
         "drop" hides it from the heads that read it, "zero" and "scale value" change its value, "scale key" its key, and
         "drop everywhere" takes its position out of all layers and heads.
         """
-        self.run(change=self.chosen(what, factor))
+        self.run(change=self.selected_change(what, factor))
 
-    def chosen(self, what: Any, factor: float) -> Change:
+    def selected_change(self, what: Any, factor: float) -> EntryChange:
         s = self._state
         return what, s["step"], s["layer"], s["kv"], s["position"], float(factor)
 
-    def change_this(self) -> None:
-        self.wanted["change"] = self.chosen(self.what.value, self.factor.value)
+    def request_change(self) -> None:
+        self.pending_inputs["change"] = self.selected_change(self.change_box.value, self.factor_box.value)
 
     def select(self, **places: Any) -> None:
         """Look at another step (step), another entry (layer, kv, position) or by other numbers (by).
@@ -98,179 +101,181 @@ class CacheInspector(Generations):
         place that is not there.
         """
         super().select(**places)
-        if self.missing():
+        if self.needs_losses():
             self.run()
 
-    def asked(self, **places: Any) -> None:
-        with self.caught():
+    def select_safely(self, **places: Any) -> None:
+        with self.show_errors():
             super().select(**places)
-        if not self.closed and self.missing():
+        if not self.closed and self.needs_losses():
             self.start()  # of its own, so that it can be stopped
 
-    def missing(self) -> bool:
+    def needs_losses(self) -> bool:
         """Whether what is to be shown has not been run."""
-        return self._state["by"] in LOST and self._state["step"] not in self.lost
+        return self._state["by"] in LOSS_UNITS and self._state["step"] not in self.losses
 
     # ---- working ----
 
-    def compute(self, inputs: Mapping[str, Any]) -> Found:
-        line, change = self.original(inputs), inputs["change"]
-        lost = dict(self.lost) if line is self.line else {}
-        other = None if change is None else self.altered(line, change, inputs["length"])
-        step = min(self._state["step"], len(line.moments) - 1)
-        if self._state["by"] in LOST and step not in lost:
-            lost[step] = self.left_out(line, step)
-        return Found(line, other, lost)
+    def compute(self, inputs: Mapping[str, Any]) -> CacheResult:
+        line, change = self.run_original(inputs), inputs["change"]
+        lost = dict(self.losses) if line is self.original_timeline else {}
+        other = None if change is None else self.run_change(line, change, inputs["length"])
+        step = min(self._state["step"], len(line.steps) - 1)
+        if self._state["by"] in LOSS_UNITS and step not in lost:
+            lost[step] = self.measure_losses(line, step)
+        return CacheResult(line, other, lost)
 
-    def altered(self, line: Timeline, change: Change, length: int) -> Timeline:
+    def run_change(self, line: Timeline, change: EntryChange, length: int) -> Timeline:
         """The generation with an entry changed from a step on."""
         what, step, layer, kv, position, factor = change
         upto = min(step + 1, length)
         if what == "drop":
             hooks = cache.evict(position=position, layer=layer, kv=kv).hooks(self.lens, steps=range(step, length))
-            return self.grown(line.rerun(step, hooks=hooks, at={}, max_new_tokens=upto), length)
-        op = operation(what, layer, kv, position, factor)
-        return self.grown(line.rerun(step, at={step: op}, max_new_tokens=upto), length)
+            return self.extend_timeline(line.rerun(step, hooks=hooks, at={}, max_new_tokens=upto), length)
+        op = make_operation(what, layer, kv, position, factor)
+        return self.extend_timeline(line.rerun(step, at={step: op}, max_new_tokens=upto), length)
 
-    def left_out(self, line: Timeline, step: int) -> Lost:
+    def measure_losses(self, line: Timeline, step: int) -> StepLosses:
         """What a step loses without each entry, a position at a time."""
-        memory = line.memory(step)
+        memory = line.restore_state(step)
         at = memory.kv.positions[0, : memory.kv.length].tolist()
         sheets: list[Mapping[str, Labelled]] = []
         for i, position in enumerate(at):
-            self.tick(i, len(at), "positions left out")
-            sheets.append(leave_one_out(self.lens, memory, line.moments[step].token, positions=[position]).sheets())
+            self.report_progress(i, len(at), "positions left out")
+            sheets.append(leave_one_out(self.lens, memory, line.steps[step].token, positions=[position]).sheets())
         first = sheets[0]
-        joined = {name: np.stack([s[name].values[..., i] for i, s in enumerate(sheets)], -1) for name in LOST}
+        joined = {name: np.stack([s[name].values[..., i] for i, s in enumerate(sheets)], -1) for name in LOSS_UNITS}
         return {
             name: Labelled(x, first[name].axes, first[name].labels, first[name].about) for name, x in joined.items()
         }
 
     # ---- showing ----
 
-    def show(self, found: Found | None = None) -> None:
-        if found is not None:
-            self.lost, self.reads = dict(found.lost), None
-            self.note_runs((self.wanted["prompt"], self.wanted["length"]), found.line, found.other)
-        if self.line is None:
+    def show(self, result: CacheResult | None = None) -> None:
+        if result is not None:
+            self.losses, self.reads = dict(result.losses), None
+            self.store_timelines(
+                (self.pending_inputs["prompt"], self.pending_inputs["length"]), result.original, result.changed
+            )
+        if self.original_timeline is None:
             return
         s = self._state
-        s["step"] = min(s["step"], len(self.line.moments) - 1)
-        self.places["step"].max = len(self.line.moments) - 1
-        self.make_room(s)
+        s["step"] = min(s["step"], len(self.original_timeline.steps) - 1)
+        self.places["step"].max = len(self.original_timeline.steps) - 1
+        self.update_ranges(s)
         s["position"] = min(s["position"], self.places["position"].max)
         if self.reads is None or self.reads[0] != s["step"]:
-            said = self.line.moments[s["step"]].token
-            self.reads = s["step"], who_reads(self.lens, self.line.memory(s["step"]), said)
-        self.entries.draw(self.figure(), (s["layer"], s["position"] // self.block()))
+            said = self.original_timeline.steps[s["step"]].token
+            self.reads = s["step"], cache_reads(self.lens, self.original_timeline.restore_state(s["step"]), said)
+        self.entries_chart.draw(self.figure(), (s["layer"], s["position"] // self.positions_per_cell()))
         group = self.lens.cfg.n_groups
-        self.readers.draw(self.readers_figure(), (s["layer"], (s["kv"] * group, (s["kv"] + 1) * group - 1)))
-        self.words.say(*self.about_entry())
-        self.tell("as it was", "changed")
+        self.heads_chart.draw(self.heads_figure(), (s["layer"], (s["kv"] * group, (s["kv"] + 1) * group - 1)))
+        self.text_lines.show_lines(*self.describe_entry())
+        self.show_texts("as it was", "changed")
 
-    def make_room(self, places: Mapping[str, Any]) -> None:
-        if self.line is not None and places["step"] in range(len(self.line.moments)):
-            self.places["position"].max = self.line.moments[places["step"]].before - 1
+    def update_ranges(self, places: Mapping[str, Any]) -> None:
+        if self.original_timeline is not None and places["step"] in range(len(self.original_timeline.steps)):
+            self.places["position"].max = self.original_timeline.steps[places["step"]].before - 1
 
-    def block(self) -> int:
+    def positions_per_cell(self) -> int:
         """How many positions are drawn as one cell."""
-        return block(self.places["position"].max + 1)
+        return block_size(self.places["position"].max + 1)
 
     def figure(self) -> go.Figure:
         """The cache that the step begins with, of one key-value head."""
-        self.alive()
-        s, line = self._state, self.recorded()
+        self.require_open()
+        s, line = self._state, self.require_timeline()
         by, kv, step = s["by"], s["kv"], s["step"]
-        title = f"Kv head {kv} before step {step} says {self.said_by(step)}"
+        title = f"Kv head {kv} before step {step} says {self.chosen_token_label(step)}"
         if by in ("keys", "values"):
-            memory = line.memory(step)
+            memory = line.restore_state(step)
             own = slice(kv, kv + 1)
             part = replace(memory.kv, keys=memory.kv.keys[:, :, :, own], values=memory.kv.values[:, :, :, own])
-            labels = {"pos": key_labels(self.lens, memory)}
+            labels = {"pos": label_keys(self.lens, memory)}
             return cache_norms(part, labels, of=by, title=f"{title}: length of {by}", subtitle="")
-        known = self.sheet(by)
+        known = self.selected_sheet(by)
         if known is None:
             empty = np.full((self.lens.cfg.n_layers, self.places["position"].max + 1), np.nan, np.float32)
             return heatmap(empty, axes=("layer", "key"), what="not run", title=title, subtitle="not run yet")
         data = known.at(kv=kv)
         some = Labelled(data.values[:, : self.places["position"].max + 1], data.axes,
                         {**data.labels, "key": data.labels["key"][: self.places["position"].max + 1]})  # fmt: skip
-        name = next(words for words, sheet in SHOWN.items() if sheet == by)
+        name = next(words for words, sheet in COLOR_OPTIONS.items() if sheet == by)
         signed = by in ("direct", "logit")
-        return heatmap(some, axes=("layer", "key"), what=(READ | LOST)[by], signed=signed, title=f"{title}: {name}",
+        return heatmap(some, axes=("layer", "key"), what=(READ_UNITS | LOSS_UNITS)[by], signed=signed, title=f"{title}: {name}",
                        subtitle="")  # fmt: skip
 
-    def sheet(self, by: str) -> Labelled | None:
+    def selected_sheet(self, by: str) -> Labelled | None:
         """The numbers of every entry [layer, kv, key], or None where they have not been run."""
-        if by in LOST:
-            lost = self.lost.get(self._state["step"])
+        if by in LOSS_UNITS:
+            lost = self.losses.get(self._state["step"])
             return None if lost is None else lost[by]
         assert self.reads is not None
-        return self.reads[1].by_entry(by, self.lens.cfg.n_kv_heads)
+        return self.reads[1].sum_by_kv_head(by, self.lens.cfg.n_kv_heads)
 
-    def said_by(self, step: int) -> str:
-        return label(self.lens, self.recorded().moments[step].token)
+    def chosen_token_label(self, step: int) -> str:
+        return token_label(self.lens, self.require_timeline().steps[step].token)
 
-    def readers_figure(self) -> go.Figure:
+    def heads_figure(self) -> go.Figure:
         """How every query head reads the chosen position, the head's key-value head in its label."""
         s, cfg = self._state, self.lens.cfg
-        by = s["by"] if s["by"] in READ else "attention"
+        by = s["by"] if s["by"] in READ_UNITS else "attention"
         assert self.reads is not None
         data = self.reads[1].sheets()[by]
         heads = [f"{head} (kv {head // cfg.n_groups})" for head in range(cfg.n_heads)]
-        labels = {"layer": layers_of(self.lens), "head": heads}
+        labels = {"layer": layer_labels(self.lens), "head": heads}
         position = data.labels["key"][s["position"]]
-        title, of = f"What every head reads at position {position}: {READ[by]}", data.values[:, :, s["position"]]
+        title, of = f"What every head reads at position {position}: {READ_UNITS[by]}", data.values[:, :, s["position"]]
         signed = by == "direct"
-        return heatmap(of, labels, axes=("layer", "head"), what=READ[by], signed=signed, title=title, subtitle="")
+        return heatmap(of, labels, axes=("layer", "head"), what=READ_UNITS[by], signed=signed, title=title, subtitle="")
 
-    def about_entry(self) -> list[str]:
+    def describe_entry(self) -> list[str]:
         """The chosen entry and its numbers, exactly."""
-        s, memory = self._state, self.recorded().memory(self._state["step"])
+        s, memory = self._state, self.require_timeline().restore_state(self._state["step"])
         place = s["layer"], 0, s["position"], s["kv"]
         lengths = [float(x[place].float().norm()) for x in (memory.kv.keys, memory.kv.values)]
         call = int(memory.kv.calls[0, s["position"]])
-        name = key_labels(self.lens, memory)[s["position"]]
+        name = label_keys(self.lens, memory)[s["position"]]
         written = f"written at step {call}" if call else "of the prompt"
         first = f"entry {name} of layer {s['layer']}, kv {s['kv']}, {written}"
         return [
             f"{first}: length of key {lengths[0]:.3g}, of value {lengths[1]:.3g}",
-            self.read_by(),
-            self.lost_without(),
+            self.describe_reads(),
+            self.describe_losses(),
         ]
 
-    def read_by(self) -> str:
+    def describe_reads(self) -> str:
         s, group = self._state, self.lens.cfg.n_groups
         assert self.reads is not None
         found = []
         for head in range(s["kv"] * group, (s["kv"] + 1) * group):
             place = s["layer"], head, s["position"]
-            a, w, d = (float(self.reads[1].sheets()[name].values[place]) for name in READ)
+            a, w, d = (float(self.reads[1].sheets()[name].values[place]) for name in READ_UNITS)
             found.append(f"head {head} attention {a:.4f}, writes {w:.3g}, logit {d:+.3f}")
         return f"read by {'; '.join(found)}"
 
-    def lost_without(self) -> str:
-        lost = self.lost.get(self._state["step"])
+    def describe_losses(self) -> str:
+        lost = self.losses.get(self._state["step"])
         if lost is None:
             return "colour by “left out” to see what the step loses without each entry"
         place = self._state["layer"], self._state["kv"], self._state["position"]
-        kl, logit = (float(lost[name].values[place]) for name in LOST)
-        return f"without it: KL {kl:.3g} nats, logit of {self.said_by(self._state['step'])} lower by {logit:.3g}"
+        kl, logit = (float(lost[name].values[place]) for name in LOSS_UNITS)
+        return f"without it: KL {kl:.3g} nats, logit of {self.chosen_token_label(self._state['step'])} lower by {logit:.3g}"
 
-    def in_words(self, change: Change) -> str:
+    def describe_change(self, change: EntryChange) -> str:
         what, step, layer, kv, position, factor = change
         where = f"position {position}" + ("" if what == "drop everywhere" else f" of layer {layer}, kv {kv}")
         by = f" by {factor:g}" if what.startswith("scale") else ""
         return f"{what} {where}{by}, from step {step} on"
 
-    def hit(self, row: int, column: int) -> None:
-        self.asked(layer=row, position=column * self.block())
+    def on_entry_click(self, row: int, column: int) -> None:
+        self.select_safely(layer=row, position=column * self.positions_per_cell())
 
-    def hit_head(self, row: int, column: int) -> None:
-        self.asked(layer=row, kv=column // self.lens.cfg.n_groups)
+    def on_head_click(self, row: int, column: int) -> None:
+        self.select_safely(layer=row, kv=column // self.lens.cfg.n_groups)
 
 
-def operation(what: str, layer: int, kv: int, position: int, factor: float) -> Callable[..., Any]:
+def make_operation(what: str, layer: int, kv: int, position: int, factor: float) -> Callable[..., Any]:
     """The operation on a cache of this name; ValueError for another name."""
 
     def scaled(x: Tensor, at: Tensor, layer: int) -> Tensor:
@@ -283,5 +288,5 @@ def operation(what: str, layer: int, kv: int, position: int, factor: float) -> C
         "drop everywhere": lambda: cache.evict(position=position),
     }
     if what not in known:
-        raise ValueError(f"no change {what!r}; choose from {', '.join(map(repr, CHANGES))}")
+        raise ValueError(f"no change {what!r}; choose from {', '.join(map(repr, CHANGE_OPTIONS))}")
     return known[what]()

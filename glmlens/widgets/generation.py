@@ -9,31 +9,31 @@ import numpy as np
 import plotly.graph_objects as go
 import torch
 
-from glmlens.analysis.rows import Token, exact, layers_of
-from glmlens.analysis.rows import label as spelt
+from glmlens.analysis.rows import Token, layer_labels, upcast
+from glmlens.analysis.rows import token_label as spelt
 from glmlens.integers import read_integer
 from glmlens.lens import Lens
 from glmlens.patch.timeline import Timeline
 from glmlens.plot.bars import bars
-from glmlens.plot.heatmaps import best, drawn
-from glmlens.plot.style import Look, shown, visible
+from glmlens.plot.heatmaps import draw_heatmap, hover_candidates
+from glmlens.plot.style import Look, escape_text, show_control_characters
 from glmlens.prompt import Prompt
 from glmlens.results import Labelled
-from glmlens.widgets.base import ROW
-from glmlens.widgets.chart import MOST, Chart, block
-from glmlens.widgets.runs import Generations
+from glmlens.widgets.base import ROW_LAYOUT
+from glmlens.widgets.chart import MAX_CELLS, Chart, block_size
+from glmlens.widgets.runs import GenerationsExplorer
 
-TOP = 8  # tokens of a layer and step
-ROOM = 20  # steps whose words are written in their cells
+TOP_TOKENS = 8  # tokens of a layer and step
+MAX_LABELLED_STEPS = 20  # steps whose words are written in their cells
 
 
-def label(lens: Lens, token: int) -> str:
+def page_label(lens: Lens, token: int) -> str:
     """A token as it can be sent to a page."""
-    return visible(spelt(lens, token))
+    return show_control_characters(spelt(lens, token))
 
 
 @dataclass(frozen=True, eq=False)
-class Readings:
+class LayerPredictions:
     """What every layer's stream says at every step, read as if it were the last.
 
     `ids` and `chances` [layer, step, rank] are the most probable tokens, `chosen` [layer, step] the probability of the
@@ -41,18 +41,18 @@ class Readings:
     """
 
     ids: np.ndarray
-    chances: np.ndarray
-    chosen: np.ndarray
+    probabilities: np.ndarray
+    chosen_probability: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class BranchResult:
     """A generation and the one that branches off it, each with its readings."""
 
-    runs: Mapping[str, tuple[Timeline, Readings]]
+    runs: Mapping[str, tuple[Timeline, LayerPredictions]]
 
 
-class GenerationExplorer(Generations):
+class GenerationExplorer(GenerationsExplorer):
     """A generation, step by step, with what every layer would say; any step can say another token instead.
 
     The first picture is the logit lens of every step, coloured by the probability of the most probable token ("top")
@@ -70,16 +70,19 @@ class GenerationExplorer(Generations):
             "run": W.ToggleButtons(options=[("as it went", "first"), ("branch", "branch")], style=names),
             "by": W.ToggleButtons(options=[("most probable token", "top"), ("chosen token", "chosen")], style=names),
         }
-        self.lens_chart, self.tokens_chart = Chart(self.hit), Chart(self.hit_token)
-        self.read: Mapping[str, tuple[Timeline, Readings]] = {}
-        self.instead = W.Combobox(placeholder="text of one token", description="say instead", continuous_update=False)
-        self.go_on, self.undo = W.Button(description="Branch here"), W.Button(description="Undo")
-        self.go_on.tooltip, self.undo.tooltip = "say this at the chosen step and generate on", "without the branch"
-        row = W.Box([self.instead, self.go_on, self.undo], layout=ROW)
+        self.lens_chart, self.tokens_chart = Chart(self.on_lens_click), Chart(self.on_token_click)
+        self.runs: Mapping[str, tuple[Timeline, LayerPredictions]] = {}
+        self.token_box = W.Combobox(placeholder="text of one token", description="say instead", continuous_update=False)
+        self.branch_button, self.undo_button = W.Button(description="Branch here"), W.Button(description="Undo")
+        self.branch_button.tooltip, self.undo_button.tooltip = (
+            "say this at the chosen step and generate on",
+            "without the branch",
+        )
+        row = W.Box([self.token_box, self.branch_button, self.undo_button], layout=ROW_LAYOUT)
         super().__init__(lens, prompt, length, "branch", places, [self.lens_chart, self.tokens_chart, row])
-        self.go_on.on_click(lambda _: self.start(self.say_instead))
-        self.undo.on_click(lambda _: self.start(self.without))
-        self.first()
+        self.branch_button.on_click(lambda _: self.start(self.request_typed_branch))
+        self.undo_button.on_click(lambda _: self.start(self.request_no_change))
+        self.run_first()
 
     # ---- asking ----
 
@@ -89,136 +92,138 @@ class GenerationExplorer(Generations):
         The branch is off the generation as it went. ValueError for what is not one token of this model.
         """
         at = self._state["step"] if step is None else read_integer(step, "step")
-        self.run(branch=(at, self.id_of(token)))
+        self.run(branch=(at, self.to_token_id(token)))
 
-    def id_of(self, token: Token) -> int:
+    def to_token_id(self, token: Token) -> int:
         found = self.lens.to_single_token(token) if isinstance(token, str) else read_integer(token, "token")
         if not 0 <= found < self.lens.cfg.d_vocab:
             raise ValueError(f"token {found}; this model has 0 to {self.lens.cfg.d_vocab - 1}")
         return found
 
-    def say_instead(self) -> None:
-        self.branch_off(self._state["step"], self.named(self.instead.value))
+    def request_typed_branch(self) -> None:
+        self.request_branch(self._state["step"], self.token_of_label(self.token_box.value))
 
-    def branch_off(self, step: int, token: int) -> None:
+    def request_branch(self, step: int, token: int) -> None:
         """Want a branch at this step; ValueError where a branch is looked at, which has none."""
         if self._state["run"] != "first":
             raise ValueError("a branch goes off the generation as it went: look at that, and at the step")
-        self.wanted["branch"] = step, token
+        self.pending_inputs["branch"] = step, token
 
-    def named(self, said: str) -> int:
+    def token_of_label(self, text: str) -> int:
         """The token that a label or a text names: a label of those shown is itself."""
-        _, readings = self.chosen_run()
+        _, readings = self.selected_run()
         ids = readings.ids[self._state["layer"], self._state["step"]].tolist()
-        labels = [label(self.lens, i) for i in ids]
-        return ids[labels.index(said)] if said in labels else self.id_of(said)
+        labels = [page_label(self.lens, i) for i in ids]
+        return ids[labels.index(text)] if text in labels else self.to_token_id(text)
 
     # ---- working ----
 
-    def compute(self, inputs: Mapping[str, Any]) -> Found:
-        line, branch = self.original(inputs), inputs["branch"]
-        known = self.read.get("first")
-        runs = {"first": known if known is not None and known[0] is line else (line, self.readings(line))}
+    def compute(self, inputs: Mapping[str, Any]) -> BranchResult:
+        line, branch = self.run_original(inputs), inputs["branch"]
+        known = self.runs.get("first")
+        runs = {"first": known if known is not None and known[0] is line else (line, self.predict_by_layer(line))}
         if branch is not None:
             step, token = branch
             start = line.rerun(step, token=token, max_new_tokens=min(step + 2, max(inputs["length"], step + 1)))
-            other = self.grown(start, inputs["length"])
-            runs["branch"] = other, self.readings(other)
-        return Found(runs)
+            other = self.extend_timeline(start, inputs["length"])
+            runs["branch"] = other, self.predict_by_layer(other)
+        return BranchResult(runs)
 
-    def readings(self, line: Timeline) -> Readings:
+    def predict_by_layer(self, line: Timeline) -> LayerPredictions:
         """What every layer says, a layer at a time."""
         model, found = self.lens.model, []
         chosen = torch.tensor(line.tokens, device=self.lens.device)[:, None]
         for layer in range(self.lens.cfg.n_layers):
-            self.tick(layer, self.lens.cfg.n_layers, "layers read")
-            resid = torch.stack([moment.resid[layer] for moment in line.moments])
+            self.report_progress(layer, self.lens.cfg.n_layers, "layers read")
+            resid = torch.stack([moment.resid[layer] for moment in line.steps])
             with torch.no_grad():
-                p = exact(model.unembed(model.ln_final(resid[None]))[0]).softmax(-1)
-            top = p.topk(min(TOP, p.shape[-1]))
+                p = upcast(model.unembed(model.ln_final(resid[None]))[0]).softmax(-1)
+            top = p.topk(min(TOP_TOKENS, p.shape[-1]))
             found.append([x.cpu().numpy() for x in (top.indices, top.values, p.gather(1, chosen)[:, 0])])
-        return Readings(*(np.stack(x) for x in zip(*found, strict=True)))
+        return LayerPredictions(*(np.stack(x) for x in zip(*found, strict=True)))
 
     # ---- showing ----
 
-    def show(self, found: Found | None = None) -> None:
+    def show(self, result: BranchResult | None = None) -> None:
         s = self._state
-        if found is not None:
-            self.read = found.runs
-            other = found.runs.get("branch")
-            self.note_runs((s["prompt"], s["length"]), found.runs["first"][0], None if other is None else other[0])
-            s["run"] = s["run"] if s["run"] in found.runs else "first"
-        if not self.read:
+        if result is not None:
+            self.runs = result.runs
+            other = result.runs.get("branch")
+            self.store_timelines(
+                (s["prompt"], s["length"]), result.runs["first"][0], None if other is None else other[0]
+            )
+            s["run"] = s["run"] if s["run"] in result.runs else "first"
+        if not self.runs:
             return
-        line, _ = self.chosen_run()
-        self.make_room(s)
-        s["step"] = min(s["step"], len(line.moments) - 1)
-        each = block(len(line.moments))
+        line, _ = self.selected_run()
+        self.update_ranges(s)
+        s["step"] = min(s["step"], len(line.steps) - 1)
+        each = block_size(len(line.steps))
         self.lens_chart.draw(self.figure(), (s["layer"], s["step"] // each))
         self.tokens_chart.draw(self.tokens_figure())
-        self.words.say(self.about_step())
-        self.tell("as it went", "branch")
+        self.text_lines.show_lines(self.describe_step())
+        self.show_texts("as it went", "branch")
 
-    def make_room(self, places: Mapping[str, Any]) -> None:
-        if places["run"] in self.read:
-            self.places["step"].max = len(self.read[places["run"]][0].moments) - 1
+    def update_ranges(self, places: Mapping[str, Any]) -> None:
+        if places["run"] in self.runs:
+            self.places["step"].max = len(self.runs[places["run"]][0].steps) - 1
 
-    def chosen_run(self) -> tuple[Timeline, Readings]:
+    def selected_run(self) -> tuple[Timeline, LayerPredictions]:
         run = self._state["run"]
-        if run not in self.read:
+        if run not in self.runs:
             raise ValueError("there is no branch: say another token at a step with branch(token)")
-        return self.read[run]
+        return self.runs[run]
 
     def figure(self) -> go.Figure:
         """The logit lens of every step of the chosen run."""
-        self.alive()
-        s, (line, readings) = self._state, self.chosen_run()
-        steps = [f"{i} {label(self.lens, token)}" for i, token in enumerate(line.tokens)]
-        names = np.vectorize(lambda i: label(self.lens, int(i)), otypes=[object])(readings.ids)
-        values = readings.chances[..., 0] if s["by"] == "top" else readings.chosen
-        data = Labelled(values.astype(np.float32), ("layer", "step"), {"layer": layers_of(self.lens), "step": steps})
+        self.require_open()
+        s, (line, readings) = self._state, self.selected_run()
+        steps = [f"{i} {page_label(self.lens, token)}" for i, token in enumerate(line.tokens)]
+        names = np.vectorize(lambda i: page_label(self.lens, int(i)), otypes=[object])(readings.ids)
+        values = readings.probabilities[..., 0] if s["by"] == "top" else readings.chosen_probability
+        data = Labelled(values.astype(np.float32), ("layer", "step"), {"layer": layer_labels(self.lens), "step": steps})
         words: Any = False
-        if len(steps) <= ROOM:
+        if len(steps) <= MAX_LABELLED_STEPS:
             words = np.array(
-                [[shown(name, max(5, 120 // len(steps))) for name in row] for row in names[..., 0]], dtype=object
+                [[escape_text(name, max(5, 120 // len(steps))) for name in row] for row in names[..., 0]], dtype=object
             )
-        more = ("%{customdata}", best(names, readings.chances)) if len(steps) <= MOST else None
+        more = ("%{customdata}", hover_candidates(names, readings.probabilities)) if len(steps) <= MAX_CELLS else None
         whose = {"first": "as it went", "branch": "of the branch"}[s["run"]]
         what = {"top": "most probable", "chosen": "chosen"}[s["by"]]
         name = f"Logit lens of every step {whose}: the {what} token"
         look: Look = {"subtitle": ""}
-        return drawn(data, "probability", False, limits=(0, 1), text=words, more=more, name=name, look=look)
+        return draw_heatmap(data, "probability", False, limits=(0, 1), text=words, hover=more, name=name, look=look)
 
     def tokens_figure(self) -> go.Figure:
         """The most probable tokens of the chosen layer and step."""
-        s, (line, readings) = self._state, self.chosen_run()
+        s, (line, readings) = self._state, self.selected_run()
         place = s["layer"], s["step"]
         ids = readings.ids[place].tolist()
-        self.instead.options = [label(self.lens, i) for i in ids]
+        self.token_box.options = [page_label(self.lens, i) for i in ids]
         chosen = line.tokens[s["step"]]
-        names = [f"{'▸ ' if i == chosen else ''}{label(self.lens, i)}" for i in ids]
+        names = [f"{'▸ ' if i == chosen else ''}{page_label(self.lens, i)}" for i in ids]
         more = "; a click goes on with it" if s["run"] == "first" else ""
         title = f"What layer {s['layer']} says at step {s['step']}{more}"
-        return bars(readings.chances[place], {"part": names}, what="probability", title=title, subtitle="")
+        return bars(readings.probabilities[place], {"part": names}, what="probability", title=title, subtitle="")
 
-    def about_step(self) -> str:
+    def describe_step(self) -> str:
         """The chosen step in numbers."""
-        s, (line, readings) = self._state, self.chosen_run()
+        s, (line, readings) = self._state, self.selected_run()
         step, token = s["step"], line.tokens[s["step"]]
-        entropy, chance = float(line.entropy().values[step]), float(readings.chosen[-1, step])
+        entropy, chance = float(line.entropy().values[step]), float(readings.chosen_probability[-1, step])
         first = np.flatnonzero(readings.ids[:, step, 0] != token)
         since = int(first[-1]) + 1 if len(first) else 0
         settled = f"said by every layer from {since} on" if since < self.lens.cfg.n_layers else "not the most probable"
-        return f"step {step} says {label(self.lens, token)}: {chance:.2%}, entropy {entropy:.3f} nats; {settled}"
+        return f"step {step} says {page_label(self.lens, token)}: {chance:.2%}, entropy {entropy:.3f} nats; {settled}"
 
-    def in_words(self, change: tuple[int, int]) -> str:
-        return f"{label(self.lens, change[1])} at step {change[0]}"
+    def describe_change(self, change: tuple[int, int]) -> str:
+        return f"{page_label(self.lens, change[1])} at step {change[0]}"
 
-    def hit(self, row: int, column: int) -> None:
-        self.asked(layer=row, step=column * block(self.places["step"].max + 1))
+    def on_lens_click(self, row: int, column: int) -> None:
+        self.select_safely(layer=row, step=column * block_size(self.places["step"].max + 1))
 
-    def hit_token(self, i: int) -> None:
-        with self.caught():
-            (_, readings), step = self.chosen_run(), self._state["step"]
+    def on_token_click(self, i: int) -> None:
+        with self.show_errors():
+            (_, readings), step = self.selected_run(), self._state["step"]
             token = int(readings.ids[self._state["layer"], step, i])
-            self.start(lambda: self.branch_off(step, token))
+            self.start(lambda: self.request_branch(step, token))
