@@ -14,8 +14,8 @@ import torch
 
 import glmlens
 from glmlens import Lens, Point, analysis
-from glmlens.analysis.passes import DecodingState
-from glmlens.analysis.rows import PromptBatch
+from glmlens.analysis.batch import PromptBatch
+from glmlens.analysis.chunks import DecodingState
 
 Entry = tuple[int, int, int]
 TEXT = (

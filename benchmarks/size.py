@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import save_file
 
 import glmlens
-from glmlens.checkpoint import build_meta_model, get_expected_shape, map_checkpoint_tensors
 from glmlens.config import GLMConfig
+from glmlens.loading.checkpoint import build_meta_model, get_expected_shape, map_checkpoint_tensors
 
 POINT = "blocks.{i}.resid_post"
 

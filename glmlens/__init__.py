@@ -4,13 +4,15 @@ import os
 from importlib import import_module
 from typing import Any
 
-from glmlens.activations import Activations, load_activations
 from glmlens.config import CheckpointError, GLMConfig
-from glmlens.harvest import load_harvest
-from glmlens.hooks import Hook, HookError, Point, off, only
+from glmlens.errors import GlmlensError
+from glmlens.hook_points import HookError, Point
+from glmlens.hooks import Hook, off, only
 from glmlens.kv_cache import KVCache
 from glmlens.lens import GenerationResult, Lens, load
 from glmlens.model import GLM
+from glmlens.recording.activations import Activations, load_activations
+from glmlens.recording.harvest import load_harvest
 
 __all__ = [
     "GLM",
@@ -18,6 +20,7 @@ __all__ = [
     "CheckpointError",
     "GLMConfig",
     "GenerationResult",
+    "GlmlensError",
     "Hook",
     "HookError",
     "KVCache",
@@ -36,7 +39,7 @@ __all__ = [
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
-LAZY_SUBPACKAGES = ("analysis", "cache", "patch", "plot", "tasks", "widgets")
+LAZY_SUBPACKAGES = ("analysis", "cache", "circuits", "patch", "plot", "tasks", "timeline", "widgets")
 
 
 def __getattr__(name: str) -> Any:
@@ -44,5 +47,5 @@ def __getattr__(name: str) -> Any:
     if name in LAZY_SUBPACKAGES:
         return import_module(f"glmlens.{name}")
     if name in ("save_html", "report"):  # one function: a report is saved
-        return import_module("glmlens.page").save_html
+        return import_module("glmlens.html_report").save_html
     raise AttributeError(f"module 'glmlens' has no attribute {name!r}")

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from glmlens.errors import GlmlensError
+
 MAX_ROPE_FACTOR = 1e6  # by which no context is stretched
 MAX_LAYERS = 1000  # they are made before the file is seen: the deepest GLM has 92
 
 
-class CheckpointError(Exception):
+class CheckpointError(GlmlensError):
     """What lies on disk cannot be opened; the message names the file, what was expected and what was found."""
 
 

@@ -1,19 +1,19 @@
-"""What a hook is: a function handed to `forward`, called once per named tensor, and the names themselves."""
+"""What a hook is: a function handed to `forward` and called once for every named tensor; and edits that hold only somewhere."""
 
-import fnmatch
 import inspect
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from difflib import get_close_matches
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from glmlens.hook_points import HookError, Point
 from glmlens.integers import Integers, read_integers
 
 Hook = Callable[[str, Tensor], Tensor]
+
+
 """Look at `x`, or return what the model should use instead."""
 
 
@@ -51,187 +51,12 @@ class ScopedHook:
         return hook_requests(self.hook, self.prefix + name)
 
 
-class HookError(ValueError):
-    """A hook or a name that cannot mean what was asked; the message says what to type instead."""
-
-
-# Every point: its axes, and its line of maths. Under `blocks.{i}.` unless it is in ROOT.
-POINTS: dict[str, tuple[str, str]] = {
-    "embed": ("batch pos model", "W_E[token]"),
-    "resid_pre": ("batch pos model", "the residual stream that enters the layer"),
-    "ln1.scale": ("batch pos one", "1 / sqrt(mean(resid_pre²) + eps), which multiplies"),
-    "ln1.normalized": ("batch pos model", "weight · resid_pre · ln1.scale: what attention reads"),
-    "attn.q": ("batch pos head d", "W_Q ln1.normalized + b_Q, before rotation"),
-    "attn.k": ("batch pos kv d", "W_K ln1.normalized + b_K, before rotation"),
-    "attn.v": ("batch pos kv d", "W_V ln1.normalized + b_V"),
-    "rotary.cos": ("batch pos pair", "cos(position · theta^(-2 pair / rotated)), the angles this layer turns by"),
-    "rotary.sin": ("batch pos pair", "sin(position · theta^(-2 pair / rotated))"),
-    "attn.q_rot": ("batch pos head rotated", "the first channels of q, each adjacent pair turned by its angle"),
-    "attn.k_rot": ("batch pos kv rotated", "the first channels of k, each adjacent pair turned by its angle"),
-    "attn.q_pass": ("batch pos head rest", "the channels of q that rotary leaves alone"),
-    "attn.k_pass": ("batch pos kv rest", "the channels of k that rotary leaves alone"),
-    "kv.k_new": ("batch pos kv d", "[k_rot, k_pass]: the keys this call remembers"),
-    "kv.v_new": ("batch pos kv d", "v: the values this call remembers"),
-    "kv.k": ("batch key kv d", "every key this call recalls, past ones too"),
-    "kv.v": ("batch key kv d", "every value this call recalls, past ones too"),
-    "attn.scores": ("batch head query key", "q · k / sqrt(d), and the smallest float where the query may not look"),
-    "attn.pattern": ("batch head query key", "softmax over key of attn.scores"),
-    "attn.z": ("batch pos head d", "sum over key of attn.pattern · kv.v"),
-    "attn.result": ("batch pos head model", "W_O attn.z head by head (only when named in full)"),
-    "ln1_post.scale": ("batch pos one", "the scale of the norm on attention's output (glm4)"),
-    "attn_out": ("batch pos model", "what attention adds to the residual stream"),
-    "resid_mid": ("batch pos model", "resid_pre + attn_out"),
-    "ln2.scale": ("batch pos one", "1 / sqrt(mean(resid_mid²) + eps), which multiplies"),
-    "ln2.normalized": ("batch pos model", "weight · resid_mid · ln2.scale: what the MLP reads"),
-    "mlp.gate": ("batch pos mlp", "W_gate ln2.normalized"),
-    "mlp.up": ("batch pos mlp", "W_up ln2.normalized"),
-    "mlp.act": ("batch pos mlp", "silu(mlp.gate)"),
-    "mlp.post": ("batch pos mlp", "mlp.up · mlp.act"),
-    "ln2_post.scale": ("batch pos one", "the scale of the norm on the MLP's output (glm4)"),
-    "mlp_out": ("batch pos model", "what the MLP adds to the residual stream"),
-    "resid_post": ("batch pos model", "resid_mid + mlp_out"),
-    "ln_final.scale": ("batch pos one", "1 / sqrt(mean(last resid_post²) + eps), which multiplies"),
-    "ln_final.normalized": ("batch pos model", "weight · last resid_post · ln_final.scale: what the unembedding reads"),
-    "logits": ("batch pos vocab", "W_U ln_final.normalized (and b_U): vocab are the tokens, or a class head's labels"),
-}
-DICTIONARY_POINTS = {"features": "batch pos feature", "error": "batch pos model"}  # beside a point with a dictionary
-ROOT_POINTS = ("embed", "ln_final.scale", "ln_final.normalized", "logits")
-ON_REQUEST = ("attn.result",)  # costs a head axis on the residual stream: never taken by "all" or a wide glob
-EAGER_ONLY = ("attn.scores", "attn.pattern")
-
-# TransformerLens's names for the same tensors (its 4.x canonical names and its older aliases).
-TRANSFORMERLENS_NAMES = {
-    "hook_embed": "embed", "embed.hook_out": "embed", "hook_unembed": "logits", "unembed.hook_out": "logits",
-    "ln_final.hook_scale": "ln_final.scale", "ln_final.hook_normalized": "ln_final.normalized",
-    "ln_final.hook_out": "ln_final.normalized", "unembed.hook_in": "ln_final.normalized",
-    "hook_in": "resid_pre", "hook_out": "resid_post", "hook_resid_pre": "resid_pre", "hook_resid_mid": "resid_mid",
-    "hook_resid_post": "resid_post", "hook_attn_out": "attn_out", "hook_mlp_out": "mlp_out",
-    "ln1.hook_in": "resid_pre", "ln2.hook_in": "resid_mid",
-    "ln1.hook_scale": "ln1.scale", "ln2.hook_scale": "ln2.scale",
-    "ln1.hook_normalized": "ln1.normalized", "ln2.hook_normalized": "ln2.normalized",
-    "ln1.hook_out": "ln1.normalized", "ln2.hook_out": "ln2.normalized",
-    "attn.hook_in": "ln1.normalized", "mlp.hook_in": "ln2.normalized", "hook_mlp_in": "resid_mid",
-    "attn.hook_q": "attn.q", "attn.hook_k": "attn.k", "attn.hook_v": "attn.v",
-    "attn.q.hook_out": "attn.q", "attn.k.hook_out": "attn.k", "attn.v.hook_out": "attn.v",
-    "attn.hook_cos": "rotary.cos", "attn.hook_sin": "rotary.sin",
-    "rotary_emb.hook_cos": "blocks.*.rotary.cos", "rotary_emb.hook_sin": "blocks.*.rotary.sin",
-    "attn.hook_rot_q": "attn.q_rot", "attn.hook_rot_k": "attn.k_rot", "attn.hook_attn_scores": "attn.scores",
-    "attn.hook_pattern": "attn.pattern", "attn.hook_z": "attn.z", "attn.o.hook_in": "attn.z",
-    "attn.hook_result": "attn.result", "attn.hook_out": "attn_out", "attn.o.hook_out": "attn_out",
-    "mlp.hook_pre": "mlp.gate", "mlp.gate.hook_out": "mlp.gate", "mlp.hook_pre_linear": "mlp.up",
-    "mlp.in.hook_out": "mlp.up", "mlp.hook_post": "mlp.post", "mlp.out.hook_in": "mlp.post",
-    "mlp.hook_out": "mlp_out", "mlp.out.hook_out": "mlp_out",
-}  # fmt: skip
-
-
-class LayerNumber(int):
-    """A layer's number, which TransformerLens's way of asking for it, `hook.layer()`, gives too."""
-
-    def __call__(self) -> int:
-        return int(self)
-
-
-@dataclass(frozen=True, eq=False)
-class Point:
-    """One named tensor: where it is, and (inside a hook) which step and which absolute positions it covers.
-
-    `positions` is [batch, pos] for what this call runs and `key_positions` [batch, key] for what it can attend to:
-    absolute positions counted from 0 with the prompt's prefix, -1 where there is padding.
-    """
-
-    name: str
-    axes: tuple[str, ...]
-    shape: tuple[int, ...]
-    dtype: torch.dtype = field(repr=False)
-    step: int = 0
-    positions: Tensor | None = field(default=None, repr=False)
-    key_positions: Tensor | None = field(default=None, repr=False)
-
-    @property
-    def layer(self) -> int | None:
-        """The layer's number (a LayerNumber), or None at the root."""
-        return LayerNumber(self.name.split(".")[1]) if self.name.startswith("blocks.") else None
-
-    @property
-    def local(self) -> str:
-        """The name as a layer says it: "attn.q" for "blocks.3.attn.q"."""
-        return local_name(self.name)
-
-    @property
-    def bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-def local_name(name: str) -> str:
-    return name.split(".", 2)[2] if name.startswith("blocks.") else name
-
-
-def axes_of(name: str) -> tuple[str, ...]:
-    """The axes at a point; the features and the error of a dictionary are named after the point that it writes."""
-    point, _, part = local_name(name).rpartition(".")
-    if point in POINTS and part in DICTIONARY_POINTS:
-        return tuple(DICTIONARY_POINTS[part].split())
-    return tuple(POINTS[local_name(name)][0].split())
-
-
-def resolve_names(patterns: str | Sequence[str], catalogue: Iterable[str]) -> list[str]:
-    """The points that names, globs or layer-local names ask for, in the order in which they fire.
-
-    `"all"` is everything but what is computed only on request. A layer-local name such as "resid_post" means every
-    layer's. Raises HookError for whatever matches nothing, with the nearest names.
-    """
-    names = list(catalogue)
-    there, found = set(names), set[str]()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found.update(
-            [pattern] if pattern in there else match_pattern(pattern, names) or raise_unknown_point(pattern, names)
-        )
-    return [name for name in names if name in found]
-
-
-def match_pattern(pattern: str, names: list[str]) -> list[str]:
-    if not isinstance(pattern, str):
-        raise HookError(f"a point is named by text, not by {type(pattern).__name__}: {pattern!r}")
-    costly = any(pattern.endswith(name) for name in ON_REQUEST)
-    glob = {"all": "*"}.get(
-        pattern, pattern if pattern in ROOT_POINTS or pattern not in POINTS else f"blocks.*.{pattern}"
-    )
-    hits = re.compile(fnmatch.translate(glob)).match
-    return [name for name in names if hits(name) and (costly or local_name(name) not in ON_REQUEST)]
-
-
-def raise_unknown_point(pattern: str, names: list[str]) -> list[str]:
-    """Raise the error that says what `pattern` is called here, or what is near it."""
-    layer = re.match(r"blocks\.([^.]+)\.", pattern)
-    local = pattern[layer.end() :] if layer else pattern
-    ours = TRANSFORMERLENS_NAMES.get(local)
-    if ours is not None:
-        scope = (
-            f"blocks.{layer[1] if layer else '*'}."
-            if ours not in ROOT_POINTS and not ours.startswith("blocks.")
-            else ""
-        )
-        raise HookError(f"no point is called {pattern!r}: here it is called {scope + ours!r}")
-    if local in EAGER_ONLY and not any(local_name(name) == local for name in names):
-        raise HookError(
-            f"no point matches {pattern!r}: attention='sdpa' computes scores and pattern inside one kernel; "
-            f"load with attention='eager' to have them"
-        )
-    if local in POINTS and not any(local_name(name) == local for name in names):
-        raise HookError(f"this model, or what is run of it here, has no {local!r} ({POINTS[local][1]})")
-    if layer and layer[1].isdigit():
-        layers = 1 + max(int(name.split(".")[1]) for name in names if name.startswith("blocks."))
-        if int(layer[1]) >= layers:
-            raise HookError(f"no point matches {pattern!r}: the layers are 0 to {layers - 1}")
-    if not names:
-        raise HookError(f"{pattern!r}: this run passes no points")
-    near = get_close_matches(pattern, names, 3, 0.5) or get_close_matches(local, list(POINTS), 3, 0.4)
-    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-    raise HookError(f"no point matches {pattern!r}.{hint} lens.points() lists them all")
-
-
 Edit = Callable[[Tensor, Point], Tensor]
+
+
 """What a user passes: `fn(x, point)` returns what the model should use instead of x."""
+
+
 Hooks = Mapping[str, Edit] | Sequence[tuple[str, Edit]]
 
 

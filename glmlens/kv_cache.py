@@ -10,7 +10,7 @@ from torch import Tensor
 from glmlens.config import GLMConfig
 from glmlens.integers import Integer, read_integer
 from glmlens.storage import FileError, TensorFile, expand_path, write_tensors
-from glmlens.tables import format_bytes
+from glmlens.text_tables import format_bytes
 
 ENTRY_FIELDS = ("positions", "tokens", "calls")  # what a cache knows of every entry of a row
 FORMAT = "glmlens.KVCache"

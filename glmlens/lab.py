@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
+from glmlens.errors import GlmlensError
 from glmlens.storage import FileError, dump_json, expand_path, read_json, write_bytes
 
 BUNDLED_FILES = Path(__file__).parent / "lab_files"  # in a wheel; a checkout has them beside the package
@@ -17,7 +18,7 @@ LAB_MANIFEST = ".glmlens-lab.json"
 MOST_BYTES = 64_000_000  # of a file that may be one of the copies
 
 
-class LabError(Exception):
+class LabError(GlmlensError):
     """The folder or JupyterLab cannot be had; the message says what to do."""
 
 

@@ -25,6 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from glmlens.errors import GlmlensError
+
 try:
     import fcntl
 except ImportError:  # not on Windows
@@ -38,7 +40,7 @@ CHECKSUMS = "checksums"  # in the metadata: the CRC-32 of every tensor, in the o
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}  # where there are no locks
 
 
-class FileError(ValueError):
+class FileError(GlmlensError, ValueError):
     """A file that cannot be read or written as what it should be; the message names it and says what to do."""
 
 

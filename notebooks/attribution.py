@@ -18,7 +18,7 @@ from dataclasses import replace
 import torch
 
 import glmlens
-from glmlens import analysis, patch, plot
+from glmlens import analysis, circuits, patch, plot
 
 lens = glmlens.load(model, dtype=dtype or (None if model else "float32"), device=device)
 right, wrong = answers
@@ -100,6 +100,6 @@ plot.head_scores(heads, what="logits", n_kv_heads=lens.cfg.n_kv_heads, title="Es
 # %%
 found = None
 if edges or (edges is None and lens.cfg.n_layers <= 12):
-    found = patch.attribute_edges(lens, clean, corrupt, metric=(right, wrong), method="eap-ig")
+    found = circuits.attribute_edges(lens, clean, corrupt, metric=(right, wrong), method="eap-ig")
     print(f"{found.graph.n_edges} edges, completeness {found.completeness:.2f}")
 plot.circuit(found.top(25)) if found else "edges were not asked for"

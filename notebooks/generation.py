@@ -21,11 +21,11 @@ strengths = [-2, -1, -0.5, 0, 0.5, 1]
 import pandas as pd
 
 import glmlens
-from glmlens import analysis, patch, plot
+from glmlens import analysis, patch, plot, timeline
 
 lens = glmlens.load(model, dtype=dtype or (None if model else "float32"), device=device)
 layer, number = head or analysis.head_scores(lens).best("previous", 1)[0][:2]
-line = patch.record_timeline(lens, prompt, length)
+line = timeline.record_timeline(lens, prompt, length)
 print(f"{line.text!r}; below: head {layer}.{number}")
 lens
 
@@ -63,7 +63,7 @@ plot.heatmap(
 choice = other or int(line.logits[0].topk(2).indices[1])
 branch = line.rerun(0, token=choice)
 print(f"as it was: {line.text!r}\nthe other: {branch.text!r}")
-patch.find_divergence(line, branch)
+timeline.find_divergence(line, branch)
 
 # %% [markdown]
 # ## Without the head
@@ -79,7 +79,7 @@ def without(z, point):
 
 branch = line.rerun(min(step, len(line.tokens) - 1), hooks={f"blocks.{layer}.attn.z": without})
 print(f"as it was:   {line.text!r}\nwithout it:  {branch.text!r}")
-patch.find_divergence(line, branch)
+timeline.find_divergence(line, branch)
 
 # %% [markdown]
 # ## Steered
@@ -91,7 +91,7 @@ patch.find_divergence(line, branch)
 middle = lens.cfg.n_layers // 2 - 1
 direction = patch.fit_steering(lens, positive, negative, layers=[middle])
 lines = [
-    patch.record_timeline(lens, steered, 6, interventions=direction.interventions(s) if s else ()) for s in strengths
+    timeline.record_timeline(lens, steered, 6, interventions=direction.interventions(s) if s else ()) for s in strengths
 ]
 columns = {"strength": strengths, "says": [line.text for line in lines]}
 columns[f"probability of {watched_word!r}"] = [line.probability(watched_word).values[0] for line in lines]

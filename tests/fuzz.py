@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import glmlens
-from glmlens.chat import TemplateError
+from glmlens.text.chat import TemplateError
 
 OURS = (glmlens.CheckpointError, TemplateError)
 SECONDS = 20  # a case that takes longer hangs

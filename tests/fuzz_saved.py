@@ -13,8 +13,8 @@ import torch
 
 import glmlens
 from glmlens import patch
-from glmlens.hooks import HookError
-from glmlens.splice import Dictionary
+from glmlens.hook_points import HookError
+from glmlens.recording.dictionaries import Dictionary
 from glmlens.storage import FileError
 
 PROMPT, OTHER = "When Mary and John went to the store", "When John and Mary went to the store"

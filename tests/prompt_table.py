@@ -14,9 +14,9 @@ from conftest import small_config
 from test_text import tokenizer
 
 import glmlens
-from glmlens import analysis, cache, patch
+from glmlens import analysis, cache, circuits, patch, timeline
 from glmlens.model import GLM
-from glmlens.tokenizer import Tokenizer
+from glmlens.text.tokenizer import Tokenizer
 
 TEXT = "Mary went to the store, John gave a drink to"
 OTHER = "John went to the store, Mary gave a drink to"
@@ -78,7 +78,7 @@ FUNCTIONS = {
     "check": lambda lens, p: str(lens.check(p, "resid_post")),
     "patch.run": lambda lens, p: patch.run_with_interventions(lens, p, ZERO),
     "patch.generate": lambda lens, p: patch.generate_with_interventions(lens, p, 3, ZERO).new_tokens,
-    "patch.timeline": lambda lens, p: patch.record_timeline(lens, p, 3, stop_ids=()).tokens,
+    "patch.timeline": lambda lens, p: timeline.record_timeline(lens, p, 3, stop_ids=()).tokens,
     "patch.evaluate": lambda lens, p: patch.evaluate(lens, p, [[ZERO]], WORDS, progress=False),
     "patch.sweep": lambda lens, p: values(
         patch.sweep(lens, p, OTHER, "resid_pre", over=("layer",), normalise=False, **pair(lens))
@@ -90,11 +90,11 @@ FUNCTIONS = {
     "patch.attribute": lambda lens, p: values(
         patch.attribution_patch(lens, p, OTHER, "resid_pre", over=("layer",), metric=WORDS)
     ),
-    "patch.edges": lambda lens, p: patch.attribute_edges(lens, p, OTHER, metric=WORDS).scores,
-    "patch.path_patch": lambda lens, p: values(
-        patch.path_patch(lens, p, OTHER, patch.Site("logits"), metric=WORDS, progress=False)
+    "patch.edges": lambda lens, p: circuits.attribute_edges(lens, p, OTHER, metric=WORDS).scores,
+    "circuits.path_patch": lambda lens, p: values(
+        circuits.path_patch(lens, p, OTHER, patch.Site("logits"), metric=WORDS, progress=False)
     ),
-    "patch.Exact": lambda lens, p: patch.CircuitEvaluator(lens, p, OTHER, metric=WORDS).tokens,
+    "patch.Exact": lambda lens, p: circuits.CircuitEvaluator(lens, p, OTHER, metric=WORDS).tokens,
     "patch.steering": lambda lens, p: patch.fit_steering(lens, p, OTHER).vectors,
     "patch.worlds": lambda lens, p: patch.run_side_by_side(lens, {"one": p, "two": OTHER}, []).logits["one"],
     "patch.Swap": lambda lens, p: patch.Swap.of_prompt(lens, p).tokens,

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 import glmlens
-from glmlens import analysis, patch, plot
-from glmlens.page import save_html
+from glmlens import analysis, circuits, patch, plot, timeline
+from glmlens.html_report import save_html
 from glmlens.patch import Site, rotary
 from glmlens.tasks import TASKS
 from tests.browser import Browser
@@ -85,7 +85,7 @@ def sweeps(lens):
     for point in ("attn_out", "mlp_out"):
         one[point] = patch.sweep(lens, examples, "flip", Site(point, pos="end"), over=("layer",), progress=False)
     yield "compare_lines", plot.compare(one)
-    found = patch.attribute_edges(lens, examples, "flip", method="eap-ig")
+    found = circuits.attribute_edges(lens, examples, "flip", method="eap-ig")
     yield "circuit", plot.circuit(found, top=20)
     yield "circuit_60", plot.circuit(found, top=60)
 
@@ -127,7 +127,7 @@ def caches(lens):
 
 
 def others(lens, acts, labels):
-    yield "generation", plot.generation(patch.record_timeline(lens, PROMPT, 10))
+    yield "generation", plot.generation(timeline.record_timeline(lens, PROMPT, 10))
     norms = acts["resid_post"][:, 0].norm(dim=-1)
     named = {"layer": [str(i) for i in range(len(norms))], "pos": labels}
     yield "lines", plot.lines(norms, named, axes=("layer", "pos"), what="length", title="Length by layer")

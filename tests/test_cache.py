@@ -6,10 +6,10 @@ from conftest import small_lens
 from torch.testing import assert_close
 
 import glmlens
-from glmlens import cache, only, patch
+from glmlens import cache, only, timeline
 from glmlens.cache import CacheError
-from glmlens.cache.places import to_index_tuple
-from glmlens.hooks import HookError
+from glmlens.cache.selection import to_index_tuple
+from glmlens.hook_points import HookError
 from glmlens.model import apply_rotary, rotary_angles
 
 
@@ -362,7 +362,7 @@ def test_a_graft_as_a_hook_is_a_graft_between_steps(lens, tokens):
     longer = cache.graft(lens, source, of=[4, 5, 6], at=[2, 3])
     with pytest.raises(CacheError, match=r"3 entries in the place of 2.*between steps"):
         longer.hooks(lens)
-    line = patch.record_timeline(lens, tokens[:1], 6, at={3: longer}, stop_ids=())
+    line = timeline.record_timeline(lens, tokens[:1], 6, at={3: longer}, stop_ids=())
     then = lens.generate(first.tokens[:, -1:], 3, kv=longer(first.kv), stop_ids=())
     assert line.tokens[3:] == then.tokens[0, 1:].tolist()
 
@@ -432,7 +432,7 @@ def test_a_hook_on_entries_that_never_come_is_an_error(eager, tokens, op):
     with pytest.raises(HookError, match="asked for position 20"):
         eager.generate(tokens[:1], 3, hooks=op.hooks(eager))
     with pytest.raises(HookError, match="never came"):
-        patch.record_timeline(eager, tokens[:1], 3, hooks=op.hooks(eager))
+        timeline.record_timeline(eager, tokens[:1], 3, hooks=op.hooks(eager))
     moved = cache.reposition(eager, 1, position=20).hooks(eager)
     with pytest.raises(HookError, match="20"):
         eager.run_with_hooks(tokens, moved)

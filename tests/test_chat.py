@@ -11,10 +11,11 @@ from conftest import small_config
 from test_text import MESSAGES, RENDERED, tokenizer
 
 import glmlens
-from glmlens import chat, plot
+from glmlens import plot
 from glmlens.model import GLM
-from glmlens.prompt_kinds import check_messages
-from glmlens.tokenizer import Tokenizer
+from glmlens.text import chat
+from glmlens.text.prompt_kinds import check_messages
+from glmlens.text.tokenizer import Tokenizer
 
 ADD = {"name": "add", "description": "加", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
 TOOLS = [{"type": "function", "function": ADD}]

@@ -13,9 +13,10 @@ import pytest
 from test_text import tokenizer as byte_level
 
 import glmlens
-from glmlens import chat, child
-from glmlens import tokenizer as tokenizers
-from glmlens.tokenizer import Tokenizer
+from glmlens.text import chat
+from glmlens.text import child_process as child
+from glmlens.text import tokenizer as tokenizers
+from glmlens.text.tokenizer import Tokenizer
 
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}{{ word }}{# not a known one #}"
 posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

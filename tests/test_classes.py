@@ -7,7 +7,7 @@ from test_loading import TOKENS
 from torch.testing import assert_close
 
 import glmlens
-from glmlens import analysis, losses, patch
+from glmlens import analysis, losses, patch, timeline
 
 PAD = 0
 LABELS = {"id2label": {0: "bad", 1: "so", 2: "good"}, "label2id": {"bad": 0, "so": 1, "good": 2}}
@@ -148,7 +148,7 @@ def test_what_takes_a_language_model_is_an_error_that_says_so(tmp_path):
         with pytest.raises(ValueError, match=f"{what}.*head of classes \\(bad, so, good\\)"):
             getattr(lens, what)(TOKENS, *([" x"] if what == "test_prompt" else []))
     with pytest.raises(ValueError, match="head of classes"):
-        patch.record_timeline(lens, TOKENS, max_new_tokens=2)
+        timeline.record_timeline(lens, TOKENS, max_new_tokens=2)
     with pytest.raises(ValueError, match="no class head"):
         small_lens().classify(TOKENS)
     with pytest.raises(ValueError, match="'fine' is no label of this model: choose from 'bad', 'so', 'good'"):

@@ -6,8 +6,8 @@ from test_text import tokenizer
 
 import glmlens
 from glmlens import cache
-from glmlens.conversation import CachedRow, cached_rows, continue_chat
-from glmlens.tokenizer import Tokenizer
+from glmlens.text.conversation import CachedRow, cached_rows, continue_chat
+from glmlens.text.tokenizer import Tokenizer
 
 A, B, C = (
     {"role": "user", "content": f"What is the {asked}?"}

@@ -7,8 +7,8 @@ from conftest import small_lens
 from torch.testing import assert_close
 
 from glmlens import analysis, cache
-from glmlens.analysis.passes import DecodingState
-from glmlens.analysis.rows import PromptBatch
+from glmlens.analysis.batch import PromptBatch
+from glmlens.analysis.chunks import DecodingState
 
 
 @pytest.fixture(params=[("glm", "eager"), ("glm4", "eager"), ("glm4", "sdpa")], ids="-".join)

@@ -17,9 +17,10 @@ from test_numbers import recorded
 from torch.testing import assert_close
 
 import glmlens
-from glmlens import analysis, checkpoint
+from glmlens import analysis
 from glmlens.config import CheckpointError
-from glmlens.saving import collect_tensors
+from glmlens.loading import checkpoint
+from glmlens.loading.saving import collect_tensors
 
 CHATGLM = {
     "model_type": "chatglm", "architectures": ["ChatGLMModel"], "add_bias_linear": False, "add_qkv_bias": True,
@@ -139,7 +140,7 @@ def test_the_real_config_of_glm_4_9b_chat_is_read(fixtures):
     assert (lens.cfg.rope_theta, lens.cfg.rms_eps, lens.cfg.n_ctx) == (5e6, 1.5625e-07, 131072)
     assert (lens.cfg.n_kv_heads, lens.cfg.d_rotary, lens.cfg.qkv_bias) == (2, 64, True)
     assert sum(p.numel() for p in lens.model.parameters()) == 9_399_951_360
-    from glmlens.checkpoint import map_checkpoint_tensors
+    from glmlens.loading.checkpoint import map_checkpoint_tensors
 
     there = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     assert set(there) - set(map_checkpoint_tensors(lens.model)) <= {"transformer.rotary_pos_emb.inv_freq"}
@@ -400,7 +401,8 @@ def test_what_reads_logits_says_that_there_are_none():
 
 
 def test_every_format_has_a_table_and_a_reading():
-    from glmlens import config, formats
+    from glmlens import config
+    from glmlens.loading import formats
 
     assert formats.WEIGHT_FORMATS.keys() == config.CONFIG_FORMATS.keys()
     for kind in formats.WEIGHT_FORMATS:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import small_lens
 
-from glmlens.hooks import HookError
+from glmlens.hook_points import HookError
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -11,7 +11,7 @@ import torch
 
 import glmlens
 from glmlens.demo.world import generate_documents
-from glmlens.hooks import HookError
+from glmlens.hook_points import HookError
 
 POINTS = ["resid_post", "blocks.1.attn.z"]
 

@@ -8,7 +8,8 @@ from conftest import small_lens
 from torch.testing import assert_close
 
 import glmlens
-from glmlens.hooks import EAGER_ONLY, POINTS, ROOT_POINTS, HookError, axes_of, list_edits, local_name, only
+from glmlens.hook_points import EAGER_ONLY, POINTS, ROOT_POINTS, HookError, axes_of, local_name
+from glmlens.hooks import list_edits, only
 
 
 def every_point(lens):
@@ -85,7 +86,7 @@ def test_a_point_that_this_attention_path_has_not_got_is_an_error(tokens, name):
 
 
 def test_every_name_of_transformerlens_leads_to_a_point_that_exists(tokens):
-    from glmlens.hooks import TRANSFORMERLENS_NAMES
+    from glmlens.hook_points import TRANSFORMERLENS_NAMES
 
     lens = small_lens()
     for theirs, ours in TRANSFORMERLENS_NAMES.items():

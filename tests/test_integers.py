@@ -5,8 +5,8 @@ import pytest
 import torch
 from conftest import small_lens
 
-from glmlens import analysis, cache, patch
-from glmlens.analysis.rows import PromptBatch
+from glmlens import analysis, cache, circuits, patch, timeline
+from glmlens.analysis.batch import PromptBatch
 from glmlens.hooks import only
 from glmlens.integers import read_integer, read_integers
 from glmlens.patch import rotary
@@ -17,11 +17,11 @@ OTHER = torch.tensor([[5, 8, 14, 21, 34, 55, 8, 14, 2]])
 N, LAYERS, HEADS, KV = TOKENS.shape[1], LENS.cfg.n_layers, LENS.cfg.n_heads, LENS.cfg.n_kv_heads
 PAIRS = LENS.cfg.d_rotary // 2
 LOGITS, ACTS = LENS.run_with_cache(TOKENS)
-LINE = patch.record_timeline(LENS, TOKENS, 4)
+LINE = timeline.record_timeline(LENS, TOKENS, 4)
 PROFILE = analysis.distance_profile(LENS, TOKENS)
 SCORES = analysis.head_scores(LENS, rows=2, length=4, words=range(2, 40))
 LENSES = analysis.logit_lens(LENS, TOKENS)
-EDGES = patch.attribute_edges(LENS, TOKENS, OTHER, metric=(3, 7))
+EDGES = circuits.attribute_edges(LENS, TOKENS, OTHER, metric=(3, 7))
 PROBE = analysis.probe(torch.randn(3, 40, 4, generator=torch.Generator().manual_seed(0)), [0, 1] * 20)
 REFUSED = (ValueError, TypeError, KeyError, IndexError)
 
@@ -76,7 +76,7 @@ ONE = {  # what takes one number of 0, 1, 2, ... and refuses one below 0
     "Timeline.memory": lambda n: LINE.restore_state(n).token,
     "Timeline.rerun": lambda n: torch.tensor(LINE.rerun(n, token=7).tokens),
     "Timeline.rerun token": lambda n: torch.tensor(LINE.rerun(1, token=n).tokens),
-    "timeline at": lambda n: torch.tensor(patch.record_timeline(LENS, TOKENS, 3, at={n: lambda kv: kv}).tokens),
+    "timeline at": lambda n: torch.tensor(timeline.record_timeline(LENS, TOKENS, 3, at={n: lambda kv: kv}).tokens),
     "rotary.freeze at": lambda n: edited(rotary.freeze(LENS, at=n)),
     "cache.read layer": lambda n: cache.read_entry(KEPT, n, 1, 1)[0],
     "cache.read position": lambda n: cache.read_entry(KEPT, 1, 1, n)[0],
@@ -99,7 +99,7 @@ FROM_END = {  # what also counts from the end
 }
 COUNTS = {  # what takes how many, at least one
     "max_new_tokens": lambda n: LENS.generate(TOKENS, n).tokens,
-    "timeline": lambda n: torch.tensor(patch.record_timeline(LENS, TOKENS, n).tokens),
+    "timeline": lambda n: torch.tensor(timeline.record_timeline(LENS, TOKENS, n).tokens),
     "rerun max_new_tokens": lambda n: torch.tensor(LINE.rerun(1, max_new_tokens=n + 1).tokens),
     "new_kv": lambda n: LENS.new_kv(n).positions,
     "top_k": lambda n: LENS.generate(TOKENS, 2, temperature=1.0, top_k=n, seed=0).tokens,
@@ -108,7 +108,9 @@ COUNTS = {  # what takes how many, at least one
     "head_scores rows": lambda n: analysis.head_scores(LENS, rows=n, length=4, words=range(2, 40)).induction.values,
     "Labelled.top": lambda n: np.array([value for _, value in SCORES.induction.top(n)]),
     "stride": lambda n: LENSES.kl.stride("pos", n).values,
-    "edges steps": lambda n: patch.attribute_edges(LENS, TOKENS, OTHER, metric=(3, 7), method="eap-ig", steps=n).scores,
+    "edges steps": lambda n: (
+        circuits.attribute_edges(LENS, TOKENS, OTHER, metric=(3, 7), method="eap-ig", steps=n).scores
+    ),
     "EdgeScores.top": lambda n: np.array([value for _, value in EDGES.top(n)]),
 }
 SEVERAL = {  # what takes several: the function, and how many there are where a mask can be read
@@ -126,7 +128,7 @@ SEVERAL = {  # what takes several: the function, and how many there are where a 
     "cache steps": (lambda n: LENS.generate(TOKENS, 4, hooks=cache.ablate().hooks(LENS, steps=n)).tokens, None),
     "score_parts query": (lambda n: analysis.score_parts(LENS, TOKENS, 1, 1, query=n).score.values, N),
     "leave_one_out": (lambda n: analysis.leave_one_out(LENS, TOKENS, positions=n).kl.values, N - 1),
-    "scheduled": (lambda n: edited(patch.schedule_edits(LENS, {"resid_mid": nothing}, positions=n)), None),
+    "scheduled": (lambda n: edited(timeline.schedule_edits(LENS, {"resid_mid": nothing}, positions=n)), None),
 }  # fmt: skip
 NONE = [True, np.bool_(True), torch.tensor(True), 1.0, 5.9, np.float32(1), torch.tensor(1.0), float("nan"), "1", b"1"]
 NONE += [None, [1, 2], torch.tensor([1, 2]), {1: 2}, object()]

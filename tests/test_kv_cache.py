@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 import glmlens
-from glmlens import patch
+from glmlens import patch, timeline
 from glmlens.kv_cache import KVCache
 
 
@@ -169,7 +169,7 @@ def test_ten_million_tokens_cost_no_memory_before_they_are_said(begun):
     assert run.stopped == "stop"
     assert run.kv.capacity <= 300
     assert next(iter(lens.stream(tokens, 10**7, stop_ids=every))).index == 0
-    assert patch.record_timeline(lens, tokens, 10**7, stop_ids=every).steps[0].kv.capacity <= 300
+    assert timeline.record_timeline(lens, tokens, 10**7, stop_ids=every).steps[0].kv.capacity <= 300
     edit = patch.Intervention(patch.Site("kv.k", layer=0), patch.Zero())
     assert patch.generate_with_interventions(lens, tokens, 10**7, edit, stop_ids=every).kv.capacity <= 300
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import glmlens
 from glmlens import analysis, only, patch
 from glmlens.config import CheckpointError
-from glmlens.hooks import HookError
+from glmlens.hook_points import HookError
 
 
 def shard(folder, parts=3):

@@ -9,9 +9,9 @@ from conftest import small_lens
 from torch.testing import assert_close
 
 from glmlens import only
-from glmlens.analysis.passes import DecodingState, record_in_chunks, run_in_chunks
-from glmlens.analysis.rows import PromptBatch
-from glmlens.hooks import HookError
+from glmlens.analysis.batch import PromptBatch
+from glmlens.analysis.chunks import DecodingState, record_in_chunks, run_in_chunks
+from glmlens.hook_points import HookError
 
 
 def close(found, expected):

@@ -11,9 +11,9 @@ from conftest import ARCHITECTURES, lens_of, small_lens, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 import glmlens
-from glmlens import patch
+from glmlens import patch, timeline
 from glmlens.config import CheckpointError
-from glmlens.hooks import HookError
+from glmlens.hook_points import HookError
 
 TOKENS = torch.arange(2, 14)[None]
 
@@ -163,7 +163,7 @@ def test_what_was_begun_before_an_edit_is_not_gone_on_with(tmp_path):
         lens, TOKENS, TOKENS.flip(1), "resid_pre", over=("layer",), metric=(3, 6), checkpoint=tmp_path / "sweep"
     )
     swept()
-    line = patch.record_timeline(lens, TOKENS, 3, stop_ids=())
+    line = timeline.record_timeline(lens, TOKENS, 3, stop_ids=())
     line.logit_lens()
     was = lens.model_hash
     lens.W_O[1].mul_(2)

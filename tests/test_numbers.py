@@ -217,7 +217,7 @@ def test_losses_and_log_probs_are_those_of_transformers(tmp_path, dtype):
 
 
 def test_the_whole_forward_runs_on_the_meta_device(any_lens, tokens):
-    from glmlens.checkpoint import build_meta_model
+    from glmlens.loading.checkpoint import build_meta_model
 
     there = glmlens.Lens(build_meta_model(any_lens.cfg, any_lens.model.attention, torch.bfloat16))
     kv = there.new_kv(batch=2)

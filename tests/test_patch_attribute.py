@@ -8,7 +8,7 @@ from conftest import small_lens
 import glmlens
 from glmlens import patch
 from glmlens.patch import Intervention, Site
-from glmlens.patch.attribute import leave_one_key_out
+from glmlens.patch.attribution_patching import leave_one_key_out
 from glmlens.patch.gradients import record_gradients
 from glmlens.tasks import ioi
 

@@ -6,10 +6,10 @@ from conftest import small_lens
 from einops import einsum, repeat
 
 import glmlens
-from glmlens import patch
+from glmlens import circuits, patch
+from glmlens.circuits.graph import Graph
 from glmlens.model import additive_mask, apply_rotary, rotary_angles
 from glmlens.patch.gradients import record_gradients
-from glmlens.patch.graph import Graph
 
 DRAW = torch.Generator().manual_seed(0)
 CLEAN, CORRUPT = torch.randint(10, 101, (2, 2, 7), generator=DRAW)
@@ -82,11 +82,11 @@ def test_edge_scores_equal_brute_force(model_type, attention):
     lens = small_lens(model_type, attention, torch.float64)
     one = lens.W_E[CLEAN]
     torch.testing.assert_close(written_apart(lens, one)[0], lens(CLEAN), rtol=1e-12, atol=1e-12)
-    found = patch.attribute_edges(lens, CLEAN, CORRUPT, metric=PAIR)
+    found = circuits.attribute_edges(lens, CLEAN, CORRUPT, metric=PAIR)
     expected = brute_force(lens, one)
     assert float((found.scores - expected).abs().max()) <= 1e-12 * float(expected.abs().max())
     other = lens.W_E[CORRUPT]
-    found = patch.attribute_edges(lens, CLEAN, CORRUPT, metric=PAIR, method="eap-ig", steps=3)
+    found = circuits.attribute_edges(lens, CLEAN, CORRUPT, metric=PAIR, method="eap-ig", steps=3)
     expected = sum(brute_force(lens, other + a * (one - other)) for a in (1 / 6, 1 / 2, 5 / 6)) / 3
     assert float((found.scores - expected).abs().max()) <= 1e-12 * float(expected.abs().max())
 
@@ -94,7 +94,7 @@ def test_edge_scores_equal_brute_force(model_type, attention):
 @pytest.mark.parametrize("model_type", ["glm", "glm4"])
 def test_the_edges_of_a_writer_sum_to_its_attribution(model_type):
     lens = small_lens(model_type, dtype=torch.float64)
-    found = patch.attribute_edges(lens, CLEAN, CORRUPT, metric=PAIR)
+    found = circuits.attribute_edges(lens, CLEAN, CORRUPT, metric=PAIR)
     graph = found.graph
     names = ["embed", *(f"blocks.{i}.{p}" for i in range(3) for p in ("mlp_out", "attn_out"))]
     metric = patch.Metric("difference", lambda logits, _: difference(logits))
@@ -112,7 +112,7 @@ def test_the_edges_of_a_writer_sum_to_its_attribution(model_type):
 
 def test_integrated_gradients_are_complete_in_the_limit():
     lens = small_lens(dtype=torch.float64)
-    found = [patch.attribute_edges(lens, CLEAN, CORRUPT, metric=PAIR, method="eap-ig", steps=n) for n in (80, 160)]
+    found = [circuits.attribute_edges(lens, CLEAN, CORRUPT, metric=PAIR, method="eap-ig", steps=n) for n in (80, 160)]
     change = float((difference(lens(CORRUPT)) - difference(lens(CLEAN))).mean())
     missing = [float(scores.scores[:, 0].sum()) - change for scores in found]
     assert missing[0] / missing[1] == pytest.approx(4, rel=0.05)  # the midpoint rule: half the step, a quarter missing
@@ -143,7 +143,7 @@ def test_a_slice_of_glm_4_9b_is_scored():
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.02) if p.ndim > 1 else torch.nn.init.ones_(p)
     lens = glmlens.Lens(model)
-    found = patch.attribute_edges(lens, CLEAN[:1, :4], CORRUPT[:1, :4], metric=PAIR)
+    found = circuits.attribute_edges(lens, CLEAN[:1, :4], CORRUPT[:1, :4], metric=PAIR)
     assert found.graph.n_edges == int((found.scores != 0).sum()) == Graph(4, 32, 2).n_edges
     assert bool(found.scores.isfinite().all())
     assert found[found.top(1)[0][0]] == found.top(1)[0][1]
@@ -151,8 +151,8 @@ def test_a_slice_of_glm_4_9b_is_scored():
 
 def test_pairs_of_other_lengths_and_methods_are_refused(lens):
     with pytest.raises(patch.PatchError, match="differ from token"):
-        patch.attribute_edges(lens, CLEAN, CORRUPT[:, :5], metric=PAIR)
+        circuits.attribute_edges(lens, CLEAN, CORRUPT[:, :5], metric=PAIR)
     with pytest.raises(patch.PatchError, match="choose 'eap'"):
-        patch.attribute_edges(lens, CLEAN, CORRUPT, metric=PAIR, method="ig")
+        circuits.attribute_edges(lens, CLEAN, CORRUPT, metric=PAIR, method="ig")
     with pytest.raises(KeyError, match="writes later"):
-        patch.attribute_edges(lens, CLEAN, CORRUPT, metric=PAIR)["2.mlp", "1.q0"]
+        circuits.attribute_edges(lens, CLEAN, CORRUPT, metric=PAIR)["2.mlp", "1.q0"]

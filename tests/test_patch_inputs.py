@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import small_lens
 
-from glmlens import patch
+from glmlens import circuits, patch, timeline
 from glmlens.patch import Intervention, PatchError, Site, rotary
 
 TOKENS = torch.randint(10, 101, (1, 9), generator=torch.Generator().manual_seed(0))
@@ -112,11 +112,11 @@ RUNS = {
     "a sweep over one axis twice": (lambda lens: swept(lens, over=("layer", "layer")), "one axis is there twice"),
     "a sweep of no site": (lambda lens: swept(lens, site=3), "is no site"),
     "nulls by halves": (lambda lens: swept(lens, null=0.5), "null is 0.5; expected a whole number"),
-    "unequal pairs": (lambda lens: patch.attribute_edges(lens, TOKENS, OTHER.repeat(2, 1), metric=(5, 6)), "1 clean and 2"),
-    "no other run": (lambda lens: patch.attribute_edges(lens, TOKENS, None, metric=(5, 6)), "no corrupt prompts"),
-    "no steps": (lambda lens: patch.attribute_edges(lens, TOKENS, OTHER, metric=(5, 6), steps=0), "steps is 0"),
-    "no receivers": (lambda lens: patch.path_patch(lens, TOKENS, OTHER, [], metric=(5, 6)), "no receivers"),
-    "a receiver by number": (lambda lens: patch.path_patch(lens, TOKENS, OTHER, [3], metric=(5, 6)), "is no site"),
+    "unequal pairs": (lambda lens: circuits.attribute_edges(lens, TOKENS, OTHER.repeat(2, 1), metric=(5, 6)), "1 clean and 2"),
+    "no other run": (lambda lens: circuits.attribute_edges(lens, TOKENS, None, metric=(5, 6)), "no corrupt prompts"),
+    "no steps": (lambda lens: circuits.attribute_edges(lens, TOKENS, OTHER, metric=(5, 6), steps=0), "steps is 0"),
+    "no receivers": (lambda lens: circuits.path_patch(lens, TOKENS, OTHER, [], metric=(5, 6)), "no receivers"),
+    "a receiver by number": (lambda lens: circuits.path_patch(lens, TOKENS, OTHER, [3], metric=(5, 6)), "is no site"),
     "an axis twice": (
         lambda lens: patch.attribution_patch(lens, TOKENS, OTHER, "attn.z", over=("pos", "pos"), metric=(5, 6)), "twice",
     ),
@@ -131,7 +131,7 @@ RUNS = {
     "frozen at a text": (lambda lens: rotary.freeze(lens, at="3"), "freeze: at is '3'"),
     "stretched by a text": (lambda lens: rotary.stretch(lens, "linear", "2"), "factor is '2'"),
     "surgeries without names": (lambda lens: rotary.breakage(lens, TOKENS, [rotary.freeze(lens)]), "no surgery"),
-    "neither hook nor intervention": (lambda lens: patch.schedule_edits(lens, [Z]), "hooks are"),
+    "neither hook nor intervention": (lambda lens: timeline.schedule_edits(lens, [Z]), "hooks are"),
     "ridge below 0": (lambda lens: patch.fit_steering(lens, TOKENS, OTHER, ridge=-1), "ridge is -1"),
     "a steering times a vector": (lambda lens: patch.fit_steering(lens, TOKENS, OTHER) * torch.ones(3), "factor of a"),
     "a steering of a layer": (lambda lens: patch.fit_steering(lens, TOKENS, OTHER, layers=0)[1], "no vector of layer 1"),
@@ -162,16 +162,16 @@ def test_one_axis_by_its_name_is_that_axis(lens):
     assert swept(lens, over="layer").values.tolist() == swept(lens).values.tolist()
     one = patch.attribution_patch(lens, TOKENS, OTHER, "attn.z", over="layer", metric=(5, 6))
     assert one.axes == ("layer",)
-    by_name = patch.path_patch(lens, TOKENS, OTHER, "logits", metric=(5, 6), progress=False)
-    site = patch.path_patch(lens, TOKENS, OTHER, Site("logits"), metric=(5, 6), progress=False)
+    by_name = circuits.path_patch(lens, TOKENS, OTHER, "logits", metric=(5, 6), progress=False)
+    site = circuits.path_patch(lens, TOKENS, OTHER, Site("logits"), metric=(5, 6), progress=False)
     np.testing.assert_array_equal(by_name.values, site.values)
 
 
 def test_a_receiver_of_some_heads_and_some_channels_receives_every_one_of_them(lens):
     site = Site("attn.q", layer=2, head=(0, 1), d=(2, 3))
-    found = patch.path_patch(lens, TOKENS, OTHER, site, metric=(5, 6), progress=False).values
+    found = circuits.path_patch(lens, TOKENS, OTHER, site, metric=(5, 6), progress=False).values
     parts = [
-        patch.path_patch(lens, TOKENS, OTHER, [site.at(head=h, d=d) for h in (0, 1) for d in (2, 3)], metric=(5, 6),
+        circuits.path_patch(lens, TOKENS, OTHER, [site.at(head=h, d=d) for h in (0, 1) for d in (2, 3)], metric=(5, 6),
                          progress=False).values
     ]  # fmt: skip
     np.testing.assert_allclose(found, parts[0], atol=1e-5)
@@ -180,7 +180,7 @@ def test_a_receiver_of_some_heads_and_some_channels_receives_every_one_of_them(l
 def test_hooks_and_interventions_are_scheduled_together_in_their_order(lens):
     half, zero = ("blocks.1.attn.z", lambda x, point: x + 1), Intervention(Z, patch.Scale(2))
     for order, expected in (([half, zero], lambda x, p: (x + 1) * 2), ([zero, half], lambda x, p: x * 2 + 1)):
-        logits = lens.run_with_hooks(TOKENS, patch.schedule_edits(lens, order))
+        logits = lens.run_with_hooks(TOKENS, timeline.schedule_edits(lens, order))
         torch.testing.assert_close(logits, lens.run_with_hooks(TOKENS, {"blocks.1.attn.z": expected}))
 
 
@@ -195,7 +195,7 @@ def test_end_is_the_last_position_of_every_prompt_of_a_generation(lens):
     lens(TOKENS[:, :6], kv=kv)
     rest = patch.generate_with_interventions(lens, TOKENS[:, 6:], 4, one, kv=kv, stop_ids=())
     assert rest.new_tokens[0].tolist() == run.new_tokens[0].tolist()
-    line = patch.record_timeline(lens, TOKENS, 4, interventions=one, stop_ids=())
+    line = timeline.record_timeline(lens, TOKENS, 4, interventions=one, stop_ids=())
     assert line.tokens == run.new_tokens[0].tolist()
     assert run.new_tokens.tolist() != lens.generate(rows, 4, stop_ids=()).new_tokens.tolist()
 

@@ -5,9 +5,9 @@ import torch
 from conftest import small_lens
 
 from glmlens import patch
-from glmlens.hooks import HookError
+from glmlens.hook_points import HookError
 from glmlens.patch import Intervention, PatchError, Site
-from glmlens.patch.running import AppliedInterventions
+from glmlens.patch.apply import AppliedInterventions
 
 TOKENS = torch.randint(10, 101, (1, 9), generator=torch.Generator().manual_seed(0))
 OTHERS = torch.randint(10, 101, (3, 9), generator=torch.Generator().manual_seed(1))

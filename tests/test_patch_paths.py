@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import small_lens
 
-from glmlens import patch
+from glmlens import circuits, patch
 from glmlens.patch import Site
 
 DRAW = torch.Generator().manual_seed(0)
@@ -23,7 +23,7 @@ def difference(logits):
 def test_a_path_equals_three_runs_with_hooks_written_out(model_type, point, axis, place, mlps):
     lens = small_lens(model_type, dtype=torch.float64)
     clean, corrupt = (lens.run_with_cache(t, "all")[1] for t in (CLEAN, CORRUPT))
-    found = patch.path_patch(lens, CLEAN, CORRUPT, Site(point, layer=2, **{axis: place}), metric=PAIR, mlps=mlps,
+    found = circuits.path_patch(lens, CLEAN, CORRUPT, Site(point, layer=2, **{axis: place}), metric=PAIR, mlps=mlps,
                              progress=False)  # fmt: skip
     for layer, head in ((0, 1), (1, 3)):
 
@@ -48,7 +48,7 @@ def test_a_path_equals_three_runs_with_hooks_written_out(model_type, point, axis
 
 def test_a_path_to_the_logits_is_a_directly_changed_residual_stream():
     lens = small_lens(dtype=torch.float64)
-    found = patch.path_patch(lens, CLEAN, CORRUPT, Site("logits"), metric=PAIR, mlps="frozen", progress=False)
+    found = circuits.path_patch(lens, CLEAN, CORRUPT, Site("logits"), metric=PAIR, mlps="frozen", progress=False)
     a, b = (lens.run_with_cache(t, ["attn.result", "resid_post"])[1] for t in (CLEAN, CORRUPT))
     for layer, head in ((0, 0), (1, 2), (2, 3)):
         moved = a["resid_post", 2] + (b["attn.result", layer] - a["attn.result", layer])[:, :, head]
@@ -59,4 +59,4 @@ def test_a_path_to_the_logits_is_a_directly_changed_residual_stream():
 def test_receivers_that_are_none_are_refused(lens):
     for site in (Site("attn.z", layer=1), Site("attn.q"), Site("attn.q", layer=9)):
         with pytest.raises(patch.PatchError):
-            patch.path_patch(lens, CLEAN, CORRUPT, site, metric=PAIR, progress=False)
+            circuits.path_patch(lens, CLEAN, CORRUPT, site, metric=PAIR, progress=False)

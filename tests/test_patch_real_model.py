@@ -5,7 +5,7 @@ import torch
 from conftest import reference
 
 import glmlens
-from glmlens import patch
+from glmlens import circuits, patch
 from glmlens.patch import Site
 from glmlens.tasks import ioi
 
@@ -31,7 +31,7 @@ def test_it_identifies_indirect_objects(lens, examples):
 def test_the_heads_with_the_largest_direct_effect_are_known(lens):
     """By path patching to the logits; direct logit attribution names the same."""
     some = ioi.examples(lens, 40).of_length()[:4]
-    found = patch.path_patch(lens, some, "flip", Site("logits"), mlps="frozen", progress=False)
+    found = circuits.path_patch(lens, some, "flip", Site("logits"), mlps="frozen", progress=False)
     assert [place for place, _ in found.top(2)] == [("23", "3"), ("29", "1")]
     assert {place for place, _ in found.top(5)} == {("23", "3"), ("29", "1"), ("24", "4"), ("23", "0"), ("29", "0")}
     assert found.at(layer=24, head=4) > 0 > found.at(layer=23, head=3)  # a negative name mover among name movers

@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import small_lens
 
-from glmlens import patch
-from glmlens.hooks import ROOT_POINTS
+from glmlens import patch, timeline
+from glmlens.hook_points import ROOT_POINTS
 from glmlens.patch import Intervention, PatchError, Site
 
 LENGTH, LISTS = 8, 10  # lists of interventions at a time
@@ -144,7 +144,7 @@ def test_a_list_of_interventions_means_the_same_on_every_route(model_type, atten
         agree(named[0], measure(expected), f"evaluate alone: {said}")
         check_generation(lens, row, one, expected[0, -1], said)
         if not any(x.site.by_query_head for x in one):
-            hooks = patch.schedule_edits(lens, one, names={"end": LENGTH - 1})
+            hooks = timeline.schedule_edits(lens, one, names={"end": LENGTH - 1})
             agree(lens.run_with_hooks(torch.tensor([row]), hooks), expected, f"scheduled: {said}")
         check_sweep(lens, row, other, asked[0], metric, measure)
 
@@ -208,7 +208,11 @@ def test_noise_is_that_of_its_seed_point_and_position_wherever_it_is_drawn(lens)
             seen[point.name] = x.clone()
             return x
 
-        hooks = [("embed", look), *patch.schedule_edits(lens, one), ("embed", lambda x, p: seen.update(after=x) or x)]
+        hooks = [
+            ("embed", look),
+            *timeline.schedule_edits(lens, one),
+            ("embed", lambda x, p: seen.update(after=x) or x),
+        ]
         lens.run_with_hooks(tokens, hooks, **forward)
         return (seen["after"] - seen["embed"]).double()
 
@@ -233,7 +237,7 @@ def test_noise_between_queries_and_keys_is_the_same_however_many_keys_there_are(
     for tokens in (row[:131], row):
         before, after = (
             lens.run_with_cache(torch.tensor([tokens]), "attn.scores", hooks)[1]["attn.scores", 1][0, :, 130]
-            for hooks in (None, patch.schedule_edits(lens, one))
+            for hooks in (None, timeline.schedule_edits(lens, one))
         )
         seen.append((after - before)[:, [3, 70, 129]])
         assert ((after != before).nonzero()[:, 1].unique() == torch.tensor([3, 70, 129])).all()

@@ -9,7 +9,7 @@ import glmlens
 from glmlens import patch
 from glmlens.patch import PatchError, Site
 from glmlens.patch.evaluate import EvaluationJob
-from glmlens.record import trace_points
+from glmlens.recording.recorder import trace_points
 
 POINTS = sorted({p.local for p in trace_points(small_lens("glm4").model).values()})
 PAIR = (5, 9)

@@ -6,7 +6,7 @@ from conftest import small_lens
 
 from glmlens import patch
 from glmlens.patch import PatchError
-from glmlens.patch.steer import logistic_loss
+from glmlens.patch.steering_vectors import logistic_loss
 
 DRAW = torch.Generator().manual_seed(0)
 CLEAN, CORRUPT = torch.randint(10, 101, (2, 1, 9), generator=DRAW)

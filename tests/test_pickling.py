@@ -9,8 +9,8 @@ import torch
 from conftest import small_lens
 
 import glmlens
-from glmlens import patch
-from glmlens.hooks import HookError
+from glmlens import timeline
+from glmlens.hook_points import HookError
 
 TOKENS = torch.tensor([[2, 3, 4, 5, 6, 7]])
 PROMPT = "When Mary and John went to the"
@@ -83,7 +83,7 @@ def test_a_generation_comes_back_and_its_cache_can_be_gone_on_with(way):
 @pytest.mark.parametrize("way", WAYS)
 def test_a_timeline_comes_back_and_asks_for_its_lens_where_weights_are_needed(way):
     lens = glmlens.load()
-    line = patch.record_timeline(lens, PROMPT, 6, temperature=1.0, seed=3, names="resid_post")
+    line = timeline.record_timeline(lens, PROMPT, 6, temperature=1.0, seed=3, names="resid_post")
     again = way(line)
     assert (again.text, again.tokens, again.events) == (line.text, line.tokens, line.events)
     assert torch.equal(again.logits, line.logits)
@@ -109,7 +109,7 @@ def test_a_timeline_comes_back_and_asks_for_its_lens_where_weights_are_needed(wa
 def test_an_edited_timeline_is_not_run_again_without_its_edits():
     lens = small_lens()
     hooks = {"blocks.1.attn_out": lambda x, point: x * 2}
-    line = patch.record_timeline(lens, TOKENS, 4, hooks=hooks, stop_ids=())
+    line = timeline.record_timeline(lens, TOKENS, 4, hooks=hooks, stop_ids=())
     again = by_pickle(line).with_lens(lens)
     with pytest.raises(HookError, match="pickled without its edits"):
         again.rerun(1, token=5)

@@ -13,8 +13,8 @@ from conftest import small_lens
 from hostile import HOSTILE
 
 import glmlens
-from glmlens import analysis, patch, plot
-from glmlens.generate import GenerationStep
+from glmlens import analysis, circuits, patch, plot, timeline
+from glmlens.lens.sampling import GenerationStep
 from glmlens.plot.style import show_control_characters
 from glmlens.results import Labelled
 
@@ -385,11 +385,11 @@ def test_a_generation_has_a_frame_for_every_step():
 
 
 def test_a_circuit_draws_the_strongest_edges():
-    graph = patch.Graph(2, 2, 1)
+    graph = circuits.Graph(2, 2, 1)
     scores = torch.linspace(-1, 2, graph.mask.numel()).reshape(graph.mask.shape) * graph.mask
-    figure = plot.circuit(patch.EdgeScores(graph, scores, 0.0, {"sign": "up"}), top=4)
+    figure = plot.circuit(circuits.EdgeScores(graph, scores, 0.0, {"sign": "up"}), top=4)
     assert sum(trace.mode == "lines" and trace.opacity is not None for trace in figure.data) == 4
-    best = patch.EdgeScores(graph, scores, 0.0, {}).top(1)[0]
+    best = circuits.EdgeScores(graph, scores, 0.0, {}).top(1)[0]
     assert any(f"score {best[1]:+.4g}" in said for trace in figure.data for said in (trace.customdata or ()))
 
 
@@ -495,7 +495,7 @@ def test_what_is_rounded_to_nothing_has_no_sign():
 
 
 def test_a_generation_says_its_prompt_and_its_model(model, ids):
-    figure = plot.generation(patch.record_timeline(model, ids, 3))
+    figure = plot.generation(timeline.record_timeline(model, ids, 3))
     assert model.model_hash in figure.layout.title.subtitle.text
     assert len(figure.frames) == 3
 
@@ -506,11 +506,11 @@ def test_plain_numbers_say_the_prompt_of_their_labels_and_what_is_given():
 
 
 def test_a_circuit_leads_from_keys_and_values_to_the_heads_of_their_group():
-    graph = patch.Graph(2, 4, 2)
+    graph = circuits.Graph(2, 4, 2)
     scores = torch.zeros(graph.mask.shape)
     for writer, reader in (("embed", "1.v1"), ("1.head2", "logits"), ("1.head3", "logits"), ("1.head1", "logits")):
         scores[graph.readers.index(reader), graph.writers.index(writer)] = 1
-    figure = plot.circuit(patch.EdgeScores(graph, scores, 0.0, {}), top=4)
+    figure = plot.circuit(circuits.EdgeScores(graph, scores, 0.0, {}), top=4)
     seats = {plate.text: (plate.x, plate.y) for plate in figure.layout.annotations}
     (thin,) = (trace for trace in figure.data if trace.mode == "lines" and trace.opacity is None)
     lines = set(
@@ -567,7 +567,7 @@ def every_figure_with(bad, model, ids):
     def labelled(axes):
         return Labelled(spoilt(*[3 + i for i in range(len(axes))]), axes)
 
-    graph = patch.attribute_edges(model, ids, ids.flip(1), metric=(3, 7)).graph
+    graph = circuits.attribute_edges(model, ids, ids.flip(1), metric=(3, 7)).graph
     scores = torch.ones(len(graph.readers), len(graph.writers)) * graph.mask
     scores[-1, 0] = bad
     steps = [SimpleNamespace(logits=torch.tensor([x]), tokens=torch.tensor([1])) for x in ([1.0, 2.0], [bad, 1.0])]
@@ -590,7 +590,7 @@ def every_figure_with(bad, model, ids):
         "residual_angles": plot.residual_angles(spoilt(3, 4, 5)),
         "who_reads": plot.cache_reads(reads, "direct"),
         "generation": plot.generation(steps),
-        "circuit": plot.circuit(patch.EdgeScores(graph, scores, 0.0, {}), top=5),
+        "circuit": plot.circuit(circuits.EdgeScores(graph, scores, 0.0, {}), top=5),
     }
 
 

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import glmlens
 from glmlens import patch
-from glmlens.prompt_kinds import check_messages, read_prompt
+from glmlens.text.prompt_kinds import check_messages, read_prompt
 
 PAD_FIRST = "<|endoftext|>Mary went to"
 
@@ -212,7 +212,7 @@ def test_a_prefix_that_is_the_padding_id_is_told_from_padding():
 def test_a_text_may_begin_with_the_token_that_pads(bare, function):
     """It is then a token: nothing inside of a function takes it for padding again."""
     if function in ("patch.sweep", "patch.sweep's corrupt", "patch.check", "patch.attribute", "patch.edges",
-                    "patch.path_patch", "patch.Exact", "patch.worlds"):  # fmt: skip
+                    "circuits.path_patch", "patch.Exact", "patch.worlds"):  # fmt: skip
         text = PAD_FIRST + " the store, John gave a drink"  # as long as the other prompt
     else:
         text = PAD_FIRST

@@ -22,7 +22,7 @@ def test_the_tour_runs_from_top_to_bottom(capsys, tmp_path, monkeypatch):
 
 
 def test_every_point_that_the_readme_names_exists():
-    from glmlens.hooks import POINTS
+    from glmlens.hook_points import POINTS
 
     names = re.findall(
         r"`([a-z_12]+(?:\.[a-z_12]+)?)`", README.read_text().split("**Names.**")[1].split("- **Numbers")[0]
@@ -32,7 +32,7 @@ def test_every_point_that_the_readme_names_exists():
 
 
 def test_every_name_in_the_page_for_transformerlens_users_is_answered():
-    from glmlens.hooks import POINTS, TRANSFORMERLENS_NAMES
+    from glmlens.hook_points import POINTS, TRANSFORMERLENS_NAMES
 
     page = (README.parent / "tutorials" / "from_transformerlens.md").read_text().split("## Points")[1]
     rows = [line.split("|")[1:3] for line in page.splitlines() if line.startswith("| `")]

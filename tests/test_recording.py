@@ -8,7 +8,7 @@ import torch
 from conftest import small_lens
 
 import glmlens
-from glmlens.hooks import HookError
+from glmlens.hook_points import HookError
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import glmlens
-from glmlens.hooks import POINTS, ROOT_POINTS
+from glmlens.hook_points import POINTS, ROOT_POINTS
 from tutorials import hook_points
 from tutorials.reference import MODULES, reference
 

@@ -12,7 +12,7 @@ from test_plot import N, steps
 
 import glmlens
 from glmlens import plot
-from glmlens.page import save_html
+from glmlens.html_report import save_html
 from glmlens.plot.style import show_control_characters
 from glmlens.results import Labelled
 

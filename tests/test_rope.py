@@ -10,10 +10,10 @@ from torch.testing import assert_close
 
 import glmlens
 from glmlens import analysis, cache
-from glmlens.angles import compute_pair_frequencies
 from glmlens.config import CheckpointError
 from glmlens.patch import rotary as surgery
 from glmlens.rope import rope_frequencies
+from glmlens.rotary_rules import compute_pair_frequencies
 
 LONG = torch.arange(60, 100)[None]  # past the 64 positions that the rules below say were trained
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}

@@ -9,13 +9,13 @@ from conftest import small_lens
 from torch.testing import assert_close
 
 import glmlens
-from glmlens import analysis, patch
+from glmlens import analysis, patch, timeline
 from glmlens.analysis import rotary
-from glmlens.angles import compute_pair_frequencies, stretch_frequencies
-from glmlens.hooks import HookError
+from glmlens.hook_points import HookError
 from glmlens.model import apply_rotary, rotary_angles
 from glmlens.patch import rotary as surgery
 from glmlens.patch.sites import PatchError
+from glmlens.rotary_rules import compute_pair_frequencies, stretch_frequencies
 
 
 def close(found, expected, atol=1e-9):
@@ -216,7 +216,9 @@ def test_surgeries_of_several_tokens_or_pairs_add_up(tokens, place):
 @pytest.mark.parametrize("place", [{}, {"head": 2}, {"of": "q"}, {"kv": 1}], ids=str)
 def test_a_token_is_moved_where_it_stands_alone_and_one_that_never_comes_is_an_error(tokens, place):
     lens = exact_lens()
-    line = patch.record_timeline(lens, tokens[:1], 4, hooks=surgery.shift(lens, {10: 3}, layer=1, **place), stop_ids=())
+    line = timeline.record_timeline(
+        lens, tokens[:1], 4, hooks=surgery.shift(lens, {10: 3}, layer=1, **place), stop_ids=()
+    )
     whole = torch.cat([tokens[:1], torch.tensor([line.tokens])], 1)[:, :-1]
     close(line.logits, logits_with(lens, whole, surgery.shift(lens, {10: 3}, layer=1, **place))[0, 8:])
     assert {event.step for event in line.events if event.changed} == ({2, 3} if place == {"head": 2} else {2})

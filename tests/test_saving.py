@@ -13,7 +13,7 @@ from test_formats import as_chatglm, exactly, nearly, runs, write_llama
 from test_loading import TOKENS
 
 import glmlens
-from glmlens import saving
+from glmlens.loading import saving
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -13,7 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 import glmlens
 from glmlens.model import GLM
 from glmlens.tasks import TASKS
-from glmlens.tokenizer import Tokenizer
+from glmlens.text.tokenizer import Tokenizer
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 BYTES = [f"<0x{i:02X}>" for i in range(256)]

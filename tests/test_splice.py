@@ -5,8 +5,8 @@ import torch
 from conftest import small_lens
 
 import glmlens
-from glmlens.hooks import HookError
-from glmlens.splice import Dictionary
+from glmlens.hook_points import HookError
+from glmlens.recording.dictionaries import Dictionary
 
 
 def dictionary(width=20, d_model=48, seed=3, dtype=torch.float32, **changes):

@@ -21,7 +21,7 @@ from glmlens import lab, patch, storage
 from glmlens.cli import main
 from glmlens.demo import story
 from glmlens.patch.sites import PatchError
-from glmlens.splice import Dictionary
+from glmlens.recording.dictionaries import Dictionary
 from glmlens.storage import FileError
 
 

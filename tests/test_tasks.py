@@ -11,7 +11,7 @@ from conftest import SHARED
 import glmlens
 from glmlens.demo.world import NEVER_OPENS_IOI, SENTENCE_SHARES, is_held_out
 from glmlens.tasks import TASKS, Item, Task, TaskError, TextWithSpans, item
-from glmlens.tokenizer import Tokenizer
+from glmlens.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

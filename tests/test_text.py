@@ -11,9 +11,9 @@ from tokenizers import Tokenizer as Engine
 from tokenizers.processors import TemplateProcessing
 
 import glmlens
-from glmlens import chat
 from glmlens.model import GLM
-from glmlens.tokenizer import Tokenizer
+from glmlens.text import chat
+from glmlens.text.tokenizer import Tokenizer
 
 WORDS = ["Mary", "John", "went", "to", "the", "store", ",", "gave", "a", "drink", "and"]
 

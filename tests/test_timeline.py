@@ -10,8 +10,9 @@ from torch.testing import assert_close
 
 import glmlens
 from glmlens import analysis, cache, only, patch
-from glmlens.hooks import HookError
-from glmlens.patch import Intervention, Site, find_divergence, record_timeline, schedule_edits
+from glmlens.hook_points import HookError
+from glmlens.patch import Intervention, Site
+from glmlens.timeline import find_divergence, record_timeline, schedule_edits
 
 
 def close(found, expected, atol=1e-9):

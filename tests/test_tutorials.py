@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from glmlens.course import source
-from glmlens.course.verdict import (
+from glmlens.course.feedback import (
     WrongAnswer,
     check_equal,
     check_hooks,

@@ -6,7 +6,7 @@ from hostile import HOSTILE
 from test_widgets import PROMPT, click, said
 
 import glmlens
-from glmlens import analysis, cache, patch
+from glmlens import analysis, cache, timeline
 from glmlens.cache import CacheError
 from glmlens.widgets import CacheInspector, base
 from tests.closing import leaves_nothing
@@ -19,7 +19,7 @@ def demo():
 
 @pytest.fixture(scope="module")
 def line(demo):
-    return patch.record_timeline(demo, PROMPT, 6)
+    return timeline.record_timeline(demo, PROMPT, 6)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from hostile import HOSTILE
 from test_widgets import PROMPT, click, said
 
 import glmlens
-from glmlens import patch
+from glmlens import timeline
 from glmlens.widgets import GenerationExplorer
 from tests.closing import leaves_nothing
 
@@ -18,7 +18,7 @@ def demo():
 
 @pytest.fixture(scope="module")
 def line(demo):
-    return patch.record_timeline(demo, PROMPT, 6)
+    return timeline.record_timeline(demo, PROMPT, 6)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_the_picture_is_the_logit_lens_of_every_step(generation, line):
 
 
 def test_a_run_and_a_step_that_only_it_has_are_selected_at_once(demo, generation):
-    short = patch.record_timeline(demo, PROMPT, 2)
+    short = timeline.record_timeline(demo, PROMPT, 2)
     generation.read = {**generation.read, "branch": (short, generation.readings(short))}
     generation.select(run="branch")
     assert generation.places["step"].max == 1

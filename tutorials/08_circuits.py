@@ -14,7 +14,7 @@
 import numpy as np
 
 import glmlens
-from glmlens import analysis, patch, plot
+from glmlens import analysis, circuits, patch, plot
 from glmlens.course import check_08 as check
 from glmlens.patch import Site
 from glmlens.results import Labelled
@@ -169,8 +169,8 @@ assert by_mlp.at(layer=3) > 5
 # were. So the change can reach the logits only directly, or through MLPs if these may be computed again.
 
 # %%
-direct = patch.path_patch(lens, examples, "flip", Site("logits"), mlps="frozen", **quiet)
-through = patch.path_patch(lens, examples, "flip", Site("logits"), mlps="recomputed", **quiet)
+direct = circuits.path_patch(lens, examples, "flip", Site("logits"), mlps="frozen", **quiet)
+through = circuits.path_patch(lens, examples, "flip", Site("logits"), mlps="recomputed", **quiet)
 print(f"head 1.3 straight to the logits {direct.at(layer=1, head=3):+.2f}, also through MLPs", end=" ")
 print(f"{through.at(layer=1, head=3):+.2f}")
 assert abs(direct.values).max() < 0.3
@@ -183,7 +183,7 @@ assert through.at(layer=1, head=3) < -6
 # receiver is now the value that 2.3 reads, which it shares with 2.2: `kv` 1 of layer 2.
 
 # %%
-link = patch.path_patch(lens, examples, "flip", Site("attn.v", layer=2, kv=1), **quiet)
+link = circuits.path_patch(lens, examples, "flip", Site("attn.v", layer=2, kv=1), **quiet)
 (sender, value), (_, following) = link.top(2)
 all_of_it = patched.at(layer=1, head=7)
 print(f"head {'.'.join(sender)}: {value:+.2f} of {all_of_it:+.2f}; the next one {following:+.2f}")
@@ -247,7 +247,7 @@ check.exercise_8_2(receiver)
 # $$\text{score}(u \to v) = (u' - u) \cdot \frac{\partial m}{\partial\, \text{input}_v}$$
 
 # %%
-eap = patch.attribute_edges(lens, examples, "flip")
+eap = circuits.attribute_edges(lens, examples, "flip")
 print(eap.graph.n_edges, "edges; the largest:")
 for (writer, reader), score in eap.top(5):
     print(f"  {writer} → {reader}: {score:+.2f}")
@@ -260,13 +260,13 @@ assert eap.top(1)[0][0] == ("3.mlp", "logits")
 # the model, and look. `Exact` does that with masks.
 
 # %%
-ig = patch.attribute_edges(lens, examples, "flip", method="eap-ig")
-run = patch.CircuitEvaluator(lens, examples, "flip")
+ig = circuits.attribute_edges(lens, examples, "flip", method="eap-ig")
+run = circuits.CircuitEvaluator(lens, examples, "flip")
 
 
 def left_out(edge):
     """What is really lost when the corrupt value goes along this one edge."""
-    without = patch.full_circuit(run.graph).remove_edge(edge)
+    without = circuits.full_circuit(run.graph).remove_edge(edge)
     return float(run.measure_circuit(without).mean()) - run.full_metric
 
 
@@ -312,7 +312,7 @@ assert {("0.mlp", "1.v1"), ("0.mlp", "1.v3")} <= set(drawn)
 # scores. `greedy` grows the circuit from the logits backwards, so that every edge leads somewhere.
 
 # %%
-small = patch.greedy_circuit(ig, 106)  # a tenth of all edges
+small = circuits.greedy_circuit(ig, 106)  # a tenth of all edges
 print(small)
 print(f"faithful to {run.faithfulness(small):.0%}; all other edges to {run.faithfulness(small.complement()):.0%}")
 assert run.faithfulness(small) > 0.85
@@ -324,7 +324,7 @@ assert abs(run.faithfulness(small.complement())) < 0.05
 
 # %%
 unseen = ioi.examples(lens, 60, "unseen").of_length()[:6]
-elsewhere = patch.CircuitEvaluator(lens, unseen, "flip").faithfulness(small)
+elsewhere = circuits.CircuitEvaluator(lens, unseen, "flip").faithfulness(small)
 print(f"on other sentences {elsewhere:.0%}")
 assert elsewhere > 0.75
 
@@ -391,7 +391,7 @@ check.exercise_8_3(circuit)
 # there, or zeros. The same circuit, three ways:
 
 # %%
-by = {way: patch.CircuitEvaluator(lens, examples, "flip", ablation=way) for way in ("corrupt", "mean", "zero")}
+by = {way: circuits.CircuitEvaluator(lens, examples, "flip", ablation=way) for way in ("corrupt", "mean", "zero")}
 for way, one in by.items():
     print(f"{way:8} {one.faithfulness(small):+.2f}")
 assert by["corrupt"].faithfulness(small) > 0.85
@@ -422,7 +422,7 @@ assert other.cmd > 1.5 * curves["EAP-IG"].cmd
 # gives. "abc" names three people once each, so the circuit must also carry who they are. It was not made for that:
 
 # %%
-three = patch.CircuitEvaluator(lens, examples, "abc")
+three = circuits.CircuitEvaluator(lens, examples, "abc")
 print(f"flip {run.faithfulness(small):.2f}, abc {three.faithfulness(small):.2f}")
 assert three.faithfulness(small) < run.faithfulness(small) - 0.2
 

@@ -13,7 +13,7 @@
 import torch
 
 import glmlens
-from glmlens import cache, only, patch, plot
+from glmlens import cache, only, patch, plot, timeline
 from glmlens.course import check_09 as check
 from glmlens.tasks import words
 
@@ -43,7 +43,7 @@ plot.generation(steps, lens.tokenizer.label)
 # `patch.timeline` makes the same run and keeps more of it: what each step said, and what it began with.
 
 # %%
-line = patch.record_timeline(lens, prompt, 9, stop_ids=line_end)
+line = timeline.record_timeline(lens, prompt, 9, stop_ids=line_end)
 entropy = line.entropy()
 print(line.text)
 assert line.tokens == [int(step.tokens) for step in steps]
@@ -132,7 +132,7 @@ assert who.text.strip() == "ball. Emma took the ball home."
 
 # %%
 giving = "When Mary and John went to the store, John gave a drink to"
-given = patch.record_timeline(lens, giving, 12, stop_ids=line_end)
+given = timeline.record_timeline(lens, giving, 12, stop_ids=line_end)
 
 
 def without_head_3(z, point):
@@ -141,7 +141,7 @@ def without_head_3(z, point):
 
 
 silenced = given.rerun(0, hooks={"blocks.1.attn.z": without_head_3})
-found = patch.find_divergence(given, silenced)
+found = timeline.find_divergence(given, silenced)
 print(repr(given.text), repr(silenced.text), found.step, found.words)
 print(found.probability.values.round(3), found.kl.values.round(3))
 assert given.text.strip() == "Mary. She took the drink home."
@@ -354,8 +354,8 @@ assert felt(-v, layer=2) < -2
 
 # %%
 story = "The hat was tall."
-clean = patch.record_timeline(lens, story, 9, stop_ids=line_end)
-steered = patch.record_timeline(
+clean = timeline.record_timeline(lens, story, 9, stop_ids=line_end)
+steered = timeline.record_timeline(
     lens, story, 9, interventions=valence.interventions(-1, pos=adjective), stop_ids=line_end
 )
 print(clean.text, steered.text, steered.events[0])
@@ -520,7 +520,7 @@ assert ((share - p).abs() <= 4 * error + 1e-3).all()
 # Was it the word, or was it other luck? A rerun draws as the first run drew. So what is different is the word's doing.
 
 # %%
-first = patch.record_timeline(lens, prompt, 18, temperature=1.0, seed=2, stop_ids=())
+first = timeline.record_timeline(lens, prompt, 18, temperature=1.0, seed=2, stop_ids=())
 other = first.rerun(0, token=" cake")
 print(first.text, other.text, sep="\n---")
 assert first.rerun(0).tokens == first.rerun(4).tokens == first.tokens  # nothing changed: the same again

@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 
 import glmlens
 from glmlens import analysis, plot, tasks
-from glmlens.chat import TemplateError, render_chat
-from glmlens.checkpoint import CheckpointError
 from glmlens.course import check_10 as check
+from glmlens.loading.checkpoint import CheckpointError
+from glmlens.text.chat import TemplateError, render_chat
 
 home = Path(tempfile.mkdtemp())
 demo = glmlens.load(dtype="float32")

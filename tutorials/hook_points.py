@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from glmlens import GLM, GLMConfig, Lens, model
-from glmlens.hooks import ON_REQUEST, POINTS, ROOT_POINTS
+from glmlens.hook_points import ON_REQUEST, POINTS, ROOT_POINTS
 
 PAGE = Path(__file__).parent / "hook_points.md"
 SMALL = {

@@ -1,17 +1,18 @@
 """Reading a GLM: what the residual stream says, who says it, what heads attend to, and whether the numbers hold."""
 
 from glmlens.analysis.attribution import LogitAttribution, logit_attribution
+from glmlens.analysis.cache_reads import CacheReads, cache_reads, sum_attention
 from glmlens.analysis.circuits import OV, QK, QK_bias, composition, copying_scores
 from glmlens.analysis.distance import DistanceProfile, PairUse, distance_profile, pair_use
-from glmlens.analysis.entries import CacheReads, cache_reads, sum_attention
 from glmlens.analysis.factored import Factored
 from glmlens.analysis.heads import HeadScores, head_scores
-from glmlens.analysis.leave_out import EvictionCurve, LeaveOneOut, eviction_curve, leave_one_out
+from glmlens.analysis.leave_one_out import EvictionCurve, LeaveOneOut, eviction_curve, leave_one_out
 from glmlens.analysis.logit_lens import LogitLens, logit_lens
 from glmlens.analysis.probes import Probe, probe
 from glmlens.analysis.residual import accumulated_residual, decompose_residual
 from glmlens.analysis.rotary import ScoreParts, score_parts, wavelengths
 from glmlens.analysis.selfcheck import SelfCheck, SelfCheckError, selfcheck
+from glmlens.deprecated import resolve_old_names
 
 __all__ = [
     "OV",
@@ -48,3 +49,16 @@ __all__ = [
     "sum_attention",
     "wavelengths",
 ]
+
+__getattr__ = resolve_old_names(
+    "glmlens.analysis",
+    {
+        "Droppable": "glmlens.analysis.EvictionCurve",
+        "LeftOut": "glmlens.analysis.LeaveOneOut",
+        "Reads": "glmlens.analysis.CacheReads",
+        "attended": "glmlens.analysis.sum_attention",
+        "decomposed_residual": "glmlens.analysis.decompose_residual",
+        "droppable": "glmlens.analysis.eviction_curve",
+        "who_reads": "glmlens.analysis.cache_reads",
+    },
+)

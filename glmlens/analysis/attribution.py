@@ -18,8 +18,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from glmlens.analysis.parts import SPLITS, SUBLAYERS, RunColumns, Split, points_of_split, project_onto
-from glmlens.analysis.rows import (
+from glmlens.analysis.batch import (
     Position,
     PromptBatch,
     Token,
@@ -29,11 +28,12 @@ from glmlens.analysis.rows import (
     upcast,
     upcast_to_float64,
 )
+from glmlens.analysis.splits import SPLITS, SUBLAYERS, RunColumns, Split, points_of_split, project_onto
 from glmlens.hooks import Hooks
 from glmlens.lens import Lens
-from glmlens.prompt import Prompt
 from glmlens.results import Labelled
 from glmlens.tasks.task import Examples
+from glmlens.text.prompts import Prompt
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -10,8 +10,8 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from glmlens.analysis.batch import describe_kv_groups, read_head, read_layer, to_numpy, upcast
 from glmlens.analysis.factored import Factored, eigenvalues
-from glmlens.analysis.rows import describe_kv_groups, read_head, read_layer, to_numpy, upcast
 from glmlens.integers import Integer, read_integer
 from glmlens.lens import Lens
 from glmlens.model import RMSNorm, apply_rotary, rotary_angles

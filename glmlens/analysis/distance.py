@@ -8,8 +8,9 @@ from einops import einsum, rearrange, repeat
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from glmlens.analysis.batch import PromptBatch, describe_kv_groups, layer_labels, to_numpy, upcast_to_float64
+from glmlens.analysis.chunks import record_in_chunks
 from glmlens.analysis.heads import RepeatedWordPatterns, draw_words
-from glmlens.analysis.passes import record_in_chunks
 from glmlens.analysis.rotary import (
     head_vector_points,
     label_score_parts,
@@ -20,12 +21,11 @@ from glmlens.analysis.rotary import (
     to_complex_pairs,
     wavelengths,
 )
-from glmlens.analysis.rows import PromptBatch, describe_kv_groups, layer_labels, to_numpy, upcast_to_float64
 from glmlens.hooks import Hooks
 from glmlens.integers import Integer, read_integer
 from glmlens.lens import Lens
-from glmlens.prompt import Prompt
 from glmlens.results import Labelled, LabelledGroup
+from glmlens.text.prompts import Prompt
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,13 +7,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from glmlens.analysis.attention import layer_pattern, pattern_points
+from glmlens.analysis.batch import PromptBatch, describe_kv_groups, to_numpy, upcast
 from glmlens.analysis.circuits import copying_scores
-from glmlens.analysis.pattern import layer_pattern, pattern_points
-from glmlens.analysis.rows import PromptBatch, describe_kv_groups, to_numpy, upcast
 from glmlens.integers import Integer, read_integer
 from glmlens.lens import Lens
 from glmlens.results import Labelled, LabelledGroup
-from glmlens.tables import format_table
+from glmlens.text_tables import format_table
 
 REPEATS = 4  # as often as Olsson et al. say their words
 

@@ -8,13 +8,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from glmlens.activations import Activations
-from glmlens.analysis.rows import PromptBatch, Token, layer_labels, upcast
+from glmlens.analysis.batch import PromptBatch, Token, layer_labels, upcast
 from glmlens.hooks import Hooks
 from glmlens.integers import Integer, read_integer
 from glmlens.lens import Lens
-from glmlens.prompt import Prompt
+from glmlens.recording.activations import Activations
 from glmlens.results import Labelled, LabelledGroup
+from glmlens.text.prompts import Prompt
 
 UNEMBED_CHUNK = 64  # positions unembedded at a time: over 150k tokens, this is what a reading weighs
 

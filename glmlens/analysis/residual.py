@@ -5,14 +5,14 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from glmlens.activations import Activations
+from glmlens.analysis.batch import Position, PromptBatch, layer_labels, upcast
 from glmlens.analysis.logit_lens import residual_streams
-from glmlens.analysis.rows import Position, PromptBatch, layer_labels, upcast
 from glmlens.hooks import Hooks
 from glmlens.lens import Lens
 from glmlens.model import RMSNorm
-from glmlens.prompt import Prompt
+from glmlens.recording.activations import Activations
 from glmlens.results import Labelled
+from glmlens.text.prompts import Prompt
 
 
 def accumulated_residual(

@@ -17,14 +17,14 @@ from einops import einsum
 from jaxtyping import Bool, Complex, Float
 from torch import Tensor
 
-from glmlens.analysis.passes import record_in_chunks
-from glmlens.analysis.rows import PromptBatch, read_layer_and_head, to_numpy, upcast_to_float64
-from glmlens.angles import compute_pair_frequencies, get_rope_attention_factor
+from glmlens.analysis.batch import PromptBatch, read_layer_and_head, to_numpy, upcast_to_float64
+from glmlens.analysis.chunks import record_in_chunks
 from glmlens.hooks import Hooks
 from glmlens.integers import Integer, Integers
 from glmlens.lens import Lens
-from glmlens.prompt import Prompt
 from glmlens.results import Labelled, LabelledGroup
+from glmlens.rotary_rules import compute_pair_frequencies, get_rope_attention_factor
+from glmlens.text.prompts import Prompt
 
 
 @dataclass(frozen=True, eq=False)

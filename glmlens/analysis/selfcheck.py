@@ -7,21 +7,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from glmlens.analysis.attention import layer_pattern, layer_scores, pattern_points
 from glmlens.analysis.attribution import logit_attribution
-from glmlens.analysis.pattern import layer_pattern, layer_scores, pattern_points
+from glmlens.analysis.batch import PromptBatch, upcast
 from glmlens.analysis.residual import accumulated_residual, decompose_residual
-from glmlens.analysis.rows import PromptBatch, upcast
-from glmlens.checkpoint import build_meta_model
-from glmlens.hooks import Point
+from glmlens.errors import GlmlensError
+from glmlens.hook_points import Point
 from glmlens.lens import Lens
-from glmlens.prompt import Prompt
+from glmlens.loading.checkpoint import build_meta_model
 from glmlens.results import Labelled
-from glmlens.tables import format_table
+from glmlens.text.prompts import Prompt
+from glmlens.text_tables import format_table
 
 POSITION_SHIFT = 5
 
 
-class SelfCheckError(AssertionError):
+class SelfCheckError(GlmlensError, AssertionError):
     """A model whose numbers do not hold; the message has a line for every check that failed."""
 
 

@@ -4,11 +4,12 @@ An operation is a value: `op(kv)` is a new cache, and `op.hooks(lens)` are the h
 recalls, at all steps or some. The places are layers, key-value heads and absolute positions.
 """
 
-from glmlens.cache.change import ablate, edit, quantise, swap
-from glmlens.cache.drop import evict, keep_heavy_hitters, keep_window
+from glmlens.cache.edit import ablate, edit, quantise, swap
+from glmlens.cache.evict import evict, keep_heavy_hitters, keep_window
 from glmlens.cache.graft import find_entries, graft, list_entries, read_entry
 from glmlens.cache.move import close_gaps, reposition
-from glmlens.cache.places import CacheError, CacheSelection, Operation
+from glmlens.cache.selection import CacheError, CacheSelection, Operation
+from glmlens.deprecated import resolve_old_names
 
 __all__ = [
     "CacheError",
@@ -28,3 +29,15 @@ __all__ = [
     "reposition",
     "swap",
 ]  # fmt: skip
+
+__getattr__ = resolve_old_names(
+    "glmlens.cache",
+    {
+        "close_up": "glmlens.cache.close_gaps",
+        "entries": "glmlens.cache.list_entries",
+        "find": "glmlens.cache.find_entries",
+        "heavy_hitters": "glmlens.cache.keep_heavy_hitters",
+        "read": "glmlens.cache.read_entry",
+        "window": "glmlens.cache.keep_window",
+    },
+)

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from glmlens.cache.change import swap
-from glmlens.cache.drop import select_cache_columns
+from glmlens.cache.edit import swap
+from glmlens.cache.evict import select_cache_columns
 from glmlens.cache.move import reposition
-from glmlens.cache.places import CacheError, CacheSelection, HookList, Indices, format_position_range, to_index_tuple
+from glmlens.cache.selection import CacheError, CacheSelection, HookList, Indices, format_position_range, to_index_tuple
 from glmlens.integers import Integer, Integers, read_integer
 from glmlens.kv_cache import ENTRY_FIELDS, KVCache, unmask_positions
 from glmlens.lens import Lens

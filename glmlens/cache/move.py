@@ -7,8 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from glmlens.angles import compute_pair_frequencies, rerotate_channels
-from glmlens.cache.places import (
+from glmlens.cache.selection import (
     CacheError,
     CacheSelection,
     HookList,
@@ -18,10 +17,11 @@ from glmlens.cache.places import (
     restrict_edit,
 )
 from glmlens.config import GLMConfig
-from glmlens.hooks import Point
+from glmlens.hook_points import Point
 from glmlens.integers import Integer, read_integer
 from glmlens.kv_cache import KVCache, unmask_positions
 from glmlens.lens import Lens
+from glmlens.rotary_rules import compute_pair_frequencies, rerotate_channels
 
 
 @dataclass(frozen=True)

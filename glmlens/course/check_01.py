@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from glmlens.course.verdict import check_equal, demand, exercise, load_lens, to_tensor
+from glmlens.course.feedback import check_equal, demand, exercise, load_lens, to_tensor
 
 PROMPT = "Mary went to the"
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from glmlens.course.verdict import check_equal, check_hooks, demand, exercise, load_lens
+from glmlens.course.feedback import check_equal, check_hooks, demand, exercise, load_lens
 from glmlens.hooks import Edit, Hooks
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"

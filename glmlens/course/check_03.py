@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from glmlens.activations import Activations
 from glmlens.analysis.circuits import kv_head_of
-from glmlens.course.verdict import WrongAnswer, check_equal, demand, exercise, load_lens, to_head
-from glmlens.hooks import Hooks, Point
+from glmlens.course.feedback import WrongAnswer, check_equal, demand, exercise, load_lens, to_head
+from glmlens.hook_points import Point
+from glmlens.hooks import Hooks
+from glmlens.recording.activations import Activations
 
 N_WORDS, N_ROWS = 15, 6
 

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from glmlens.activations import Activations
-from glmlens.angles import compute_pair_frequencies
-from glmlens.course.verdict import WrongAnswer, check_equal, check_hooks, demand, exercise, load_lens
+from glmlens.course.feedback import WrongAnswer, check_equal, check_hooks, demand, exercise, load_lens
 from glmlens.hooks import Hooks
+from glmlens.recording.activations import Activations
+from glmlens.rotary_rules import compute_pair_frequencies
 
 N_PROMPTS = 3
 

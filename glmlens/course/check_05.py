@@ -7,7 +7,7 @@ from torch import Tensor
 
 from glmlens import cache
 from glmlens.config import GLMConfig
-from glmlens.course.verdict import WrongAnswer, demand, describe_answer, exercise, load_lens, to_number
+from glmlens.course.feedback import WrongAnswer, demand, describe_answer, exercise, load_lens, to_number
 from glmlens.kv_cache import KVCache
 
 STORY = "When Mary and John went to the store, {} gave a drink to"

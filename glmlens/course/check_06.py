@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from glmlens.analysis import logit_attribution
-from glmlens.course.verdict import WrongAnswer, check_equal, demand, exercise, load_lens, to_number
+from glmlens.course.feedback import WrongAnswer, check_equal, demand, exercise, load_lens, to_number
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from glmlens import patch
-from glmlens.course.verdict import check_equal, demand, exercise, load_lens, to_head, to_number
+from glmlens.course.feedback import check_equal, demand, exercise, load_lens, to_head, to_number
 from glmlens.tasks import ioi
 from glmlens.tasks.task import Examples
 

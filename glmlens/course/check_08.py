@@ -6,8 +6,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from glmlens import patch
-from glmlens.course.verdict import demand, describe_answer, exercise, load_lens, to_number
+from glmlens import circuits, patch
+from glmlens.course.feedback import demand, describe_answer, exercise, load_lens, to_number
 from glmlens.tasks import ioi
 from glmlens.tasks.task import Examples
 
@@ -36,7 +36,7 @@ def draw_sentences() -> Examples:
 @cache
 def measure_path_effect(receiver: patch.Site) -> float:
     """The summed effect of the heads of layer 0 through a receiver."""
-    found = patch.path_patch(load_lens(), draw_sentences(), "flip", receiver, progress=False)
+    found = circuits.path_patch(load_lens(), draw_sentences(), "flip", receiver, progress=False)
     return float(found.at(layer=0).values.sum())
 
 
@@ -53,14 +53,14 @@ def exercise_8_2(receiver: patch.Site) -> str:
 
 
 @cache
-def make_circuit_evaluator() -> patch.CircuitEvaluator:
+def make_circuit_evaluator() -> circuits.CircuitEvaluator:
     """Circuits on the sentences of the tutorial."""
-    return patch.CircuitEvaluator(load_lens(), ioi.examples(load_lens(), 60).of_length()[:6], "flip")
+    return circuits.CircuitEvaluator(load_lens(), ioi.examples(load_lens(), 60).of_length()[:6], "flip")
 
 
 @exercise("a Circuit")
-def exercise_8_3(circuit: patch.Circuit) -> str:
-    demand(isinstance(circuit, patch.Circuit), f"expected a Circuit, got {describe_answer(circuit)}")
+def exercise_8_3(circuit: circuits.Circuit) -> str:
+    demand(isinstance(circuit, circuits.Circuit), f"expected a Circuit, got {describe_answer(circuit)}")
     demand(circuit.n_edges <= MAX_EDGES, f"it has {circuit.n_edges} edges, and may have {MAX_EDGES}")
     found = make_circuit_evaluator().faithfulness(circuit)
     demand(

@@ -7,10 +7,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from glmlens.course.verdict import check_equal, check_hooks, demand, exercise, load_lens, to_tensor
+from glmlens.course.feedback import check_equal, check_hooks, demand, exercise, load_lens, to_tensor
 from glmlens.hooks import Hooks, list_edits
-from glmlens.patch.timeline import Timeline, record_timeline
 from glmlens.tasks import words
+from glmlens.timeline.timeline import Timeline, record_timeline
 
 GOOD_WORDS, BAD_WORDS = words.GOOD_ADJECTIVES, words.BAD_ADJECTIVES
 GIVING_PROMPT = "When Mary and John went to the store, John gave a drink to"

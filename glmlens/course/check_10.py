@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from glmlens.activations import NotRecorded
-from glmlens.checkpoint import build_meta_model
 from glmlens.config import GLMConfig
-from glmlens.course.verdict import demand, exercise, load_lens, to_number
+from glmlens.course.feedback import demand, exercise, load_lens, to_number
 from glmlens.lens import Lens
-from glmlens.running import PointNames
+from glmlens.lens.forward import PointNames
+from glmlens.loading.checkpoint import build_meta_model
+from glmlens.recording.activations import NotRecordedError
 
 GLM_4_9B = {
     "model_type": "glm", "vocab_size": 151552, "hidden_size": 4096, "intermediate_size": 13696,
@@ -64,7 +64,7 @@ def exercise_10_3(names: PointNames) -> str:
     _, acts = load_lens().run_with_cache("Mary went to the", names)
     try:
         found = acts["attn.result"]
-    except NotRecorded:
+    except NotRecordedError:
         found = None
     demand(found is not None, "attn.result does not follow from these: from what would you compute it by hand?")
     demand(size <= 0.5e9, f"it follows from these, but they weigh {size / 1e9:.1f} GB")

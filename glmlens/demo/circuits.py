@@ -9,11 +9,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from glmlens import analysis
-from glmlens.activations import Activations
 from glmlens.analysis.heads import draw_words
-from glmlens.hooks import Edit, Point
+from glmlens.hook_points import Point
+from glmlens.hooks import Edit
 from glmlens.lens import Lens
 from glmlens.losses import token_log_probs
+from glmlens.recording.activations import Activations
 from glmlens.tasks import TASKS
 from glmlens.tasks.task import Examples
 

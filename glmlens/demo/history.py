@@ -14,8 +14,8 @@ from glmlens.demo.circuits import RepeatedPrompts
 from glmlens.lens import Lens, load
 from glmlens.results import Labelled
 from glmlens.storage import expand_path
-from glmlens.tables import format_table
 from glmlens.tasks import TASKS
+from glmlens.text_tables import format_table
 
 HISTORY_MEASURES = ("words said again", "previous-token head", "induction head", "ioi accuracy", "ioi difference")
 

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from glmlens import analysis, patch
 from glmlens.demo.circuits import RepeatedPrompts
-from glmlens.hooks import Hooks, Point
+from glmlens.hook_points import Point
+from glmlens.hooks import Hooks
 from glmlens.lens import Lens
 from glmlens.patch import Site, Sweep
 from glmlens.results import Labelled
-from glmlens.tables import format_table
 from glmlens.tasks import TASKS, Examples, TaskError
+from glmlens.text_tables import format_table
 
 DEMO_PROMPT = "When Mary and John went to the store, John gave a drink to"
 N_SENTENCES = 40  # sentences about giving
@@ -39,7 +40,7 @@ class DemoReport:
 
 def write_demo_report(lens: Lens, prompt: str, out: Path | None) -> Path:
     """Tell the story of a model and write it, with its figures, to one HTML file; returns the file."""
-    from glmlens.page import save_html
+    from glmlens.html_report import save_html
 
     story = DemoReport(lens)
     story.add_text(repr(lens))

@@ -20,10 +20,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from glmlens.checkpoint import map_checkpoint_tensors
 from glmlens.config import GLMConfig
 from glmlens.demo import vocabulary
 from glmlens.demo.world import generate_documents
+from glmlens.loading.checkpoint import map_checkpoint_tensors
 from glmlens.losses import next_token_loss
 from glmlens.model import GLM
 from glmlens.storage import FileError, expand_path, refuse_strange, write_bytes, write_whole

@@ -6,7 +6,7 @@ import re
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from glmlens.demo.world import generate_vocabulary_texts
-from glmlens.tokenizer import GLM4_SPECIAL_TOKENS, GLM4_SPLIT_PATTERN
+from glmlens.text.tokenizer import GLM4_SPECIAL_TOKENS, GLM4_SPLIT_PATTERN
 
 # GLM-4's own split, but for digits in pairs: a year is a century and a year within it.
 DEMO_SPLIT_PATTERN = GLM4_SPLIT_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}{1,2}")

@@ -1,43 +1,23 @@
-"""Changing: sites, interventions and sweeps; paths, edges and circuits; worlds side by side; steering."""
+"""Changing: sites, interventions and sweeps, attribution patching, runs side by side, steering, rotary edits."""
 
+from glmlens.deprecated import resolve_old_names
 from glmlens.patch import rotary
-from glmlens.patch.attribute import attribution_patch
-from glmlens.patch.changes import Add, Apply, Change, Mean, Noise, Put, Remove, Resample, Scale, Swap, Zero
-from glmlens.patch.circuits import (
-    FRACTIONS,
-    Circuit,
-    CircuitEvaluator,
-    FaithfulnessCurve,
-    full_circuit,
-    greedy_circuit,
-    top_edges,
-)
-from glmlens.patch.edges import EdgeScores, attribute_edges
+from glmlens.patch.apply import generate_with_interventions, run_with_interventions
+from glmlens.patch.attribution_patching import attribution_patch
 from glmlens.patch.evaluate import Cost, evaluate
-from glmlens.patch.graph import Graph
 from glmlens.patch.interventions import Intervention, load_interventions, save_interventions
 from glmlens.patch.metrics import Metric
-from glmlens.patch.moments import schedule_edits
-from glmlens.patch.paths import path_patch
-from glmlens.patch.running import generate_with_interventions, run_with_interventions
+from glmlens.patch.side_by_side import SideBySideRuns, run_side_by_side
 from glmlens.patch.sites import PatchError, Site
-from glmlens.patch.steer import SteeringVector, fit_steering
+from glmlens.patch.steering_vectors import SteeringVector, fit_steering
 from glmlens.patch.sweep import Sweep, check_sweep, sweep
-from glmlens.patch.timeline import Divergence, Timeline, find_divergence, record_timeline
-from glmlens.patch.worlds import SideBySideRuns, run_side_by_side
+from glmlens.patch.values import Add, Apply, Change, Mean, Noise, Put, Remove, Resample, Scale, Swap, Zero
 
 __all__ = [
-    "FRACTIONS",
     "Add",
     "Apply",
     "Change",
-    "Circuit",
-    "CircuitEvaluator",
     "Cost",
-    "Divergence",
-    "EdgeScores",
-    "FaithfulnessCurve",
-    "Graph",
     "Intervention",
     "Mean",
     "Metric",
@@ -52,25 +32,48 @@ __all__ = [
     "SteeringVector",
     "Swap",
     "Sweep",
-    "Timeline",
     "Zero",
-    "attribute_edges",
     "attribution_patch",
     "check_sweep",
     "evaluate",
-    "find_divergence",
     "fit_steering",
-    "full_circuit",
     "generate_with_interventions",
-    "greedy_circuit",
     "load_interventions",
-    "path_patch",
-    "record_timeline",
     "rotary",
     "run_side_by_side",
     "run_with_interventions",
     "save_interventions",
-    "schedule_edits",
     "sweep",
-    "top_edges",
 ]  # fmt: skip
+
+__getattr__ = resolve_old_names(
+    "glmlens.patch",
+    {
+        "Circuit": "glmlens.circuits.Circuit",
+        "Curve": "glmlens.circuits.FaithfulnessCurve",
+        "EdgeScores": "glmlens.circuits.EdgeScores",
+        "Exact": "glmlens.circuits.CircuitEvaluator",
+        "FRACTIONS": "glmlens.circuits.FRACTIONS",
+        "Graph": "glmlens.circuits.Graph",
+        "Parting": "glmlens.timeline.Divergence",
+        "Steering": "glmlens.patch.SteeringVector",
+        "Timeline": "glmlens.timeline.Timeline",
+        "Worlds": "glmlens.patch.SideBySideRuns",
+        "attribute": "glmlens.patch.attribution_patch",
+        "check": "glmlens.patch.check_sweep",
+        "edges": "glmlens.circuits.attribute_edges",
+        "generate": "glmlens.patch.generate_with_interventions",
+        "greedy": "glmlens.circuits.greedy_circuit",
+        "load": "glmlens.patch.load_interventions",
+        "parting": "glmlens.timeline.find_divergence",
+        "path_patch": "glmlens.circuits.path_patch",
+        "run": "glmlens.patch.run_with_interventions",
+        "save": "glmlens.patch.save_interventions",
+        "scheduled": "glmlens.timeline.schedule_edits",
+        "steering": "glmlens.patch.fit_steering",
+        "timeline": "glmlens.timeline.record_timeline",
+        "top": "glmlens.circuits.top_edges",
+        "whole": "glmlens.circuits.full_circuit",
+        "worlds": "glmlens.patch.run_side_by_side",
+    },
+)

@@ -21,8 +21,8 @@ from glmlens.lens import Lens
 from glmlens.model import GLM, rotary_angles
 from glmlens.patch.interventions import Write
 from glmlens.patch.metrics import Metric
+from glmlens.patch.packing import Cell, CellSlots, PackedBatch, layer_of_point
 from glmlens.patch.sites import move_position_first, repeat_kv
-from glmlens.patch.waves import Cell, CellSlots, PackedBatch, layer_of_point
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,22 +10,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from glmlens.lens import Lens
-from glmlens.patch.changes import Swap, TokenIds, to_token_ids
+from glmlens.patch.apply import allowed
 from glmlens.patch.engine import BaseRuns, make_unchanged_batch, run_packed
 from glmlens.patch.interventions import (
     Intervention,
     InterventionCompiler,
     Write,
     as_interventions,
-    position_names,
+    read_position_names,
     refuse_mixed,
 )
 from glmlens.patch.metrics import Metric, as_metric
-from glmlens.patch.running import allowed
+from glmlens.patch.packing import Cell, PackedBatch, estimate_row_bytes, pack_batches
 from glmlens.patch.sites import PatchError, repeat_kv
-from glmlens.patch.waves import Cell, PackedBatch, estimate_row_bytes, pack_batches
-from glmlens.prompt import Prompt
+from glmlens.patch.values import Swap, TokenIds, to_token_ids
 from glmlens.tasks.task import Examples
+from glmlens.text.prompts import Prompt
 
 PositionNames = Mapping[str, int]
 Variant = Sequence[Intervention]
@@ -88,7 +88,7 @@ class EvaluationJob:
             if given and len(given) != len(self.prompts):
                 raise PatchError(f"{len(self.prompts)} prompts and {len(given)} {what}: give one for every prompt")
         given = zip(names or [{}] * len(self.prompts), self.prompts, strict=True)
-        self.positions = [position_names(named, len(prompt)) for named, prompt in given]
+        self.positions = [read_position_names(named, len(prompt)) for named, prompt in given]
         for prompt, source in zip(self.prompts, self.sources or self.prompts, strict=True):
             if len(prompt) != len(source):
                 raise PatchError(describe_length_mismatch(self.lens, prompt, source))
@@ -248,7 +248,7 @@ class EvaluationJob:
         value, here, at = others[write.name][i], base.values[write.name][i], write.positions
         assert at is not None
         kept = repeat_kv(value[None], self.lens.cfg.n_groups)[0] if write.by_query_head else value
-        return replace(write, kept=kept), at[(value[at] != here[at]).flatten(1).any(1)]
+        return replace(write, source=kept), at[(value[at] != here[at]).flatten(1).any(1)]
 
     def needed(self, writes: Sequence[tuple[Write, Tensor]]) -> list[Write]:
         """The writes without the positions at which they put what is there already.

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glmlens.hooks import axes_of
+from glmlens.hook_points import axes_of
 from glmlens.lens import Lens
-from glmlens.patch.changes import Change, ChangeTarget, Functions, as_change, change_from_json, change_to_json, is_whole
 from glmlens.patch.sites import PatchError, Site, SiteResolver, move_position_first, position_axis, repeat_kv
+from glmlens.patch.values import Change, ChangeTarget, Functions, as_change, change_from_json, change_to_json, is_whole
 from glmlens.storage import expand_path, field_of, list_of, read_json, write_json
 
 PositionNames = Mapping[str, int]
@@ -51,7 +51,7 @@ def as_interventions(asked: Any) -> list[Intervention]:
     return listed
 
 
-def position_names(names: Any, length: int) -> dict[str, int]:
+def read_position_names(names: Any, length: int) -> dict[str, int]:
     """Positions by name in a prompt of this length, with "end"; PatchError for what is no position of it."""
     if not isinstance(names, Mapping):
         raise PatchError(f"names are positions by name, {{'S2': 9}}, not {names!r:.60}")

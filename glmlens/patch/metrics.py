@@ -10,9 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from glmlens.lens import Lens
-from glmlens.patch.changes import is_whole, name_of
-from glmlens.patch.keys import key_of, key_or_refuse
+from glmlens.patch.checkpoint_keys import key_of, key_or_refuse
 from glmlens.patch.sites import PatchError
+from glmlens.patch.values import is_whole, name_of
 from glmlens.tasks.task import LOGIT_DIFFERENCE, Examples
 
 MetricFunction = Callable[[Tensor, Tensor], Tensor]

@@ -20,9 +20,18 @@ from einops import einsum, repeat
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from glmlens.analysis.passes import run_in_chunks
-from glmlens.analysis.rows import PromptBatch, to_numpy
-from glmlens.angles import (
+from glmlens.analysis.batch import PromptBatch, to_numpy
+from glmlens.analysis.chunks import run_in_chunks
+from glmlens.config import GLMConfig
+from glmlens.hook_points import Point
+from glmlens.hooks import Edit, Hooks, only
+from glmlens.integers import Integer, Integers, read_integer
+from glmlens.lens import Lens
+from glmlens.model import Angles
+from glmlens.patch.sites import PatchError, to_place_tuple
+from glmlens.patch.values import number
+from glmlens.results import Labelled, LabelledGroup
+from glmlens.rotary_rules import (
     RotaryRule,
     compute_angles,
     compute_pair_frequencies,
@@ -33,15 +42,7 @@ from glmlens.angles import (
     stretch_context,
     zero_rotary,
 )
-from glmlens.config import GLMConfig
-from glmlens.hooks import Edit, Hooks, Point, only
-from glmlens.integers import Integer, Integers, read_integer
-from glmlens.lens import Lens
-from glmlens.model import Angles
-from glmlens.patch.changes import number
-from glmlens.patch.sites import PatchError, to_place_tuple
-from glmlens.prompt import Prompt
-from glmlens.results import Labelled, LabelledGroup
+from glmlens.text.prompts import Prompt
 
 IndexSelection = Integers
 RotaryEdits = list[tuple[str, Edit]]

@@ -10,18 +10,19 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-from glmlens.checkpoint import build_meta_model
 from glmlens.config import GLMConfig
-from glmlens.hooks import HookError, Point, axes_of, local_name, resolve_names
+from glmlens.errors import GlmlensError
+from glmlens.hook_points import HookError, Point, axes_of, local_name, resolve_names
 from glmlens.integers import Integers, read_integers
 from glmlens.lens import Lens
-from glmlens.record import trace_points
+from glmlens.loading.checkpoint import build_meta_model
+from glmlens.recording.recorder import trace_points
 
 Place = int | str
 PlaceSelection = Place | Integers
 
 
-class PatchError(ValueError):
+class PatchError(GlmlensError, ValueError):
     """An intervention that cannot mean what was asked; the message says what to type instead."""
 
 

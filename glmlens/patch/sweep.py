@@ -13,7 +13,9 @@ from tqdm import tqdm
 
 from glmlens.integers import Integer, read_integer
 from glmlens.lens import Lens
-from glmlens.patch.changes import Apply, Change, Swap, TokenIds, as_change, name_of, to_token_ids
+from glmlens.patch.apply import allowed
+from glmlens.patch.checkpoint_keys import key_of, key_or_refuse
+from glmlens.patch.checkpoints import SweepCheckpoint
 from glmlens.patch.engine import BaseRuns
 from glmlens.patch.evaluate import (
     DEFAULT_BATCH_BYTES,
@@ -26,14 +28,12 @@ from glmlens.patch.evaluate import (
 )
 from glmlens.patch.grid import list_places, place_label, site_field
 from glmlens.patch.interventions import Intervention
-from glmlens.patch.keys import key_of, key_or_refuse
 from glmlens.patch.metrics import Metric, as_metric
-from glmlens.patch.running import allowed
 from glmlens.patch.sites import PatchError, Site, SiteResolver
-from glmlens.patch.store import SweepCheckpoint
-from glmlens.prompt import Prompt
+from glmlens.patch.values import Apply, Change, Swap, TokenIds, as_change, name_of, to_token_ids
 from glmlens.results import Labelled, list_axes
 from glmlens.tasks.task import Examples
+from glmlens.text.prompts import Prompt
 
 DIRECTIONS = {"denoise": "corrupt run, clean values put in", "noise": "clean run, corrupt values put in"}
 

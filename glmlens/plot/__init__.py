@@ -4,9 +4,10 @@ Every function takes a result (or plain numbers, with labels) first, and returns
 `Look`: title, subtitle, about, height, width.
 """
 
+from glmlens.deprecated import resolve_old_names
 from glmlens.plot.bars import bars, logit_attribution
-from glmlens.plot.entries import cache_norms, cache_reads, eviction, leave_one_out
-from glmlens.plot.graph import circuit
+from glmlens.plot.cache import cache_norms, cache_reads, eviction, leave_one_out
+from glmlens.plot.circuit import circuit
 from glmlens.plot.heads import attention_heads
 from glmlens.plot.heatmaps import (
     attention_pattern,
@@ -60,3 +61,11 @@ __all__ = [
     "score_by_pair",
     "tokens",
 ]
+
+__getattr__ = resolve_old_names(
+    "glmlens.plot",
+    {
+        "left_out": "glmlens.plot.leave_one_out",
+        "who_reads": "glmlens.plot.cache_reads",
+    },
+)

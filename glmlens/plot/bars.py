@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from typing_extensions import Unpack
 
 from glmlens.integers import Integer, read_integer
-from glmlens.plot.data import Labels, Numbers, as_labelled, metric_title, to_float_array
+from glmlens.plot.arrays import Labels, Numbers, as_labelled, metric_title, to_float_array
 from glmlens.plot.style import FAINT, NEGATIVE, POSITIVE, Look, apply_style, escape_text, format_signed, set_ticks
 from glmlens.results import Labelled, list_axes
 

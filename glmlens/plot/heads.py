@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from typing_extensions import Unpack
 
 from glmlens.integers import Integer, read_integer
-from glmlens.plot.data import Labels, Numbers, as_labelled, label_blocks, largest_by_block
+from glmlens.plot.arrays import Labels, Numbers, as_labelled, label_blocks, largest_by_block
 from glmlens.plot.style import GREY, MAGNITUDE, SERIES, Look, apply_style, color_bar, infinite_note, set_ticks
 
 CELLS_ACROSS = 400  # cells of all the small pictures beside each other

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from typing_extensions import Unpack
 
 from glmlens.integers import Integer, read_integer
-from glmlens.plot.data import Labels, Limits, Numbers, as_labelled, metric_title, pool_blocks, to_float_array
+from glmlens.plot.arrays import Labels, Limits, Numbers, as_labelled, metric_title, pool_blocks, to_float_array
 from glmlens.plot.style import (
     GREY,
     MOST_CELLS,

@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 from typing_extensions import Unpack
 
-from glmlens.plot.data import Labels, Limits, Numbers, as_labelled, metric_title, to_float_array
+from glmlens.plot.arrays import Labels, Limits, Numbers, as_labelled, metric_title, to_float_array
 from glmlens.plot.style import FAINT, SERIES, SIGNED, Look, apply_style, color_bar, escape_text, finite_most, set_ticks
 from glmlens.results import Labelled, list_axes
 

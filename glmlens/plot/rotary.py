@@ -9,8 +9,8 @@ from plotly.subplots import make_subplots
 from typing_extensions import Unpack
 
 from glmlens.integers import Integer, read_integer
+from glmlens.plot.arrays import pool_blocks, to_float_array
 from glmlens.plot.bars import bars
-from glmlens.plot.data import pool_blocks, to_float_array
 from glmlens.plot.heatmaps import draw_heatmap
 from glmlens.plot.lines import lines
 from glmlens.plot.style import MAGNITUDE, MOST_CELLS, Look, apply_style, color_bar, escape_text

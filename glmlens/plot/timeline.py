@@ -10,7 +10,7 @@ from plotly.subplots import make_subplots
 from typing_extensions import Unpack
 
 from glmlens.integers import Integer, read_integer
-from glmlens.plot.data import to_float_array
+from glmlens.plot.arrays import to_float_array
 from glmlens.plot.style import FAINT, GREY, SERIES, Look, apply_style, escape_text
 
 
@@ -26,7 +26,7 @@ def generation(
     """
     row, top = read_integer(row, "row", least=0), read_integer(top, "top", least=1)
     label = label or token_namer(steps)
-    read = [summarize_step(step, row, top) for step in getattr(steps, "moments", steps)]
+    read = [summarize_step(step, row, top) for step in getattr(steps, "steps", steps)]
     if not read:
         raise ValueError("a generation of no steps has nothing to show")
     chosen = [label(ids) for ids, *_ in read]
@@ -66,7 +66,7 @@ def token_namer(steps: Any) -> Callable[[int], str]:
 
 def describe_generation(steps: Any) -> Mapping[str, str]:
     """What a timeline says of itself, and what is drawn."""
-    about = steps.entropy().about if hasattr(steps, "moments") else {}
+    about = steps.entropy().about if hasattr(steps, "steps") else {}
     return {**about, "metric": "probability of the chosen token, and entropy", "direction": ""}
 
 

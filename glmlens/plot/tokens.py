@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from glmlens.plot.data import Numbers, to_float_array
+from glmlens.plot.arrays import Numbers, to_float_array
 from glmlens.plot.style import show_control_characters
 from glmlens.results import Labelled
 

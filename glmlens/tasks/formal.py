@@ -4,7 +4,7 @@ import random
 
 from glmlens.tasks.task import PROBABILITY_DIFFERENCE, Item, Task, TaskError, TextWithSpans, item
 from glmlens.tasks.words import ADJECTIVES, ARGUMENTS, BRACKETS, EVENTS, FUNCTIONS, THING_NOUNS, TYPES, WORD_SERIES
-from glmlens.tokenizer import Tokenizer
+from glmlens.text.tokenizer import Tokenizer
 
 
 def draw_induction(draw: random.Random, tokenizer: Tokenizer | None) -> Item:

@@ -16,7 +16,7 @@ from glmlens.tasks.words import (
     THING_NOUNS,
     VERBS,
 )
-from glmlens.tokenizer import Tokenizer
+from glmlens.text.tokenizer import Tokenizer
 
 ALL_NAMES = PERSON_NAMES["he"] + PERSON_NAMES["she"]
 CLAUSE_OPENERS = "When While After Before Once As Because".split()  # these make a clause, which a comma ends

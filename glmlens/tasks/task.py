@@ -12,14 +12,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from glmlens.errors import GlmlensError
 from glmlens.integers import Integer, read_integer
-from glmlens.tokenizer import Tokenizer
+from glmlens.text.tokenizer import Tokenizer
 
 LOGIT_DIFFERENCE = "logit difference"
 PROBABILITY_DIFFERENCE = "probability difference"
 
 
-class TaskError(ValueError):
+class TaskError(GlmlensError, ValueError):
     """An item that cannot be asked under this tokenizer, or a position that an example has not got."""
 
 
@@ -239,7 +240,7 @@ class Task:
         return Examples(self, tuple(found), dict(dropped))
 
 
-class UnaskableItem(ValueError):
+class UnaskableItem(GlmlensError, ValueError):
     """Why an item cannot be asked under a tokenizer, in a word and with its tokens."""
 
     def __init__(self, reason: str, shown: str):

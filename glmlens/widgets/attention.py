@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from glmlens.analysis.pattern import layer_pattern, pattern_points
+from glmlens.analysis.attention import layer_pattern, pattern_points
 from glmlens.lens import Lens
-from glmlens.patch.changes import to_token_ids
+from glmlens.patch.values import to_token_ids
 from glmlens.plot import attention_pattern
 from glmlens.plot.style import show_control_characters
-from glmlens.prompt import Prompt
+from glmlens.text.prompts import Prompt
 from glmlens.widgets.base import Explorer, prompt_box
 from glmlens.widgets.heads import HeadsWidget, pack_head, pack_thumbnails
 

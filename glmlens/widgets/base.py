@@ -16,7 +16,7 @@ import plotly.graph_objects as go
 
 from glmlens.integers import read_integer
 from glmlens.lens import Lens
-from glmlens.prompt import Prompt
+from glmlens.text.prompts import Prompt
 from glmlens.widgets.chart import Chart
 
 PROGRESS_INTERVAL = 0.1  # seconds between two signs of progress

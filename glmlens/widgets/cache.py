@@ -10,17 +10,17 @@ import plotly.graph_objects as go
 from torch import Tensor
 
 from glmlens import cache
-from glmlens.analysis.entries import CacheReads, cache_reads, label_keys
-from glmlens.analysis.leave_out import leave_one_out
-from glmlens.analysis.rows import layer_labels, token_label
+from glmlens.analysis.batch import layer_labels, token_label
+from glmlens.analysis.cache_reads import CacheReads, cache_reads, label_keys
+from glmlens.analysis.leave_one_out import leave_one_out
 from glmlens.lens import Lens
-from glmlens.patch.timeline import Timeline
 from glmlens.plot import cache_norms, heatmap
-from glmlens.prompt import Prompt
 from glmlens.results import Labelled
+from glmlens.text.prompts import Prompt
+from glmlens.timeline.timeline import Timeline
 from glmlens.widgets.base import ROW_LAYOUT
 from glmlens.widgets.chart import Chart, block_size
-from glmlens.widgets.runs import GenerationsExplorer
+from glmlens.widgets.generations import GenerationsExplorer
 
 READ_UNITS = {"attention": "share of attention", "weighted": "length written", "direct": "logits"}
 LOSS_UNITS = {"kl": "nats", "logit": "logits"}

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 import traitlets as T
 from plotly.offline import get_plotlyjs
 
-from glmlens.widgets.own import PageWidget, read_javascript
+from glmlens.widgets.anywidget_base import PageWidget, read_javascript
 
 CellIndex = tuple[int | tuple[int, int], int | tuple[int, int]]
 

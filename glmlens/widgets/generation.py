@@ -9,19 +9,19 @@ import numpy as np
 import plotly.graph_objects as go
 import torch
 
-from glmlens.analysis.rows import Token, layer_labels, upcast
-from glmlens.analysis.rows import token_label as spelt
+from glmlens.analysis.batch import Token, layer_labels, upcast
+from glmlens.analysis.batch import token_label as spelt
 from glmlens.integers import read_integer
 from glmlens.lens import Lens
-from glmlens.patch.timeline import Timeline
 from glmlens.plot.bars import bars
 from glmlens.plot.heatmaps import draw_heatmap, hover_candidates
 from glmlens.plot.style import Look, escape_text, show_control_characters
-from glmlens.prompt import Prompt
 from glmlens.results import Labelled
+from glmlens.text.prompts import Prompt
+from glmlens.timeline.timeline import Timeline
 from glmlens.widgets.base import ROW_LAYOUT
 from glmlens.widgets.chart import MAX_CELLS, Chart, block_size
-from glmlens.widgets.runs import GenerationsExplorer
+from glmlens.widgets.generations import GenerationsExplorer
 
 TOP_TOKENS = 8  # tokens of a layer and step
 MAX_LABELLED_STEPS = 20  # steps whose words are written in their cells

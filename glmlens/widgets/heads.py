@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d
 
 from glmlens.plot.style import MAGNITUDE
-from glmlens.widgets.own import PageWidget, read_javascript
+from glmlens.widgets.anywidget_base import PageWidget, read_javascript
 
 THUMBNAIL_BLOCKS, HEAD_BLOCKS, LINKS_PER_TOKEN = (
     128,

@@ -10,19 +10,19 @@ import plotly.graph_objects as go
 import torch
 import traitlets as T
 
+from glmlens.analysis.batch import to_numpy, token_label
 from glmlens.analysis.distance import DistanceProfile, distance_profile
 from glmlens.analysis.rotary import ScoreParts, format_wavelength, pair_frequencies_of, score_parts, wavelengths
-from glmlens.analysis.rows import to_numpy, token_label
 from glmlens.integers import read_integer, read_integers
 from glmlens.lens import Lens
-from glmlens.patch.changes import to_token_ids
+from glmlens.patch.values import to_token_ids
 from glmlens.plot import attention_pattern, lines
 from glmlens.plot.style import GREY
-from glmlens.prompt import Prompt
 from glmlens.results import Labelled
+from glmlens.text.prompts import Prompt
 from glmlens.widgets.base import ROW_LAYOUT, Explorer, prompt_box
 from glmlens.widgets.chart import Chart, block_size
-from glmlens.widgets.runs import TextLines
+from glmlens.widgets.generations import TextLines
 
 MAX_WAVES = 8  # waves, the largest
 MIN_MAX_DISTANCE = 64  # tokens that the distances reach at least

@@ -1,0 +1,231 @@
+"""Edge attribution, native to grouped queries: an ordinary backward pass, pulled back to what every reader read.
+
+EAP: Syed, Rager and Conmy 2023 (arXiv 2310.10348); with integrated gradients: Hanna, Pezzelle and Belinkov 2024 (arXiv
+2403.17806), section 3. No input is split for it: the gradient at a reader's own product (a query, key, value or norm)
+goes back through its weight and the norm to what that reader alone read of the residual stream.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from glmlens.circuits.graph import Edge, Graph
+from glmlens.hook_points import Point
+from glmlens.hooks import Hooks
+from glmlens.integers import Integer, read_integer
+from glmlens.lens import Lens
+from glmlens.model import RMSNorm
+from glmlens.patch.evaluate import describe_length_mismatch, of_task
+from glmlens.patch.gradients import RecordedGradients, record_gradients
+from glmlens.patch.metrics import Metric, as_metric
+from glmlens.patch.sites import PatchError
+from glmlens.patch.values import to_token_ids
+from glmlens.tasks.task import Examples
+from glmlens.text.prompts import Prompt
+
+READER_GRADIENT_POINTS = ("attn.q", "attn.k", "attn.v", "ln2.normalized")
+READER_INPUT_POINTS = ("resid_pre", "resid_mid")
+WRITER_POINTS = ("attn.z", "mlp_out")
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeScores:
+    """A score for every edge: about how much the metric changes when the corrupt run's value goes along it.
+
+    `scores` [reader, writer] are means over pairs, 0 where there is no edge; an edge that the task needs is negative.
+    `completeness` is |Σ scores of the embedding's edges - (corrupt - clean)| / |corrupt - clean|: how far they are
+    from accounting for the whole difference.
+    """
+
+    graph: Graph
+    scores: Float[Tensor, "reader writer"] = field(repr=False)
+    completeness: float
+    about: dict[str, str]
+
+    def __getitem__(self, edge: Edge) -> float:
+        """The score of (writer, reader), as in ("3.head1", "5.k0")."""
+        writer, reader = edge
+        w, r = self.graph.writers.index(writer), self.graph.readers.index(reader)
+        if not bool(self.graph.mask[r, w]):
+            raise KeyError(f"no edge from {writer} to {reader}: it writes later than that reads")
+        return float(self.scores[r, w])
+
+    def top(self, n: Integer = 10) -> list[tuple[Edge, float]]:
+        """The n edges whose scores are largest in magnitude."""
+        n = min(read_integer(n, "n", least=1, error=PatchError), self.scores.numel())
+        best = self.scores.abs().flatten().topk(n).indices.tolist()
+        width, names = len(self.graph.writers), self.graph
+        return [((names.writers[i % width], names.readers[i // width]), float(self.scores.flatten()[i])) for i in best]
+
+
+def attribute_edges(
+    lens: Lens,
+    clean: Prompt | Examples,
+    corrupt: Prompt | str | None,
+    *,
+    metric: Any = None,
+    method: str = "eap",
+    steps: Integer = 5,
+) -> EdgeScores:
+    """Scores of all edges from pairs of prompts of one length, changed from clean to corrupt.
+
+    "eap" takes the gradient at the clean run; "eap-ig" its mean over `steps` runs at the midpoints of a straight line
+    between the two embeddings. Arguments are those of `sweep`. Raises PatchError for pairs of several lengths.
+    """
+    if method not in ("eap", "eap-ig"):
+        raise PatchError(f"method is {method!r}; choose 'eap' or 'eap-ig'")
+    steps = read_integer(steps, "steps", least=1, error=PatchError)
+    one, other, read = prepare_pairs(lens, clean, corrupt, metric)
+    graph = Graph.from_config(lens.cfg)
+    names = [
+        f"blocks.{i}.{local}" for i in range(lens.cfg.n_layers) for local in (*READER_INPUT_POINTS, *WRITER_POINTS)
+    ]
+    names += [f"blocks.{lens.cfg.n_layers - 1}.resid_post"]
+    runs = [record_gradients(lens, tokens, read, ["embed"], record_names=names) for tokens in (one, other)]
+    difference = [b - a for a, b in zip(*(compute_writer_outputs(lens, run) for run in runs), strict=True)]
+
+    path = [None] if method == "eap" else [(k + 0.5) / steps for k in range(steps)]
+    scores = torch.zeros(len(graph.readers), len(graph.writers), dtype=score_dtype(lens), device=lens.device)
+    for alpha in path:
+        hooks = (
+            None if alpha is None else interpolate_embeddings(runs[0].values["embed"], runs[1].values["embed"], alpha)
+        )
+        scores += compute_edge_scores(lens, graph, one, read, difference, hooks) / len(path)
+    scores /= len(one)
+    change = float((runs[1].metric - runs[0].metric).mean())
+    missing = abs(float(scores[:, 0].sum()) - change) / max(abs(change), 1e-12)
+    about = {
+        "metric": read.name,
+        "method": method if method == "eap" else f"{method}, {steps} midpoints",
+        "sign": "corrupt - clean: an edge that the task needs is negative",
+        "heads": "queries by query head, keys and values by group",
+        "pairs": str(len(one)),
+        "baselines": f"clean {float(runs[0].metric.mean()):.4g}, corrupt {float(runs[1].metric.mean()):.4g}",
+        "completeness": f"{missing:.3g} of the difference is not accounted for by the embedding's edges",
+        "model": lens.model_hash,
+    }
+    return EdgeScores(graph, scores, missing, about)
+
+
+def prepare_pairs(
+    lens: Lens, clean: Any, corrupt: Any, metric: Any
+) -> tuple[Int[Tensor, "example pos"], Int[Tensor, "example pos"], Metric]:
+    """Pairs of one length as tokens, and what to measure; PatchError for several lengths."""
+    clean, corrupt, metric, _ = of_task(clean, corrupt, metric, ())
+    if corrupt is None:
+        raise PatchError("no corrupt prompts: give one for every clean one")
+    one, other = to_token_ids(lens, clean), to_token_ids(lens, corrupt)
+    if len(one) != len(other):
+        raise PatchError(f"{len(one)} clean and {len(other)} corrupt prompts: they are compared in pairs")
+    for a, b in zip(one, other, strict=True):
+        if len(a) != len(b):
+            raise PatchError(describe_length_mismatch(lens, a, b))
+    if len(set(map(len, one))) > 1:
+        raise PatchError(
+            f"prompts of {sorted(set(map(len, one)))} tokens: take one length, as examples.of_length() does"
+        )
+    rows = (torch.tensor(row, device=lens.device) for row in (one, other))
+    return *rows, as_metric(metric, lens, len(one))  # type: ignore[return-value]
+
+
+def score_dtype(lens: Lens) -> torch.dtype:
+    return torch.promote_types(lens.dtype, torch.float32)
+
+
+def interpolate_embeddings(clean: Tensor, corrupt: Tensor, alpha: float) -> Hooks:
+    """A hook that puts the embedding on the line, 0 the corrupt one and 1 the clean one."""
+
+    def replace_embedding(x: Tensor, point: Point) -> Tensor:
+        return corrupt + alpha * (clean - corrupt)
+
+    return [("embed", replace_embedding)]
+
+
+def compute_writer_outputs(lens: Lens, run: RecordedGradients) -> list[Float[Tensor, "example pos writer model"]]:
+    """What is added to the residual stream: by the embedding, and by each layer's heads and its MLP."""
+    out = [run.values["embed"].unsqueeze(2)]
+    for i, block in enumerate(lens.model.blocks):
+        heads = einsum(run.values[f"blocks.{i}.attn.z"], lens.W_O[i],
+                       "batch pos head d, head d model -> batch pos head model")  # fmt: skip
+        out.append(apply_post_norm_by_head(block.ln1_post, heads))
+        out.append(run.values[f"blocks.{i}.mlp_out"].unsqueeze(2))
+    return out
+
+
+def apply_post_norm_by_head(
+    norm: Any, parts: Float[Tensor, "batch pos head model"]
+) -> Float[Tensor, "batch pos head model"]:
+    """Each head's share of attention's output: after glm4's norm, its part of what is normed with the sum's scale."""
+    if not isinstance(norm, RMSNorm):
+        return parts
+    total = parts.sum(2, keepdim=True)
+    exact = total.to(torch.promote_types(total.dtype, torch.float32))
+    scale = torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + norm.eps)
+    return norm.weight * (parts.to(exact.dtype) * scale).to(parts.dtype)
+
+
+def backpropagate_norm(norm: Any, x: Float[Tensor, "batch pos model"], gradient: Tensor) -> Tensor:
+    """The gradient [batch pos reader model] at x from those at norm(x): [γ⊙g - x̂ mean(x̂⊙γ⊙g)] / rms."""
+    scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.eps).unsqueeze(2)
+    unit, g = x.unsqueeze(2) * scale, norm.weight * gradient
+    return scale * (g - unit * (unit * g).mean(-1, keepdim=True))
+
+
+def compute_edge_scores(
+    lens: Lens,
+    graph: Graph,
+    tokens: Int[Tensor, "example pos"],
+    metric: Metric,
+    difference: list[Tensor],
+    hooks: Hooks | None,
+) -> Float[Tensor, "reader writer"]:
+    """Δ written · gradient at what is read, for every edge, summed over examples and positions."""
+    n = lens.cfg.n_layers
+    names = [f"blocks.{i}.{local}" for i in range(n) for local in READER_GRADIENT_POINTS] + ["ln_final.normalized"]
+    also = [f"blocks.{i}.{local}" for i in range(n) for local in READER_INPUT_POINTS] + [f"blocks.{n - 1}.resid_post"]
+    run = record_gradients(lens, tokens, metric, names, hooks, also)
+    scores = torch.zeros(len(graph.readers), len(graph.writers), dtype=score_dtype(lens), device=lens.device)
+    for i in range(n):
+        norm, resid = lens.model.blocks[i].ln1, run.values[f"blocks.{i}.resid_pre"]
+        slope = backpropagate_norm(norm, resid, attention_input_gradients(lens, run, i))
+        fill_reader_scores(scores, graph.attention_reader_slice(i), slope, difference[: 1 + 2 * i])
+        norm, resid = lens.model.blocks[i].ln2, run.values[f"blocks.{i}.resid_mid"]
+        slope = backpropagate_norm(norm, resid, run.gradients[f"blocks.{i}.ln2.normalized"].unsqueeze(2))
+        fill_reader_scores(
+            scores,
+            slice(graph.attention_reader_slice(i).stop, graph.attention_reader_slice(i).stop + 1),
+            slope,
+            difference[: 2 + 2 * i],
+        )
+    resid = run.values[f"blocks.{n - 1}.resid_post"]
+    slope = run.gradients["ln_final.normalized"]
+    slope = torch.nn.functional.pad(slope, (0, 0, resid.shape[1] - slope.shape[1], 0)).unsqueeze(2)
+    fill_reader_scores(scores, slice(-1, None), backpropagate_norm(lens.model.ln_final, resid, slope), difference)
+    return scores
+
+
+def attention_input_gradients(
+    lens: Lens, run: RecordedGradients, layer: int
+) -> Float[Tensor, "batch pos reader model"]:
+    """The gradients at attention's input by reader: queries by head, keys and values by group."""
+    parts = []
+    for point, W in (("q", lens.W_Q[layer]), ("k", lens.W_K[layer]), ("v", lens.W_V[layer])):
+        slope = run.gradients[f"blocks.{layer}.attn.{point}"]
+        parts.append(einsum(slope, W, "batch pos head d, head model d -> batch pos head model"))
+    return torch.cat(parts, 2)
+
+
+def fill_reader_scores(
+    scores: Tensor, rows: slice, gradient: Float[Tensor, "batch pos reader model"], difference: list[Tensor]
+) -> None:
+    """Fill in the scores of some readers with the writers before them, a layer of writers at a time."""
+    start, exact = 0, scores.dtype
+    reader = rearrange(gradient.to(exact), "batch pos reader model -> reader (batch pos model)")
+    for part in difference:
+        writer = rearrange(part.to(exact), "batch pos writer model -> writer (batch pos model)")
+        scores[rows, start : start + len(writer)] = reader @ writer.T
+        start += len(writer)

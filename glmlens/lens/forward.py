@@ -1,0 +1,428 @@
+"""Running a model: plain, recorded and edited, in one pass; and what that would be, before it is paid for."""
+
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, TypedDict, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from typing_extensions import Unpack
+
+from glmlens.config import CheckpointError, GLMConfig
+from glmlens.foreign_keywords import refuse_keywords
+from glmlens.hook_points import HookError, Point
+from glmlens.hooks import Hook, Hooks, off
+from glmlens.integers import as_python, read_integer, read_integers
+from glmlens.kv_cache import KVCache, refuse_other_caches
+from glmlens.lens.weights import ModelHash, Stamp, stamp_of
+from glmlens.loading.checkpoint import refuse_rewritten_files
+from glmlens.model import absolute_positions
+from glmlens.recording import recorder as record
+from glmlens.recording.activations import Activations, RunInfo
+from glmlens.recording.check import MetaDeviceMode, Points, RunCheck
+from glmlens.recording.dictionaries import DictionaryHook, InsertedDictionary
+from glmlens.recording.recorder import ForwardStopped, GenerationRecorder, RecordingHook, RunPlan
+from glmlens.text.prompt_kinds import TokenizedPrompts
+from glmlens.text.prompts import Prompt, TextMixin
+
+PointNames = str | Sequence[str]
+LogitMetric = Callable[[Tensor], Tensor]
+HALF = torch.finfo(torch.float16).max
+
+
+class ForwardOptions(TypedDict, total=False):
+    """What a forward takes besides its prompt and hook; see `GLM.forward`."""
+
+    kv: KVCache | None
+    start_layer: Any
+    stop_layer: Any
+    position_ids: Tensor | None
+    attention_mask: Tensor | None
+    inputs_embeds: Tensor | None
+    logits_to_keep: Any
+
+
+def read_positions_to_keep(asked: Any) -> int | Tensor:
+    """How many of the last positions logits are wanted for, or the indices of some in a tensor."""
+    if isinstance(asked, Tensor) and asked.ndim == 1 and not asked.is_floating_point():
+        return asked  # indices, or a mask as long as the positions
+    if isinstance(as_python(asked), Iterable | slice):
+        return torch.tensor(read_integers(asked, "logits_to_keep", negative=True))
+    return read_integer(asked, "logits_to_keep")
+
+
+class ForwardMixin(TextMixin):
+    """One pass of `self.model`: what it says, what is in it, and what it would say otherwise."""
+
+    dictionaries: tuple[InsertedDictionary, ...] = ()
+
+    def __init__(self) -> None:
+        self._point_names: list[str] = []
+        self._said_beyond_context = False
+        self._hash = ModelHash()
+        self._sound_at: Stamp | None = None  # the weights that were looked at, when a run gave cause, and are finite
+
+    def __call__(
+        self, prompt: Prompt | None = None, **forward: Unpack[ForwardOptions]
+    ) -> Float[Tensor, "batch kept vocab"]:
+        """The logits of the published model; with stop_layer, the residual stream that enters that layer."""
+        self.before_run(forward)
+        out = self.model(self.prepare_inputs(prompt, forward), **forward)
+        self.check_weights_finite(out[:, -1:])
+        return out
+
+    def run_with_cache(
+        self,
+        prompt: Prompt | None = None,
+        names: PointNames = "all",
+        hooks: Hooks | None = None,
+        *,
+        logits: bool = True,
+        gradients_of: LogitMetric | None = None,
+        **forward: Unpack[ForwardOptions],
+    ) -> tuple[Tensor | None, Activations]:
+        """The logits, and what was at the named points after all hooks.
+
+        `names` are names ("blocks.3.attn.z"), globs ("blocks.*.resid_post"), layer-local names ("resid_post") or
+        "all". What follows from other points asked for is not stored but derived when it is read. With `logits=False`
+        the run ends after the last point asked for, and None stands for the logits. `gradients_of`, a function of the
+        logits to one number or one per row, also leaves its gradient at every point, `acts.gradients`.
+        Raises HookError for a name that matches nothing.
+        """
+        return self._run_and_record(prompt, names, hooks, logits, forward, gradients_of)
+
+    def run_with_hooks(
+        self, prompt: Prompt | None = None, hooks: Hooks | None = None, **forward: Unpack[ForwardOptions]
+    ) -> Float[Tensor, "batch kept vocab"]:
+        """Logits with `hooks`, {"blocks.3.attn.z": fn} or [("blocks.*.attn.z", fn), ...], run in the order given.
+
+        `fn(x, point)` gets a copy of the tensor there and returns what the model should use instead.
+        """
+        return cast(Tensor, self._run_and_record(prompt, (), hooks, True, forward)[0])
+
+    def _run_and_record(
+        self,
+        prompt: Prompt | None,
+        names: PointNames,
+        hooks: Hooks | None,
+        logits: bool,
+        forward: ForwardOptions,
+        metric: LogitMetric | None = None,
+    ) -> tuple[Tensor | None, Activations]:
+        self.before_run(forward)
+        tokens, kv = self.prepare_inputs(prompt, forward), forward.get("kv")
+        plan = RunPlan.from_request(self.list_passed_points(tokens, forward), names, hooks)
+        if metric is None:
+            plan.store_only_needed(self.model, self._find_edited_points(plan), kv is not None and kv.length > 0)
+        watch = self._make_recording_hook(plan, tokens, forward)
+        of = self.make_run_info(
+            prompt, tokens, kv, watch.positions, watch.key_positions, self._find_edited_points(plan)
+        )
+        plan.check_possible(watch)
+        if metric is not None:
+            return self._run_with_gradients(tokens, forward, watch, metric, of)
+        watch.stop_when_done = not logits and kv is None
+        try:
+            out = self.model(tokens, hook=self._insert_dictionaries(watch), **forward)
+        except ForwardStopped:
+            out = None
+        kept = watch.compact_values()
+        if out is not None and out.shape[1]:
+            self.check_weights_finite(out[:, -1:])
+        elif kept:  # the run ended early, or was asked for the logits of no position
+            self.check_weights_finite(next(reversed(kept.values())))
+        return out if logits else None, Activations(kept, plan.recorded_names, of)
+
+    def check_weights_finite(self, out: Tensor) -> None:
+        """Raise CheckpointError naming a weight that is not finite, if there is one and `out` is not finite either.
+
+        A weight is a number for all that loading knows: looking at each would read the whole file. What a run comes to
+        at its last position, or the last that it records, shows it for nothing. Where the weights are sound, an
+        overflow or a hook did it.
+        """
+        if out.is_meta or bool(out.isfinite().all()):
+            return
+        stamp = stamp_of(self.model)
+        if self._sound_at == stamp:
+            return
+        for name, p in self.model.named_parameters():
+            if (count := int((~p.isfinite()).sum())) > 0:
+                why = "the file is bad, or an edit made them so"
+                if p.dtype == torch.float16:
+                    why = f"float16 ends at {HALF:,.0f}: load with dtype='bfloat16' or 'float32'; if they stay, {why}"
+                raise CheckpointError(f"{name}: {count:,} of its {p.numel():,} numbers are nan or infinite: {why}")
+        self._sound_at = stamp
+
+    def refuse_nan(self, logits: Tensor, edited: bool) -> None:
+        """Raise HookError for logits by which no token can be chosen, though every weight is a number."""
+        if not bool(logits.isnan().any()):
+            return
+        self.check_weights_finite(logits)
+        why = "a hook made them so, or " if edited else ""
+        hint = ": load with dtype='bfloat16' or 'float32'" if self.dtype == torch.float16 else ""
+        raise HookError(
+            f"the logits are nan, and no token can be chosen by them: {why}a sum went beyond "
+            f"{torch.finfo(self.dtype).max:,.5g}, where {str(self.dtype).removeprefix('torch.')} ends{hint}"
+        )
+
+    def before_run(self, forward: ForwardOptions) -> None:
+        """Raise an error if this run cannot be right: another's KV cache, or a file of weights that was rewritten."""
+        refuse_other_caches(forward.get("kv"), self.cfg, self.dtype, self.device)
+        refuse_rewritten_files(self.model)
+
+    def _run_with_gradients(
+        self,
+        tokens: Tensor | None,
+        forward: ForwardOptions,
+        hook: RecordingHook,
+        metric: LogitMetric,
+        run_info: RunInfo,
+    ) -> tuple[Tensor, Activations]:
+        """A run whose graph begins at the embeddings, the metric of it, and the gradient at every kept point."""
+        if any(p.is_inference() for p in self.model.parameters()):
+            raise HookError("no gradients here: this model was made under torch.inference_mode(); load it outside")
+        hook.with_gradients = True
+        with torch.inference_mode(False), torch.enable_grad():
+            entering = cast(Tensor, forward.pop("inputs_embeds", None) if tokens is None else tokens)
+            if not entering.is_floating_point():
+                entering = self.model.embed(entering)
+            entering = entering.detach().requires_grad_()
+            if forward.get("start_layer"):
+                logits = self.model(entering, hook=self._insert_dictionaries(hook), **forward)
+            else:
+                logits = self.model(hook=self._insert_dictionaries(hook), **{**forward, "inputs_embeds": entering})
+            self.check_weights_finite(logits[:, -1:])
+            value = metric(logits)
+            if not isinstance(value, Tensor) or not value.requires_grad:
+                raise HookError(f"gradients_of must give a number that follows from the logits; it gave {value!r:.80}")
+            if value.ndim and value.shape != (len(logits),):
+                raise HookError(
+                    f"gradients_of must give one number, or one per row [{len(logits)}]; it gave {tuple(value.shape)}: "
+                    f"end it with .sum() if the sum is meant"
+                )
+            kept = dict(hook.values)
+            found = torch.autograd.grad(value.sum(), list(kept.values()), allow_unused=True)
+        gradients = {
+            name: torch.zeros_like(x) if g is None else g for (name, x), g in zip(kept.items(), found, strict=True)
+        }
+        run_info = replace(run_info, model=None)  # a gradient does not follow from others as a value does
+        values, named = {name: x.detach() for name, x in kept.items()}, hook.plan.recorded_names
+        return logits.detach(), Activations(values, named, run_info, Activations(gradients, named, run_info))
+
+    def make_run_info(
+        self,
+        prompt: Prompt | None,
+        tokens: Tensor | None,
+        kv: KVCache | None,
+        positions: Tensor,
+        key_positions: Tensor,
+        edited: frozenset[str] = frozenset(),
+    ) -> RunInfo:
+        """What a recording is of."""
+        stamp, found, model = stamp_of(self.model), self._hash, self.model
+        return RunInfo(
+            None if tokens is None or tokens.is_floating_point() else tokens,
+            positions,
+            key_positions,
+            model,
+            lambda: found.at(stamp, model),
+            self.tokenizer,
+            prompt.at if isinstance(prompt, TokenizedPrompts) else None,
+            edited,
+            past_entries=kv is not None and kv.length > 0,
+            unchanged=lambda: stamp == stamp_of(model),
+        )
+
+    def _make_recording_hook(self, plan: RunPlan, tokens: Tensor | None, forward: ForwardOptions) -> RecordingHook:
+        """The hook of one plain forward, which knows the positions that the forward will have."""
+        entering = cast(Tensor, forward.get("inputs_embeds") if tokens is None else tokens)
+        kv, ids, mask = forward.get("kv"), forward.get("position_ids"), forward.get("attention_mask")
+        if kv is not None:
+            kv.check_fits(self.cfg, torch.empty(entering.shape[0], 0, 0, dtype=self.dtype, device=self.device))
+        positions = absolute_positions(entering.shape[:2], entering.device, kv, ids, mask)
+        key_positions = positions if kv is None else kv.concatenate_positions(positions)
+        not_ours = (record.KV_VIEWS if kv is not None else frozenset()) | ({"embed"} if tokens is None else frozenset())
+        return RecordingHook(plan, 0, positions, key_positions, not_ours, forward.get("logits_to_keep"))
+
+    def list_passed_points(self, tokens: Tensor | None, forward: ForwardOptions) -> list[str]:
+        """The points that a forward of these arguments comes by, in order."""
+        if not self._point_names:
+            self._point_names = list(self._trace_points())
+        start, stop = forward.get("start_layer", 0), forward.get("stop_layer")
+        layers = self.model.layers(start, stop)
+        ends = {"embed"} if tokens is None or not tokens.is_floating_point() else set()
+        ends |= {"ln_final.scale", "ln_final.normalized", "logits"} if stop is None else set()
+        return [
+            n for n in self._point_names if n in ends or (n.startswith("blocks.") and int(n.split(".")[1]) in layers)
+        ]
+
+    def _trace_points(self, *shape: int, past: int = 0, logits_to_keep: int | Tensor | None = None) -> dict[str, Point]:
+        """Every point of this model, and of the dictionaries spliced into it, in the order in which they fire."""
+        found = record.trace_points(self.model, *shape, past=past, logits_to_keep=logits_to_keep)
+        for splice in self.dictionaries:
+            found = {point.name: point for name in found for point in splice.surround_point(found[name])}
+        return found
+
+    # ---- dictionaries ----
+
+    def _insert_dictionaries(self, hook: Hook) -> Hook:
+        return DictionaryHook(hook, self.dictionaries) if self.dictionaries and hook is not off else hook
+
+    def make_step_hooks(self, recorder: GenerationRecorder) -> Callable[[int, Tensor, Tensor], Hook]:
+        """What hooks each step of a generation."""
+        return lambda step, positions, keys: self._insert_dictionaries(recorder.make_step_hook(step, positions, keys))
+
+    def _find_edited_points(self, plan: RunPlan) -> frozenset[str]:
+        """The points whose values edits change: their own, and those that edited features write."""
+        edited = frozenset(plan.edits_by_point)
+        return edited | {s.writes for s in self.dictionaries if s.features in edited or s.error in edited}
+
+    # ---- before it is paid for ----
+
+    def points(self, prompt: Prompt | None = None) -> Points:
+        """The catalogue of points alive in this model, with shapes for `prompt` (by default one token)."""
+        shape = (1, 1) if prompt is None else self.to_batch(prompt, may_be_open=True)[0].shape
+        return Points(self._trace_points(*shape).values())
+
+    def check(
+        self,
+        prompt: Prompt | None = None,
+        names: PointNames = (),
+        hooks: Hooks | None = None,
+        **forward: Unpack[ForwardOptions],
+    ) -> RunCheck:
+        """What a run would store, what that weighs, and where its hooks fire, found on the meta device.
+
+        Nothing is computed: hooks are called with tensors without numbers, and one that needs numbers is reported and
+        passed over. Raises what the run would raise: HookError for a name that matches nothing or a result that does
+        not fit.
+        """
+        self.before_run(forward)
+        tokens, kv = self.prepare_inputs(prompt, forward), forward.get("kv")
+        order = self.list_passed_points(tokens, forward)
+        plan = RunPlan.from_request(order, names, hooks)
+        watch = self._make_recording_hook(plan, tokens, forward)
+        watch.real_device = self.device
+        batch, pos = watch.positions.shape
+        past, keep = kv.length if kv else 0, forward.get("logits_to_keep")
+        points = self._trace_points(batch, pos, past=past, logits_to_keep=keep)
+        plan.check_possible(watch)
+        plan.store_only_needed(self.model, self._find_edited_points(plan), bool(past))
+        with MetaDeviceMode():
+            for point in (points[name] for name in order if name in plan.edits_by_point):
+                watch(point.name, torch.empty(point.shape, dtype=point.dtype, device="meta"))
+        stored = Points(points[name] for name in plan.recorded_names if name in plan.stored_names)
+        return RunCheck(
+            Points(points[name] for name in plan.recorded_names), stored, plan.list_hook_calls(), watch.edit_errors
+        )
+
+    def prepare_inputs(self, prompt: Prompt | None, forward: ForwardOptions) -> Tensor | None:
+        """What `GLM.forward` takes first; the mask that padding of texts needs goes into `forward`.
+
+        Raises TypeError for a keyword that no forward takes; ValueError for embeddings or a residual stream of which it
+        cannot be known whether they are padded.
+        """
+        refuse_keywords("a run", forward.keys() - ForwardOptions.__annotations__.keys(), ForwardOptions.__annotations__)
+        if prompt is None and forward.get("inputs_embeds") is None:
+            raise TypeError("no prompt: give text, chat messages, token ids, or inputs_embeds=")
+        for name in ("start_layer", "stop_layer"):
+            if (layer := forward.get(name)) is not None:
+                forward[name] = read_integer(layer, name)
+        if (positions := forward.get("logits_to_keep")) is not None:
+            forward["logits_to_keep"] = read_positions_to_keep(positions)
+        for name in ("position_ids", "attention_mask", "inputs_embeds"):
+            if (given := forward.get(name)) is not None:
+                forward[name] = given.to(self.device, torch.long if name == "attention_mask" else None)
+        kv = forward.get("kv")
+        if prompt is None or (isinstance(prompt, Tensor) and prompt.is_floating_point() and prompt.ndim == 3):
+            entering = cast(Tensor, forward.get("inputs_embeds") if prompt is None else prompt.to(self.device))
+            self._refuse_unknown_padding(entering, forward)
+            tokens = None if prompt is None else entering
+        else:
+            given, prompt = forward.get("attention_mask"), self.continue_prompt(prompt, kv)
+            entering, forward["attention_mask"] = self.to_batch(prompt, kv is None or kv.length == 0, given)
+            tokens = entering
+        mask = forward.get("attention_mask")
+        if mask is not None and mask.shape == entering.shape[:2] and not mask.is_meta and bool(mask.all()):
+            forward["attention_mask"] = mask = None  # the same as no mask, by the same path
+        self.warn_beyond_context(count_positions(entering, kv, mask))
+        return tokens
+
+    def _refuse_unknown_padding(self, entering: Tensor, forward: ForwardOptions) -> None:
+        """Raise ValueError for floats that may be padded, where neither a mask nor positions say whether they are."""
+        known = forward.get("attention_mask") is not None or forward.get("position_ids") is not None
+        if known or entering.is_meta or entering.ndim != 3 or entering.shape[1] < 2:
+            return
+        batch, pos, _ = entering.shape
+        type_this = f"pass attention_mask=torch.ones({batch}, {pos}) where none are, or that of lens.to_batch(texts)"
+        if forward.get("start_layer", 0) > 0:
+            if batch > 1:
+                raise ValueError(
+                    f"a residual stream of {batch} rows that enters layer {forward.get('start_layer')}: which of its "
+                    f"positions are padding cannot be seen; {type_this}"
+                )
+            return
+        padding = self.model.embed.weight[self.pad_id].to(entering)
+        if entering.shape[2] == len(padding) and bool((entering[:, 0] == padding).all(-1).any()):
+            raise ValueError(
+                f"embeddings of which a row begins with that of the padding id {self.pad_id}: whether it is padding "
+                f"cannot be seen; {type_this}"
+            )
+
+    def warn_beyond_context(self, positions: int) -> None:
+        """Warn, once for every lens, of a run over more positions than the model was made for."""
+        if positions > self.cfg.n_ctx and not self._said_beyond_context:
+            self._said_beyond_context = True
+            warnings.warn(
+                f"{positions:,} tokens, and this model's context is {self.cfg.n_ctx:,} (max_position_embeddings): "
+                "what it says beyond is not what it was trained for",
+                UserWarning,
+                stacklevel=frames_of_package(),
+            )
+
+    @property
+    def cfg(self) -> GLMConfig:
+        return self.model.cfg
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.ln_final.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.ln_final.weight.device
+
+    @property
+    def model_hash(self) -> str:
+        """12 hex digits that tell this model from others, as it is now; see `weights.ModelHash`."""
+        return self._hash.of(self.model)
+
+    def model_hash_at(self, stamp: Stamp) -> str:
+        """The hash of this model when it had this stamp; "unknown" if it was edited since and not asked for before."""
+        return self._hash.at(stamp, self.model)
+
+    @cached_property
+    def tokenizer_hash(self) -> str:
+        """12 hex digits that tell this tokenizer from others, or "none"."""
+        return "none" if self.tokenizer is None else self.tokenizer.fingerprint()
+
+
+def count_positions(entering: Tensor, kv: KVCache | None, mask: Tensor | None) -> int:
+    """How many positions a run has reached at its end, counted in its longest row."""
+    if mask is None or mask.is_meta or mask.ndim != 2:
+        new = entering.shape[1] if entering.ndim > 1 else 0
+    else:
+        new = int(mask.bool().sum(1).max())
+    return new if kv is None or not kv.length or kv.positions.is_meta else new + int(kv.next_positions().max())
+
+
+def frames_of_package() -> int:
+    """How many calls of this package stand between a warning and the code that called it: its stacklevel."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "glmlens":
+        level, frame = level + 1, frame.f_back
+    return level

@@ -1,0 +1,465 @@
+"""Lens: a GLM, its tokenizer, and what a notebook does with them."""
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypedDict, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from typing_extensions import Unpack
+
+from glmlens import losses
+from glmlens.config import CheckpointError, ConfigReader
+from glmlens.foreign_keywords import NoKeywords, refuse_keywords
+from glmlens.hook_points import HookError
+from glmlens.hooks import Hook, Hooks
+from glmlens.integers import Integer, Integers, read_integer, read_integers
+from glmlens.kv_cache import KVCache
+from glmlens.lens.forward import ForwardMixin, ForwardOptions, PointNames, count_positions
+from glmlens.lens.generation import ActiveGeneration, GenerationResult
+from glmlens.lens.sampling import GenerationStep, Sampling, StepHookFactory, TokenChooser, generate_steps
+from glmlens.lens.weights import WeightsMixin, stamp_of
+from glmlens.loading import checkpoint, hub, saving
+from glmlens.model import GLM
+from glmlens.recording.dictionaries import Coder, place_dictionary
+from glmlens.recording.harvest import Harvest, harvest
+from glmlens.recording.recorder import GenerationRecorder, RunPlan
+from glmlens.storage import expand_path
+from glmlens.text.prompts import Prompt
+from glmlens.text.tokenizer import Tokenizer
+
+BUNDLED_MODEL = Path(__file__).parents[1] / "demo" / "model"
+
+
+class GenerationOptions(TypedDict, total=False):
+    """What a generation takes besides its prompt; see `Lens.generate`."""
+
+    hooks: Hooks | None
+    kv: KVCache | None
+    attention_mask: Tensor | None
+    stop_ids: Integers
+    stop_strings: str | Sequence[str] | None
+    temperature: float | None
+    top_k: Integer | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: Integer | torch.Generator | None
+
+
+def load(
+    path_or_hub_id: str | Path | None = None,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    attention: str = "eager",
+    revision: str | None = None,
+    rope_theta: float | int | None = None,
+    untie: bool = False,
+) -> "Lens":
+    """Open a checkpoint: the small GLM inside this package, a local folder, or a hub id.
+
+    Of a hub repository only config, tokenizer and safetensors are downloaded. The formats are `glm`, `glm4`, `chatglm`,
+    `llama` and `qwen2`; no code of a checkpoint is ever run. `rope_theta` is used instead of the config's.
+    `dtype` defaults to the checkpoint's own; `attention` is "eager" or "sdpa" (faster, without scores and pattern).
+    With `untie`, a tied embedding is parted from the unembedding: an edit of `W_E` leaves `W_U` as it is.
+    With device="meta" only the config is read, for `check` and `points`. Raises CheckpointError.
+    """
+    if path_or_hub_id is None and revision is not None:
+        raise CheckpointError(f"revision {revision!r} of what? Name a hub id; without one the model inside is opened")
+    folder = BUNDLED_MODEL if path_or_hub_id is None else hub.find_checkpoint(path_or_hub_id, revision)
+    chosen = None if dtype is None else checkpoint.parse_dtype(dtype)
+    model = checkpoint.load_model(folder, chosen, device, attention, rope_theta=rope_theta, untie=untie)
+    cfg = folder / "generation_config.json"
+    stated = ConfigReader(checkpoint.read_json(cfg), str(cfg)) if cfg.exists() else ConfigReader({}, str(cfg))
+    stop, pad = stated.read_token_ids("eos_token_id"), stated.read_token_ids("pad_token_id")
+    for name in ("tokenizer.json", "tokenizer.model"):
+        checkpoint.check_regular_file(folder / name, checkpoint.MAX_TOKENIZER_BYTES)
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        checkpoint.check_regular_file(folder / name, checkpoint.MAX_TEXT_BYTES)
+    try:
+        tokenizer = Tokenizer.from_folder(folder)
+    except ValueError as e:
+        raise CheckpointError(str(e)) from e
+    return Lens(model, tokenizer, stop_ids=stop or None, pad_id=pad[0] if pad else None, folder=folder)
+
+
+class Lens(ForwardMixin, WeightsMixin):
+    """A GLM to look into.
+
+    Its parameters are frozen; gradients flow to what a hook returns. No question that is asked of it changes it.
+    """
+
+    def __init__(
+        self,
+        model: GLM,
+        tokenizer: Tokenizer | None = None,
+        *,
+        stop_ids: Sequence[int] | None = None,
+        pad_id: int | None = None,
+        folder: Path | None = None,
+    ):
+        self.folder = folder  # where the tokenizer's files lie, for `save`
+        self.model = model.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        self.stop_ids = model.cfg.eos_token_ids if stop_ids is None else tuple(stop_ids)
+        wishes = (pad_id, model.cfg.pad_token_id, *self.stop_ids, 0)
+        self.pad_id = next(i for i in wishes if i is not None and 0 <= i < model.cfg.d_vocab)
+        super().__init__()
+
+    def with_dictionary(self, writes: str, coder: Coder, *, reads: str | None = None) -> "Lens":
+        """This lens with a sparse autoencoder at a point, or a transcoder from `reads` to `writes`, in its way.
+
+        Its features are a point of their own, "blocks.2.resid_post.features" [batch, pos, feature], and so is what the
+        reconstruction misses, "blocks.2.resid_post.error". The model says what it said before until a feature is
+        edited. The weights are shared; this lens stays as it is. Raises HookError for a point it cannot stand at.
+        """
+        other = copy.copy(self)
+        splice = place_dictionary(coder, reads, writes, self.points(), self.device)
+        if any(splice.writes == known.writes for known in self.dictionaries):
+            raise HookError(f"there is a dictionary at {writes!r} already: its features could not be told apart")
+        other.dictionaries, other._point_names = (*self.dictionaries, splice), []
+        return other
+
+    def harvest(
+        self,
+        prompts: Iterable[Any],
+        names: PointNames,
+        out: str | Path,
+        *,
+        batch: Integer = 16,
+        shard_tokens: Integer = 16_384,
+    ) -> Harvest:
+        """Write what is at the named points, a row per token, for any number of prompts; see `harvest.harvest`."""
+        hashes = {"model": self.model_hash, "tokenizer": self.tokenizer_hash}
+        return harvest(self, prompts, names, out, hashes=hashes, batch=batch, shard_tokens=shard_tokens)
+
+    # ---- generating ----
+
+    def generate(
+        self,
+        prompt: Prompt,
+        max_new_tokens: Integer = 20,
+        *,
+        hooks: Hooks | None = None,
+        names: PointNames = (),
+        kv: KVCache | None = None,
+        attention_mask: Tensor | None = None,
+        stop_ids: Integers = None,
+        stop_strings: str | Sequence[str] | None = None,
+        temperature: float | None = None,
+        top_k: Integer | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: Integer | torch.Generator | None = None,
+        **unknown: Unpack[NoKeywords],
+    ) -> GenerationResult:
+        """Continue the prompt, greedily unless a temperature is given, until every row has said a stop id or string.
+
+        The stop ids are by default the checkpoint's. Sampling is transformers' own, drawn from a generator of this
+        run: the same seed gives the same tokens. A torch.Generator in its place is drawn from and moves on. With `kv`,
+        a repetition penalty is on what is remembered too.
+
+        `hooks` work at every step: `point.step` is 0 for the prompt, `point.positions` are absolute. `names` records
+        what really happened, joined over the steps. With `kv`, the prompt is what comes after the cache, which stays
+        as it was: a text or the next message of a chat, behind the token that was chosen last (it is run first), or of
+        a whole chat what the cache does not hold yet. Interrupting returns what there is. Raises HookError (with what
+        there is as its `.run`) for an edit at a step or position that was never reached, ValueError for a chat that
+        the cache does not hold the beginning of.
+        """
+        refuse_keywords("generate", unknown, ["max_new_tokens", "names", *GenerationOptions.__annotations__])
+        return self.start_generation(
+            prompt,
+            max_new_tokens,
+            names,
+            hooks=hooks,
+            kv=kv,
+            attention_mask=attention_mask,
+            stop_ids=stop_ids,
+            stop_strings=stop_strings,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        ).run_to_end()
+
+    def stream(
+        self, prompt: Prompt, max_new_tokens: Integer = 20, **options: Unpack[GenerationOptions]
+    ) -> Iterator[GenerationStep]:
+        """The steps of `generate`, which has the same options, as they happen, each with the text that it completes."""
+        refuse_keywords(
+            "stream", options.keys() - GenerationOptions.__annotations__.keys(), GenerationOptions.__annotations__
+        )
+        return self._stream_steps(self.start_generation(prompt, max_new_tokens, (), **options))
+
+    def _stream_steps(self, generation: ActiveGeneration) -> Iterator[GenerationStep]:
+        shown = [""] * generation.tokens.shape[0]
+        for step in generation:
+            now = generation.decode_texts(final=False) or shown
+            pieces = [new[len(old) :] for new, old in zip(now, shown, strict=True)]
+            shown = now
+            yield replace(step, text=pieces[0] if len(pieces) == 1 else pieces)
+
+    def start_generation(
+        self,
+        prompt: Prompt,
+        max_new_tokens: Integer,
+        names: PointNames,
+        *,
+        hooks: Hooks | None = None,
+        kv: KVCache | None = None,
+        attention_mask: Tensor | None = None,
+        stop_ids: Integers = None,
+        stop_strings: str | Sequence[str] | None = None,
+        **sampling: Any,
+    ) -> ActiveGeneration:
+        self._require_language_model("generate")
+        how = Sampling(**sampling)
+        max_new_tokens = read_integer(max_new_tokens, "max_new_tokens", least=1)
+        forward: ForwardOptions = {"kv": kv, "attention_mask": attention_mask}
+        self.before_run(forward)
+        tokens = cast(Tensor, self.prepare_inputs(prompt, forward))
+        self.check_token_ids(tokens)
+        if kv is not None:
+            kv.fits_model(self.cfg, tokens.shape[0], self.dtype, self.device)
+        room, before = tokens.shape[1] + max_new_tokens - 1, kv
+        begin = min(room, tokens.shape[1] + 256)  # the cache grows by itself: what is never said takes no memory
+        kv = self.new_kv(tokens.shape[0], begin) if kv is None else kv.fork(begin)
+        plan = RunPlan.from_request(self.list_passed_points(tokens, {}), names, hooks)
+        plan.check_reachable(max_new_tokens - 1, int(kv.next_positions().max()) + room - 1)
+        stop_ids, strings = self.resolve_stops(stop_ids, stop_strings)
+        mask, recorder = forward.get("attention_mask"), GenerationRecorder(plan)
+        if mask is not None and not bool(mask[:, -1].all()):
+            raise ValueError("a prompt is padded on the left: the last column of attention_mask must be all 1")
+        going = ActiveGeneration(
+            iter(()), recorder, kv, kv.length, tokens, tokens.shape[1], stop_ids, strings, self.tokenizer
+        )
+        going.max_length = tokens.shape[1] + max_new_tokens
+        going.run_info = self.make_run_info(prompt, None, kv, kv.positions[:, :0], kv.positions[:, :0])
+        going.steps = generate_steps(
+            self.model,
+            tokens,
+            mask,
+            kv,
+            self._watch_context(self.make_step_hooks(recorder), count_positions(tokens, before, mask)),
+            max_new_tokens=max_new_tokens,
+            choose=self._check_before_choosing(
+                self._make_chooser(how, kv, None if mask is None else mask == 0), bool(plan.edits_by_point)
+            ),
+            stop_ids=stop_ids,
+            should_stop=going.has_stop_string if strings else None,
+            pad_id=self.pad_id,
+        )
+        return going
+
+    def _watch_context(self, hook_at: StepHookFactory, positions: int) -> StepHookFactory:
+        """`hook_at`, with a warning at the step that passes the model's context; the prompt ends at `positions`."""
+
+        def hook_of_step(step: int, at: Tensor, keys: Tensor) -> Hook:
+            self.warn_beyond_context(positions + step)
+            return hook_at(step, at, keys)
+
+        return hook_of_step
+
+    def resolve_stops(
+        self, stop_ids: Integers = None, stop_strings: str | Sequence[str] | None = None
+    ) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """The stop ids and strings of a generation that is asked for with these; ValueError for an empty string."""
+        strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings or ()
+        if strings:
+            self.require_tokenizer()  # raises without a tokenizer
+        if not all(strings):
+            raise ValueError("an empty stop string would stop everything at once")
+        none = stop_ids is None or (isinstance(stop_ids, Sized) and not len(stop_ids))
+        asked = () if none else read_integers(stop_ids, "stop_ids")
+        return self.stop_ids if stop_ids is None else asked, tuple(strings)
+
+    def _make_chooser(self, sampling: Sampling, kv: KVCache, padding: Tensor | None) -> TokenChooser:
+        """What chooses the next tokens, which may depend on those that the cache is of."""
+        at, said = kv.positions[:, : kv.length], kv.tokens[:, : kv.length]
+        if sampling.repetition_penalty is not None and bool(((said < 0) & (at >= 0)).any()):
+            raise ValueError("repetition_penalty: this cache does not know its tokens; it was filled from embeddings")
+        if padding is not None or bool((at < 0).any()):
+            now = torch.zeros(len(at), 0, dtype=torch.bool, device=at.device) if padding is None else padding
+            padding = torch.cat([at < 0, now], 1)
+        return sampling.make_chooser(at.device, said, padding)
+
+    def _check_before_choosing(self, choose: TokenChooser, edited: bool = False) -> TokenChooser:
+        """Choosing, which asks for numbers to choose by."""
+
+        def choose_checked(logits: Tensor, tokens: Tensor) -> Tensor:
+            self.refuse_nan(logits, edited)
+            return choose(logits, tokens)
+
+        return choose_checked
+
+    def new_kv(self, batch: Integer = 1, capacity: Integer = 256) -> KVCache:
+        """An empty KV cache for this model; it grows when it is full."""
+        batch, capacity = read_integer(batch, "batch", least=1), read_integer(capacity, "capacity", least=0)
+        return KVCache.empty(self.cfg, batch, capacity, self.dtype, self.device)
+
+    # ---- text ----
+
+    def test_prompt(
+        self,
+        prompt: Prompt,
+        answer: str | Sequence[str],
+        top: Integer = 10,
+        *,
+        hooks: Hooks | None = None,
+        **unknown: Unpack[NoKeywords],
+    ) -> None:
+        """Print the rank and probability of each token of the answer (or of each answer), and the top tokens there.
+
+        With `hooks`, those of a run that is edited.
+        """
+        refuse_keywords("test_prompt", unknown, ["prompt", "answer", "top", "hooks"])
+        self._require_language_model("test_prompt")
+        top = min(read_integer(top, "top", least=1), self.cfg.d_vocab)
+        for text in [answer] if isinstance(answer, str) else answer:
+            ids, (tokens, mask) = self.require_tokenizer().encode_continuation(text), self.to_batch(prompt)
+            if not ids or tokens.shape[0] != 1:
+                raise ValueError(f"one prompt and an answer of at least one token: got {tokens.shape[0]} and {text!r}")
+            whole = torch.cat([tokens, torch.tensor([ids], device=tokens.device)], 1)
+            real = torch.ones_like(whole)
+            if mask is not None:
+                real[:, : mask.shape[1]] = mask
+            logits = self._edited_logits(whole, hooks, attention_mask=real, logits_to_keep=len(ids) + 1)
+            probs = logits[0, :-1].to(torch.float32).softmax(-1)
+            print(f"{self.to_labels(tokens)[-1]!r} ← {text!r}")
+            for i, p in zip(ids, probs, strict=True):
+                rank = int((p > p[i]).sum())
+                print(f"  {self.require_tokenizer().label(i)!r}: rank {rank}, probability {float(p[i]):.2%}")
+                best = ", ".join(
+                    f"{self.require_tokenizer().label(int(j))!r} {float(p[j]):.1%}" for j in p.topk(top).indices
+                )
+                print(f"    top {top}: {best}")
+
+    def log_probs(
+        self, prompt: Prompt, *, hooks: Hooks | None = None, **unknown: Unpack[NoKeywords]
+    ) -> Float[Tensor, "batch next"]:
+        """The log-probability in nats of every token but the first, given those before it; nan at padding.
+
+        With `hooks`, those of a run that is edited.
+        """
+        refuse_keywords("log_probs", unknown, ["prompt", "hooks"])
+        tokens, mask = self.to_batch(prompt)
+        self._require_language_model("log_probs")
+        found = losses.token_log_probs(self._edited_logits(tokens, hooks, attention_mask=mask), tokens)
+        return found if mask is None else found.masked_fill(mask[:, :-1] == 0, torch.nan)
+
+    def _edited_logits(self, tokens: Tensor, hooks: Hooks | None, **forward: Unpack[ForwardOptions]) -> Tensor:
+        """The logits of a run with hooks, or of the published model where there are none."""
+        return self(tokens, **forward) if hooks is None else self.run_with_hooks(tokens, hooks, **forward)
+
+    def classify(
+        self,
+        prompt: Prompt | None = None,
+        hooks: Hooks | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Float[Tensor, "batch *pos label"]:
+        """What a class head says: logits [batch, label] of whole sequences, or [batch, pos, label] of tokens.
+
+        A sequence is classified at its right-most token that is not the config's pad_token_id; see `losses.pooled`.
+        """
+        if not self.cfg.labels:
+            raise ValueError("this model has no class head: it was saved as a language model or without a head")
+        forward: ForwardOptions = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        tokens = self.prepare_inputs(prompt, forward)
+        if forward.get("attention_mask") is None:  # it was looked at once: for the run below nothing is left open
+            entering = cast(Tensor, forward.get("inputs_embeds") if tokens is None else tokens)
+            forward["attention_mask"] = torch.ones(entering.shape[:2], dtype=torch.long, device=entering.device)
+        logits = self.run_with_hooks(tokens, hooks, **forward)
+        return logits if self.cfg.head == "token" else losses.pool_last_token(logits, tokens, self.cfg.pad_token_id)
+
+    def loss(
+        self,
+        prompt: Prompt,
+        labels: Tensor | None = None,
+        num_items: int | Tensor | None = None,
+        *,
+        hooks: Hooks | None = None,
+        **unknown: Unpack[NoKeywords],
+    ) -> Float[Tensor, ""]:
+        """The mean next-token cross-entropy in nats; padding, what it predicts, and labels of -100 do not count.
+
+        `labels` [batch, pos] are the tokens themselves by default. With `num_items` it is the sum over that. For a
+        class head it is the loss of its labels, which must be given: [batch, pos] of tokens, without padding, or of
+        sequences [batch] or [batch, label]; see `losses.of_sequences`. With `hooks`, that of an edited run.
+        """
+        refuse_keywords("loss", unknown, ["prompt", "labels", "num_items", "hooks"])
+        tokens, mask = self.to_batch(prompt)
+        if labels is None:
+            self._require_language_model("loss without labels")
+        labels = tokens if labels is None else labels.to(self.device)
+        if self.cfg.head == "sequence":
+            if num_items is not None:
+                raise ValueError("num_items counts tokens; the loss of sequences is a mean over them")
+            return losses.sequence_loss(
+                self.classify(tokens, hooks, attention_mask=mask), labels, self.cfg.problem_type
+            )
+        if mask is not None:
+            labels = labels.masked_fill(mask == 0, -100)
+        if self.cfg.head == "token":
+            return losses.token_loss(self._edited_logits(tokens, hooks, attention_mask=mask), labels, num_items)
+        self._require_language_model("loss")
+        if mask is not None:
+            labels = labels.masked_fill(torch.nn.functional.pad(mask, (1, 0))[:, :-1] == 0, -100)
+        return losses.next_token_loss(self._edited_logits(tokens, hooks, attention_mask=mask), labels, num_items)
+
+    def _require_language_model(self, what: str) -> None:
+        """Raise ValueError for what takes a language model, in a model that is none."""
+        if self.cfg.head != "vocab":
+            has = f"a head of classes ({', '.join(self.cfg.labels)})" if self.cfg.labels else "no head"
+            raise ValueError(f"{what}: this checkpoint has {has}, and says no next token")
+
+    # ---- the model ----
+
+    def to(self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> "Lens":
+        """Move this lens to a device or dtype, in place as in torch, and return it."""
+        before = stamp_of(self.model)
+        self.model.to(device=device, dtype=None if dtype is None else checkpoint.parse_dtype(dtype))
+        if stamp_of(self.model) != before:  # no longer views of the file
+            checkpoint.MAPPED.pop(self.model, None)
+        return self
+
+    def save(self, folder: str | Path, *, shard_bytes: int = saving.MAX_SHARD_BYTES) -> Path:
+        """Write this model as a checkpoint that transformers opens, with its tokenizer; the folder.
+
+        It is of `glm` or, with sandwich norms, of `glm4`: what was opened as `chatglm`, `llama` or `qwen2` is a `glm`,
+        by the same maths. In this lens's dtype, in files of at most `shard_bytes`; dictionaries spliced in are not part
+        of it. The folder appears whole or not at all. Raises FileExistsError unless it is new or empty.
+        """
+        if self.device.type == "meta":
+            raise ValueError("on the meta device there are no numbers to save: load on the CPU")
+        folder = expand_path(folder)
+        with saving.create_folder_atomically(folder) as new:
+            saving.write_json(new / "config.json", saving.make_config_json(self.model))
+            stated = self.folder / "generation_config.json" if self.folder else new
+            said = checkpoint.read_json(stated) if stated.is_file() else {}
+            stops = {"eos_token_id": [*self.stop_ids] or None, "pad_token_id": self.pad_id}
+            saving.write_json(new / "generation_config.json", said | stops)
+            if self.tokenizer is not None:
+                saving.write_tokenizer(new, self.tokenizer, self.folder)
+            saving.write_weights(new, saving.collect_tensors(self.model), shard_bytes)
+        return folder
+
+    def __repr__(self) -> str:
+        c = self.cfg
+        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
+        said = f", labels {', '.join(c.labels)}" if c.labels else "" if c.d_logits else ", no unembedding"
+        said += ", W_U is W_E" if c.tied else ""
+        heads = f"{c.n_heads} heads on {c.n_kv_heads} kv heads of {c.d_head} ({c.d_rotary} of them turn)"
+        return (
+            f"Lens({c.model_type}: {c.n_layers} layers, d_model {c.d_model}, {heads}, d_mlp {c.d_mlp}, "
+            f"vocab {c.d_vocab:,}{said}; {millions:,.1f} M parameters, {self.dtype}, {self.device}, "
+            f"{self.model.attention})"
+        )

@@ -1,0 +1,318 @@
+"""From a folder to a GLM whose parameters are views of the memory-mapped file, wherever that has their rows.
+
+Tensors are read one at a time, and placed before the next is read: with another dtype or device, no more than one is
+alive beside what has been loaded.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from tqdm import tqdm
+
+from glmlens import storage
+from glmlens.config import CheckpointError, GLMConfig
+from glmlens.loading.formats import BASE_PREFIX, list_unused_tensors, map_tensor_names, reorder_rotary_rows
+from glmlens.model import GLM
+
+FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MAX_HEADER_BYTES = MAX_TEXT_BYTES = (
+    4_000_000  # bytes: those of GLM-4-9B are 35,000, and reading JSON takes up to 30 times its size
+)
+MAX_TOKENIZER_BYTES = 64_000_000
+
+
+def load_model(
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    attention: str = "eager",
+    rope_theta: float | int | None = None,
+    untie: bool = False,
+) -> GLM:
+    """The GLM in `folder`, frozen. On the meta device only its config is read.
+
+    With `untie`, a tied embedding gets memory of its own; the unembedding stays the file's.
+
+    Everything is checked before anything is read. `rope_theta` is used instead of the config's. Raises CheckpointError
+    naming the file, the tensor, what was expected and what was found.
+    """
+    device = torch.device(device)
+    cfg = GLMConfig.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
+    cfg = with_rope_theta(cfg, rope_theta, folder)
+    if dtype is None and cfg.dtype is not None:
+        dtype = parse_dtype(cfg.dtype, f"{folder / 'config.json'}: ")
+    model = build_meta_model(cfg, attention, dtype or torch.float32)
+    if device.type == "meta":
+        return build_meta_model(replace(cfg, tied=False), attention, model.ln_final.weight.dtype) if untie else model
+
+    files, ours = map_tensor_files(folder), map_checkpoint_tensors(model)
+    if not any(name in files for name in ours):  # a checkpoint of the model without any head
+        ours = {name.removeprefix(BASE_PREFIX): parts for name, parts in ours.items()}
+    found = check_tensor_index(
+        files, {name: get_expected_shape(parts, model) for name, parts in ours.items()}, list_ignored_tensors(cfg), cfg
+    )
+    dtype = dtype or FLOAT_DTYPES[found[next(iter(ours))][1]]
+    size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    with tqdm(total=size, desc=f"loading {folder.name}", unit="B", unit_scale=True, delay=2) as bar:
+        for path in dict.fromkeys(path for path, _ in found.values()):
+            identity = identity_of(path)
+            with open_safetensors(path) as file:
+                for name in (name for name in ours if found[name][0] == path):
+                    stored = file.get_tensor(name)
+                    x = stored.to(device, dtype)
+                    refuse_overflow(stored, x, f"{path}: tensor {name!r}")
+                    if x is stored:
+                        MAPPED.setdefault(model, {})[path] = identity
+                    bar.update(place_tensor(model, x, ours[name]))
+    if cfg.tied:
+        model.unembed.weight = model.embed.weight
+        check_tied_unembedding(found, map_tensor_names(cfg))
+    if untie and cfg.tied:
+        # The embedding is copied and not the unembedding: looking rows up rounds nothing wherever they lie in memory.
+        model.embed.weight = nn.Parameter(model.embed.weight.detach().clone(), requires_grad=False)
+        model.cfg = replace(cfg, tied=False)
+    return model
+
+
+Identity = tuple[int, int, int]
+MAPPED: WeakKeyDictionary[GLM, dict[Path, Identity]] = WeakKeyDictionary()
+"""The files that a model's parameters are views of, as they were when they were opened. A copied model has none."""
+
+
+def identity_of(path: Path) -> Identity:
+    """Inode, size and time of a file's last change; CheckpointError if it is gone."""
+    try:
+        at = path.stat()
+    except OSError as e:
+        raise CheckpointError(f"{path}: not found: {e}") from e
+    return at.st_ino, at.st_size, at.st_mtime_ns
+
+
+def refuse_rewritten_files(model: GLM) -> None:
+    """Raise CheckpointError if a file that parameters are views of was written again since it was opened.
+
+    Of one that was replaced by another file, or deleted, the views stay what they were: a warning says so once.
+    """
+    for path, before in list(MAPPED.get(model, {}).items()):
+        try:
+            now = identity_of(path)
+        except CheckpointError:
+            now = (0, 0, 0)
+        if now[0] == before[0] and now != before:
+            raise CheckpointError(
+                f"{path}: was written to since it was opened ({before[1]:,} bytes then, {now[1]:,} now), and this "
+                f"model is a view of it: load it again. To replace a file under a model, write another and rename it"
+            )
+        if now[0] != before[0]:
+            del MAPPED[model][path]
+            what = "was replaced by another file" if now[0] else "is no longer there"
+            warnings.warn(f"{path}: {what}; this model goes on with the one it was opened from", stacklevel=4)
+
+
+def refuse_overflow(stored: Tensor, x: Tensor, where: str) -> None:
+    """Raise CheckpointError for finite numbers that are infinite in float16."""
+    if x.dtype == torch.float16 and stored.dtype != torch.float16 and bool((over := x.isinf()).any()):
+        count = int((over & stored.to(x.device).isfinite()).sum())
+        if count:
+            raise CheckpointError(
+                f"{where}: {count:,} of its {x.numel():,} numbers are beyond {torch.finfo(x.dtype).max:,.0f}, where "
+                f"float16 ends: load with dtype='bfloat16' or 'float32'"
+            )
+
+
+def with_rope_theta(cfg: GLMConfig, rope_theta: float | int | None, folder: Path) -> GLMConfig:
+    """The config with the theta that was asked for; a warning where its own is likely to be a conversion's mistake.
+
+    transformers' conversion of GLM-4-9B wrote theta 10,000 whatever the original's rope_ratio, which is 500 in
+    glm-4-9b-chat and 10,000 in glm-4-9b-chat-1m.
+    """
+    if rope_theta is not None:
+        least = 1 if cfg.rope_scaling.kind == "yarn" else 0
+        if not least < rope_theta < float("inf"):
+            raise CheckpointError(f"rope_theta is {rope_theta}; expected a number above {least}")
+        return replace(cfg, rope_theta=float(rope_theta))
+    if cfg.model_type == "glm" and cfg.n_ctx >= 131072 and cfg.rope_theta == 10000.0:
+        right = "1e8" if cfg.n_ctx >= 1 << 20 else "5e6"
+        warnings.warn(
+            f"{folder / 'config.json'}: rope_theta is 10000 for {cfg.n_ctx:,} positions, and is obeyed; conversions of "
+            f"GLM-4-9B-chat lost the original's {right}: load(..., rope_theta={right}) if this is one, "
+            f"rope_theta=1e4 if not",
+            stacklevel=4,
+        )
+    return cfg
+
+
+def check_tied_unembedding(locations: "TensorLocations", names: dict[str, list[str]]) -> None:
+    """Raise CheckpointError if a tied checkpoint holds an unembedding that is not its embedding."""
+    embed, unembed = (next(n for n, ours in names.items() if ours == [f"{end}.weight"]) for end in ("embed", "unembed"))
+    if embed in locations and unembed in locations:
+        with open_safetensors(locations[embed][0]) as one, open_safetensors(locations[unembed][0]) as other:
+            if not torch.equal(one.get_tensor(embed), other.get_tensor(unembed)):
+                raise CheckpointError(
+                    f"{locations[unembed][0]}: tensor {unembed!r} is not the embedding, but tie_word_embeddings is true"
+                )
+
+
+def build_meta_model(cfg: GLMConfig, attention: str, dtype: torch.dtype) -> GLM:
+    """A frozen GLM on the meta device: every shape, no numbers."""
+    try:
+        with torch.device("meta"), SkipInitialisation():
+            return GLM(cfg, attention).to(dtype).requires_grad_(False).eval()
+    except RuntimeError as e:
+        raise CheckpointError(f"config.json: no model can have these sizes: {e}: {cfg}") from e
+
+
+class SkipInitialisation(TorchFunctionMode):
+    """Inside, initialisers draw nothing: on meta there is nothing to fill, and to find that out costs torch 2 s."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        draws = getattr(func, "__module__", None) == nn.init.__name__
+        return None if draws else func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class ParameterRows:
+    """The rows of a parameter of ours that a tensor of a checkpoint holds."""
+
+    name: str
+    start: int
+    rows: int
+
+
+def map_checkpoint_tensors(model: GLM) -> dict[str, list[ParameterRows]]:
+    """The tensors of a checkpoint of this model, the embedding first, and the parts of our parameters in each.
+
+    Where several tensors are one of ours, they have equal shares of its rows, in the order of the table.
+    """
+    ours = {name: p.shape[0] for name, p in model.named_parameters()}  # a tied unembedding is there as the embedding
+    table = {theirs: names for theirs, names in map_tensor_names(model.cfg).items() if ours.keys() >= set(names)}
+    sharing, start = Counter(name for names in table.values() for name in names), Counter[str]()
+    found: dict[str, list[ParameterRows]] = {}
+    for theirs, names in table.items():
+        found[theirs] = [ParameterRows(name, start[name], ours[name] // sharing[name]) for name in names]
+        start.update({part.name: part.rows for part in found[theirs]})
+    return found
+
+
+def get_expected_shape(parts: list[ParameterRows], model: GLM) -> tuple[int, ...]:
+    return (sum(part.rows for part in parts), *model.get_parameter(parts[0].name).shape[1:])
+
+
+def list_ignored_tensors(cfg: GLMConfig) -> set[str]:
+    """The tensors that may be there and are not read: a tied unembedding, and what follows from the config."""
+    return {
+        theirs for theirs, ours in map_tensor_names(cfg).items() if cfg.tied and ours == ["unembed.weight"]
+    } | list_unused_tensors(cfg)
+
+
+def place_tensor(model: GLM, x: Tensor, parts: list[ParameterRows]) -> int:
+    """Make a tensor of a checkpoint what it stands for, as views of it where it holds whole parameters; its bytes."""
+    for part, rows in zip(parts, x.split([part.rows for part in parts]), strict=True):
+        rows, whole = reorder_rotary_rows(rows, part.name, model.cfg), model.get_parameter(part.name)
+        if part.rows == len(whole):
+            set_parameter(model, part.name, rows)
+            continue
+        if whole.is_meta:
+            set_parameter(model, part.name, torch.empty(whole.shape, dtype=x.dtype, device=x.device))
+        model.get_parameter(part.name)[part.start : part.start + part.rows] = rows
+    return x.nbytes
+
+
+def set_parameter(model: GLM, name: str, value: Tensor) -> None:
+    module, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module), leaf, nn.Parameter(value, requires_grad=False))
+
+
+TensorShapes = dict[str, tuple[int, ...]]
+TensorLocations = dict[str, tuple[Path, str]]
+
+
+def check_tensor_index(
+    files: dict[str, Path], expected: TensorShapes, ignored: set[str], cfg: GLMConfig
+) -> TensorLocations:
+    """Where each expected tensor is and its dtype; CheckpointError unless just these are there, in these shapes."""
+    found: TensorLocations = {}
+    for path in dict.fromkeys(files.values()):
+        with open_safetensors(path) as file:
+            there = list(file.keys())
+            for name in there:
+                if name not in expected and name not in ignored:
+                    raise CheckpointError(f"{path}: tensor {name!r} has no place in this {cfg.model_type!r}")
+                if files.get(name) != path and name in expected:
+                    raise CheckpointError(f"{path}: tensor {name!r} is here too, beside the one in {files.get(name)}")
+                header = file.get_slice(name)
+                shape, dtype = tuple(header.get_shape()), header.get_dtype()
+                if shape != expected.get(name, shape):
+                    raise CheckpointError(f"{path}: tensor {name!r}: expected shape {expected[name]}, found {shape}")
+                if dtype not in FLOAT_DTYPES:
+                    raise CheckpointError(
+                        f"{path}: tensor {name!r}: expected one of {', '.join(FLOAT_DTYPES)}, found {dtype}; "
+                        f"glmlens does not open quantised weights"
+                    )
+                found[name] = path, dtype
+            for name in (name for name, at in files.items() if at == path and name not in there):
+                raise CheckpointError(f"{path}: tensor {name!r}: expected here by the index, not found")
+    missing = [name for name in expected if name not in found]
+    if missing:
+        where = ", ".join(str(path) for path in dict.fromkeys(files.values()))
+        raise CheckpointError(f"{where}: {len(missing)} tensors not found, of which the first is {missing[0]!r}")
+    return found
+
+
+def map_tensor_files(folder: Path) -> dict[str, Path]:
+    """The file of every tensor, by the index where there is one."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        with open_safetensors(single) as file:
+            return dict.fromkeys(file.keys(), single)
+    if not index.exists():
+        other = sorted(path.name for path in folder.glob("*.bin"))
+        hint = f" There is {other[0]}: glmlens opens safetensors only, never pickle." if other else ""
+        raise CheckpointError(f"{folder}: found neither model.safetensors nor model.safetensors.index.json.{hint}")
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise CheckpointError(f"{index}: expected a weight_map from tensor names to files, found {shards!r:.80}")
+    for name, shard in shards.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise CheckpointError(f"{index}: tensor {name!r} is said to be in {shard!r}, not a file of this folder")
+        if not (folder / shard).is_file():
+            raise CheckpointError(f"{index}: tensor {name!r} is said to be in {shard!r}, which is not there")
+    return {name: folder / shard for name, shard in shards.items()}
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """The safetensors file, memory-mapped; what is wrong with it is a CheckpointError that names it."""
+    with storage.open_safetensors(path, MAX_HEADER_BYTES, CheckpointError) as file:
+        yield file
+
+
+def check_regular_file(path: Path, max_bytes: int | None = None) -> None:
+    """Raise CheckpointError if there is something at `path` but not a file, or one of more than `most` bytes."""
+    storage.refuse_strange(path, max_bytes, CheckpointError)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, or CheckpointError."""
+    try:
+        return storage.read_json(path, MAX_TEXT_BYTES, MAX_TEXT_BYTES, CheckpointError)
+    except FileNotFoundError as e:
+        raise CheckpointError(f"{path}: not found") from e
+
+
+def parse_dtype(dtype: str | torch.dtype, where: str = "") -> torch.dtype:
+    """The float dtype of this name ("bfloat16", "torch.bfloat16") or itself."""
+    found = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or found not in FLOAT_DTYPES.values():
+        names = ", ".join(str(f).removeprefix("torch.") for f in FLOAT_DTYPES.values())
+        raise CheckpointError(f"{where}dtype is {dtype!r}; expected one of {names}")
+    return found

@@ -1,0 +1,98 @@
+"""Several worlds in one forward: runs as rows of one batch, each able to read the others at every point."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from glmlens.hook_points import Point
+from glmlens.hooks import Edit, Hooks, list_edits
+from glmlens.lens import Lens, PointNames
+from glmlens.patch.apply import allowed, require_one_prompt
+from glmlens.patch.evaluate import describe_length_mismatch
+from glmlens.patch.sites import PatchError
+from glmlens.recording.activations import Activations
+from glmlens.text.prompts import Prompt
+
+SideBySideHook = Callable[[dict[str, Tensor], Point], Mapping[str, Tensor] | Any]
+"""From what every world has at a point, [pos, rest] each, to what some of them should have instead."""
+
+
+@dataclass(frozen=True, eq=False)
+class SideBySideRuns:
+    """What happened in worlds that ran together: `logits[name]` [pos, vocab], and `acts` with a row per world."""
+
+    run_names: tuple[str, ...]
+    logits: Mapping[str, Float[Tensor, "pos vocab"]] = field(repr=False)
+    acts: Activations = field(repr=False)
+
+    def __getitem__(self, name: str) -> Float[Tensor, "pos vocab"]:
+        return self.logits[name]
+
+
+def run_side_by_side(
+    lens: Lens,
+    prompts: Mapping[str, Prompt] | Any,
+    hooks: Mapping[str, SideBySideHook] | Sequence[tuple[str, SideBySideHook]] = (),
+    *,
+    names: PointNames = (),
+    allow: str | Sequence[str] = (),
+) -> SideBySideRuns:
+    """Run prompts of one length side by side, with hooks that see all of them at once.
+
+    `hooks` are {"blocks.3.attn.z": fn}, where `fn(here, point)` gets {world: tensor [pos, rest]} and returns what
+    worlds should have instead, {"patched": here["clean"]}; the others stay. They run in the order given, so a later
+    one sees what an earlier one did. `names` are recorded, as by `run_with_cache`. Raises PatchError for prompts of
+    different lengths, for a world that is not there, and for a hook that changed nothing unless allow="no change".
+    """
+    if not isinstance(prompts, Mapping) or not prompts:
+        raise PatchError('worlds are prompts by name, {"clean": prompt, "patched": prompt}')
+    rows = {name: require_one_prompt(lens, prompt)[0] for name, prompt in prompts.items()}
+    first = next(iter(rows.values()))
+    for row in rows.values():
+        if len(row) != len(first):
+            raise PatchError(describe_length_mismatch(lens, first, row))
+    tokens = torch.tensor(list(rows.values()), device=lens.device)
+    moved: set[str] = set()
+    listed, allow = list_edits(cast(Hooks, hooks)), allowed(allow)
+    ordinary = [
+        (pattern, wrap_exchange(pattern, cast(SideBySideHook, fn), list(rows), moved)) for pattern, fn in listed
+    ]
+    logits, acts = lens.run_with_cache(tokens, names, ordinary, attention_mask=torch.ones_like(tokens))
+    idle = [pattern for pattern, _ in listed if pattern not in moved]
+    if idle and "no change" not in allow:
+        raise PatchError(f"the hook at {idle[0]!r} changed nothing. If that is meant, allow='no change'")
+    assert logits is not None
+    return SideBySideRuns(tuple(rows), dict(zip(rows, logits, strict=True)), acts)
+
+
+def wrap_exchange(pattern: str, fn: SideBySideHook, run_names: list[str], changed: set[str]) -> Edit:
+    """An ordinary hook that hands every world's row to `fn`; `moved` learns whether a number changed."""
+
+    def hook(x: Tensor, point: Point) -> Tensor:
+        rows = dict(zip(run_names, x.clone(), strict=True))
+        made: Any = fn(rows, point)
+        if not isinstance(made, Mapping):
+            raise PatchError(
+                f"{point.name}: the hook returned {type(made).__name__}; expected the worlds that change, "
+                "{name: tensor}, or {} for none"
+            )
+        for name, new in made.items():
+            if name not in run_names:
+                raise PatchError(f"no world is called {name!r}; there are {', '.join(run_names)}")
+            row = x[run_names.index(name)]
+            if not isinstance(new, Tensor):
+                raise PatchError(f"{point.name}: {type(new).__name__} for {name!r}; expected a tensor")
+            if (new.shape, new.dtype, new.device) != (row.shape, row.dtype, row.device):
+                found, expected = (f"{x.dtype} {tuple(x.shape)} on {x.device}" for x in (new, row))
+                raise PatchError(f"{point.name}: {found} for {name!r}; expected {expected}")
+            if not torch.equal(row, new):
+                changed.add(pattern)
+            row.copy_(new)
+        return x
+
+    hook.__name__ = getattr(fn, "__name__", "exchange")
+    return hook

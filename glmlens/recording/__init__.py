@@ -1,0 +1,1 @@
+"""Recordings of activations: the hook that makes them, what is derived from them, harvests and dictionaries."""
