@@ -5,6 +5,7 @@ from importlib import import_module
 from typing import Any
 
 from glmlens.config import CheckpointError, GLMConfig
+from glmlens.deprecated import resolve_old_names
 from glmlens.errors import GlmlensError
 from glmlens.hook_points import HookError, Point
 from glmlens.hooks import Hook, off, only
@@ -39,13 +40,14 @@ __all__ = [
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
+OLD_NAMES = {"Run": "glmlens.lens.GenerationResult", "report": "glmlens.html_report.save_html"}
 LAZY_SUBPACKAGES = ("analysis", "cache", "circuits", "patch", "plot", "tasks", "timeline", "widgets")
 
 
 def __getattr__(name: str) -> Any:
-    """Load a part that not everybody needs when it is first used: `glmlens.plot` brings Plotly."""
+    """Import a subpackage when it is first used (`glmlens.plot` loads Plotly), and resolve old names with a warning."""
     if name in LAZY_SUBPACKAGES:
         return import_module(f"glmlens.{name}")
-    if name in ("save_html", "report"):  # one function: a report is saved
+    if name == "save_html":
         return import_module("glmlens.html_report").save_html
-    raise AttributeError(f"module 'glmlens' has no attribute {name!r}")
+    return resolve_old_names("glmlens", OLD_NAMES)(name)

@@ -1,9 +1,13 @@
 """Old public names, which work for one more release and warn with the new name."""
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 
 def resolve_old_names(module: str, new_names: Mapping[str, str]) -> Callable[[str], Any]:
@@ -25,3 +29,46 @@ def resolve_old_names(module: str, new_names: Mapping[str, str]) -> Callable[[st
 def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
     """Warn the caller of the caller that `old` is now called `new`."""
     warnings.warn(f"{old} is now called {new}; the old name goes with the next release", DeprecationWarning, stacklevel)
+
+
+def rename_keyword(old: str, new: str) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
+    """Return a decorator with which a function still takes the keyword `old`, and warns that it is called `new`.
+
+    The decorated function raises TypeError for both keywords in one call.
+    """
+
+    def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+        @functools.wraps(function)
+        def call(*args: Any, **keywords: Any) -> Result:
+            if old in keywords:
+                if new in keywords:
+                    raise TypeError(f"{function.__name__}() got both {old}= and {new}=; {new}= is the name")
+                warn_renamed(f"{function.__name__}({old}=)", f"{new}=")
+                keywords[new] = keywords.pop(old)
+            return function(*args, **keywords)
+
+        return call
+
+    return decorate
+
+
+def rename_method(old: str, new: str) -> Callable[..., Any]:
+    """Return a method that calls the one named `new` and warns that `old` is now called so."""
+
+    def call(self: Any, *args: Any, **keywords: Any) -> Any:
+        warn_renamed(f"{type(self).__name__}.{old}", f".{new}")
+        return getattr(self, new)(*args, **keywords)
+
+    call.__name__ = old
+    call.__doc__ = f"Deprecated: use `{new}`."
+    return call
+
+
+def rename_attribute(old: str, new: str) -> Any:
+    """Return a property that reads the attribute named `new` and warns that `old` is now called so."""
+
+    def get(self: Any) -> Any:
+        warn_renamed(f"{type(self).__name__}.{old}", f".{new}")
+        return getattr(self, new)
+
+    return property(get, doc=f"Deprecated: use `{new}`.")

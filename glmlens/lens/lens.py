@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 
 from glmlens import losses
 from glmlens.config import CheckpointError, ConfigReader
+from glmlens.deprecated import rename_method
 from glmlens.foreign_keywords import NoKeywords, refuse_keywords
 from glmlens.hook_points import HookError
 from glmlens.hooks import Hook, Hooks
@@ -109,6 +110,8 @@ class Lens(ForwardMixin, WeightsMixin):
         wishes = (pad_id, model.cfg.pad_token_id, *self.stop_ids, 0)
         self.pad_id = next(i for i in wishes if i is not None and 0 <= i < model.cfg.d_vocab)
         super().__init__()
+
+    spliced = rename_method("spliced", "with_dictionary")
 
     def with_dictionary(self, writes: str, coder: Coder, *, reads: str | None = None) -> "Lens":
         """This lens with a sparse autoencoder at a point, or a transcoder from `reads` to `writes`, in its way.

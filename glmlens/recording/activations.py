@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from glmlens.deprecated import rename_method
 from glmlens.hook_points import HookError, axes_of, local_name
 from glmlens.integers import Integer, read_integer
 from glmlens.model import GLM
@@ -368,6 +369,8 @@ class Activations(Mapping[str, Any]):
         head = "".join(f"<th>{name}</th>" for name in ("name", "axes", "shape", "bytes"))
         body = "".join(f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in self.summary_table())
         return f"<div>{html.escape(self._title())}<table><tr>{head}</tr>{body}</table></div>"
+
+    rows = rename_method("rows", "summary_table")
 
     def summary_table(self) -> list[tuple[str, str, str, str]]:
         """A line per point, layers together: name, axes, shape, bytes."""
