@@ -50,15 +50,13 @@ __all__ = [
     "wavelengths",
 ]
 
-__getattr__ = resolve_old_names(
-    "glmlens.analysis",
-    {
-        "Droppable": "glmlens.analysis.EvictionCurve",
-        "LeftOut": "glmlens.analysis.LeaveOneOut",
-        "Reads": "glmlens.analysis.CacheReads",
-        "attended": "glmlens.analysis.sum_attention",
-        "decomposed_residual": "glmlens.analysis.decompose_residual",
-        "droppable": "glmlens.analysis.eviction_curve",
-        "who_reads": "glmlens.analysis.cache_reads",
-    },
-)
+OLD_NAMES = {
+    "Droppable": "glmlens.analysis.EvictionCurve",
+    "LeftOut": "glmlens.analysis.LeaveOneOut",
+    "Reads": "glmlens.analysis.CacheReads",
+    "attended": "glmlens.analysis.sum_attention",
+    "decomposed_residual": "glmlens.analysis.decompose_residual",
+    "droppable": "glmlens.analysis.eviction_curve",
+    "who_reads": "glmlens.analysis.cache_reads",
+}
+__getattr__ = resolve_old_names("glmlens.analysis", OLD_NAMES)

@@ -30,14 +30,12 @@ __all__ = [
     "swap",
 ]  # fmt: skip
 
-__getattr__ = resolve_old_names(
-    "glmlens.cache",
-    {
-        "close_up": "glmlens.cache.close_gaps",
-        "entries": "glmlens.cache.list_entries",
-        "find": "glmlens.cache.find_entries",
-        "heavy_hitters": "glmlens.cache.keep_heavy_hitters",
-        "read": "glmlens.cache.read_entry",
-        "window": "glmlens.cache.keep_window",
-    },
-)
+OLD_NAMES = {
+    "close_up": "glmlens.cache.close_gaps",
+    "entries": "glmlens.cache.list_entries",
+    "find": "glmlens.cache.find_entries",
+    "heavy_hitters": "glmlens.cache.keep_heavy_hitters",
+    "read": "glmlens.cache.read_entry",
+    "window": "glmlens.cache.keep_window",
+}
+__getattr__ = resolve_old_names("glmlens.cache", OLD_NAMES)

@@ -16,13 +16,14 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from glmlens.circuits.edge_attribution import EdgeScores, apply_post_norm_by_head, compute_writer_outputs, prepare_pairs
+from glmlens.circuits.edge_attribution import EdgeScores, apply_post_norm_by_head, compute_writer_outputs
 from glmlens.circuits.graph import Edge, Graph
 from glmlens.hooks import off
 from glmlens.integers import Integer, read_integer
 from glmlens.lens import Lens
 from glmlens.model import Angles, Block, absolute_positions, additive_mask, apply_rotary, rotary_angles
 from glmlens.patch.gradients import record_gradients
+from glmlens.patch.pairs import prepare_pairs
 from glmlens.patch.sites import PatchError
 from glmlens.results import Labelled
 from glmlens.tasks.task import Examples

@@ -19,11 +19,10 @@ from glmlens.hooks import Hooks
 from glmlens.integers import Integer, read_integer
 from glmlens.lens import Lens
 from glmlens.model import RMSNorm
-from glmlens.patch.evaluate import describe_length_mismatch, of_task
 from glmlens.patch.gradients import RecordedGradients, record_gradients
-from glmlens.patch.metrics import Metric, as_metric
+from glmlens.patch.metrics import Metric
+from glmlens.patch.pairs import prepare_pairs
 from glmlens.patch.sites import PatchError
-from glmlens.patch.values import to_token_ids
 from glmlens.tasks.task import Examples
 from glmlens.text.prompts import Prompt
 
@@ -109,27 +108,6 @@ def attribute_edges(
         "model": lens.model_hash,
     }
     return EdgeScores(graph, scores, missing, about)
-
-
-def prepare_pairs(
-    lens: Lens, clean: Any, corrupt: Any, metric: Any
-) -> tuple[Int[Tensor, "example pos"], Int[Tensor, "example pos"], Metric]:
-    """Pairs of one length as tokens, and what to measure; PatchError for several lengths."""
-    clean, corrupt, metric, _ = of_task(clean, corrupt, metric, ())
-    if corrupt is None:
-        raise PatchError("no corrupt prompts: give one for every clean one")
-    one, other = to_token_ids(lens, clean), to_token_ids(lens, corrupt)
-    if len(one) != len(other):
-        raise PatchError(f"{len(one)} clean and {len(other)} corrupt prompts: they are compared in pairs")
-    for a, b in zip(one, other, strict=True):
-        if len(a) != len(b):
-            raise PatchError(describe_length_mismatch(lens, a, b))
-    if len(set(map(len, one))) > 1:
-        raise PatchError(
-            f"prompts of {sorted(set(map(len, one)))} tokens: take one length, as examples.of_length() does"
-        )
-    rows = (torch.tensor(row, device=lens.device) for row in (one, other))
-    return *rows, as_metric(metric, lens, len(one))  # type: ignore[return-value]
 
 
 def score_dtype(lens: Lens) -> torch.dtype:

@@ -12,12 +12,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from glmlens.circuits.edge_attribution import prepare_pairs
 from glmlens.hook_points import Point
 from glmlens.hooks import Edit
 from glmlens.lens import Lens
 from glmlens.patch.interventions import broadcast_indices
 from glmlens.patch.metrics import Metric
+from glmlens.patch.pairs import prepare_pairs
 from glmlens.patch.sites import PatchError, Site, SiteResolver, move_position_first
 from glmlens.recording.activations import Activations
 from glmlens.results import Labelled

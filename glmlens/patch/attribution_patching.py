@@ -12,12 +12,12 @@ from einops import einsum, rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
 
-from glmlens.circuits.edge_attribution import prepare_pairs
 from glmlens.hooks import Hooks
 from glmlens.lens import Lens
 from glmlens.patch.gradients import RecordedGradients, record_gradients
 from glmlens.patch.grid import place_label
 from glmlens.patch.metrics import Metric
+from glmlens.patch.pairs import prepare_pairs
 from glmlens.patch.sites import PatchError, move_position_first, position_first_axes
 from glmlens.results import Labelled, list_axes
 from glmlens.tasks.task import Examples

@@ -62,10 +62,8 @@ __all__ = [
     "tokens",
 ]
 
-__getattr__ = resolve_old_names(
-    "glmlens.plot",
-    {
-        "left_out": "glmlens.plot.leave_one_out",
-        "who_reads": "glmlens.plot.cache_reads",
-    },
-)
+OLD_NAMES = {
+    "left_out": "glmlens.plot.leave_one_out",
+    "who_reads": "glmlens.plot.cache_reads",
+}
+__getattr__ = resolve_old_names("glmlens.plot", OLD_NAMES)
