@@ -1,10 +1,12 @@
-"""The names of all hook points, with their axes and maths, and how a name, a glob or another tool's name is resolved."""
+"""The hook points with their axes and maths, and the resolution of names, globs and the names of other tools."""
 
 import fnmatch
+import functools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -120,7 +122,8 @@ class Point:
     @property
     def layer(self) -> int | None:
         """The layer's number (a LayerNumber), or None at the root."""
-        return LayerNumber(self.name.split(".")[1]) if self.name.startswith("blocks.") else None
+        layer = layer_of(self.name)
+        return None if layer is None else LayerNumber(layer)
 
     @property
     def local(self) -> str:
@@ -132,16 +135,31 @@ class Point:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+@overload
+def layer_of(name: str, default: int) -> int: ...
+@overload
+def layer_of(name: str, default: None = None) -> int | None: ...
+def layer_of(name: str, default: int | None = None) -> int | None:
+    """Return the layer in a full name, 3 for "blocks.3.attn.q"; `default` for a point outside the layers."""
+    return int(name.split(".", 2)[1]) if name.startswith("blocks.") else default
+
+
 def local_name(name: str) -> str:
+    """Return the name within its layer, "attn.q" for "blocks.3.attn.q"; a name outside the layers as it is."""
     return name.split(".", 2)[2] if name.startswith("blocks.") else name
 
 
+@functools.cache  # every point of every run with hooks needs its axes
 def axes_of(name: str) -> tuple[str, ...]:
-    """The axes at a point; the features and the error of a dictionary are named after the point that it writes."""
-    point, _, part = local_name(name).rpartition(".")
+    """Return the names of the axes of a point, of a dictionary's features and error too."""
+    local = local_name(name)
+    if local in POINTS:
+        return tuple(POINTS[local][0].split())
+    # A dictionary's points are named after the point that it writes: "mlp_out.features".
+    point, _, part = local.rpartition(".")
     if point in POINTS and part in DICTIONARY_POINTS:
         return tuple(DICTIONARY_POINTS[part].split())
-    return tuple(POINTS[local_name(name)][0].split())
+    raise KeyError(local)
 
 
 def resolve_names(patterns: str | Sequence[str], catalogue: Iterable[str]) -> list[str]:
@@ -190,7 +208,7 @@ def raise_unknown_point(pattern: str, names: list[str]) -> list[str]:
     if local in POINTS and not any(local_name(name) == local for name in names):
         raise HookError(f"this model, or what is run of it here, has no {local!r} ({POINTS[local][1]})")
     if layer and layer[1].isdigit():
-        layers = 1 + max(int(name.split(".")[1]) for name in names if name.startswith("blocks."))
+        layers = 1 + max(layer_of(name, -1) for name in names)
         if int(layer[1]) >= layers:
             raise HookError(f"no point matches {pattern!r}: the layers are 0 to {layers - 1}")
     if not names:

@@ -23,32 +23,45 @@ def off(name: str, x: Tensor) -> Tensor:
 
 
 def scope_hook(hook: Hook, scope: str) -> Hook:
-    """A layer says "attn.q"; under `at(hook, "blocks.3")` the hook hears "blocks.3.attn.q"."""
-    return off if hook is off else ScopedHook(hook, scope)
+    """Return `hook` for use inside a scope: there "attn.q" reaches it as "blocks.3.attn.q" under the scope "blocks.3".
+
+    A scope inside a scope is one `ScopedHook` with both prefixes, so that nested modules cost one call.
+    """
+    if hook is off:
+        return off
+    if isinstance(hook, ScopedHook):
+        return ScopedHook(hook.hook, hook.prefix + scope)
+    return ScopedHook(hook, scope)
 
 
 def hook_requests(hook: Hook, name: str) -> bool:
-    """Whether `hook` asks for a point that is too costly to compute for nobody; a plain function never does."""
+    """Whether `hook` requests `name`, a point computed only on request.
+
+    A hook requests points with a method `wants(name)`; a plain function requests none.
+    """
     return False if hook is off else getattr(hook, "wants", request_nothing)(name)
 
 
 def request_nothing(name: str) -> bool:
+    """Return False: the `wants` of a hook that has none."""
     return False
 
 
 class ScopedHook:
-    """A hook that puts a scope before every name it hears."""
+    """A hook that puts a prefix, "blocks.3.", before every name and passes it on."""
 
     __slots__ = ("hook", "prefix")
 
     def __init__(self, hook: Hook, scope: str):
-        self.hook, self.prefix = hook, scope + "."
+        self.hook = hook
+        self.prefix = scope + "."
 
     def __call__(self, name: str, x: Tensor) -> Tensor:
         return self.hook(self.prefix + name, x)
 
     def wants(self, name: str) -> bool:
-        return hook_requests(self.hook, self.prefix + name)
+        """Whether the hook inside requests the point, by its full name."""
+        return getattr(self.hook, "wants", request_nothing)(self.prefix + name)
 
 
 Edit = Callable[[Tensor, Point], Tensor]
