@@ -1,4 +1,4 @@
-"""Old public names, which work for one more release and warn with the new name."""
+"""Aliases for public names of the last release, each with a DeprecationWarning that gives the new name."""
 
 import functools
 import warnings
@@ -11,9 +11,10 @@ Result = TypeVar("Result")
 
 
 def resolve_old_names(module: str, new_names: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return a `__getattr__` for `module` that finds each old name under its new one, "package.module.name".
+    """Return a `__getattr__` for `module` that maps each old name to its new one, "package.module.name".
 
-    The new object is imported when the old name is used, so that an alias may point to a package above this one.
+    The new object is imported when the old name is used, so that an alias may refer to a package above this one.
+    Any other name raises AttributeError.
     """
 
     def __getattr__(name: str) -> Any:
@@ -27,14 +28,15 @@ def resolve_old_names(module: str, new_names: Mapping[str, str]) -> Callable[[st
 
 
 def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
-    """Warn the caller of the caller that `old` is now called `new`."""
-    warnings.warn(f"{old} is now called {new}; the old name goes with the next release", DeprecationWarning, stacklevel)
+    """Issue a DeprecationWarning that `old` is now called `new`, at the line that called this function's caller."""
+    text = f"{old} is now called {new}; the old name will be removed in the next release"
+    warnings.warn(text, DeprecationWarning, stacklevel)
 
 
 def rename_keyword(old: str, new: str) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
-    """Return a decorator with which a function still takes the keyword `old`, and warns that it is called `new`.
+    """Return a decorator that lets a function accept the keyword `old` for `new`, with a DeprecationWarning.
 
-    The decorated function raises TypeError for both keywords in one call.
+    Both keywords in one call raise TypeError.
     """
 
     def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
@@ -53,7 +55,7 @@ def rename_keyword(old: str, new: str) -> Callable[[Callable[Parameters, Result]
 
 
 def rename_method(old: str, new: str) -> Callable[..., Any]:
-    """Return a method that calls the one named `new` and warns that `old` is now called so."""
+    """Return a method `old` that calls the method `new`, with a DeprecationWarning."""
 
     def call(self: Any, *args: Any, **keywords: Any) -> Any:
         warn_renamed(f"{type(self).__name__}.{old}", f".{new}")
@@ -65,7 +67,7 @@ def rename_method(old: str, new: str) -> Callable[..., Any]:
 
 
 def rename_attribute(old: str, new: str) -> Any:
-    """Return a property that reads the attribute named `new` and warns that `old` is now called so."""
+    """Return a property `old` that reads the attribute `new`, with a DeprecationWarning."""
 
     def get(self: Any) -> Any:
         warn_renamed(f"{type(self).__name__}.{old}", f".{new}")

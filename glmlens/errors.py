@@ -2,4 +2,4 @@
 
 
 class GlmlensError(Exception):
-    """An error that glmlens raises on purpose: its message says what was asked, what was there, and what to type."""
+    """Base class of the errors of glmlens: each message has what was asked, what was found and what to type instead."""

@@ -1,4 +1,4 @@
-"""Keywords of other libraries, and what to type here instead."""
+"""Keywords of other libraries, with what to type here instead, for the TypeError of an unknown keyword."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from typing import TypedDict
 
 
 class NoKeywords(TypedDict):
-    """The other keywords of a function that takes none: they are taken to be refused with what to type instead."""
+    """The type of `**unknown` in a function that takes no other keywords and raises TypeError for them."""
 
 
 ELSEWHERE = {
@@ -75,7 +75,10 @@ ELSEWHERE = {
 
 
 def refuse_keywords(function: str, unknown: Iterable[str], takes: Iterable[str]) -> None:
-    """Raise TypeError for keywords that a function does not take, with what to type for the first of them."""
+    """Raise TypeError for the first of `unknown`, with what to type instead; return if there is none.
+
+    `takes` are the keywords of the function: an unknown one is answered from ELSEWHERE, or with the nearest of them.
+    """
     takes = list(takes)
     for name in unknown:
         if name in ELSEWHERE:

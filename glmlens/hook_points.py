@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import overload
+from typing import NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -15,29 +15,33 @@ from glmlens.errors import GlmlensError
 
 
 class HookError(GlmlensError, ValueError):
-    """A hook or a name that cannot mean what was asked; the message says what to type instead."""
+    """A hook or a hook point's name that cannot be used as given; the message says what to type instead."""
 
 
-# Every point: its axes, and its line of maths. Under `blocks.{i}.` unless it is in ROOT.
+# Every point, in the order in which they fire: its axes and its line of maths. All but ROOT_POINTS are per layer: their
+# full name begins with `blocks.{i}.`.
 POINTS: dict[str, tuple[str, str]] = {
     "embed": ("batch pos model", "W_E[token]"),
     "resid_pre": ("batch pos model", "the residual stream that enters the layer"),
     "ln1.scale": ("batch pos one", "1 / sqrt(mean(resid_pre²) + eps), which multiplies"),
-    "ln1.normalized": ("batch pos model", "weight · resid_pre · ln1.scale: what attention reads"),
+    "ln1.normalized": ("batch pos model", "weight · resid_pre · ln1.scale: the input of attention"),
     "attn.q": ("batch pos head d", "W_Q ln1.normalized + b_Q, before rotation"),
     "attn.k": ("batch pos kv d", "W_K ln1.normalized + b_K, before rotation"),
     "attn.v": ("batch pos kv d", "W_V ln1.normalized + b_V"),
-    "rotary.cos": ("batch pos pair", "cos(position · theta^(-2 pair / rotated)), the angles this layer turns by"),
+    "rotary.cos": (
+        "batch pos pair",
+        "cos(position · theta^(-2 pair / rotated)), the angles by which this layer rotates",
+    ),
     "rotary.sin": ("batch pos pair", "sin(position · theta^(-2 pair / rotated))"),
-    "attn.q_rot": ("batch pos head rotated", "the first channels of q, each adjacent pair turned by its angle"),
-    "attn.k_rot": ("batch pos kv rotated", "the first channels of k, each adjacent pair turned by its angle"),
-    "attn.q_pass": ("batch pos head rest", "the channels of q that rotary leaves alone"),
-    "attn.k_pass": ("batch pos kv rest", "the channels of k that rotary leaves alone"),
-    "kv.k_new": ("batch pos kv d", "[k_rot, k_pass]: the keys this call remembers"),
-    "kv.v_new": ("batch pos kv d", "v: the values this call remembers"),
-    "kv.k": ("batch key kv d", "every key this call recalls, past ones too"),
-    "kv.v": ("batch key kv d", "every value this call recalls, past ones too"),
-    "attn.scores": ("batch head query key", "q · k / sqrt(d), and the smallest float where the query may not look"),
+    "attn.q_rot": ("batch pos head rotated", "the first channels of q, each adjacent pair rotated by its angle"),
+    "attn.k_rot": ("batch pos kv rotated", "the first channels of k, each adjacent pair rotated by its angle"),
+    "attn.q_pass": ("batch pos head rest", "the channels of q that are not rotated"),
+    "attn.k_pass": ("batch pos kv rest", "the channels of k that are not rotated"),
+    "kv.k_new": ("batch pos kv d", "[k_rot, k_pass]: the keys of this call, as they are cached"),
+    "kv.v_new": ("batch pos kv d", "v: the values of this call, as they are cached"),
+    "kv.k": ("batch key kv d", "every key that attention reads: cached ones and kv.k_new"),
+    "kv.v": ("batch key kv d", "every value that attention reads: cached ones and kv.v_new"),
+    "attn.scores": ("batch head query key", "q · k / sqrt(d), and the smallest float where the mask is"),
     "attn.pattern": ("batch head query key", "softmax over key of attn.scores"),
     "attn.z": ("batch pos head d", "sum over key of attn.pattern · kv.v"),
     "attn.result": ("batch pos head model", "W_O attn.z head by head (only when named in full)"),
@@ -45,7 +49,7 @@ POINTS: dict[str, tuple[str, str]] = {
     "attn_out": ("batch pos model", "what attention adds to the residual stream"),
     "resid_mid": ("batch pos model", "resid_pre + attn_out"),
     "ln2.scale": ("batch pos one", "1 / sqrt(mean(resid_mid²) + eps), which multiplies"),
-    "ln2.normalized": ("batch pos model", "weight · resid_mid · ln2.scale: what the MLP reads"),
+    "ln2.normalized": ("batch pos model", "weight · resid_mid · ln2.scale: the input of the MLP"),
     "mlp.gate": ("batch pos mlp", "W_gate ln2.normalized"),
     "mlp.up": ("batch pos mlp", "W_up ln2.normalized"),
     "mlp.act": ("batch pos mlp", "silu(mlp.gate)"),
@@ -54,20 +58,26 @@ POINTS: dict[str, tuple[str, str]] = {
     "mlp_out": ("batch pos model", "what the MLP adds to the residual stream"),
     "resid_post": ("batch pos model", "resid_mid + mlp_out"),
     "ln_final.scale": ("batch pos one", "1 / sqrt(mean(last resid_post²) + eps), which multiplies"),
-    "ln_final.normalized": ("batch pos model", "weight · last resid_post · ln_final.scale: what the unembedding reads"),
+    "ln_final.normalized": (
+        "batch pos model",
+        "weight · last resid_post · ln_final.scale: the input of the unembedding",
+    ),
     "logits": ("batch pos vocab", "W_U ln_final.normalized (and b_U): vocab are the tokens, or a class head's labels"),
 }
 
 
-DICTIONARY_POINTS = {"features": "batch pos feature", "error": "batch pos model"}  # beside a point with a dictionary
+# A dictionary (SAE or transcoder) inserted at a point adds these beside it, "mlp_out.features" and "mlp_out.error".
+DICTIONARY_POINTS = {"features": "batch pos feature", "error": "batch pos model"}
 
 
 ROOT_POINTS = ("embed", "ln_final.scale", "ln_final.normalized", "logits")
 
 
-ON_REQUEST = ("attn.result",)  # costs a head axis on the residual stream: never taken by "all" or a wide glob
+# Computed only when a hook requests it by name: its head axis makes it n_heads times the residual stream.
+ON_REQUEST = ("attn.result",)
 
 
+# The fused kernel of attention="sdpa" computes these without returning them.
 EAGER_ONLY = ("attn.scores", "attn.pattern")
 
 
@@ -97,7 +107,7 @@ TRANSFORMERLENS_NAMES = {
 
 
 class LayerNumber(int):
-    """A layer's number, which TransformerLens's way of asking for it, `hook.layer()`, gives too."""
+    """A layer's number that can also be called, as TransformerLens's `hook.layer()` is."""
 
     def __call__(self) -> int:
         return int(self)
@@ -105,10 +115,11 @@ class LayerNumber(int):
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """One named tensor: where it is, and (inside a hook) which step and which absolute positions it covers.
+    """One hook point: its name, axes, shape and dtype, and inside a hook the step and the absolute positions.
 
-    `positions` is [batch, pos] for what this call runs and `key_positions` [batch, key] for what it can attend to:
-    absolute positions counted from 0 with the prompt's prefix, -1 where there is padding.
+    `step` is the step of a generation, 0 for the prompt. `positions` is [batch, pos] for the tokens of this call and
+    `key_positions` [batch, key] for all keys that it can attend to. Absolute positions are counted from 0, the prompt's
+    prefix included; padding is -1.
     """
 
     name: str
@@ -121,17 +132,18 @@ class Point:
 
     @property
     def layer(self) -> int | None:
-        """The layer's number (a LayerNumber), or None at the root."""
+        """The layer as a LayerNumber, or None for a point outside the layers."""
         layer = layer_of(self.name)
         return None if layer is None else LayerNumber(layer)
 
     @property
     def local(self) -> str:
-        """The name as a layer says it: "attn.q" for "blocks.3.attn.q"."""
+        """The name within the layer: "attn.q" for "blocks.3.attn.q"."""
         return local_name(self.name)
 
     @property
     def bytes(self) -> int:
+        """The size of this tensor in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
@@ -152,7 +164,7 @@ def local_name(name: str) -> str:
 @functools.cache  # every point of every run with hooks needs its axes
 def axes_of(name: str) -> tuple[str, ...]:
     """Return the names of the axes of a point, of a dictionary's features and error too."""
-    local = local_name(name)
+    local = name.split(".", 2)[2] if name.startswith("blocks.") else name
     if local in POINTS:
         return tuple(POINTS[local][0].split())
     # A dictionary's points are named after the point that it writes: "mlp_out.features".
@@ -163,56 +175,60 @@ def axes_of(name: str) -> tuple[str, ...]:
 
 
 def resolve_names(patterns: str | Sequence[str], catalogue: Iterable[str]) -> list[str]:
-    """The points that names, globs or layer-local names ask for, in the order in which they fire.
+    """Return the points of `catalogue` that names, globs or layer-local names match, in the order in which they fire.
 
-    `"all"` is everything but what is computed only on request. A layer-local name such as "resid_post" means every
-    layer's. Raises HookError for whatever matches nothing, with the nearest names.
+    `"all"` matches every point except those computed only on request. A layer-local name such as "resid_post" matches
+    that point in every layer. Raises HookError for a pattern that matches nothing, with the nearest names.
     """
     names = list(catalogue)
-    there, found = set(names), set[str]()
+    known = set(names)
+    matched = set[str]()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found.update(
-            [pattern] if pattern in there else match_pattern(pattern, names) or raise_unknown_point(pattern, names)
-        )
-    return [name for name in names if name in found]
+        # A full name is taken literally: a point on request may be named so.
+        matches = [pattern] if pattern in known else match_pattern(pattern, names)
+        if not matches:
+            raise_unknown_point(pattern, names)
+        matched.update(matches)
+    return [name for name in names if name in matched]
 
 
 def match_pattern(pattern: str, names: list[str]) -> list[str]:
+    """Return the names that a glob or a layer-local name matches; HookError for a pattern that is not a string."""
     if not isinstance(pattern, str):
-        raise HookError(f"a point is named by text, not by {type(pattern).__name__}: {pattern!r}")
-    costly = any(pattern.endswith(name) for name in ON_REQUEST)
-    glob = {"all": "*"}.get(
-        pattern, pattern if pattern in ROOT_POINTS or pattern not in POINTS else f"blocks.*.{pattern}"
-    )
-    hits = re.compile(fnmatch.translate(glob)).match
-    return [name for name in names if hits(name) and (costly or local_name(name) not in ON_REQUEST)]
+        raise HookError(f"a hook point's name is a string, not {type(pattern).__name__}: {pattern!r}")
+    glob = pattern
+    if pattern == "all":
+        glob = "*"
+    elif pattern in POINTS and pattern not in ROOT_POINTS:
+        glob = f"blocks.*.{pattern}"
+    matches = re.compile(fnmatch.translate(glob)).match
+    # A glob takes points on request only if it ends in the name of one: "blocks.*.attn.result" does, "blocks.0.*" not.
+    with_costly = pattern.endswith(ON_REQUEST)
+    return [name for name in names if matches(name) and (with_costly or local_name(name) not in ON_REQUEST)]
 
 
-def raise_unknown_point(pattern: str, names: list[str]) -> list[str]:
-    """Raise the error that says what `pattern` is called here, or what is near it."""
+def raise_unknown_point(pattern: str, names: list[str]) -> NoReturn:
+    """Raise HookError for a pattern that matches no name, with this package's name for it or the nearest ones."""
     layer = re.match(r"blocks\.([^.]+)\.", pattern)
     local = pattern[layer.end() :] if layer else pattern
     ours = TRANSFORMERLENS_NAMES.get(local)
     if ours is not None:
-        scope = (
-            f"blocks.{layer[1] if layer else '*'}."
-            if ours not in ROOT_POINTS and not ours.startswith("blocks.")
-            else ""
-        )
-        raise HookError(f"no point is called {pattern!r}: here it is called {scope + ours!r}")
+        if ours not in ROOT_POINTS and not ours.startswith("blocks."):
+            ours = f"blocks.{layer[1] if layer else '*'}.{ours}"
+        raise HookError(f"no point is called {pattern!r}: here it is called {ours!r}")
     if local in EAGER_ONLY and not any(local_name(name) == local for name in names):
         raise HookError(
             f"no point matches {pattern!r}: attention='sdpa' computes scores and pattern inside one kernel; "
             f"load with attention='eager' to have them"
         )
     if local in POINTS and not any(local_name(name) == local for name in names):
-        raise HookError(f"this model, or what is run of it here, has no {local!r} ({POINTS[local][1]})")
+        raise HookError(f"this model, or the part of it that is run, has no {local!r} ({POINTS[local][1]})")
+    if not names:
+        raise HookError(f"{pattern!r}: this run passes no points")
     if layer and layer[1].isdigit():
         layers = 1 + max(layer_of(name, -1) for name in names)
         if int(layer[1]) >= layers:
             raise HookError(f"no point matches {pattern!r}: the layers are 0 to {layers - 1}")
-    if not names:
-        raise HookError(f"{pattern!r}: this run passes no points")
     near = get_close_matches(pattern, names, 3, 0.5) or get_close_matches(local, list(POINTS), 3, 0.4)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     raise HookError(f"no point matches {pattern!r}.{hint} lens.points() lists them all")

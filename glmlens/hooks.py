@@ -1,4 +1,4 @@
-"""What a hook is: a function handed to `forward` and called once for every named tensor; and edits that hold only somewhere."""
+"""Hooks: functions that `GLM.forward` calls once for every hook point, and edits restricted to steps and positions."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,13 +12,11 @@ from glmlens.hook_points import HookError, Point
 from glmlens.integers import Integers, read_integers
 
 Hook = Callable[[str, Tensor], Tensor]
-
-
-"""Look at `x`, or return what the model should use instead."""
+"""`hook(name, x)` returns the tensor that the model uses: `x` itself, or a replacement."""
 
 
 def off(name: str, x: Tensor) -> Tensor:
-    """No hook: the model as published."""
+    """Return `x`: the hook that changes nothing."""
     return x
 
 
@@ -65,71 +63,81 @@ class ScopedHook:
 
 
 Edit = Callable[[Tensor, Point], Tensor]
-
-
-"""What a user passes: `fn(x, point)` returns what the model should use instead of x."""
-
+"""What a user passes: `fn(x, point)` returns the tensor that the model uses instead of `x`."""
 
 Hooks = Mapping[str, Edit] | Sequence[tuple[str, Edit]]
 
 
 @dataclass(frozen=True)
 class Only:
-    """An edit that holds only at some steps of a generation and at some absolute positions; see `only`."""
+    """An edit restricted to some steps of a generation and to some absolute positions; see `only`."""
 
     fn: Edit
     steps: frozenset[int] | None
     positions: frozenset[int] | None
 
     def select_positions(self, point: Point) -> Tensor | None:
-        """Where along (batch, pos or key) this edit holds: None where it holds nowhere."""
-        where = point.key_positions if "key" in point.axes and "query" not in point.axes else point.positions
-        assert where is not None
+        """Return a mask [batch, pos] or [batch, key] of the positions that this edit applies to, None for nowhere."""
+        # Scores and patterns have a query and a key axis: there, positions are the query's.
+        by_key = "key" in point.axes and "query" not in point.axes
+        positions = point.key_positions if by_key else point.positions
+        assert positions is not None
         if self.steps is not None and point.step not in self.steps:
             return None
         if self.positions is None:
-            return torch.ones_like(where, dtype=torch.bool)
-        here = torch.isin(where, torch.tensor(sorted(self.positions), device=where.device))
-        return here if bool(here.any()) else None
+            return torch.ones_like(positions, dtype=torch.bool)
+        selected = torch.isin(positions, torch.tensor(sorted(self.positions), device=positions.device))
+        return selected if bool(selected.any()) else None
 
     def __call__(self, x: Tensor, point: Point) -> Tensor:
+        # The edit gets a copy: if it writes in place, the other positions of x still are what they were.
         return self.merge(self.fn(x.clone(), point), x, point, self.select_positions(point))
 
     def merge(self, new: Tensor, x: Tensor, point: Point, where: Tensor | None) -> Tensor:
-        """`new` where this edit holds and x elsewhere; a result that cannot stand in for x is returned as it is."""
-        alike = isinstance(new, Tensor) and (new.shape, new.dtype, new.device) == (x.shape, x.dtype, x.device)
-        if where is None or self.positions is None or not alike:
-            return x if where is None else new
+        """Return `new` at the positions in the mask `where` and `x` at the others.
+
+        A `new` of another type, shape, dtype or device is returned unchanged, for the caller to report.
+        """
+        if where is None:
+            return x
+        fits = isinstance(new, Tensor) and (new.shape, new.dtype, new.device) == (x.shape, x.dtype, x.device)
+        if self.positions is None or not fits:
+            return new
         along = point.axes.index(next(axis for axis in ("pos", "query", "key") if axis in point.axes))
+        # Reshape the mask [batch, pos] so that it broadcasts over the other axes of x.
         shape = [size if i in (0, along) else 1 for i, size in enumerate(x.shape)]
         return torch.where(where.to(x.device).reshape(shape), new, x)
 
 
 def only(fn: Any, *, steps: Integers = None, positions: Integers = None) -> Only:
-    """Restrict an edit to some generation steps (0 is the prompt) and to some absolute positions.
+    """Return the edit `fn` restricted to some generation steps (0 is the prompt) and to some absolute positions.
 
-    At a point with a `query` axis, positions are the query's; at `kv.k` and `kv.v` they are the key's. Rows of the
-    result at other positions are dropped. A run that never reaches any of them is a HookError.
-    How many positions there are is not known before it is run, so a mask is a HookError: give the numbers.
+    At a point with a `query` axis, positions are the query's; at `kv.k` and `kv.v` they are the key's. At other
+    positions the result of `fn` is ignored. A run that reaches none of the steps or positions raises HookError. A mask
+    raises HookError too, as the number of positions is not known before the run: give numbers.
     """
     if isinstance(fn, Only):
         raise HookError("only() of an only(): give steps and positions in one call")
     if not callable(fn):
         raise HookError(f"only() restricts an edit, a function fn(x, point); got {fn!r:.80}")
-    chosen = [
-        None if numbers is None else frozenset(read_integers(numbers, what, error=HookError))
-        for numbers, what in ((steps, "steps"), (positions, "positions"))
-    ]
-    return Only(cast(Edit, fn), *chosen)
+    return Only(
+        fn=cast(Edit, fn),
+        steps=None if steps is None else frozenset(read_integers(steps, "steps", error=HookError)),
+        positions=None if positions is None else frozenset(read_integers(positions, "positions", error=HookError)),
+    )
 
 
 def list_edits(hooks: Any) -> list[tuple[str, Edit]]:
-    """The (name, edit) pairs of either spelling, in the order given; HookError for what is no hook."""
+    """Return the (name, edit) pairs of a mapping or a sequence of pairs, in the order given.
+
+    Raises HookError for anything else, for a name with several edits and for an edit that cannot be called.
+    """
     if hooks is None:
         return []
     if isinstance(hooks, str) or not isinstance(hooks, Iterable):
         raise HookError(f"{SPELLINGS}; got {hooks!r:.80}")
     listed: list[Any] = list(hooks.items()) if isinstance(hooks, Mapping) else list(hooks)
+    # hooks=(name, fn) is a likely slip for hooks=[(name, fn)].
     if len(listed) == 2 and isinstance(listed[0], str) and callable(listed[1]):
         raise HookError(f"{SPELLINGS}: put the pair of {listed[0]!r} in a list, hooks=[(name, fn)]")
     for entry in listed:
@@ -152,16 +160,17 @@ def check_signature(name: str, fn: Any) -> None:
     """Raise HookError for a function that cannot be called as fn(x, point)."""
     try:
         signature = inspect.signature(fn.fn if isinstance(fn, Only) else fn)
-    except (TypeError, ValueError):  # some of those written in C do not say what they take
+    except (TypeError, ValueError):  # some functions written in C have no signature
         return
     try:
         signature.bind(None, None)
     except TypeError as e:
+        called = f"{get_edit_name(fn)}{signature}"
         raise HookError(
-            f"{name!r}: {get_edit_name(fn)}{signature} cannot be called as fn(x, point), the tensor there and where it is: {e}"
+            f"{name!r}: {called} cannot be called as fn(x, point), with the tensor and its hook point: {e}"
         ) from None
 
 
 def get_edit_name(fn: Any) -> str:
-    """What to call an edit in a message."""
+    """Return the name of an edit for error messages: its function's name, or its class's."""
     return get_edit_name(fn.fn) if isinstance(fn, Only) else getattr(fn, "__name__", type(fn).__name__)

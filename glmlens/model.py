@@ -1,7 +1,7 @@
 """Token ids to logits, top to bottom: the GLM language models in the order in which data flows.
 
-Every named quantity passes `hook` once; with `off`, the default, that is the identity. Axes are words, the same in
-every einops string: batch pos query key model head kv group d pair rotated rest mlp vocab one.
+Every named quantity passes through `hook` once; with `off`, the default, that is the identity. Axes are words, the same
+in every einops string: batch pos query key model head kv group d pair rotated rest mlp vocab one.
 """
 
 from collections.abc import Sequence
@@ -13,26 +13,29 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from glmlens.config import GLMConfig
+from glmlens.dtypes import at_least_float32, upcast
 from glmlens.hooks import Hook, hook_requests, off, scope_hook
 from glmlens.kv_cache import KVCache, LayerKV
 from glmlens.rope import rope_frequencies
 
+Resid = Float[Tensor, "batch pos model"]
 Angles = tuple[Float[Tensor, "batch pos pair"], Float[Tensor, "batch pos pair"]]
 
 
 class GLM(nn.Module):
-    """A GLM: `model(tokens)` are the logits [batch, pos, vocab] of the published model.
+    """A GLM: `model(tokens)` returns the logits [batch, pos, vocab] of the published model.
 
-    With a class head, `vocab` are its labels; without any head, the normalised stream comes out as it is. An output
-    depends on the arguments and on nothing else. `attention` is "eager" (scores and pattern exist) or "sdpa" (one
-    fused kernel), and is never changed by who is watching.
+    With a class head, `vocab` are its labels; without a head, the normalised residual stream is returned. The output
+    depends on the arguments alone. `attention` is "eager" (scores and pattern are hook points) or "sdpa" (one fused
+    kernel); hooks never change it.
     """
 
     def __init__(self, cfg: GLMConfig, attention: str = "eager"):
         super().__init__()
         if attention not in ATTENTION:
             raise ValueError(f"attention is {attention!r}; choose from {', '.join(map(repr, ATTENTION))}")
-        self.cfg, self.attention = cfg, attention
+        self.cfg = cfg
+        self.attention = attention
         self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
         self.blocks = nn.ModuleList(Block(cfg, attention) for _ in range(cfg.n_layers))
         self.ln_final = RMSNorm(cfg)
@@ -52,13 +55,13 @@ class GLM(nn.Module):
         attention_mask: Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None = None,
         inputs_embeds: Float[Tensor, "batch pos model"] | None = None,
         logits_to_keep: int | Tensor | None = None,
-    ) -> Float[Tensor, "batch kept vocab"] | Float[Tensor, "batch pos model"]:
-        """Logits, or with `stop_layer` the residual stream that enters that layer.
+    ) -> Float[Tensor, "batch kept vocab"] | Resid:
+        """Return logits, or with `stop_layer` the residual stream that enters that layer.
 
-        `tokens` are ids, or (floats) the residual stream that enters `start_layer`. `kv` remembers this call after its
-        entries. `attention_mask` is 0 at this call's padding. `position_ids` default to the real tokens counted from
-        the cache's end. A query sees the real keys whose position is not past its own. `logits_to_keep`: the last n
-        positions (0 or None: all), or indices into pos.
+        `tokens` are ids, or (floats) the residual stream that enters `start_layer`. This call's keys and values are
+        appended to `kv`. `attention_mask` is 0 at padding. `position_ids` default to the real tokens counted from the
+        cache's end. A query attends to the real keys up to its own position. `logits_to_keep`: the last n positions
+        (0 or None: all), or indices into pos. Raises ValueError for arguments that do not fit together.
         """
         layers = self.layers(start_layer, stop_layer)
         resid = self.embed_inputs(tokens, inputs_embeds, start_layer, hook)
@@ -66,9 +69,11 @@ class GLM(nn.Module):
         if kv is not None:
             kv.check_fits(self.cfg, resid)
         positions = absolute_positions(resid.shape[:2], resid.device, kv, position_ids, attention_mask)
-        key_positions = positions if kv is None else kv.reserve(positions, get_token_ids(tokens))
+        key_positions = positions if kv is None else kv.reserve(positions, tokens)
         plain = self.attention == "sdpa" and kv is None and position_ids is None and attention_mask is None
-        mask = None if plain else additive_mask(positions, key_positions, resid.dtype)  # the kernel knows plain causal
+        mask = (
+            None if plain else additive_mask(positions, key_positions, resid.dtype)
+        )  # sdpa has a causal mask of its own
         angles = rotary_angles(positions, self.cfg, resid.dtype)
 
         for i in layers:
@@ -77,20 +82,18 @@ class GLM(nn.Module):
             final = hook("ln_final.normalized", self.ln_final(resid, scope_hook(hook, "ln_final")))
             resid = self.unembed(select_logit_positions(final, logits_to_keep), hook)
         if kv is not None and len(layers) == len(self.blocks):
-            kv.length += positions.shape[1]  # a run that ended early, or over part of the layers, leaves it as it was
+            kv.length += positions.shape[1]  # only a run over all layers fills the cache
         return resid
 
     def layers(self, start: int, stop: int | None) -> range:
-        """The layers that a run from `start` to before `stop` passes."""
+        """Return the layers from `start` to before `stop`; ValueError if this model does not have them."""
         stop = len(self.blocks) if stop is None else stop
         if not 0 <= start <= stop <= len(self.blocks):
             raise ValueError(f"layers {start} to {stop} asked for; this model has 0 to {len(self.blocks)}")
         return range(start, stop)
 
-    def embed_inputs(
-        self, tokens: Tensor | None, inputs_embeds: Tensor | None, start_layer: int, hook: Hook
-    ) -> Float[Tensor, "batch pos model"]:
-        """The residual stream at the start: embedded tokens, the embeddings given, or itself."""
+    def embed_inputs(self, tokens: Tensor | None, inputs_embeds: Tensor | None, start_layer: int, hook: Hook) -> Resid:
+        """Return the residual stream at the start: embedded tokens, the embeddings given, or the stream given."""
         if inputs_embeds is not None:
             if tokens is not None or start_layer:
                 raise ValueError("inputs_embeds stand for tokens and enter at layer 0: give neither with them")
@@ -103,7 +106,7 @@ class GLM(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and an MLP, each reading the residual stream through a norm and adding to it."""
+    """One layer: attention and an MLP, which read the normalised residual stream and add their outputs to it."""
 
     def __init__(self, cfg: GLMConfig, attention: str):
         super().__init__()
@@ -111,14 +114,7 @@ class Block(nn.Module):
         self.attn, self.mlp = Attention(cfg, attention), MLP(cfg)
         self.ln1_post, self.ln2_post = (RMSNorm(cfg), RMSNorm(cfg)) if cfg.sandwich else (Identity(), Identity())
 
-    def forward(
-        self,
-        resid: Float[Tensor, "batch pos model"],
-        angles: Angles,
-        mask: Tensor | None,
-        kv: LayerKV | None,
-        hook: Hook,
-    ) -> Float[Tensor, "batch pos model"]:
+    def forward(self, resid: Resid, angles: Angles, mask: Tensor | None, kv: LayerKV | None, hook: Hook) -> Resid:
         resid_pre = hook("resid_pre", resid)
         x = hook("ln1.normalized", self.ln1(resid_pre, scope_hook(hook, "ln1")))
         attn_out = hook("attn_out", self.ln1_post(self.attn(x, angles, mask, kv, hook), scope_hook(hook, "ln1_post")))
@@ -129,10 +125,9 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention whose first `d_rotary` channels turn with position.
+    """Grouped-query attention with rotary position embeddings on the first `d_rotary` channels of every head.
 
-    Grouped queries: Ainslie et al. 2023 (arXiv 2305.13245). Rotary: Su et al. 2021 (arXiv 2104.09864), section 3.2,
-    on adjacent pairs of channels.
+    Ainslie et al. 2023 (arXiv 2305.13245); Su et al. 2021 (arXiv 2104.09864), section 3.2, on adjacent channels.
     """
 
     def __init__(self, cfg: GLMConfig, attention: str):
@@ -144,14 +139,7 @@ class Attention(nn.Module):
         self.d_head, self.d_rotary = cfg.d_head, cfg.d_rotary
         self.attend = ATTENTION[attention]
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch pos model"],
-        angles: Angles,
-        mask: Tensor | None,
-        kv: LayerKV | None,
-        hook: Hook,
-    ) -> Float[Tensor, "batch pos model"]:
+    def forward(self, x: Resid, angles: Angles, mask: Tensor | None, kv: LayerKV | None, hook: Hook) -> Resid:
         q = hook("attn.q", rearrange(self.query(x), "batch pos (head d) -> batch pos head d", d=self.d_head))
         k = hook("attn.k", rearrange(self.key(x), "batch pos (kv d) -> batch pos kv d", d=self.d_head))
         v = hook("attn.v", rearrange(self.value(x), "batch pos (kv d) -> batch pos kv d", d=self.d_head))
@@ -159,7 +147,7 @@ class Attention(nn.Module):
         cos, sin = hook("rotary.cos", angles[0]), hook("rotary.sin", angles[1])
         q_rot = hook("attn.q_rot", apply_rotary(q[..., : self.d_rotary], cos, sin))
         k_rot = hook("attn.k_rot", apply_rotary(k[..., : self.d_rotary], cos, sin))
-        if self.d_rotary < self.d_head:  # the other channels are left alone
+        if self.d_rotary < self.d_head:  # the other channels are not rotated
             q_rot = torch.cat([q_rot, hook("attn.q_pass", q[..., self.d_rotary :])], -1)
             k_rot = torch.cat([k_rot, hook("attn.k_pass", k[..., self.d_rotary :])], -1)
 
@@ -173,7 +161,7 @@ class Attention(nn.Module):
         if hook_requests(hook, "attn.result"):
             W_O = rearrange(self.out.weight, "model (head d) -> head d model", d=self.d_head)
             result = einsum(z, W_O, "batch pos head d, head d model -> batch pos head model")
-            out = out + (hook("attn.result", result) - result).sum(2)  # looking adds exactly nothing
+            out = out + (hook("attn.result", result) - result).sum(2)  # recording changes no bit of out
         return out
 
 
@@ -184,7 +172,7 @@ def eager(
     mask: Float[Tensor, "batch one query key"],
     hook: Hook,
 ) -> Float[Tensor, "batch query head d"]:
-    """softmax(QKᵀ/√d)V, a symbol at a time."""
+    """Return softmax(QKᵀ/√d)V, computed one operation at a time."""
     group = q.shape[2] // k.shape[2]
     q = rearrange(q, "batch query head d -> batch head query d").contiguous()
     k, v = (rearrange(t, "batch key kv d -> batch kv key d").contiguous() for t in (k, v))
@@ -196,8 +184,8 @@ def eager(
 
 
 def softmax(scores: Tensor, dtype: torch.dtype) -> Tensor:
-    """The softmax over the last axis, computed in at least float32."""
-    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(dtype)
+    """Return the softmax over the last axis in `dtype`, computed in at least float32."""
+    return scores.softmax(-1, dtype=at_least_float32(scores.dtype)).to(dtype)
 
 
 def sdpa(
@@ -207,7 +195,7 @@ def sdpa(
     mask: Float[Tensor, "batch one query key"] | None,
     hook: Hook,
 ) -> Float[Tensor, "batch query head d"]:
-    """The same sum as one kernel: scores and pattern never exist, so there is nothing inside to hook."""
+    """Return softmax(QKᵀ/√d)V from PyTorch's fused kernel, which returns no scores and no pattern to hook."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # batch head query d, batch kv key d
     z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     return z.transpose(1, 2)
@@ -216,21 +204,20 @@ def sdpa(
 def additive_mask(
     positions: Int[Tensor, "batch query"], key_positions: Int[Tensor, "batch key"], dtype: torch.dtype
 ) -> Float[Tensor, "batch one query key"]:
-    """0 where a query may look, at real keys not past its own position, and the smallest float elsewhere."""
+    """Return 0 at the real keys up to a query's own position, and the smallest float at all others."""
     query = rearrange(positions, "batch query -> batch 1 query 1")
     key = rearrange(key_positions, "batch key -> batch 1 1 key")
-    nothing = torch.zeros((), dtype=dtype, device=positions.device)
-    return torch.where((key >= 0) & (key <= query), nothing, torch.finfo(dtype).min)
+    zero = torch.zeros((), dtype=dtype, device=positions.device)
+    return torch.where((key >= 0) & (key <= query), zero, torch.finfo(dtype).min)
 
 
 ATTENTION = {"eager": eager, "sdpa": sdpa}
 
 
 def rotary_angles(positions: Int[Tensor, "batch pos"], cfg: GLMConfig, dtype: torch.dtype) -> Angles:
-    """cos and sin of position · frequency, in at least float32 and then rounded to dtype; see `rope` for both."""
-    exact = torch.promote_types(dtype, torch.float32)
-    frequency, factor = rope_frequencies(cfg, exact, positions.device)
-    angles = rearrange(positions.clamp(min=0).to(exact), "batch pos -> batch pos 1") * frequency
+    """Return cos and sin of position · frequency, computed in at least float32 and rounded to dtype; see `rope`."""
+    frequency, factor = rope_frequencies(cfg, at_least_float32(dtype), positions.device)
+    angles = rearrange(positions.clamp(min=0).to(frequency.dtype), "batch pos -> batch pos 1") * frequency
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
@@ -239,21 +226,21 @@ def apply_rotary(
     cos: Float[Tensor, "batch pos pair"],
     sin: Float[Tensor, "batch pos pair"],
 ) -> Float[Tensor, "batch pos head rotated"]:
-    """Turn each adjacent pair (a, b) of channels by its angle."""
+    """Rotate each adjacent pair (a, b) of channels by its angle."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)  # the same angles for every head
     return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
 
 
 class MLP(nn.Module):
-    """SwiGLU, the gate and the linear half in one matrix (Shazeer 2020, arXiv 2002.05202, section 2)."""
+    """SwiGLU, with gate and linear half in one matrix (Shazeer 2020, arXiv 2002.05202, section 2)."""
 
     def __init__(self, cfg: GLMConfig):
         super().__init__()
         self.gate_up = nn.Linear(cfg.d_model, 2 * cfg.d_mlp, bias=False)
         self.down = nn.Linear(cfg.d_mlp, cfg.d_model, bias=False)
 
-    def forward(self, x: Float[Tensor, "batch pos model"], hook: Hook) -> Float[Tensor, "batch pos model"]:
+    def forward(self, x: Resid, hook: Hook) -> Resid:
         gate, up = rearrange(self.gate_up(x), "batch pos (two mlp) -> two batch pos mlp", two=2)
         gate, up = hook("mlp.gate", gate), hook("mlp.up", up)
         act = hook("mlp.act", F.silu(gate))
@@ -266,34 +253,35 @@ class RMSNorm(nn.Module):
 
     def __init__(self, cfg: GLMConfig):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(cfg.d_model)), cfg.rms_eps
+        self.weight = nn.Parameter(torch.ones(cfg.d_model))
+        self.eps = cfg.rms_eps
 
-    def forward(self, x: Float[Tensor, "batch pos model"], hook: Hook = off) -> Float[Tensor, "batch pos model"]:
-        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    def forward(self, x: Resid, hook: Hook = off) -> Resid:
+        exact = upcast(x)
         scale = hook("scale", torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + self.eps))
         return self.weight * (exact * scale).to(x.dtype)
 
 
 class Unembed(nn.Linear):
-    """From the normalised stream to a logit for each token, or of a class head for each label."""
+    """The unembedding: one logit per token of the vocabulary, or per label of a class head."""
 
     def __init__(self, cfg: GLMConfig):
         super().__init__(cfg.d_model, cfg.d_logits, bias=cfg.head_bias)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, x: Float[Tensor, "batch pos model"], hook: Hook = off
+        self, x: Resid, hook: Hook = off
     ) -> Float[Tensor, "batch pos vocab"]:
-        # The last positions of several are apart in memory. PyTorch then multiplies row by row, and its bfloat16 kernel
-        # on a CPU first copies the whole weight for each row: the same product of one row alone copies nothing.
+        # The last positions of several prompts are not contiguous. PyTorch then multiplies prompt by prompt, and its
+        # bfloat16 CPU kernel copies the whole weight for each; multiplying one prompt at a time copies nothing.
         if x.dtype == torch.bfloat16 and x.is_cpu and self.bias is None and x.stride(0) != x.shape[1] * x.shape[2]:
             return hook("logits", torch.stack([F.linear(row, self.weight) for row in x]))
         return hook("logits", F.linear(x, self.weight, self.bias))
 
 
 class Identity(nn.Module):
-    """Where `glm4` has a norm on a sublayer's output, `glm` has nothing; some checkpoints have no unembedding."""
+    """Returns its input: the place of a norm that `glm4` has and `glm` has not, or of a missing unembedding."""
 
-    def forward(self, x: Float[Tensor, "batch pos model"], hook: Hook = off) -> Float[Tensor, "batch pos model"]:
+    def forward(self, x: Resid, hook: Hook = off) -> Resid:
         return x
 
 
@@ -304,7 +292,7 @@ def absolute_positions(
     position_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
 ) -> Int[Tensor, "batch pos"]:
-    """The absolute position of every token of a call of this shape, -1 for padding."""
+    """Return the absolute position of every token of a call, -1 for padding; by default the real tokens count up."""
     batch, pos = shape
     if attention_mask is not None and attention_mask.shape != (batch, pos):
         raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}; this call's tokens are {(batch, pos)}")
@@ -319,21 +307,14 @@ def absolute_positions(
     return position_ids.expand(batch, pos)
 
 
-def get_token_ids(tokens: Tensor | None) -> Int[Tensor, "batch pos"] | None:
-    """The token ids of a call, unless it enters with embeddings or a residual stream."""
-    return None if tokens is None or tokens.is_floating_point() else tokens
-
-
 def select_logit_positions(
     x: Shaped[Tensor, "batch pos *rest"], logits_to_keep: int | Tensor | None
 ) -> Shaped[Tensor, "batch kept *rest"]:
-    """x at the positions that logits are wanted for."""
+    """Return `x` at the positions in `logits_to_keep`: the last n (0 or None: all), or indices into pos."""
     if logits_to_keep is None:
         return x
     if isinstance(logits_to_keep, Tensor):
         return x[:, logits_to_keep]
     if logits_to_keep < 0:
-        raise ValueError(
-            f"logits_to_keep is {logits_to_keep}; expected how many of the last positions, or their indices"
-        )
+        raise ValueError(f"logits_to_keep is {logits_to_keep}; expected a number of last positions, or indices")
     return x[:, -logits_to_keep:]

@@ -58,7 +58,7 @@ def test_looking_at_a_generation_changes_nothing(any_lens, tokens):
         ("blocks.0.mlp.hook_pre_linear", "here it is called 'blocks.0.mlp.up'"),
         ("blocks.1.attn.hook_rot_k", "here it is called 'blocks.1.attn.k_rot'"),
         ("ln_final.hook_scale", "here it is called 'ln_final.scale'"),
-        ("blocks.0.ln1_post.scale", "this model, or what is run of it here, has no 'ln1_post.scale'"),
+        ("blocks.0.ln1_post.scale", "this model, or the part of it that is run, has no 'ln1_post.scale'"),
     ],
 )
 def test_a_name_that_matches_nothing_is_an_error_with_the_nearest(tokens, asked, told):

@@ -150,7 +150,8 @@ def test_the_calls_of_a_generation_are_its_steps(lens, tokens):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_a_cache_grows_by_itself_and_no_bit_depends_on_its_capacity(attention):
-    lens, tokens = small_lens(attention=attention), torch.arange(2, 14)[None]
+    lens = small_lens(attention=attention, max_position_embeddings=1024)
+    tokens = torch.arange(2, 14)[None]
     whole = KVCache.empty(lens.cfg, 1, 2000, lens.dtype, "cpu")
     expected = lens.generate(tokens, 600, kv=whole, stop_ids=(), names=["resid_post"])
     found = lens.generate(tokens, 600, stop_ids=(), names=["resid_post"])

@@ -103,7 +103,7 @@ def test_a_rule_is_read_as_old_and_new_files_spell_it(tmp_path):
 
 
 REFUSED = [
-    ({"rope_type": "dynamic", "factor": 2.0}, "up to 512 positions nothing is lost"),
+    ({"rope_type": "dynamic", "factor": 2.0}, "up to 512 positions nothing changes"),
     ({"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0], "long_factor": [2.0]}, "rope_type is 'longrope'"),
     ({"rope_type": "linear"}, "factor is missing"),
     ({"rope_type": "linear", "factor": 0.5}, "factor is 0.5; expected a number from 1 to 1,000,000"),
