@@ -300,7 +300,7 @@ class ConfigReader:
         d_rotary = int(d_head * factor)
         if d_rotary < 2 or d_rotary % 2 or d_rotary > d_head:
             raise self.make_error(
-                f"partial_rotary_factor {factor} rotates {d_rotary} of {d_head} channels; expected an even number from 2"
+                f"partial_rotary_factor {factor} rotates {d_rotary} of {d_head} channels; expected a multiple of 2"
             )
         if self.format.rope_ratio:
             theta = 10000.0 * self.read_number("rope_ratio", 1.0, maximum=1e12)
@@ -433,9 +433,9 @@ class ConfigReader:
     def read_token_ids(self, name: str) -> tuple[int, ...]:
         """Return the token ids of a field that is null, one id or a list of ids."""
         value = self.raw.get(name)
-        listed = tuple(value) if isinstance(value, list) else (value,)
         if value is None:
-            listed = ()
+            return ()
+        listed = tuple(value) if isinstance(value, list) else (value,)
         if not all(isinstance(i, int) and not isinstance(i, bool) and abs(i) < 1 << 31 for i in listed):
             raise self.make_error(f"{name} is {format_value(value)}; expected a token id, a list of them, or null")
         return listed

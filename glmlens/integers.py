@@ -1,4 +1,4 @@
-"""Whole numbers that people give: layers, heads, positions, steps, counts; of Python, numpy or torch, or as a mask."""
+"""Read whole numbers from arguments (layers, heads, positions, steps): of Python, numpy or torch, slices and masks."""
 
 from collections.abc import Iterable, Mapping
 from operator import index
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 if TYPE_CHECKING:
     Integer = SupportsIndex
     Integers = SupportsIndex | Iterable[Any] | slice | None
-else:  # what is no whole number is refused by the functions below, in words of its own
+else:  # at run time the functions below check, and raise errors of their own
     Integer = Integers = Any
 
 
@@ -20,15 +20,16 @@ def read_integer(
     error: type[Exception] = ValueError,
     outside: type[Exception] | None = None,
 ) -> int:
-    """Return one whole number: an int, a numpy integer or an integer tensor without axes.
+    """Return one whole number from an int, a numpy integer or an integer tensor without axes.
 
-    `least` is the smallest that is allowed; with `size` the number is one of 0 to size - 1. Raise `error` for what is
-    no whole number (True, 5.9, "56", several) and `outside` (by default the same) for one that is not allowed.
+    `least` is the smallest number allowed; with `size`, the number must be in 0 to size - 1. Raises `error` for anything
+    else (True, 5.9, "56", several numbers) and `outside`, by default the same class, for a number out of range.
     """
     value = as_python(asked)
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise error(f"{what} is {shorten(asked)}: give one whole number")
-    number, limit = int(index(value)), 0 if size is not None else least
+    number = int(index(value))
+    limit = least if size is None else 0
     if size is not None and not 0 <= number < size:
         raise (outside or error)(f"{what} {number} asked for; there are {size}, 0 to {size - 1}")
     if limit is not None and number < limit:
@@ -47,15 +48,16 @@ def read_integers(
     error: type[Exception] = ValueError,
     outside: type[Exception] | None = None,
 ) -> tuple[Any, ...]:
-    """Return whole numbers in the order given: one, several (a list, range, array, tensor, set), a slice or a mask.
+    """Return whole numbers, in the order given, from one number, several, a slice or a mask.
 
-    With `size` they are of 0 to size - 1, a slice is one of all of them, and of a mask, which must be as long, the
-    places that are True are meant; `mask_size` is for slices and masks alone. Without either a mask and a slice without
-    an end cannot be read. `negative` lets numbers below 0 pass (with `size` those that count from the end), and `named`
-    texts. Raise `error` for none at all and for what is no whole number, and `outside` (by
-    default the same) for a number that is not there.
+    Several are a list, range, array, tensor or set. With `size`, numbers must be in 0 to size - 1, a slice selects from
+    these, and a mask must have that many entries; `mask_size` is the size for slices and masks only. Without a size a
+    mask, or a slice without an end, is an error. `negative` allows numbers below 0 (with `size`, those that count from
+    the end) and `named` allows strings, which are returned as they are. Raises `error` for an empty selection and for
+    anything that is no whole number, and `outside`, by default the same class, for a number out of range.
     """
-    value, known = as_python(asked), size if mask_size is None else mask_size
+    value = as_python(asked)
+    known = size if mask_size is None else mask_size
     if isinstance(value, slice):
         value = expand_slice(value, what, known, error)
     listed = split_values(value, named)
@@ -69,6 +71,7 @@ def read_integers(
     numbers = tuple(one if isinstance(one, str) else int(index(one)) for one in listed)
     if not numbers:
         raise error(f"{what} came out empty: give at least one, or leave {what}= out to mean all")
+    # With `negative` and a size, -size is the first index; without a size no number is too small.
     below = [n for n in numbers if not isinstance(n, str) and n < (-(size or 0) if negative and size else 0)]
     if below and (size is not None or not negative):
         raise (outside or error)(f"{what} {below[0]} asked for: these are counted from 0; give whole numbers from 0")
@@ -79,12 +82,12 @@ def read_integers(
 
 
 def as_python(asked: Any) -> Any:
-    """Return a tensor, an array or a numpy number as Python's numbers and lists, and anything else as it is."""
+    """Return a tensor, an array or a numpy number as Python numbers and lists; anything else is returned unchanged."""
     return asked.tolist() if hasattr(asked, "tolist") else asked
 
 
 def split_values(value: Any, named: bool) -> list[Any] | None:
-    """Return the values that were given, one or several; None for what is neither."""
+    """Return one or several values as a list, and None if `value` cannot be whole numbers (a bool, bytes, a mapping)."""
     if isinstance(value, bool | bytes | bytearray | Mapping) or (isinstance(value, str) and not named):
         return None
     if isinstance(value, str) or hasattr(value, "__index__"):
@@ -93,30 +96,33 @@ def split_values(value: Any, named: bool) -> list[Any] | None:
 
 
 def expand_slice(asked: slice, what: str, size: int | None, error: type[Exception]) -> range:
-    """Return the numbers of a slice of `size` places; without a size, of one that says itself where it ends."""
+    """Return the numbers of a slice of range(size); without a size, the slice must have an end of its own."""
     ends = [None if end is None else as_python(end) for end in (asked.start, asked.stop, asked.step)]
     if any(end is not None and (isinstance(end, bool) or not hasattr(end, "__index__")) for end in ends):
-        raise error(f"{what} is {asked}: the ends of a slice are whole numbers")
+        raise error(f"{what} is {asked}: the ends of a slice must be whole numbers")
     if size is not None:
         return range(*slice(*ends).indices(size))
-    start, stop, step = ends[0] or 0, ends[1], 1 if ends[2] is None else ends[2]
+    start, stop, step = ends
+    start = start or 0
+    step = 1 if step is None else step
     if stop is None or start < 0 or stop < 0 or step < 1:
-        raise error(f"{what} is {asked}, and where it ends is not known here: give numbers, as range(3, 9)")
+        raise error(f"{what} is {asked}, and its end is not known here: give numbers, as range(3, 9)")
     return range(start, stop, step)
 
 
 def read_mask(mask: list[bool], what: str, size: int | None, error: type[Exception]) -> list[int]:
-    """Return the places of a mask that are True."""
+    """Return the indices of a mask that are True. Raises `error` unless the mask has `size` entries."""
     if size is None:
         raise error(
-            f"{what} is a mask of {len(mask)} times True or False, and of how many places is not known here: give the "
+            f"{what} is a mask of {len(mask)} times True or False, and the number of places is not known here: give the "
             "numbers of those that are True, mask.nonzero().flatten()"
         )
     if len(mask) != size:
         raise error(f"{what} is a mask of {len(mask)}; there are {size}")
-    return [i for i, there in enumerate(mask) if there]
+    return [i for i, selected in enumerate(mask) if selected]
 
 
 def shorten(asked: Any) -> str:
+    """Return the repr of a value, cut to 80 characters for an error message."""
     text = repr(asked)
     return text if len(text) <= 80 else f"{text[:79]}…"

@@ -289,11 +289,11 @@ def test_tensors_are_read_one_at_a_time(tmp_path, monkeypatch, kind):
 
     @contextmanager
     def watched(path):
-        with opened(path) as file:
+        with open_safetensors(path) as file:
             yield File(file)
 
-    opened = checkpoint.open_safetensors
-    monkeypatch.setattr(checkpoint, "opened", watched)
+    open_safetensors = checkpoint.open_safetensors
+    monkeypatch.setattr(checkpoint, "open_safetensors", watched)
     lens = glmlens.load(tmp_path, dtype="float64")
     assert len(handed) >= 10
     assert torch.equal(lens(TOKENS), expected(TOKENS))
@@ -314,7 +314,7 @@ REFUSED = [
     ("chatglm", {"num_layers": -1}, "num_layers is -1"),
     ("chatglm", {"rope_ratio": 0}, "rope_ratio is 0"),
     ("chatglm", {"architectures": ["ChatGLMForSequenceClassification"]}, "the language model only"),
-    ("llama", {"attention_bias": True}, "attention's output a bias"),
+    ("llama", {"attention_bias": True}, "a bias to the output of attention"),
     ("llama", {"mlp_bias": True}, "no biases"),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; in this format it is always 1.0"),
     ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),

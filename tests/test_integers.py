@@ -279,7 +279,7 @@ def test_an_error_says_what_was_asked_and_what_there_is():
         read_integers([True, False], "pos", size=3)
     with pytest.raises(ValueError, match="came out empty"):
         read_integers([False, False], "pos", size=2)
-    with pytest.raises(ValueError, match="where it ends is not known"):
+    with pytest.raises(ValueError, match="its end is not known"):
         read_integers(slice(2, None), "pos")
     with pytest.raises(IndexError, match="layer 3 asked for; there are 3"):
         read_integer(3, "layer", size=3, outside=IndexError)

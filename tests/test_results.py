@@ -108,7 +108,7 @@ def test_the_end_is_refused_where_it_is_not_known():
 def test_names_of_positions_are_their_labels():
     names = [{"S2": 6, "end": 8}]
     site = patch.Site("resid_pre", pos=("S2", "end"))
-    found = swept(site, ("layer", "pos"), names=names)
+    found = swept(site, ("layer", "pos"), position_names=names)
     assert np.array_equal(found.at(pos="S2").values, found.values[:, 0])
     assert np.array_equal(found.at(pos="end").values, found.values[:, 1])
     with pytest.raises(KeyError, match="which has S2, end"):

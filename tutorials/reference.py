@@ -1,6 +1,6 @@
-"""The API reference as HTML, of docstrings and signatures, by pdoc: python -m tutorials.reference FOLDER.
+"""Write the API reference as HTML from docstrings and signatures, with pdoc: python -m tutorials.reference FOLDER.
 
-A warning is an error: an annotation that cannot be read, or a name that is exported and not there.
+Warnings are errors: an annotation that cannot be resolved, or a name in `__all__` that does not exist.
 """
 
 import sys
@@ -11,11 +11,11 @@ import pdoc
 
 import glmlens
 
-MODULES = ("glmlens", "glmlens.hooks", *(f"glmlens.{part}" for part in glmlens.LAZY_SUBPACKAGES))
+MODULES = ("glmlens", "glmlens.hooks", "glmlens.hook_points", *(f"glmlens.{part}" for part in glmlens.LAZY_SUBPACKAGES))
 
 
 def reference(folder: Path, modules: tuple[str, ...] = MODULES) -> Path:
-    """Write a page for each of these modules, their index and what a search in it needs; returns the index."""
+    """Write a page for each of these modules, their index and the data of its search; return the index."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pdoc.pdoc(*modules, output_directory=folder)
