@@ -22,8 +22,8 @@ def read_integer(
 ) -> int:
     """Return one whole number from an int, a numpy integer or an integer tensor without axes.
 
-    `least` is the smallest number allowed; with `size`, the number must be in 0 to size - 1. Raises `error` for anything
-    else (True, 5.9, "56", several numbers) and `outside`, by default the same class, for a number out of range.
+    `least` is the smallest number allowed; with `size`, the number must be in 0 to size - 1. Raises `error` for any
+    other value (True, 5.9, "56", several numbers) and `outside`, by default the same class, for a number out of range.
     """
     value = as_python(asked)
     if isinstance(value, bool) or not hasattr(value, "__index__"):
@@ -87,7 +87,7 @@ def as_python(asked: Any) -> Any:
 
 
 def split_values(value: Any, named: bool) -> list[Any] | None:
-    """Return one or several values as a list, and None if `value` cannot be whole numbers (a bool, bytes, a mapping)."""
+    """Return one or several values as a list, and None if `value` cannot be any (a bool, bytes, a mapping)."""
     if isinstance(value, bool | bytes | bytearray | Mapping) or (isinstance(value, str) and not named):
         return None
     if isinstance(value, str) or hasattr(value, "__index__"):
@@ -114,7 +114,7 @@ def read_mask(mask: list[bool], what: str, size: int | None, error: type[Excepti
     """Return the indices of a mask that are True. Raises `error` unless the mask has `size` entries."""
     if size is None:
         raise error(
-            f"{what} is a mask of {len(mask)} times True or False, and the number of places is not known here: give the "
+            f"{what} is a mask of {len(mask)} times True or False, and the number of places is unknown here: give the "
             "numbers of those that are True, mask.nonzero().flatten()"
         )
     if len(mask) != size:

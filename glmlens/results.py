@@ -21,8 +21,8 @@ class Labelled:
     """An array with a name for every axis and a label for every index along it.
 
     `values[axis0, axis1, ...]`; `labels[axis]` has one label per index; `about` describes the numbers: metric and unit,
-    direction, positions, prompt, model. `chosen` names the axes along which only some indices were selected, so that the
-    last one need not be the end of the prompt.
+    direction, positions, prompt, model. `chosen` names the axes along which only some indices were selected, so that
+    the last one need not be the end of the prompt.
     """
 
     values: np.ndarray
@@ -84,7 +84,7 @@ class Labelled:
     def _count_back(self, axis: str, back: int) -> int:
         """Return the index of a label counted back from the end of the prompt: -1 is the end.
 
-        Positions are counted by the numbers in the labels. Raises KeyError if they do not reach the end of every prompt.
+        Positions are counted by the labels' numbers. Raises KeyError if they do not reach the end of every prompt.
         """
         labels = list(map(str, self.labels[axis]))
         along = self.axes.index(axis)

@@ -130,7 +130,8 @@ def test_a_chatglm_folder_says_what_the_original_code_said(fixtures, tmp_path, n
     lens = glmlens.load(tmp_path)
     kv = lens.new_kv()
     for tokens, expected in pairs:
-        _, acts = lens.run_with_cache(tokens, "ln_final.normalized", kv=kv)
+        given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}  # id 0 is a token here, no padding
+        _, acts = lens.run_with_cache(given, "ln_final.normalized", kv=kv)
         assert_close(acts["ln_final.normalized"], expected, rtol=0, atol=1e-6)
 
 
@@ -289,11 +290,11 @@ def test_tensors_are_read_one_at_a_time(tmp_path, monkeypatch, kind):
 
     @contextmanager
     def watched(path):
-        with open_safetensors(path) as file:
+        with open_weights(path) as file:
             yield File(file)
 
-    open_safetensors = checkpoint.open_safetensors
-    monkeypatch.setattr(checkpoint, "open_safetensors", watched)
+    open_weights = checkpoint.open_weights
+    monkeypatch.setattr(checkpoint, "open_weights", watched)
     lens = glmlens.load(tmp_path, dtype="float64")
     assert len(handed) >= 10
     assert torch.equal(lens(TOKENS), expected(TOKENS))

@@ -266,7 +266,7 @@ def test_what_the_hub_does_not_give_is_an_error_that_says_what_to_type(hub, tmp_
         ),
         ("org/private: no such folder here, and no such repository", "if it is private", "HF_TOKEN"),
         ("org/missing: no such folder here, and no such repository", "/org/missing"),
-        ("org/down: neither a folder here nor to be had", "503", "the path of a folder"),
+        ("org/down: neither a folder here nor available", "503", "the path of a folder"),
         (
             "org/pickled: the repository has no model.safetensors",
             "pytorch_model.bin",

@@ -443,7 +443,7 @@ def test_a_hub_id_opens_from_the_hub_cache(tmp_path):
     done = subprocess.run([sys.executable, "-c", HUB], env=env, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
     assert float(lines[0]) == expected
-    assert lines[1].startswith("some-org/another: neither a folder here nor to be had from the hub")
+    assert lines[1].startswith("some-org/another: neither a folder here nor available from the hub")
 
 
 # The high-water mark of the process itself: ru_maxrss would also remember the one that started it.

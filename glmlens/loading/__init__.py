@@ -1,1 +1,1 @@
-"""Checkpoints on disk and on the hub: what they hold, how they are read and how they are written."""
+"""Checkpoints on disk and on the hub: finding, reading and writing them."""

@@ -1,7 +1,6 @@
-"""From a folder to a GLM whose parameters are views of the memory-mapped file, wherever that has their rows.
+"""Load a GLM from a folder; where the file has a parameter's rows, the parameter is a view of the memory-mapped file.
 
-Tensors are read one at a time, and placed before the next is read: with another dtype or device, no more than one is
-alive beside what has been loaded.
+Tensors are read and placed one at a time: with another dtype or device, at most one is in memory twice.
 """
 
 import warnings
@@ -25,7 +24,7 @@ from glmlens.model import GLM
 
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_HEADER_BYTES = MAX_TEXT_BYTES = (
-    4_000_000  # bytes: those of GLM-4-9B are 35,000, and reading JSON takes up to 30 times its size
+    4_000_000  # bytes: GLM-4-9B has 35,000; parsing JSON takes up to 30 times its size in memory
 )
 MAX_TOKENIZER_BYTES = 64_000_000
 
@@ -38,12 +37,11 @@ def load_model(
     rope_theta: float | int | None = None,
     untie: bool = False,
 ) -> GLM:
-    """The GLM in `folder`, frozen. On the meta device only its config is read.
+    """Return the GLM in `folder`, without gradients. On the meta device only its config is read.
 
-    With `untie`, a tied embedding gets memory of its own; the unembedding stays the file's.
-
-    Everything is checked before anything is read. `rope_theta` is used instead of the config's. Raises CheckpointError
-    naming the file, the tensor, what was expected and what was found.
+    `rope_theta` replaces the config's. With `untie`, a tied embedding is copied and the unembedding stays a view of the
+    file. Config and tensor headers are checked before any tensor is read. Raises CheckpointError that names the file,
+    the tensor, what was expected and what was found.
     """
     device = torch.device(device)
     cfg = GLMConfig.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
@@ -55,7 +53,7 @@ def load_model(
         return build_meta_model(replace(cfg, tied=False), attention, model.ln_final.weight.dtype) if untie else model
 
     files, ours = map_tensor_files(folder), map_checkpoint_tensors(model)
-    if not any(name in files for name in ours):  # a checkpoint of the model without any head
+    if not any(name in files for name in ours):  # a checkpoint of the model without a head: its names have no prefix
         ours = {name.removeprefix(BASE_PREFIX): parts for name, parts in ours.items()}
     found = check_tensor_index(
         files, {name: get_expected_shape(parts, model) for name, parts in ours.items()}, list_ignored_tensors(cfg), cfg
@@ -65,7 +63,7 @@ def load_model(
     with tqdm(total=size, desc=f"loading {folder.name}", unit="B", unit_scale=True, delay=2) as bar:
         for path in dict.fromkeys(path for path, _ in found.values()):
             identity = identity_of(path)
-            with open_safetensors(path) as file:
+            with open_weights(path) as file:
                 for name in (name for name in ours if found[name][0] == path):
                     stored = file.get_tensor(name)
                     x = stored.to(device, dtype)
@@ -77,7 +75,8 @@ def load_model(
         model.unembed.weight = model.embed.weight
         check_tied_unembedding(found, map_tensor_names(cfg))
     if untie and cfg.tied:
-        # The embedding is copied and not the unembedding: looking rows up rounds nothing wherever they lie in memory.
+        # Copy the embedding and not the unembedding: looking rows up gives the same bits wherever they are in memory,
+        # while a matrix product may round differently.
         model.embed.weight = nn.Parameter(model.embed.weight.detach().clone(), requires_grad=False)
         model.cfg = replace(cfg, tied=False)
     return model
@@ -85,11 +84,11 @@ def load_model(
 
 Identity = tuple[int, int, int]
 MAPPED: WeakKeyDictionary[GLM, dict[Path, Identity]] = WeakKeyDictionary()
-"""The files that a model's parameters are views of, as they were when they were opened. A copied model has none."""
+"""For every model, the files that its parameters are views of, as they were when opened. A copied model has none."""
 
 
 def identity_of(path: Path) -> Identity:
-    """Inode, size and time of a file's last change; CheckpointError if it is gone."""
+    """Return inode, size and time of modification of a file; CheckpointError if it does not exist."""
     try:
         at = path.stat()
     except OSError as e:
@@ -98,9 +97,9 @@ def identity_of(path: Path) -> Identity:
 
 
 def refuse_rewritten_files(model: GLM) -> None:
-    """Raise CheckpointError if a file that parameters are views of was written again since it was opened.
+    """Raise CheckpointError if a file that parameters are views of was modified in place since it was opened.
 
-    Of one that was replaced by another file, or deleted, the views stay what they were: a warning says so once.
+    If it was replaced by another file or deleted, the views keep the old content, and a warning is given once.
     """
     for path, before in list(MAPPED.get(model, {}).items()):
         try:
@@ -114,14 +113,14 @@ def refuse_rewritten_files(model: GLM) -> None:
             )
         if now[0] != before[0]:
             del MAPPED[model][path]
-            what = "was replaced by another file" if now[0] else "is no longer there"
-            warnings.warn(f"{path}: {what}; this model goes on with the one it was opened from", stacklevel=4)
+            change = "was replaced by another file" if now[0] else "is no longer there"
+            warnings.warn(f"{path}: {change}; this model goes on with the one it was opened from", stacklevel=4)
 
 
 def refuse_overflow(stored: Tensor, x: Tensor, where: str) -> None:
-    """Raise CheckpointError for finite numbers that are infinite in float16."""
-    if x.dtype == torch.float16 and stored.dtype != torch.float16 and bool((over := x.isinf()).any()):
-        count = int((over & stored.to(x.device).isfinite()).sum())
+    """Raise CheckpointError if finite numbers of `stored` are infinite in `x`, the same tensor in float16."""
+    if x.dtype == torch.float16 and stored.dtype != torch.float16 and bool(x.isinf().any()):
+        count = int((x.isinf() & stored.to(x.device).isfinite()).sum())
         if count:
             raise CheckpointError(
                 f"{where}: {count:,} of its {x.numel():,} numbers are beyond {torch.finfo(x.dtype).max:,.0f}, where "
@@ -130,10 +129,10 @@ def refuse_overflow(stored: Tensor, x: Tensor, where: str) -> None:
 
 
 def with_rope_theta(cfg: GLMConfig, rope_theta: float | int | None, folder: Path) -> GLMConfig:
-    """The config with the theta that was asked for; a warning where its own is likely to be a conversion's mistake.
+    """Return the config with `rope_theta`, or with its own; warn if its own is likely a mistake of a conversion.
 
-    transformers' conversion of GLM-4-9B wrote theta 10,000 whatever the original's rope_ratio, which is 500 in
-    glm-4-9b-chat and 10,000 in glm-4-9b-chat-1m.
+    transformers' conversion of GLM-4-9B wrote theta 10,000 for every original, whose rope_ratio is 500 in glm-4-9b-chat
+    and 10,000 in glm-4-9b-chat-1m. Raises CheckpointError for a theta that is no frequency base.
     """
     if rope_theta is not None:
         least = 1 if cfg.rope_scaling.kind == "yarn" else 0
@@ -143,7 +142,7 @@ def with_rope_theta(cfg: GLMConfig, rope_theta: float | int | None, folder: Path
     if cfg.model_type == "glm" and cfg.n_ctx >= 131072 and cfg.rope_theta == 10000.0:
         right = "1e8" if cfg.n_ctx >= 1 << 20 else "5e6"
         warnings.warn(
-            f"{folder / 'config.json'}: rope_theta is 10000 for {cfg.n_ctx:,} positions, and is obeyed; conversions of "
+            f"{folder / 'config.json'}: rope_theta is 10000 for {cfg.n_ctx:,} positions, and is used; conversions of "
             f"GLM-4-9B-chat lost the original's {right}: load(..., rope_theta={right}) if this is one, "
             f"rope_theta=1e4 if not",
             stacklevel=4,
@@ -152,10 +151,10 @@ def with_rope_theta(cfg: GLMConfig, rope_theta: float | int | None, folder: Path
 
 
 def check_tied_unembedding(locations: "TensorLocations", names: dict[str, list[str]]) -> None:
-    """Raise CheckpointError if a tied checkpoint holds an unembedding that is not its embedding."""
+    """Raise CheckpointError if a tied checkpoint has an unembedding that differs from its embedding."""
     embed, unembed = (next(n for n, ours in names.items() if ours == [f"{end}.weight"]) for end in ("embed", "unembed"))
     if embed in locations and unembed in locations:
-        with open_safetensors(locations[embed][0]) as one, open_safetensors(locations[unembed][0]) as other:
+        with open_weights(locations[embed][0]) as one, open_weights(locations[unembed][0]) as other:
             if not torch.equal(one.get_tensor(embed), other.get_tensor(unembed)):
                 raise CheckpointError(
                     f"{locations[unembed][0]}: tensor {unembed!r} is not the embedding, but tie_word_embeddings is true"
@@ -163,7 +162,7 @@ def check_tied_unembedding(locations: "TensorLocations", names: dict[str, list[s
 
 
 def build_meta_model(cfg: GLMConfig, attention: str, dtype: torch.dtype) -> GLM:
-    """A frozen GLM on the meta device: every shape, no numbers."""
+    """Return a GLM on the meta device, with shapes and without numbers or gradients."""
     try:
         with torch.device("meta"), SkipInitialisation():
             return GLM(cfg, attention).to(dtype).requires_grad_(False).eval()
@@ -172,16 +171,16 @@ def build_meta_model(cfg: GLMConfig, attention: str, dtype: torch.dtype) -> GLM:
 
 
 class SkipInitialisation(TorchFunctionMode):
-    """Inside, initialisers draw nothing: on meta there is nothing to fill, and to find that out costs torch 2 s."""
+    """A context in which initialisers do nothing: on the meta device they fill nothing, and take torch 2 s to do so."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        draws = getattr(func, "__module__", None) == nn.init.__name__
-        return None if draws else func(*args, **(kwargs or {}))
+        initialises = getattr(func, "__module__", None) == nn.init.__name__
+        return None if initialises else func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
 class ParameterRows:
-    """The rows of a parameter of ours that a tensor of a checkpoint holds."""
+    """The rows of one of our parameters that a tensor of a checkpoint holds."""
 
     name: str
     start: int
@@ -189,45 +188,53 @@ class ParameterRows:
 
 
 def map_checkpoint_tensors(model: GLM) -> dict[str, list[ParameterRows]]:
-    """The tensors of a checkpoint of this model, the embedding first, and the parts of our parameters in each.
+    """Return the tensors that a checkpoint of this model has, the embedding first, and the rows of ours in each.
 
-    Where several tensors are one of ours, they have equal shares of its rows, in the order of the table.
+    If several tensors make up one of our parameters, each has an equal share of its rows, in the order of the table.
     """
-    ours = {name: p.shape[0] for name, p in model.named_parameters()}  # a tied unembedding is there as the embedding
-    table = {theirs: names for theirs, names in map_tensor_names(model.cfg).items() if ours.keys() >= set(names)}
-    sharing, start = Counter(name for names in table.values() for name in names), Counter[str]()
-    found: dict[str, list[ParameterRows]] = {}
+    # named_parameters lists a tied unembedding once, as the embedding.
+    n_rows = {name: p.shape[0] for name, p in model.named_parameters()}
+    table = {theirs: names for theirs, names in map_tensor_names(model.cfg).items() if n_rows.keys() >= set(names)}
+    n_shares = Counter(name for names in table.values() for name in names)
+    start = Counter[str]()
+    tensors: dict[str, list[ParameterRows]] = {}
     for theirs, names in table.items():
-        found[theirs] = [ParameterRows(name, start[name], ours[name] // sharing[name]) for name in names]
-        start.update({part.name: part.rows for part in found[theirs]})
-    return found
+        tensors[theirs] = [ParameterRows(name, start[name], n_rows[name] // n_shares[name]) for name in names]
+        start.update({part.name: part.rows for part in tensors[theirs]})
+    return tensors
 
 
 def get_expected_shape(parts: list[ParameterRows], model: GLM) -> tuple[int, ...]:
+    """Return the shape of a checkpoint's tensor that holds these rows."""
     return (sum(part.rows for part in parts), *model.get_parameter(parts[0].name).shape[1:])
 
 
 def list_ignored_tensors(cfg: GLMConfig) -> set[str]:
-    """The tensors that may be there and are not read: a tied unembedding, and what follows from the config."""
+    """Return the names of tensors that may exist and are not read: a tied unembedding, and computed constants."""
     return {
         theirs for theirs, ours in map_tensor_names(cfg).items() if cfg.tied and ours == ["unembed.weight"]
     } | list_unused_tensors(cfg)
 
 
 def place_tensor(model: GLM, x: Tensor, parts: list[ParameterRows]) -> int:
-    """Make a tensor of a checkpoint what it stands for, as views of it where it holds whole parameters; its bytes."""
+    """Put the rows of a checkpoint's tensor in our parameters, and return its size in bytes.
+
+    A parameter whose rows are all in this tensor becomes a view of it; of others, the rows are copied.
+    """
     for part, rows in zip(parts, x.split([part.rows for part in parts]), strict=True):
-        rows, whole = reorder_rotary_rows(rows, part.name, model.cfg), model.get_parameter(part.name)
-        if part.rows == len(whole):
+        rows = reorder_rotary_rows(rows, part.name, model.cfg)
+        parameter = model.get_parameter(part.name)
+        if part.rows == len(parameter):
             set_parameter(model, part.name, rows)
             continue
-        if whole.is_meta:
-            set_parameter(model, part.name, torch.empty(whole.shape, dtype=x.dtype, device=x.device))
+        if parameter.is_meta:  # the first of several tensors that make it up
+            set_parameter(model, part.name, torch.empty(parameter.shape, dtype=x.dtype, device=x.device))
         model.get_parameter(part.name)[part.start : part.start + part.rows] = rows
     return x.nbytes
 
 
 def set_parameter(model: GLM, name: str, value: Tensor) -> None:
+    """Replace a parameter of the model by one of these numbers, without gradients."""
     module, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(module), leaf, nn.Parameter(value, requires_grad=False))
 
@@ -239,12 +246,12 @@ TensorLocations = dict[str, tuple[Path, str]]
 def check_tensor_index(
     files: dict[str, Path], expected: TensorShapes, ignored: set[str], cfg: GLMConfig
 ) -> TensorLocations:
-    """Where each expected tensor is and its dtype; CheckpointError unless just these are there, in these shapes."""
+    """Return the file and dtype of every expected tensor; CheckpointError if tensors or shapes differ from these."""
     found: TensorLocations = {}
     for path in dict.fromkeys(files.values()):
-        with open_safetensors(path) as file:
-            there = list(file.keys())
-            for name in there:
+        with open_weights(path) as file:
+            present = list(file.keys())
+            for name in present:
                 if name not in expected and name not in ignored:
                     raise CheckpointError(f"{path}: tensor {name!r} has no place in this {cfg.model_type!r}")
                 if files.get(name) != path and name in expected:
@@ -259,7 +266,7 @@ def check_tensor_index(
                         f"glmlens does not open quantised weights"
                     )
                 found[name] = path, dtype
-            for name in (name for name, at in files.items() if at == path and name not in there):
+            for name in (name for name, at in files.items() if at == path and name not in present):
                 raise CheckpointError(f"{path}: tensor {name!r}: expected here by the index, not found")
     missing = [name for name in expected if name not in found]
     if missing:
@@ -269,10 +276,10 @@ def check_tensor_index(
 
 
 def map_tensor_files(folder: Path) -> dict[str, Path]:
-    """The file of every tensor, by the index where there is one."""
+    """Return the file of every tensor, from the one file of weights or from the index of several."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
-        with open_safetensors(single) as file:
+        with open_weights(single) as file:
             return dict.fromkeys(file.keys(), single)
     if not index.exists():
         other = sorted(path.name for path in folder.glob("*.bin"))
@@ -283,26 +290,26 @@ def map_tensor_files(folder: Path) -> dict[str, Path]:
         raise CheckpointError(f"{index}: expected a weight_map from tensor names to files, found {shards!r:.80}")
     for name, shard in shards.items():
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise CheckpointError(f"{index}: tensor {name!r} is said to be in {shard!r}, not a file of this folder")
+            raise CheckpointError(f"{index}: tensor {name!r} is in {shard!r}, which is not a file of this folder")
         if not (folder / shard).is_file():
-            raise CheckpointError(f"{index}: tensor {name!r} is said to be in {shard!r}, which is not there")
+            raise CheckpointError(f"{index}: tensor {name!r} is in {shard!r}, which does not exist")
     return {name: folder / shard for name, shard in shards.items()}
 
 
 @contextmanager
-def open_safetensors(path: Path) -> Iterator[Any]:
-    """The safetensors file, memory-mapped; what is wrong with it is a CheckpointError that names it."""
+def open_weights(path: Path) -> Iterator[Any]:
+    """Open a safetensors file, memory-mapped; problems with it are raised as CheckpointError."""
     with storage.open_safetensors(path, MAX_HEADER_BYTES, CheckpointError) as file:
         yield file
 
 
 def check_regular_file(path: Path, max_bytes: int | None = None) -> None:
-    """Raise CheckpointError if there is something at `path` but not a file, or one of more than `most` bytes."""
+    """Raise CheckpointError if `path` is no regular file, or one of more than `max_bytes`."""
     storage.refuse_strange(path, max_bytes, CheckpointError)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, or CheckpointError."""
+    """Return the object in a JSON file. Raises CheckpointError."""
     try:
         return storage.read_json(path, MAX_TEXT_BYTES, MAX_TEXT_BYTES, CheckpointError)
     except FileNotFoundError as e:
@@ -310,9 +317,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_dtype(dtype: str | torch.dtype, where: str = "") -> torch.dtype:
-    """The float dtype of this name ("bfloat16", "torch.bfloat16") or itself."""
-    found = getattr(torch, str(dtype).removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype) or found not in FLOAT_DTYPES.values():
+    """Return the float dtype of a name, "bfloat16" or "torch.bfloat16", or of a dtype. Raises CheckpointError."""
+    parsed = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if not isinstance(parsed, torch.dtype) or parsed not in FLOAT_DTYPES.values():
         names = ", ".join(str(f).removeprefix("torch.") for f in FLOAT_DTYPES.values())
         raise CheckpointError(f"{where}dtype is {dtype!r}; expected one of {names}")
-    return found
+    return parsed

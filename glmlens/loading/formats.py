@@ -1,7 +1,7 @@
-"""What each published format calls the tensors of a GLM: one table per format from its names to ours.
+"""The names of a GLM's tensors in every published format: one table per format from its names to ours.
 
-A name of theirs that stands for several of ours is split into them by rows, as views. Where several of theirs stand for
-one of ours, they are joined by rows in the order of the table, which copies them.
+A tensor of theirs that holds several of ours is split by rows, into views. Several of theirs that make up one of ours
+are concatenated by rows in the order of the table, which copies them.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from glmlens.config import GLMConfig
 
-BASE_PREFIX = "model."  # what a checkpoint of the model without any head leaves out
+BASE_PREFIX = "model."  # the prefix that names do not have in a checkpoint of the model without a head
 ATTENTION_NAMES = {
     f"model.layers.{{i}}.self_attn.{theirs}.{part}": f"blocks.{{i}}.attn.{ours}.{part}"
     for theirs, ours in {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "out"}.items()
@@ -60,10 +60,11 @@ CLASS_HEAD_NAMES = {"score.weight": "unembed.weight", "score.bias": "unembed.bia
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """The names of one format. `half_split`: rotary turns channel c with channel c + d/2, and not with its neighbour.
+    """The tensor names of one format, and its rotary layout.
 
-    The rows of q and k are then put in another order, q and k alike: a copy, and the same scores, since q · k is a sum
-    over channels in whatever order. `unused` tensors follow from the config.
+    With `half_split`, rotary pairs channel c with channel c + d/2, and not with its neighbour. The rows of q and k are
+    then reordered, q and k alike: this copies them and keeps the scores, since q · k is a sum over channels in any
+    order. `unused` tensors are constants that the config determines.
     """
 
     tensor_names: Mapping[str, str]
@@ -81,7 +82,7 @@ WEIGHT_FORMATS = {
 
 
 def map_tensor_names(cfg: GLMConfig) -> dict[str, list[str]]:
-    """Every name that this checkpoint may have, and those of our parameters that it stands for."""
+    """Return every tensor name that a checkpoint of this config may have, and the names of our parameters in it."""
     names = {**WEIGHT_FORMATS[cfg.model_type].tensor_names, **(CLASS_HEAD_NAMES if cfg.labels else {})}
     return {
         theirs.format(i=i): ours.format(i=i).split()
@@ -92,17 +93,17 @@ def map_tensor_names(cfg: GLMConfig) -> dict[str, list[str]]:
 
 
 def list_unused_tensors(cfg: GLMConfig) -> set[str]:
-    """Names of tensors that a checkpoint may have and nobody needs."""
+    """Return the names of tensors that a checkpoint may have and that the config determines."""
     return {WEIGHT_FORMATS[cfg.model_type].unused.format(i=i) for i in range(cfg.n_layers)}
 
 
 def reorder_rotary_rows(x: Shaped[Tensor, "row *model"], ours: str, cfg: GLMConfig) -> Shaped[Tensor, "row *model"]:
-    """The rows of a parameter of ours as they turn here: pairs side by side.
+    """Return the rows of our parameter `ours` in the order of adjacent rotary pairs; a copy if they are reordered.
 
     Su et al. 2021 (arXiv 2104.09864), equation 15, pairs neighbours; a half-split rotary pairs (c, c + d/2), and
-    turns pair c by the same angle, position · theta^(-2c/d).
+    rotates pair c by the same angle, position · theta^(-2c/d).
     """
-    turned = ours.rpartition(".")[0].endswith(("attn.query", "attn.key"))
-    if not (turned and WEIGHT_FORMATS[cfg.model_type].half_split):
+    rotated = ours.rpartition(".")[0].endswith(("attn.query", "attn.key"))
+    if not (rotated and WEIGHT_FORMATS[cfg.model_type].half_split):
         return x
     return rearrange(x, "(head two pair) ... -> (head pair two) ...", two=2, pair=cfg.d_head // 2)

@@ -1,4 +1,4 @@
-"""From a folder's path or a hub id to a local folder with a checkpoint: only what a GLM is read from is downloaded."""
+"""Find the local folder of a checkpoint by path or hub id, downloading only the files that a GLM is loaded from."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,17 +9,19 @@ from tqdm import tqdm
 from glmlens.config import CheckpointError
 from glmlens.storage import expand_path, read_json
 
-INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+WEIGHTS_FILE = "model.safetensors"
 SMALL_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"]
-SMALL_FILES += ["chat_template.jinja"]  # besides these and the weights, nothing is ever downloaded
+SMALL_FILES += ["chat_template.jinja"]  # only these and the weights are downloaded
 
 
 def find_checkpoint(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a checkpoint: a folder as it is, a hub id after downloading what is missing of it.
+    """Return the local folder of a checkpoint, given as a folder, or as a hub id whose missing files are downloaded.
 
-    Raises CheckpointError when there is no such folder, or when the hub does not give it.
+    Raises CheckpointError if there is no such folder, or if the hub does not give it.
     """
-    folder, name = expand_path(path_or_hub_id, CheckpointError), str(path_or_hub_id)
+    folder = expand_path(path_or_hub_id, CheckpointError)
+    name = str(path_or_hub_id)
     if folder.is_dir() and revision is not None:
         raise CheckpointError(f"{folder}: a folder has no revision {revision!r}; only a hub id has")
     if folder.is_dir():
@@ -34,11 +36,11 @@ def find_checkpoint(path_or_hub_id: str | Path, revision: str | None = None) -> 
 
 
 def download_checkpoint(name: str, revision: str | None = None) -> Path:
-    """The folder in the hub's cache of a repository at a revision: a branch, a tag or a commit.
+    """Return the folder in the hub's cache of a repository at a revision: a branch, a tag or a commit.
 
-    A connection that breaks is taken up where it broke. Whatever else ends a download, files that have arrived whole
-    are not asked for again. HF_TOKEN, HF_HUB_OFFLINE, HF_HUB_CACHE and HF_ENDPOINT are
-    obeyed; without a network, what is in the cache is opened. Raises CheckpointError that says what to type.
+    A broken connection resumes where it broke; after any other stop, complete files are not downloaded again.
+    HF_TOKEN, HF_HUB_OFFLINE, HF_HUB_CACHE and HF_ENDPOINT have their usual meaning; without a network, the cached files
+    are used. Raises CheckpointError with what to type.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
@@ -47,7 +49,7 @@ def download_checkpoint(name: str, revision: str | None = None) -> Path:
         files = {file.rfilename for file in HfApi().model_info(name, revision=revision).siblings or []}
     except (HFValidationError, GatedRepoError, RevisionNotFoundError, RepositoryNotFoundError) as e:
         raise CheckpointError(explain_refusal(name, revision, e)) from e
-    except Exception as e:  # by its version, huggingface_hub lets through what requests, httpx or httpx2 raise
+    except Exception as e:  # depending on its version, huggingface_hub raises errors of requests, httpx or httpx2
         return find_cached_checkpoint(name, revision, e)
     needed = [file for file in SMALL_FILES if file in files] + select_weight_files(files, name)
     try:
@@ -55,55 +57,57 @@ def download_checkpoint(name: str, revision: str | None = None) -> Path:
     except CheckpointError:
         raise
     except Exception as e:
-        said = f"{name}: the download stopped: {type(e).__name__}: {e}"
-        raise CheckpointError(f"{said}. Load it again to go on: files that arrived whole are kept") from e
+        stopped = f"{name}: the download stopped: {type(e).__name__}: {e}"
+        raise CheckpointError(f"{stopped}. Load it again to go on: complete files are kept") from e
 
 
 def fetch_files(name: str, revision: str | None, needed: list[str], files: Iterable[str]) -> Path:
-    """Fetch files one after another: huggingface_hub keeps whole ones, so that a stop costs the one under way alone."""
+    """Download files one after another and return their folder; a stop loses only the file under way."""
     from huggingface_hub import hf_hub_download
 
+    # The first file also resolves the revision: the name of its folder is the commit.
     many = INDEX_FILE in needed
     folder = Path(hf_hub_download(name, INDEX_FILE if many else "config.json", revision=revision)).parent
     needed = needed + list_shards(folder / INDEX_FILE, files) if many else needed
     for file in tqdm(needed, desc=f"fetching {name}", unit="file"):
-        hf_hub_download(name, file, revision=folder.name)  # of one commit, though its branch may move on meanwhile
+        hf_hub_download(name, file, revision=folder.name)  # the same commit, even if the branch moves
     return folder
 
 
 def find_cached_checkpoint(name: str, revision: str | None, why: Exception) -> Path:
-    """What the cache has of a repository that the hub does not give now."""
+    """Return the cached folder of a repository that the hub did not give; CheckpointError with `why` if none."""
     from huggingface_hub import snapshot_download
 
     try:
-        # Asked for its config alone: what is missing of the rest is told by name when it is opened.
+        # Only the config is required here: loading reports other missing files by name.
         return Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=["config.json"]))
     except (OSError, ValueError) as e:
         at = "" if revision is None else f" at revision {revision!r}"
         raise CheckpointError(
-            f"{name}{at}: neither a folder here nor to be had from the hub, and not in its cache: "
+            f"{name}{at}: neither a folder here nor available from the hub or its cache: "
             f"{type(why).__name__}: {why}. Offline? Load it once with a network, unset HF_HUB_OFFLINE, or give the "
             f"path of a folder"
         ) from e
 
 
 def select_weight_files(files: Iterable[str], name: str) -> list[str]:
-    """The file of the weights, or their index; CheckpointError for a repository without a GLM in safetensors."""
+    """Return the file of the weights, or their index; CheckpointError for a repository without safetensors weights."""
     if "config.json" not in files:
         raise CheckpointError(f"{name}: the repository has no config.json; glmlens opens checkpoints of transformers")
     for weights in (WEIGHTS_FILE, INDEX_FILE):
         if weights in files:
             return [weights]
     other = sorted(file for file in files if file.endswith((".bin", ".pt", ".pth", ".gguf", ".safetensors")))
+    found = ", ".join(other[:3]) or "no weights"
     raise CheckpointError(
-        f"{name}: the repository has no {WEIGHTS_FILE} and no {INDEX_FILE}, but {', '.join(other[:3]) or 'no weights'}: glmlens "
+        f"{name}: the repository has no {WEIGHTS_FILE} and no {INDEX_FILE}, but {found}: glmlens "
         f"opens safetensors only, never pickle, and downloaded nothing. Look for a conversion (for GLM, a name that "
         f"ends in -hf), or save one with transformers: from_pretrained({name!r}).save_pretrained('folder')"
     )
 
 
 def list_shards(index: Path, files: Iterable[str]) -> list[str]:
-    """The files that an index names, those that the repository has; of the others loading will complain."""
+    """Return the files that an index names and the repository has; loading reports those that it has not."""
     try:
         named = read_json(index)["weight_map"].values()
         return sorted({file for file in named if file in files and file.endswith(".safetensors")})
@@ -112,10 +116,11 @@ def list_shards(index: Path, files: Iterable[str]) -> list[str]:
 
 
 def explain_refusal(name: str, revision: str | None, why: Any) -> str:
-    """What to do about a hub that says no."""
+    """Return the message for a repository that the hub refuses or does not have, with what to type."""
     from huggingface_hub import constants, errors
 
-    page, login = f"{constants.ENDPOINT}/{name}", "type `hf auth login`, or set HF_TOKEN"
+    page = f"{constants.ENDPOINT}/{name}"
+    login = "type `hf auth login`, or set HF_TOKEN"
     if isinstance(why, errors.HFValidationError):
         return f"{name}: neither a folder here nor a hub id, 'org/name': {why}"
     if isinstance(why, errors.GatedRepoError):

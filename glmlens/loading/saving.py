@@ -1,7 +1,7 @@
-"""Writing a model as a checkpoint that transformers opens: `glm`, or `glm4` where there are sandwich norms.
+"""Write a model as a checkpoint that transformers opens: `glm`, or `glm4` if it has sandwich norms.
 
-What was opened as `chatglm`, `llama` or `qwen2` is a GLM by then, and is saved as `glm`: the same sums of the same
-numbers, with rows where a GLM has them.
+A model loaded from `chatglm`, `llama` or `qwen2` is saved as `glm`: the same function with the same numbers, its rows
+in the order of a GLM.
 """
 
 import math
@@ -34,12 +34,12 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 @contextmanager
 def create_folder_atomically(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder` that takes its name in the end, or disappears with what failed.
+    """Yield a new folder beside `folder` that gets its name at the end, or is removed on an error.
 
     Raises FileExistsError unless `folder` is new or empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder}: there is something already; name a folder that is new or empty")
+        raise FileExistsError(f"{folder}: this folder is not empty; name one that is new or empty")
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.new")
     new.mkdir()
@@ -56,9 +56,10 @@ def create_folder_atomically(folder: Path) -> Iterator[Path]:
 
 
 def make_config_json(model: GLM) -> dict[str, Any]:
-    """The config.json of a model, with rotary fields where transformers 4.x and where 5.x looks for them."""
-    c, rule = model.cfg, make_scaling_json(model.cfg)
-    turning = {"rope_theta": c.rope_theta, "partial_rotary_factor": find_rotary_factor(c)}
+    """Return the config.json of a model, with rotary fields where transformers 4.x and where 5.x looks for them."""
+    c = model.cfg
+    rule = make_scaling_json(c)
+    rotary = {"rope_theta": c.rope_theta, "partial_rotary_factor": find_rotary_factor(c)}
     sandwich = "Glm4" if c.sandwich else "Glm"
     raw = {
         "architectures": [sandwich + ARCHITECTURE_SUFFIXES.get(c.head, "Model")], "model_type": sandwich.lower(),
@@ -66,7 +67,7 @@ def make_config_json(model: GLM) -> dict[str, Any]:
         "num_hidden_layers": c.n_layers, "num_attention_heads": c.n_heads, "num_key_value_heads": c.n_kv_heads,
         "head_dim": c.d_head, "attention_bias": c.qkv_bias, "tie_word_embeddings": c.tied, "hidden_act": "silu",
         "rms_norm_eps": c.rms_eps, "max_position_embeddings": c.n_ctx,
-        **turning, "rope_parameters": {**rule, **turning},
+        **rotary, "rope_parameters": {**rule, **rotary},
         "dtype": str(model.ln_final.weight.dtype).removeprefix("torch."),
         "bos_token_id": None, "eos_token_id": list(c.eos_token_ids) or None, "pad_token_id": c.pad_token_id,
     }  # fmt: skip
@@ -80,40 +81,41 @@ def make_config_json(model: GLM) -> dict[str, Any]:
 
 
 def make_scaling_json(cfg: GLMConfig) -> dict[str, Any]:
-    """The rule by which pairs turn, as config.json says it: the numbers that it has."""
+    """Return the rope scaling as an object of config.json, without numbers that are None."""
     s = cfg.rope_scaling
-    said = {theirs: getattr(s, ours) for ours, theirs in ROPE_SCALING_FIELDS[s.kind].items()}
-    return {"rope_type": s.kind, **{name: value for name, value in said.items() if value is not None}}
+    numbers = {theirs: getattr(s, ours) for ours, theirs in ROPE_SCALING_FIELDS[s.kind].items()}
+    return {"rope_type": s.kind, **{name: value for name, value in numbers.items() if value is not None}}
 
 
 def find_rotary_factor(cfg: GLMConfig) -> float:
-    """The partial_rotary_factor of which int(d_head · factor) is d_rotary, rounding included."""
+    """Return a partial_rotary_factor for which int(d_head · factor) is d_rotary in spite of rounding."""
     factor = cfg.d_rotary / cfg.d_head
     return factor if int(cfg.d_head * factor) == cfg.d_rotary else math.nextafter(factor, 1.0)
 
 
 def collect_tensors(model: GLM) -> dict[str, Tensor]:
-    """Every parameter by the name that transformers has for it in a `glm` or `glm4`."""
+    """Return every parameter by its name in transformers' `glm` or `glm4`."""
     c = replace(model.cfg, model_type="glm4" if model.cfg.sandwich else "glm")
     ours = dict(model.named_parameters())
     base = BASE_PREFIX if c.head == "none" else ""
-    return {said.removeprefix(base): ours[n].detach() for said, [n] in map_tensor_names(c).items() if n in ours}
+    return {theirs.removeprefix(base): ours[n].detach() for theirs, [n] in map_tensor_names(c).items() if n in ours}
 
 
 def write_weights(folder: Path, tensors: dict[str, Tensor], shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """One file, or several of at most `shard_bytes` (or of one tensor that is larger) with their index."""
+    """Write one file, or several of at most `shard_bytes` each (a larger tensor alone in one) and their index."""
     shards: list[dict[str, Tensor]] = [{}]
     for name, x in tensors.items():
         if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + x.nbytes > shard_bytes:
             shards.append({})
         shards[-1][name] = x
-    many, weight_map = len(shards), {}
+    n = len(shards)
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards):
-        file = "model.safetensors" if many == 1 else f"model-{i + 1:05}-of-{many:05}.safetensors"
+        file = "model.safetensors" if n == 1 else f"model-{i + 1:05}-of-{n:05}.safetensors"
         save_file({name: x.contiguous() for name, x in shard.items()}, folder / file, {"format": "pt"})
-        (folder / file).chmod(0o644)
+        (folder / file).chmod(0o644)  # safetensors makes files that only their owner may read
         weight_map |= dict.fromkeys(shard, file)
-    if many > 1:
+    if n > 1:
         size = sum(x.nbytes for x in tensors.values())
         write_json(
             folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map}
@@ -121,7 +123,7 @@ def write_weights(folder: Path, tensors: dict[str, Tensor], shard_bytes: int = M
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, source: Path | None) -> None:
-    """The files that the tokenizer came from, or where transformers could not read those, new ones."""
+    """Copy the files that the tokenizer came from, or write new ones if transformers could not read those."""
     if source is not None and (source / "tokenizer.json").exists():
         for name in TOKENIZER_FILES:
             refuse_strange(source / name)
@@ -135,4 +137,5 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, source: Path | None) -> 
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write an object as JSON with the indent of transformers."""
     path.write_bytes(dump_json(content, indent=2))
