@@ -23,7 +23,7 @@ class HookError(GlmlensError, ValueError):
 POINTS: dict[str, tuple[str, str]] = {
     "embed": ("batch pos model", "W_E[token]"),
     "resid_pre": ("batch pos model", "the residual stream that enters the layer"),
-    "ln1.scale": ("batch pos one", "1 / sqrt(mean(resid_pre²) + eps), which multiplies"),
+    "ln1.scale": ("batch pos one", "1 / sqrt(mean(resid_pre²) + eps), the factor on resid_pre"),
     "ln1.normalized": ("batch pos model", "weight · resid_pre · ln1.scale: the input of attention"),
     "attn.q": ("batch pos head d", "W_Q ln1.normalized + b_Q, before rotation"),
     "attn.k": ("batch pos kv d", "W_K ln1.normalized + b_K, before rotation"),
@@ -48,7 +48,7 @@ POINTS: dict[str, tuple[str, str]] = {
     "ln1_post.scale": ("batch pos one", "the scale of the norm on attention's output (glm4)"),
     "attn_out": ("batch pos model", "what attention adds to the residual stream"),
     "resid_mid": ("batch pos model", "resid_pre + attn_out"),
-    "ln2.scale": ("batch pos one", "1 / sqrt(mean(resid_mid²) + eps), which multiplies"),
+    "ln2.scale": ("batch pos one", "1 / sqrt(mean(resid_mid²) + eps), the factor on resid_mid"),
     "ln2.normalized": ("batch pos model", "weight · resid_mid · ln2.scale: the input of the MLP"),
     "mlp.gate": ("batch pos mlp", "W_gate ln2.normalized"),
     "mlp.up": ("batch pos mlp", "W_up ln2.normalized"),
@@ -57,7 +57,7 @@ POINTS: dict[str, tuple[str, str]] = {
     "ln2_post.scale": ("batch pos one", "the scale of the norm on the MLP's output (glm4)"),
     "mlp_out": ("batch pos model", "what the MLP adds to the residual stream"),
     "resid_post": ("batch pos model", "resid_mid + mlp_out"),
-    "ln_final.scale": ("batch pos one", "1 / sqrt(mean(last resid_post²) + eps), which multiplies"),
+    "ln_final.scale": ("batch pos one", "1 / sqrt(mean(last resid_post²) + eps), the factor on it"),
     "ln_final.normalized": (
         "batch pos model",
         "weight · last resid_post · ln_final.scale: the input of the unembedding",

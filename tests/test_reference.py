@@ -11,7 +11,7 @@ import pytest
 import glmlens
 from glmlens.hook_points import POINTS, ROOT_POINTS
 from tutorials import hook_points
-from tutorials.reference import MODULES, reference
+from tutorials.reference import MODULES, write_reference
 
 
 class Seen(HTMLParser):
@@ -42,21 +42,21 @@ def seen(path):
 
 def test_the_page_of_hook_points_is_what_the_code_says():
     written = hook_points.PAGE.read_text(encoding="utf-8")
-    assert written == hook_points.page(), "run python -m tutorials.hook_points"
+    assert written == hook_points.make_page(), "run python -m tutorials.hook_points"
     assert set(re.findall(r"^\| `([\w.]+)` \| ", written.split("## Which models")[0], re.MULTILINE)) == set(POINTS)
 
 
 def test_the_kinds_of_models_together_have_every_point_in_the_order_of_the_page():
-    there = {words: hook_points.kind(*how) for words, how in hook_points.KINDS.items()}
+    there = {words: hook_points.list_points(*how) for words, how in hook_points.KINDS.items()}
     assert set().union(*there.values()) == set(POINTS)
     for names in there.values():
         assert names == [name for name in POINTS if name in names]
-    assert "attn.q_pass" not in there["every channel turns"]
-    assert "| `ln1_post.scale` | no | yes | no | no |" in hook_points.page()
+    assert "attn.q_pass" not in there["all channels rotated"]
+    assert "| `ln1_post.scale` | no | yes | no | no |" in hook_points.make_page()
 
 
 def test_every_point_is_said_with_the_code_that_makes_it():
-    said = hook_points.expressions()
+    said = hook_points.find_expressions()
     assert set(said) - {"scale"} == {name for name in POINTS if not name.endswith(".scale")}
     assert said["resid_mid"] == ["`resid_pre + attn_out`"]
     assert said["mlp.act"] == ["`F.silu(gate)`"]
@@ -72,7 +72,7 @@ def test_every_point_is_said_with_the_code_that_makes_it():
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("api")
-    assert reference(folder).exists()
+    assert write_reference(folder).exists()
     return folder
 
 
@@ -96,7 +96,7 @@ def test_a_signature_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "unreadable.py").write_text('"""A module."""\n\ndef f(x: "Tenosr") -> int:\n    """One."""\n')
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserWarning, match="Tenosr"):
-        reference(tmp_path / "api", ("unreadable",))
+        write_reference(tmp_path / "api", ("unreadable",))
     sys.modules.pop("unreadable", None)
 
 

@@ -14,7 +14,7 @@ import glmlens
 MODULES = ("glmlens", "glmlens.hooks", "glmlens.hook_points", *(f"glmlens.{part}" for part in glmlens.LAZY_SUBPACKAGES))
 
 
-def reference(folder: Path, modules: tuple[str, ...] = MODULES) -> Path:
+def write_reference(folder: Path, modules: tuple[str, ...] = MODULES) -> Path:
     """Write a page for each of these modules, their index and the data of its search; return the index."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -23,4 +23,4 @@ def reference(folder: Path, modules: tuple[str, ...] = MODULES) -> Path:
 
 
 if __name__ == "__main__":
-    print(reference(Path(sys.argv[1])))
+    print(write_reference(Path(sys.argv[1])))
