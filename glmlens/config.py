@@ -329,11 +329,13 @@ class ConfigReader:
         # Read by the names that this rule's numbers have in config.json.
         stated = replace(self, format=ConfigFormat(field_names=ROPE_SCALING_FIELDS[kind]))
         if kind == "linear":
-            return Scaling(kind, stated.read_number("factor", None, 1.0, MAX_ROPE_FACTOR))
+            return Scaling(kind, stated.read_number("factor", None, minimum=1.0, maximum=MAX_ROPE_FACTOR))
         context = stated.read_integer("context", n_ctx)
-        factor = stated.read_number("factor", max(1.0, n_ctx / context) if yarn else None, 1.0, MAX_ROPE_FACTOR)
-        slow = stated.read_number("slow", 1.0 if yarn else None, 1 / MAX_ROPE_FACTOR, MAX_ROPE_FACTOR)
-        fast = stated.read_number("fast", 32.0 if yarn else None, 1 / MAX_ROPE_FACTOR, MAX_ROPE_FACTOR)
+        factor = stated.read_number(
+            "factor", max(1.0, n_ctx / context) if yarn else None, minimum=1.0, maximum=MAX_ROPE_FACTOR
+        )
+        slow = stated.read_number("slow", 1.0 if yarn else None, minimum=1 / MAX_ROPE_FACTOR, maximum=MAX_ROPE_FACTOR)
+        fast = stated.read_number("fast", 32.0 if yarn else None, minimum=1 / MAX_ROPE_FACTOR, maximum=MAX_ROPE_FACTOR)
         if slow >= fast:
             raise self.make_error(
                 f"{stated.get_field_name('fast')} is {fast}; expected more than {stated.get_field_name('slow')}, {slow}"
@@ -350,11 +352,12 @@ class ConfigReader:
         They give it as `attention_factor`, or as the quotient of the formula 0.1 m ln(factor) + 1 for two values of m.
         """
         if self.raw.get("attention_factor") is not None:
-            return self.read_number("attention", None, 1 / MAX_ROPE_FACTOR, MAX_ROPE_FACTOR)
+            return self.read_number("attention", None, minimum=1 / MAX_ROPE_FACTOR, maximum=MAX_ROPE_FACTOR)
         if not (self.raw.get("mscale") and self.raw.get("mscale_all_dim")):
             return None
         mscale, mscale_all_dim = (
-            self.read_number(name, None, 1 / MAX_ROPE_FACTOR, MAX_ROPE_FACTOR) for name in ("mscale", "mscale_all_dim")
+            self.read_number(name, None, minimum=1 / MAX_ROPE_FACTOR, maximum=MAX_ROPE_FACTOR)
+            for name in ("mscale", "mscale_all_dim")
         )
         return (0.1 * mscale * math.log(factor) + 1.0) / (0.1 * mscale_all_dim * math.log(factor) + 1.0)
 

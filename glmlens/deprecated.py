@@ -21,6 +21,7 @@ def resolve_old_names(module: str, new_names: Mapping[str, str]) -> Callable[[st
         if name not in new_names:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         warn_renamed(f"{module}.{name}", new_names[name])
+        # Imported here and not above: the new module may import this one's package.
         target, _, attribute = new_names[name].rpartition(".")
         return getattr(import_module(target), attribute)
 

@@ -26,6 +26,7 @@ def read_integer(
     other value (True, 5.9, "56", several numbers) and `outside`, by default the same class, for a number out of range.
     """
     value = as_python(asked)
+    # bool is an int to Python; True as a layer is a mistake.
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise error(f"{what} is {shorten(asked)}: give one whole number")
     number = int(index(value))
@@ -63,6 +64,7 @@ def read_integers(
     listed = split_values(value, named)
     if listed is None:
         raise error(f"{what} is {shorten(asked)}: give whole numbers, 3 or [3, 5] or range(3, 9)")
+    # Booleans alone are a mask; booleans among numbers are an error below.
     if listed and all(isinstance(one, bool) for one in listed):
         listed = read_mask(listed, what, known, error)
     for one in listed:
@@ -100,6 +102,7 @@ def expand_slice(asked: slice, what: str, size: int | None, error: type[Exceptio
     ends = [None if end is None else as_python(end) for end in (asked.start, asked.stop, asked.step)]
     if any(end is not None and (isinstance(end, bool) or not hasattr(end, "__index__")) for end in ends):
         raise error(f"{what} is {asked}: the ends of a slice must be whole numbers")
+    # With a size, Python's own rules: slice(-2, None) are the last two.
     if size is not None:
         return range(*slice(*ends).indices(size))
     start, stop, step = ends

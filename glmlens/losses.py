@@ -78,6 +78,7 @@ def sequence_loss(
     elif kind is None:
         indices = labels.dtype in (torch.long, torch.int)
         kind = "single_label_classification" if indices else "multi_label_classification"
+    # As in transformers, one class drops its axis, so that labels [batch] do not broadcast.
     if kind == "regression":
         return F.mse_loss(logits.squeeze(), labels.squeeze()) if n == 1 else F.mse_loss(logits, labels)
     if kind == "single_label_classification":

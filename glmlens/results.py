@@ -35,16 +35,19 @@ class Labelled:
         if self.values.ndim != len(self.axes):
             raise ValueError(f"values have {self.values.ndim} axes {self.values.shape}, named {self.axes}")
         sizes = dict(zip(self.axes, self.values.shape, strict=True))
+        # An axis without labels is labelled by its indices.
         full = {axis: list(self.labels.get(axis, map(str, range(n)))) for axis, n in sizes.items()}
         wrong = [f"{axis} {len(full[axis])}, not {n}" for axis, n in sizes.items() if len(full[axis]) != n]
         wrong += [f"no axis {axis!r}" for axis in self.labels if axis not in sizes]
         if wrong:
             raise ValueError(f"labels do not fit the axes {sizes}: {', '.join(wrong)}")
+        # The dataclass is frozen: this sets the completed labels once.
         object.__setattr__(self, "labels", full)
         object.__setattr__(self, "about", dict(self.about))
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The size of every axis."""
         return self.values.shape
 
     def at(self, **where: Any) -> Any:
@@ -65,21 +68,21 @@ class Labelled:
             raise KeyError(f"no axis {axis!r}; there are {', '.join(self.axes)}")
         labels = list(map(str, self.labels[axis]))
         if isinstance(asked, str):
-            found = [i for i, label in enumerate(labels) if label == asked]
-            if not found and asked == "end" and axis in FROM_THE_END:
+            matches = [i for i, label in enumerate(labels) if label == asked]
+            if not matches and asked == "end" and axis in FROM_THE_END:
                 return self._count_back(axis, -1)
-            found = found or find_texts(labels, asked)
+            matches = matches or find_texts(labels, asked)
         else:
             number = read_integer(asked, axis, error=KeyError)
             if number < 0 and axis in FROM_THE_END:
                 return self._count_back(axis, number)
-            found = find_numbers(labels, number, axis)
-        if len(found) != 1:
-            if found:
-                same = ", ".join(labels[i] for i in found[:8])
-                raise KeyError(f"{asked!r} stands {len(found)} times along {axis}, at {same}: give one of these")
+            matches = find_numbers(labels, number, axis)
+        if len(matches) != 1:
+            if matches:
+                same = ", ".join(labels[i] for i in matches[:8])
+                raise KeyError(f"{asked!r} stands {len(matches)} times along {axis}, at {same}: give one of these")
             raise KeyError(f"{asked!r} is no label along {axis}, which has {list_labels(labels)}")
-        return found[0]
+        return matches[0]
 
     def _count_back(self, axis: str, back: int) -> int:
         """Return the index of a label counted back from the end of the prompt: -1 is the end.
@@ -121,6 +124,7 @@ class Labelled:
         With `largest` True they are the largest, with False the smallest.
         """
         n = read_integer(n, "n", least=1)
+        # Sort by the key in descending order; nan sorts last and is left out.
         flat = self.values.ravel().astype(float)
         key = {None: np.abs(flat), True: flat, False: -flat}[largest]
         order = [i for i in np.argsort(-np.where(np.isnan(key), -np.inf, key), kind="stable") if not np.isnan(flat[i])]
@@ -213,8 +217,8 @@ def list_axes(axes: Any) -> tuple[str, ...]:
 
 def number_of(label: str, axis: str) -> int | None:
     """Return the number at the beginning of a label, 5 in "5 ·the", "5" and "pair 5 (6.28 tokens)", or None."""
-    found = re.fullmatch(rf"(?:(?:pair|{re.escape(axis)}) )?(\d+)(?: .*)?", label, re.DOTALL)
-    return int(found[1]) if found else None
+    number = re.fullmatch(rf"(?:(?:pair|{re.escape(axis)}) )?(\d+)(?: .*)?", label, re.DOTALL)
+    return int(number[1]) if number else None
 
 
 def find_numbers(labels: Sequence[str], number: int, axis: str) -> list[int]:

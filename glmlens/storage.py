@@ -117,7 +117,7 @@ def read_json(
     path: Path, most: int = MOST_JSON, most_values: int = MOST_VALUES, error: Error = FileError
 ) -> dict[str, Any]:
     """Return the object in a JSON file of at most `most` bytes. Raises FileNotFoundError, or `error`."""
-    return parse_json(read_bytes(path, most, error), str(path), most_values, error)
+    return parse_json(read_bytes(path, most, error), str(path), most_values=most_values, error=error)
 
 
 def parse_json(text: str | bytes, where: str, most_values: int = MOST_VALUES, error: Error = FileError) -> Any:
@@ -145,7 +145,9 @@ def field_of(data: Mapping[str, Any], name: str, kind: type, where: str, error: 
 
 def list_of(data: Mapping[str, Any], name: str, kind: type, where: str, error: Error = FileError) -> list[Any]:
     """Return `data[name]`, which must be a list of values of type `kind`. Raises `error`."""
-    return [field_of({name: value}, name, kind, where, error) for value in field_of(data, name, list, where, error)]
+    values = field_of(data, name, list, where, error=error)
+    # Each value is checked as if it were the field, so that the error names the field.
+    return [field_of({name: value}, name, kind, where, error=error) for value in values]
 
 
 @contextmanager
@@ -156,9 +158,9 @@ def open_safetensors(path: Path, most_header: int = MOST_HEADER, error: Error = 
         with path.open("rb") as start:
             header = int.from_bytes(start.read(8), "little")
         if header > path.stat().st_size:
-            raise error(f"{path}: not a whole safetensors file: its header is said to be {header:,} bytes")
+            raise error(f"{path}: not a whole safetensors file: its first 8 bytes give a header of {header:,} bytes")
         if header > most_header:  # safetensors would take 20 times its size in memory to parse it
-            raise error(f"{path}: its header is said to be {header:,} bytes; expected {most_header:,} at most")
+            raise error(f"{path}: a header of {header:,} bytes; expected {most_header:,} at most")
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError, MemoryError) as e:

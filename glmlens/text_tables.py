@@ -7,7 +7,7 @@ def format_ranges(layers: list[int]) -> str:
     """Return ascending numbers as ranges: [0, 1, 2, 5] as "0-2,5"."""
     runs: list[list[int]] = []
     for i in layers:
-        if runs and i == runs[-1][-1] + 1:
+        if runs and i == runs[-1][-1] + 1:  # it continues the last run
             runs[-1].append(i)
         else:
             runs.append([i])

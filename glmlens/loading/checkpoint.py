@@ -43,6 +43,7 @@ def load_model(
     file. Config and tensor headers are checked before any tensor is read. Raises CheckpointError that names the file,
     the tensor, what was expected and what was found.
     """
+    # The config, and from it a model of which only the shapes exist.
     device = torch.device(device)
     cfg = GLMConfig.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
     cfg = with_rope_theta(cfg, rope_theta, folder)
@@ -52,28 +53,31 @@ def load_model(
     if device.type == "meta":
         return build_meta_model(replace(cfg, tied=False), attention, model.ln_final.weight.dtype) if untie else model
 
-    files, ours = map_tensor_files(folder), map_checkpoint_tensors(model)
+    # Headers: every tensor must be in one file, in the shape that this model gives it.
+    files = map_tensor_files(folder)
+    ours = map_checkpoint_tensors(model)
     if not any(name in files for name in ours):  # a checkpoint of the model without a head: its names have no prefix
         ours = {name.removeprefix(BASE_PREFIX): parts for name, parts in ours.items()}
-    found = check_tensor_index(
-        files, {name: get_expected_shape(parts, model) for name, parts in ours.items()}, list_ignored_tensors(cfg), cfg
-    )
-    dtype = dtype or FLOAT_DTYPES[found[next(iter(ours))][1]]
+    shapes = {name: get_expected_shape(parts, model) for name, parts in ours.items()}
+    locations = check_tensor_index(files, expected=shapes, ignored=list_ignored_tensors(cfg), cfg=cfg)
+    # Without a dtype in arguments and config, that of the embedding.
+    dtype = dtype or FLOAT_DTYPES[locations[next(iter(ours))][1]]
+    # Numbers: file by file, tensor by tensor.
     size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     with tqdm(total=size, desc=f"loading {folder.name}", unit="B", unit_scale=True, delay=2) as bar:
-        for path in dict.fromkeys(path for path, _ in found.values()):
+        for path in dict.fromkeys(path for path, _ in locations.values()):
             identity = identity_of(path)
             with open_weights(path) as file:
-                for name in (name for name in ours if found[name][0] == path):
+                for name in (name for name in ours if locations[name][0] == path):
                     stored = file.get_tensor(name)
                     x = stored.to(device, dtype)
                     refuse_overflow(stored, x, f"{path}: tensor {name!r}")
-                    if x is stored:
+                    if x is stored:  # neither converted nor moved: parameters become views of the file
                         MAPPED.setdefault(model, {})[path] = identity
                     bar.update(place_tensor(model, x, ours[name]))
     if cfg.tied:
         model.unembed.weight = model.embed.weight
-        check_tied_unembedding(found, map_tensor_names(cfg))
+        check_tied_unembedding(locations, map_tensor_names(cfg))
     if untie and cfg.tied:
         # Copy the embedding and not the unembedding: looking rows up gives the same bits wherever they are in memory,
         # while a matrix product may round differently.
@@ -106,6 +110,7 @@ def refuse_rewritten_files(model: GLM) -> None:
             now = identity_of(path)
         except CheckpointError:
             now = (0, 0, 0)
+        # The same inode with another size or time: the mapped pages themselves have changed.
         if now[0] == before[0] and now != before:
             raise CheckpointError(
                 f"{path}: was written to since it was opened ({before[1]:,} bytes then, {now[1]:,} now), and this "
@@ -152,6 +157,7 @@ def with_rope_theta(cfg: GLMConfig, rope_theta: float | int | None, folder: Path
 
 def check_tied_unembedding(locations: "TensorLocations", names: dict[str, list[str]]) -> None:
     """Raise CheckpointError if a tied checkpoint has an unembedding that differs from its embedding."""
+    # The names of both in this format.
     embed, unembed = (next(n for n, ours in names.items() if ours == [f"{end}.weight"]) for end in ("embed", "unembed"))
     if embed in locations and unembed in locations:
         with open_weights(locations[embed][0]) as one, open_weights(locations[unembed][0]) as other:
@@ -247,11 +253,12 @@ def check_tensor_index(
     files: dict[str, Path], expected: TensorShapes, ignored: set[str], cfg: GLMConfig
 ) -> TensorLocations:
     """Return the file and dtype of every expected tensor; CheckpointError if tensors or shapes differ from these."""
-    found: TensorLocations = {}
+    locations: TensorLocations = {}
     for path in dict.fromkeys(files.values()):
         with open_weights(path) as file:
             present = list(file.keys())
             for name in present:
+                # A tensor that the model has no place for would be lost: refuse it.
                 if name not in expected and name not in ignored:
                     raise CheckpointError(f"{path}: tensor {name!r} has no place in this {cfg.model_type!r}")
                 if files.get(name) != path and name in expected:
@@ -265,14 +272,14 @@ def check_tensor_index(
                         f"{path}: tensor {name!r}: expected one of {', '.join(FLOAT_DTYPES)}, found {dtype}; "
                         f"glmlens does not open quantised weights"
                     )
-                found[name] = path, dtype
+                locations[name] = path, dtype
             for name in (name for name, at in files.items() if at == path and name not in present):
                 raise CheckpointError(f"{path}: tensor {name!r}: expected here by the index, not found")
-    missing = [name for name in expected if name not in found]
+    missing = [name for name in expected if name not in locations]
     if missing:
         where = ", ".join(str(path) for path in dict.fromkeys(files.values()))
         raise CheckpointError(f"{where}: {len(missing)} tensors not found, of which the first is {missing[0]!r}")
-    return found
+    return locations
 
 
 def map_tensor_files(folder: Path) -> dict[str, Path]:

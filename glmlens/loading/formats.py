@@ -14,6 +14,7 @@ from torch import Tensor
 from glmlens.config import GLMConfig
 
 BASE_PREFIX = "model."  # the prefix that names do not have in a checkpoint of the model without a head
+# `{i}` is the layer. Names are theirs: ours.
 ATTENTION_NAMES = {
     f"model.layers.{{i}}.self_attn.{theirs}.{part}": f"blocks.{{i}}.attn.{ours}.{part}"
     for theirs, ours in {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "out"}.items()
@@ -31,6 +32,7 @@ GLM_NAMES = {
     "model.norm.weight": "ln_final.weight",
     "lm_head.weight": "unembed.weight",
 }
+# gate and up are two tensors here, and one of ours: their rows are concatenated.
 LLAMA_NAMES = {
     "model.embed_tokens.weight": "embed.weight",
     "model.layers.{i}.input_layernorm.weight": "blocks.{i}.ln1.weight",
@@ -42,6 +44,7 @@ LLAMA_NAMES = {
     "model.norm.weight": "ln_final.weight",
     "lm_head.weight": "unembed.weight",
 }
+# q, k and v are one tensor here, and three of ours: its rows are split.
 CHATGLM_QKV = "blocks.{i}.attn.query.X blocks.{i}.attn.key.X blocks.{i}.attn.value.X"
 CHATGLM_NAMES = {
     "transformer.embedding.word_embeddings.weight": "embed.weight",
@@ -88,6 +91,7 @@ def map_tensor_names(cfg: GLMConfig) -> dict[str, list[str]]:
         theirs.format(i=i): ours.format(i=i).split()
         for theirs, ours in names.items()
         for i in (range(cfg.n_layers) if "{i}" in theirs else [0])
+        # A class head takes the place of the unembedding.
         if not (cfg.labels and theirs in ("lm_head.weight", "transformer.output_layer.weight"))
     }
 
@@ -106,4 +110,5 @@ def reorder_rotary_rows(x: Shaped[Tensor, "row *model"], ours: str, cfg: GLMConf
     rotated = ours.rpartition(".")[0].endswith(("attn.query", "attn.key"))
     if not (rotated and WEIGHT_FORMATS[cfg.model_type].half_split):
         return x
+    # From the first halves of all pairs, then the second ones, to pair after pair.
     return rearrange(x, "(head two pair) ... -> (head pair two) ...", two=2, pair=cfg.d_head // 2)

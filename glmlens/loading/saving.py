@@ -47,6 +47,7 @@ def create_folder_atomically(folder: Path) -> Iterator[Path]:
         yield new
         for path in (*new.iterdir(), new):
             sync_path(path)
+        # An empty folder of this name makes room; os.replace fails if something was written to it meanwhile.
         if folder.exists():
             folder.rmdir()
         os.replace(new, folder)
@@ -71,6 +72,7 @@ def make_config_json(model: GLM) -> dict[str, Any]:
         "dtype": str(model.ln_final.weight.dtype).removeprefix("torch."),
         "bos_token_id": None, "eos_token_id": list(c.eos_token_ids) or None, "pad_token_id": c.pad_token_id,
     }  # fmt: skip
+    # transformers 4.x reads the scaling from here, 5.x from rope_parameters.
     if c.rope_scaling.kind != "default":
         raw["rope_scaling"] = rule
     if c.labels:
@@ -89,6 +91,7 @@ def make_scaling_json(cfg: GLMConfig) -> dict[str, Any]:
 
 def find_rotary_factor(cfg: GLMConfig) -> float:
     """Return a partial_rotary_factor for which int(d_head · factor) is d_rotary in spite of rounding."""
+    # The quotient may be rounded down so that the product is just below d_rotary: then take the next float.
     factor = cfg.d_rotary / cfg.d_head
     return factor if int(cfg.d_head * factor) == cfg.d_rotary else math.nextafter(factor, 1.0)
 
@@ -103,6 +106,7 @@ def collect_tensors(model: GLM) -> dict[str, Tensor]:
 
 def write_weights(folder: Path, tensors: dict[str, Tensor], shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write one file, or several of at most `shard_bytes` each (a larger tensor alone in one) and their index."""
+    # Fill shards in order: a tensor that does not fit begins the next one.
     shards: list[dict[str, Tensor]] = [{}]
     for name, x in tensors.items():
         if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + x.nbytes > shard_bytes:
