@@ -11,12 +11,12 @@ import glmlens
 
 PACKAGE = Path(glmlens.__file__).parent
 ORDER = """
-errors deprecated storage integers foreign_keywords loading text recording text.child_process hook_points hooks
+errors deprecated dtypes storage integers foreign_keywords loading text recording text.child_process hook_points hooks
 config loading.hub results text_tables kv_cache rope model losses rotary_rules loading.formats loading.checkpoint
 lens.sampling text.tokenizer text.chat text.prompt_kinds text.conversation text.prompts recording.derive
 recording.activations recording.recorder recording.check lens.generation lens.weights recording.dictionaries
 lens.forward recording.harvest loading.saving lens.lens lens cache.selection cache.edit cache.move cache.evict
-cache.graft cache tasks.words tasks.task tasks.language tasks.formal tasks analysis.batch analysis.attention
+cache.graft cache tasks.words tasks.task tasks.language tasks.formal tasks analysis.batch analysis.norms analysis.attention
 analysis.logit_lens analysis.residual analysis.splits analysis.attribution analysis.factored analysis.circuits
 analysis.heads analysis.chunks analysis.rotary analysis.distance analysis.cache_reads analysis.leave_one_out
 analysis.probes analysis.selfcheck analysis patch.sites patch.checkpoint_keys patch.values patch.interventions
@@ -30,7 +30,14 @@ widgets demo.world demo.vocabulary demo.train demo.circuits demo.history demo.ca
 course.feedback lab cli
 """.split()
 ORDER += sorted(f"course.{path.stem}" for path in PACKAGE.glob("course/check_*.py"))  # a tutorial brings its own
-ALONE = ["errors", "deprecated", "integers", "foreign_keywords", "text.prompt_kinds"]  # import nothing of ours
+ALONE = [
+    "errors",
+    "deprecated",
+    "dtypes",
+    "integers",
+    "foreign_keywords",
+    "text.prompt_kinds",
+]  # import nothing of ours
 LOW = """
 storage config hook_points hooks results text.child_process text.tokenizer text.chat html_report lab tasks.words
 """.split()  # rest on those, and on each other, alone
