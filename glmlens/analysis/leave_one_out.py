@@ -1,8 +1,8 @@
-"""What the next token loses without an entry of the KV cache, and which entries it can do without.
+"""Leave-one-out effects of KV-cache entries on the next token, and the effect of evicting several.
 
-The past is run once. The next step is one token, so a step that lacks some entries is one row: it enters the first
-layer that lacks any with the residual stream of the whole step, and all rows look at the same keys, each with a mask
-of its own. So thousands of steps are a few ordinary passes.
+The prompt is run once. The next decoding step is one token, so a step without some entries is one row of a batch: it
+starts at the first layer in which an entry is left out, from the residual stream of the full step. All rows share the
+cached keys and values, and each has its own mask. So thousands of steps take a few ordinary passes.
 """
 
 from collections.abc import Callable
@@ -14,10 +14,11 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from glmlens.analysis.batch import Token, layer_labels, to_numpy, upcast
+from glmlens.analysis.batch import Token, layer_labels, to_numpy
 from glmlens.analysis.cache_reads import describe_step, label_keys, to_decoding_state
 from glmlens.analysis.chunks import DecodingState
 from glmlens.cache.selection import format_position_range
+from glmlens.dtypes import upcast
 from glmlens.hooks import Hooks
 from glmlens.integers import Integers, read_integers
 from glmlens.kv_cache import LayerKV
@@ -26,14 +27,15 @@ from glmlens.model import rotary_angles
 from glmlens.results import Labelled, LabelledGroup
 from glmlens.text.prompts import Prompt
 
-PASS_BYTES = 1 << 28  # what the scores and logits of the rows of a pass may weigh
+PASS_BYTES = 1 << 28  # memory for the scores and logits of the rows of one pass
 
 
 @dataclass(frozen=True, eq=False)
 class LeaveOneOut(LabelledGroup):
-    """What the next token loses when the step that says it lacks one entry: [layer, kv, key], or [key] by position.
+    """The effect on the next token of leaving out one entry: [layer, kv, key], or [key] by position.
 
-    `kl` is KL(with all ‖ without it) in nats, `logit` the logit of the token with all entries less that without.
+    `kl` is KL(with all ‖ without it) in nats. `logit` is the answer's logit with all entries minus that without this
+    one.
     """
 
     kl: Labelled
@@ -42,9 +44,10 @@ class LeaveOneOut(LabelledGroup):
 
 @dataclass(frozen=True, eq=False)
 class EvictionCurve(LabelledGroup):
-    """Entries from the most to the least dispensable [entry], and what dropping the first n costs [dropped].
+    """Entries from the least to the most important, and the effect of evicting the first n of them.
 
-    `alone` [entry] is the KL in nats of leaving out that one, `together` [dropped] that of the n best at once.
+    `alone` [entry] is the KL in nats of leaving out one entry, in ascending order. `together` [dropped] is the KL of
+    evicting the first n at once.
     """
 
     alone: Labelled
@@ -53,23 +56,22 @@ class EvictionCurve(LabelledGroup):
 
 @dataclass(frozen=True)
 class ReadOnlyLayerKV(LayerKV):
-    """One layer's entries, which all rows of a pass see before their own; nothing is written."""
+    """One layer's cached entries, shared by all rows of a pass; nothing is written to the cache."""
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        past = (
-            self.cache.keys[self.layer, :, : self.cache.length],
-            self.cache.values[self.layer, :, : self.cache.length],
-        )
-        return torch.cat([past[0], k], 1), torch.cat([past[1], v], 1)
+        """Return the cached keys and values followed by those of the rows."""
+        past_k = self.cache.keys[self.layer, :, : self.cache.length]
+        past_v = self.cache.values[self.layer, :, : self.cache.length]
+        return torch.cat([past_k, k], 1), torch.cat([past_v, v], 1)
 
 
 HiddenEntries = Callable[[int, Int[Tensor, "row"]], Bool[Tensor, "row kv key"]]
-"""From a layer and the numbers of rows to the entries that each of them lacks there."""
+"""A function of a layer and row numbers that returns the entries each row does not see there."""
 
 
 @dataclass(frozen=True, eq=False)
 class DecodingStep:
-    """The step that says the next token, as it was: the stream that enters each layer, and its log-probabilities."""
+    """The next decoding step with all entries: the residual stream before each layer, and the logits."""
 
     lens: Lens
     state: DecodingState

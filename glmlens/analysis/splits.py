@@ -93,7 +93,7 @@ def split_by_source(run: RunColumns, layer: int, pull: Tensor) -> Float[Tensor, 
 
 
 SplitFunction = Callable[[RunColumns, int, Tensor], Tensor]
-"""A function of a recorded run, a layer and a pull [batch, model] that returns the contributions of the layer's parts."""
+"""A function of a recorded run, a layer and a pull [batch, model] that returns the contributions of a layer's parts."""
 
 
 @dataclass(frozen=True)
