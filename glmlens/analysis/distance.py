@@ -142,10 +142,12 @@ def pair_use(
         for name, target in targets.items():
             lifts[name].append(mean_lift(parts, target & (word >= 0), visible))
     about = {
-        "metric": "part of the score at the target token, less its mean over visible words", "direction": "score",
-        "positions": f"{rows} rows of {length} random words, repeated once, seed {seed}", "kv": describe_kv_groups(lens),
+        "metric": "part of the score at the target token, less its mean over visible words",
+        "direction": "score",
+        "positions": f"{rows} rows of {length} random words, repeated once, seed {seed}",
+        "kv": describe_kv_groups(lens),
         "model": lens.model_hash,
-    }  # fmt: skip
+    }
     labels = {"layer": layer_labels(lens), "part": label_score_parts(lens)}
     axes = ("layer", "head", "part")
     sheets = {
@@ -169,7 +171,7 @@ def mean_lift(
     target: Bool[Tensor, "query key"],
     visible: Bool[Tensor, "query key"],
 ) -> Float[Tensor, "head part"]:
-    """Return the parts at the targets minus their mean over visible keys, averaged over queries that have a target."""
+    """Return the parts at the targets minus the mean over visible keys, averaged over queries with a target."""
     with_target = target.any(1)
     parts = parts[:, :, with_target]
     target, visible = target[with_target].to(parts.dtype), visible[with_target].to(parts.dtype)
