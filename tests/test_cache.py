@@ -410,7 +410,7 @@ def test_what_is_not_there_is_an_error_that_says_what_is(lens, tokens):
         (lambda: cache.evict(position=9)(kv), "no entry at position 9; there are 0 to 8"),
         (lambda: cache.evict(lambda kv: torch.ones(2, 3))(kv), r"torch.float32 \(2, 3\); expected bool \(2, 9\)"),
         (lambda: cache.evict(position=1).hooks(small_lens(attention="sdpa")), "between steps"),
-        (lambda: to_index_tuple(" France", "position"), r"cache.find\(lens, kv, ' France'\)"),
+        (lambda: to_index_tuple(" France", "position"), r"cache.find_entries\(lens, kv, ' France'\)"),
         (lambda: to_index_tuple([1.5], "position"), "whole numbers, 3 or "),
         (lambda: cache.quantise(4, group=0), "at least 1 entry"),
         (lambda: cache.evict(), "give position="),
@@ -445,6 +445,6 @@ def test_operations_on_an_empty_cache_leave_it_empty(lens):
         cache.close_gaps(lens),
         cache.evict(cache.keep_window(3)),
     ):
-        places = getattr(op, "places", None)
-        if places is None or places.position is None:
+        selection = getattr(op, "selection", None)
+        if selection is None or selection.position is None:
             assert op(lens.new_kv()).length == 0

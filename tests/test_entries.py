@@ -136,7 +136,7 @@ def test_what_cannot_be_asked_is_an_error_that_says_so(lens, tokens):
         analysis.leave_one_out(lens, tokens[:1], positions=[8])
     with pytest.raises(ValueError, match="positions came out empty"):
         analysis.leave_one_out(lens, tokens[:1], positions=[])
-    with pytest.raises(ValueError, match="there are 8 entries to drop"):
+    with pytest.raises(ValueError, match="there are 8 entries to evict"):
         analysis.eviction_curve(lens, tokens[:1], counts=[9])
-    with pytest.raises(ValueError, match="nothing to remember"):
+    with pytest.raises(ValueError, match="leaves the cache empty"):
         analysis.cache_reads(lens, tokens[:1, :1])

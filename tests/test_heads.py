@@ -35,14 +35,14 @@ def test_a_head_that_attends_alike_to_all_has_the_score_of_chance(demo):
 
 def test_chance_is_what_a_count_of_what_can_be_seen_says(demo):
     found, length, first = analysis.head_scores(demo, length=9), 9, 2
-    ends = range(first + length, first + 2 * length)  # the second time that the words are said
+    ends = range(first + length, first + 2 * length)  # the second time that the words occur
     expected = sum(1 / (t + 1) for t in ends) / sum((t + 1 - first) / (t + 1) for t in ends)
     assert found.chance["induction"] == pytest.approx(expected)
     assert found.chance["duplicate"] == pytest.approx(expected)
     assert found.chance["copying"] == 0
 
 
-def said(pattern, prefix, length, times):
+def repeated(pattern, prefix, length, times):
     """A run in which every head has this pattern [query, key]."""
     word = torch.cat([torch.arange(-prefix, 0), torch.arange(length).repeat(times)])
     return RepeatedWordPatterns([pattern.expand(3, 2, *pattern.shape)], word)
@@ -64,8 +64,13 @@ def attending(offsets, prefix, length, times, share=1.0):
 def test_a_head_of_one_kind_has_the_score_one_of_that_kind_whatever_goes_to_the_prefix(share):
     shape = {"prefix": 2, "length": 7, "times": 2}
     for kind, offset in (("previous", 1), ("same", 7), ("after_same", 6)):
-        run = said(attending([offset], **shape, share=share), **shape)
-        found = run.measure_shares({name: getattr(run, name)() for name in ("previous", "same", "after_same")})
+        run = repeated(attending([offset], **shape, share=share), **shape)
+        masks = {
+            "previous": run.previous_mask(),
+            "same": run.same_word_mask(),
+            "after_same": run.after_same_word_mask(),
+        }
+        found = run.measure_shares(masks)
         for name, (scores, _) in found.items():
             assert_close(scores, torch.full((1, 2), float(name == kind))), (kind, name)
         assert float(run.measure_prefix_share()[0].min()) >= 1 - share
@@ -74,8 +79,8 @@ def test_a_head_of_one_kind_has_the_score_one_of_that_kind_whatever_goes_to_the_
 def test_prefix_matching_counts_what_followed_every_earlier_time():
     shape = {"prefix": 2, "length": 5, "times": 4}
     pattern = attending([4, 9, 14], **shape)
-    pattern[:, 2] = 0  # nothing was said before the first word, so it followed none
-    run = said(pattern, **shape)
+    pattern[:, 2] = 0  # the first word follows no other word
+    run = repeated(pattern, **shape)
     assert_close(run.measure_shares({"x": run.after_same_word_mask()})["x"][0], torch.ones(1, 2))
     pattern = attending([9], **shape)
     pattern[:, 2] = 0
@@ -130,7 +135,7 @@ def test_a_real_model_has_its_known_kinds_of_heads(real_model):
 
 
 def test_words_can_be_chosen(demo):
-    words = demo.tokenizer.words()[:30]
+    words = demo.tokenizer.list_words()[:30]
     texts = analysis.head_scores(demo, words=words)
     ids = analysis.head_scores(demo, words=[demo.to_single_token(word) for word in words])
     assert np.array_equal(texts.induction.values, ids.induction.values)
@@ -164,7 +169,7 @@ def test_the_channels_that_turn_and_those_that_do_not_add_up(lens):
     assert torch.equal(near.A, far.A)
     assert not torch.allclose(rotary.A, analysis.QK(lens, 1, 2, 6, part="rotary").A)
     turning = small_lens(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 1.0})
-    with pytest.raises(ValueError, match="every channel turns"):
+    with pytest.raises(ValueError, match="every channel is rotated"):
         analysis.QK(turning, 0, 0, part="pass")
     with pytest.raises(ValueError, match="distance is -1"):
         analysis.QK(lens, 0, 0, -1)

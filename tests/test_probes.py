@@ -53,7 +53,7 @@ def test_what_cannot_be_probed_is_an_error():
     x, labels = clouds(20)
     with pytest.raises(ValueError, match="19 labels and 19 types for 20"):
         probe(x, labels[1:])
-    with pytest.raises(ValueError, match="nothing to tell apart"):
+    with pytest.raises(ValueError, match="needs at least two labels"):
         probe(x, ["he"] * 20)
     with pytest.raises(ValueError, match="holds out none"):
         probe(x, labels, held_out=0.0)

@@ -1,4 +1,4 @@
-"""The self-check passes where the numbers hold, and names what is wrong where they do not."""
+"""The self-check passes on sound models, and names the fault of others."""
 
 from dataclasses import replace
 
@@ -39,7 +39,7 @@ def test_a_real_model_passes(real_model, dtype):
 def test_it_shows_what_it_measured_once(capsys):
     shown = repr(analysis.selfcheck(small_lens()))
     assert capsys.readouterr().out == ""  # a notebook shows the result of a cell
-    assert "looking and putting back changes nothing" in shown
+    assert "identity hooks change nothing" in shown
     assert "(at most 1e-05)" in shown
     assert "FAILED" not in shown
 
@@ -68,14 +68,14 @@ def untied(lens, monkeypatch):
 
 
 def watched(lens, monkeypatch):
-    """A model that computes something else when somebody looks."""
+    """A model that computes something else when a hook is there."""
     plain = model.scope_hook
 
-    def at(hook, scope):
+    def scope_hook(hook, scope):
         lens.model.blocks[0].ln1.eps = lens.cfg.rms_eps if hook is model.off else 1e-2
         return plain(hook, scope)
 
-    monkeypatch.setattr(model, "at", at)
+    monkeypatch.setattr(model, "scope_hook", scope_hook)
 
 
 def leaking(lens, monkeypatch):
@@ -89,7 +89,7 @@ def leaking(lens, monkeypatch):
 
 
 def prophetic(lens, monkeypatch):
-    """Attention to what comes later."""
+    """Attention to later tokens."""
     plain = lens.model.blocks[1].attn.attend
     lens.model.blocks[1].attn.attend = lambda q, k, v, mask, hook: plain(q, k, v, 0 * mask, hook)
 
@@ -100,7 +100,7 @@ def hidden_bias(lens, monkeypatch):
 
 
 def smuggling(lens, monkeypatch):
-    """Something added to the residual stream that no part of the model has said."""
+    """A contribution to the residual stream from no part of the model."""
     plain = lens.model.blocks[1].forward
 
     def forward(resid, angles, mask, kv, hook):
@@ -110,13 +110,13 @@ def smuggling(lens, monkeypatch):
 
 
 def forgetful(lens, monkeypatch):
-    """A cache that remembers other values than those that were run."""
+    """A cache that stores other values than those that were run."""
     plain = model.LayerKV.update
-    monkeypatch.setattr(model.LayerKV, "remember", lambda self, k, v: plain(self, k, v * 1.001))
+    monkeypatch.setattr(model.LayerKV, "update", lambda self, k, v: plain(self, k, v * 1.001))
 
 
 def absolute(lens, monkeypatch):
-    """Angles that know where a token is, and not only how far from others."""
+    """Angles that depend on the absolute position, not only on the distance."""
     plain = model.rotary_angles
 
     def angles(positions, *rest):
@@ -127,16 +127,16 @@ def absolute(lens, monkeypatch):
 
 
 FAULTS = {
-    wrong_shape: "parameters are what the config says",
-    missing_bias: "parameters are what the config says",
-    another_dtype: "parameters are what the config says",
-    not_a_number: "every weight is a number",
-    untied: "embedding and unembedding are one where the config says so",
-    watched: "looking and putting back changes nothing",
+    wrong_shape: "parameters are those of the config",
+    missing_bias: "parameters are those of the config",
+    another_dtype: "parameters are those of the config",
+    not_a_number: "every weight is finite",
+    untied: "embedding and unembedding are tied as in the config",
+    watched: "identity hooks change nothing",
     leaking: "attention of every query sums to 1",
     prophetic: "no attention to later tokens or padding",
-    hidden_bias: "parameters are what the config says",
-    smuggling: "the residual stream is the sum of what was added",
+    hidden_bias: "parameters are those of the config",
+    smuggling: "the residual stream is the sum of its contributions",
     forgetful: "one token at a time equals one pass",
     absolute: "scores depend only on distance",
 }

@@ -1,4 +1,4 @@
-"""Reading a GLM: what the residual stream says, who says it, what heads attend to, and whether the numbers hold."""
+"""Analyses of a GLM: logit lens, attribution, attention heads, circuits, KV-cache reads, probes and the self-check."""
 
 from glmlens.analysis.attribution import LogitAttribution, logit_attribution
 from glmlens.analysis.cache_reads import CacheReads, cache_reads, sum_attention

@@ -1,4 +1,4 @@
-"""Attention patterns and scores, also of a model whose attention path never writes them down."""
+"""Attention patterns and scores, also of a model with attention="sdpa", which does not compute them."""
 
 from collections.abc import Mapping
 
@@ -16,7 +16,10 @@ AttentionPattern = Float[Tensor, "batch head query key"]
 
 
 def pattern_points(lens: Lens, which: str = "attn.pattern") -> list[str]:
-    """The points from which `pattern` (or, of "attn.scores", `scores`) is had: itself, or what it is made of."""
+    """Return the points to record for `layer_pattern` ("attn.pattern") or `layer_scores` ("attn.scores").
+
+    With attention="eager" that is the point itself, else the queries and keys it is computed from.
+    """
     if lens.model.attention == "eager":
         return [which]
     return ["attn.q_rot", *(["attn.q_pass"] if lens.cfg.d_rotary < lens.cfg.d_head else []), "kv.k"]
@@ -25,9 +28,9 @@ def pattern_points(lens: Lens, which: str = "attn.pattern") -> list[str]:
 def layer_pattern(
     acts: Mapping[str, Tensor], layer: int, positions: QueryPositions, key_positions: KeyPositions
 ) -> AttentionPattern:
-    """The pattern of a layer: as recorded, or else made of the recorded queries and keys as `eager` makes it.
+    """Return a layer's attention pattern: as recorded, or computed from the recorded queries and keys by `eager`.
 
-    `at` are the absolute positions of the queries that were recorded, and `key_at` of the keys: -1 at padding.
+    `positions` are the absolute positions of the recorded queries, `key_positions` those of the keys: -1 at padding.
     """
     return derive_attention(acts, layer, positions, key_positions, "attn.pattern")
 
@@ -35,17 +38,22 @@ def layer_pattern(
 def layer_scores(
     acts: Mapping[str, Tensor], layer: int, positions: QueryPositions, key_positions: KeyPositions
 ) -> AttentionPattern:
-    """The scores of a layer, before the softmax; see `pattern`."""
+    """Return a layer's attention scores, before the softmax; see `layer_pattern`."""
     return derive_attention(acts, layer, positions, key_positions, "attn.scores")
 
 
 def derive_attention(
     acts: Mapping[str, Tensor], layer: int, positions: QueryPositions, key_positions: KeyPositions, which: str
 ) -> AttentionPattern:
+    """Return the point `which` of a layer, recorded or recomputed; see `layer_pattern`."""
     recorded = acts.get(f"blocks.{layer}.{which}")
     if recorded is not None:
-        return recorded if recorded.ndim == 4 else recorded.unsqueeze(2)  # taken at one query
-    parts = [acts.get(f"blocks.{layer}.{name}") for name in ("attn.q_rot", "attn.q_pass")]
-    q = torch.cat([part for part in parts if part is not None], -1)
-    q, k = q if q.ndim == 4 else q.unsqueeze(1), acts[f"blocks.{layer}.kv.k"]
-    return capture_point(which, lambda hook: eager(q, k, k, additive_mask(positions, key_positions, q.dtype), hook))
+        return recorded if recorded.ndim == 4 else recorded.unsqueeze(2)  # recorded at one query: no query axis
+    channels = [acts.get(f"blocks.{layer}.{name}") for name in ("attn.q_rot", "attn.q_pass")]
+    q = torch.cat([x for x in channels if x is not None], -1)  # no q_pass where all channels are rotated
+    if q.ndim == 3:
+        q = q.unsqueeze(1)
+    k = acts[f"blocks.{layer}.kv.k"]
+    mask = additive_mask(positions, key_positions, q.dtype)
+    # Neither point depends on values, so keys stand in for them.
+    return capture_point(which, lambda hook: eager(q, k, k, mask, hook))

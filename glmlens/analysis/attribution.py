@@ -1,11 +1,11 @@
-"""Direct logit attribution: what each part of the model adds to a logit, with the real final norm.
+"""Direct logit attribution: the contribution of each part of the model to a logit, through the real final norm.
 
-The last residual stream is the sum of what was added to it, and the final norm is a factor per position and a weight
+The last residual stream is the sum of the contributions to it, and the final norm is a factor per position and a weight
 per channel. So a logit is a sum too (Elhage et al. 2021, A Mathematical Framework for Transformer Circuits):
 
     logit[token] = sum over parts of  part · (W_U[:, token] * ln_final.weight) * ln_final.scale
 
-It counts direct effects only: what a later layer makes of a part is counted as that layer's.
+Only direct effects count: what a later layer computes from a part is a contribution of that layer.
 """
 
 from collections.abc import Sequence
@@ -25,10 +25,10 @@ from glmlens.analysis.batch import (
     describe_kv_groups,
     layer_labels,
     to_numpy,
-    upcast,
     upcast_to_float64,
 )
 from glmlens.analysis.splits import SPLITS, SUBLAYERS, RunColumns, Split, points_of_split, project_onto
+from glmlens.dtypes import upcast
 from glmlens.hooks import Hooks
 from glmlens.lens import Lens
 from glmlens.results import Labelled
@@ -38,11 +38,11 @@ from glmlens.text.prompts import Prompt
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LogitAttribution(Labelled):
-    """What each part adds to a logit, or to a difference of two.
+    """The contribution of each part to a logit, or to a difference of two logits.
 
-    `values` are the parts that were asked for and `rest` [part] all others. Together they are `total`, the model's own
-    number, less `unexplained`: rounding, or what a hook has put in between. Several prompts have an axis `prompt` in
-    front of all of these.
+    `values` are the contributions of the split that was asked for and `rest` [part] all others. `total` is the model's
+    own logit and `unexplained` what the sum lacks of it: rounding, or a change that a hook made between parts. Several
+    prompts have an axis `prompt` in front of all of these.
     """
 
     rest: Labelled = field(kw_only=True)
@@ -51,19 +51,19 @@ class LogitAttribution(Labelled):
 
     @property
     def parts(self) -> Labelled:
-        """`values` and `rest` along one axis, `part`: what sums to the total."""
-        lead = self.values.shape[: "prompt" in self.axes]
+        """Return `values` and `rest` along one axis, `part`: the contributions that sum to the total."""
+        lead = self.values.shape[: "prompt" in self.axes]  # (n prompts,), or () without that axis
         places = [[f"{axis} {label}" for label in self.labels[axis]] for axis in self.axes[len(lead) :]]
-        names = [*map(", ".join, product(*places)), *self.rest.labels["part"]]
+        names = [*map(", ".join, product(*places)), *self.rest.labels["part"]]  # "layer 0, head 1", ...
         values = np.concatenate([self.values.reshape(*lead, -1), self.rest.values], -1)
         return Labelled(values, self.rest.axes, {**self.rest.labels, "part": names}, self.about)
 
     def keep(self, axis: str, places: Sequence[int]) -> Labelled:  # type: ignore[override]
-        """Some places along an axis as plain labelled numbers: without the others, nothing sums to the total."""
+        """Return some places along an axis as a plain `Labelled`: a subset of parts does not sum to the total."""
         return Labelled(self.values, self.axes, self.labels, self.about).keep(axis, places)
 
     def mean(self) -> "LogitAttribution":
-        """The mean over prompts; ValueError where they have not all the same places, as source positions may be."""
+        """Return the mean over prompts. Raise ValueError where their places differ, as source positions may."""
         if "prompt" not in self.axes:
             return self
         if np.isnan(self.values).any():
@@ -92,47 +92,61 @@ def logit_attribution(
     position: Position = -1,
     hooks: Hooks | None = None,
 ) -> LogitAttribution:
-    """What every part adds to the logit of `answer` (less that of `wrong`) after an absolute position.
+    """Return the contribution of every part to the logit of `answer` (minus that of `wrong`) at an absolute position.
 
     `by` and the axes of the values: "layer" [layer], "component" [layer, sublayer], "head" [layer, head], "mlp"
-    [layer], "neuron" [layer, mlp], "source" [layer, head, key], where key is the position that a head took it from.
-    An answer is the text of one token, an id, one for every prompt, or a direction [model] or [batch, model] that the
-    normalised stream is read along. Examples of a task have their own: the best right answer less the best wrong one,
-    averaged over the examples; and `position` may be the name of one of theirs.
+    [layer], "neuron" [layer, mlp], "source" [layer, head, key], where key is the position that a head attends to.
+    An answer is the text of one token, an id, one for every prompt, or a direction [model] or [batch, model] in the
+    normalised residual stream. Examples of a task bring their own answers: the correct answer with the highest logit
+    minus the wrong one with the highest, averaged over the examples; `position` may then be the name of a position.
 
-    In units of logits. What the parts miss is `unexplained`: in float32 at most 1e-5 of the largest part, but the two
-    logits of a difference are rounded as they are, also where their tokens' unembeddings almost coincide. Raises
-    ValueError for an unknown `by`.
+    Units: logits. What the sum of the parts lacks is `unexplained`: in float32 at most 1e-5 of the largest part. In a
+    difference, both logits are rounded by themselves, also where the unembeddings of the tokens are almost equal.
+    Raises ValueError for an unknown `by`, TypeError without an answer.
     """
     if by not in SPLITS:
         raise ValueError(f"by is {by!r}; choose from {', '.join(map(repr, SPLITS))}")
-    split, rows = SPLITS[by], PromptBatch.from_prompt(lens, prompt.tokens if isinstance(prompt, Examples) else prompt)
+    split = SPLITS[by]
+    examples = prompt if isinstance(prompt, Examples) else None
+    rows = PromptBatch.from_prompt(lens, prompt.tokens if isinstance(prompt, Examples) else prompt)
     columns = rows.columns_at(resolve_task_position(position, prompt))
     logits, acts = rows.run_at(columns, points_of_split(lens, split), hooks)
-    goal = resolve_target(rows, upcast(logits), prompt if isinstance(prompt, Examples) else None, answer, wrong)
+    target = resolve_target(rows, upcast(logits), examples, answer, wrong)
+    # The direction in the residual stream before the final norm, which is linear given its scale.
     pull = (
-        upcast_to_float64(goal.direction)
+        upcast_to_float64(target.direction)
         * upcast_to_float64(lens.model.ln_final.weight)
         * upcast_to_float64(acts["ln_final.scale"])
     )
 
-    at = RunColumns(lens, acts, rows, columns)
-    values = torch.stack([split.compute_parts(at, layer, pull) for layer in range(lens.cfg.n_layers)], 1)
+    run = RunColumns(lens, acts, rows, columns)
+    values = torch.stack([split.compute_parts(run, layer, pull) for layer in range(lens.cfg.n_layers)], 1)
+    # All that the split leaves out, so that everything sums to the logit.
     rest = {"embed": project_onto(acts["embed"], pull)}
-    rest |= zip(
-        split.rest_labels(lens), (project_onto(acts[name], pull) for name in split.rest_points(lens)), strict=True
-    )
-    if goal.bias is not None:
-        rest["bias"] = goal.bias
-    if "key" in split.axes:
+    for label, name in zip(split.rest_labels(lens), split.rest_points(lens), strict=True):
+        rest[label] = project_onto(acts[name], pull)
+    if target.bias is not None:
+        rest["bias"] = target.bias
+    if "key" in split.axes:  # columns of the batch become absolute positions
         values = rearrange(values, "batch layer head key -> batch key layer head")
         values = rearrange(rows.align_to_positions(values), "batch key layer head -> batch layer head key")
-    total = goal.measure_total(acts["ln_final.normalized"])
-    return build_attribution(rows, columns, split, goal.name, values, rest, total, isinstance(prompt, Examples))
+    found = build_attribution(
+        rows,
+        columns,
+        split,
+        direction=target.name,
+        values=values,
+        rest=rest,
+        total=target.measure_total(acts["ln_final.normalized"]),
+    )
+    return found if examples is None else found.mean()
 
 
 def resolve_task_position(position: Position, prompt_or_examples: Prompt | Examples) -> Position:
-    """An absolute position; examples of a task know theirs by name."""
+    """Return an absolute position, or of the examples of a task one for each by its name.
+
+    Raises TypeError for a name without examples.
+    """
     if not isinstance(position, str) or (position == "end" and not isinstance(prompt_or_examples, Examples)):
         return position
     if not isinstance(prompt_or_examples, Examples):
@@ -144,48 +158,50 @@ def build_attribution(
     rows: PromptBatch,
     columns: Tensor,
     split: Split,
-    name: str,
+    *,
+    direction: str,
     values: Tensor,
     rest: dict[str, Tensor],
     total: Tensor,
-    average: bool,
 ) -> LogitAttribution:
+    """Return contributions as a labelled result, with what their sum lacks of `total`."""
     about = rows.describe(
-        metric="logit", direction=name, parts="direct effects: the final norm's scale is the run's own",
+        metric="logit", direction=direction, parts="direct effects: the final norm's scale is the run's own",
         positions=rows.describe_columns(columns), kv=describe_kv_groups(rows.lens),
     )  # fmt: skip
-    named = {"layer": layer_labels(rows.lens), "sublayer": list(SUBLAYERS), "key": rows.position_labels()}
-    labelled = rows.to_labelled(values, " ".join(split.axes), {a: named[a] for a in split.axes if a in named}, about)
+    known = {"layer": layer_labels(rows.lens), "sublayer": list(SUBLAYERS), "key": rows.position_labels()}
+    labels = {axis: known[axis] for axis in split.axes if axis in known}
+    labelled = rows.to_labelled(values, " ".join(split.axes), labels, about)
     others = rows.to_labelled(torch.stack([*rest.values()], 1), "part", {"part": [*rest]}, about)
-    explained = to_numpy(values).reshape(rows.batch, -1)
-    missing = (
-        to_numpy(total)
-        - np.nansum(explained, 1, dtype=np.float64)
-        - sum(to_numpy(part).astype(np.float64) for part in rest.values())
-    )
-    found = LogitAttribution(
+    # Summed in float64, so that what is unexplained holds no rounding of this sum. Padding is nan.
+    explained = np.nansum(to_numpy(values).reshape(rows.batch, -1), 1, dtype=np.float64)
+    explained_by_rest = sum(to_numpy(part).astype(np.float64) for part in rest.values())
+    unexplained = to_numpy(total) - explained - explained_by_rest
+    return LogitAttribution(
         labelled.values,
         labelled.axes,
         labelled.labels,
         about,
         rest=others,
         total=rows.drop_single_axis(to_numpy(total)),
-        unexplained=rows.drop_single_axis(missing),
+        unexplained=rows.drop_single_axis(unexplained),
     )
-    return found.mean() if average else found
 
 
 @dataclass(frozen=True)
 class AttributionTarget:
-    """What is attributed: a direction [batch, model] that the normalised stream is read along, and its name."""
+    """The quantity to attribute: a direction [batch, model] in the normalised residual stream, and its name."""
 
     direction: Float[Tensor, "batch model"]
     name: str
-    answer_logits: Float[Tensor, "batch"] | None  # the model's own number, where the direction is one of tokens
-    bias: Float[Tensor, "batch"] | None = None  # of a class head, which no part of the stream explains
+    answer_logits: Float[Tensor, "batch"] | None  # the model's own logits, where the direction is that of tokens
+    bias: Float[Tensor, "batch"] | None = None  # of a class head: a constant that no part of the stream contributes
 
     def measure_total(self, normalized: Float[Tensor, "batch model"]) -> Float[Tensor, "batch"]:
-        return (upcast(normalized) * self.direction).sum(-1) if self.answer_logits is None else self.answer_logits
+        """Return the model's own number: the logits of the answers, or the stream along the direction."""
+        if self.answer_logits is not None:
+            return self.answer_logits
+        return (upcast(normalized) * self.direction).sum(-1)
 
 
 def resolve_target(
@@ -195,7 +211,10 @@ def resolve_target(
     answer: Token | Sequence[Token] | Tensor | None,
     wrong: Token | Sequence[Token] | Tensor | None,
 ) -> AttributionTarget:
-    """The direction of a token, of a difference of tokens, of a task's answers, or the one that was given."""
+    """Return the direction of a token, of a difference of tokens, of a task's answers, or the one that was given.
+
+    Raises TypeError without an answer, or for a direction with `wrong`; ValueError for a direction of another width.
+    """
     if examples is not None and answer is None and wrong is None:
         answer = [best_answer(example.correct, row) for example, row in zip(examples, logits, strict=True)]
         wrong = [best_answer(example.wrong, row) for example, row in zip(examples, logits, strict=True)]
@@ -211,23 +230,24 @@ def resolve_target(
         given = upcast(answer.to(rows.tokens.device)).expand(rows.batch, rows.lens.cfg.d_model)
         return AttributionTarget(given, "the direction given, of the normalised stream", None)
     right = rows.to_answer_ids(answer)
-    of, direction, name = (
-        logits.gather(1, right[:, None]),
-        unembedding_vectors(rows.lens, right),
-        rows.answer_labels(right),
-    )
+    answer_logits = logits.gather(1, right[:, None])
+    direction = unembedding_vectors(rows.lens, right)
+    name = rows.answer_labels(right)
     bias = upcast_to_float64(rows.lens.b_U[right]) if rows.lens.cfg.head_bias else None
     if wrong is not None:
         other = rows.to_answer_ids(wrong)
-        of, direction = of - logits.gather(1, other[:, None]), direction - unembedding_vectors(rows.lens, other)
+        answer_logits = answer_logits - logits.gather(1, other[:, None])
+        direction = direction - unembedding_vectors(rows.lens, other)
         name = f"{name} - {rows.answer_labels(other)}"
         bias = None if bias is None else bias - rows.lens.b_U[other]
-    return AttributionTarget(direction, name, of.squeeze(1), bias)
+    return AttributionTarget(direction, name, answer_logits.squeeze(1), bias)
 
 
 def best_answer(ids: Sequence[int], logits: Float[Tensor, "vocab"]) -> int:
+    """Return the id with the highest logit."""
     return ids[int(logits[list(ids)].argmax())]
 
 
 def unembedding_vectors(lens: Lens, ids: Tensor) -> Float[Tensor, "batch model"]:
+    """Return the rows of the unembedding for these ids, in at least float32."""
     return upcast(lens.W_U.T[ids])

@@ -1,4 +1,4 @@
-"""How far heads look: attention as a function of distance alone, and the pairs of channels that find a token."""
+"""Attention as a function of distance, and the rotary pairs by which heads find a token."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -30,11 +30,11 @@ from glmlens.text.prompts import Prompt
 
 @dataclass(frozen=True, eq=False)
 class DistanceProfile(LabelledGroup):
-    """What every head would attend to if all queries and keys were its mean ones, by distance [layer, head, distance].
+    """Every head's score of its mean query and mean key by distance [layer, head, distance].
 
-    `score` is that of the mean query and key at a distance, `attention` its softmax over all distances up to the
-    largest. `amplitude` and `phase` [layer, head, pair] are those of the waves that make it, `wavelength` [pair] is
-    in tokens, and `content` [layer, head] what the other channels add everywhere.
+    `attention` is the softmax of `score` over all distances up to the largest. The score is a sum of waves with
+    `amplitude` and `phase` [layer, head, pair], one per rotary pair, and of `content` [layer, head], the unrotated
+    channels, which is the same at all distances. `wavelength` [pair] is in tokens.
     """
 
     score: Labelled
@@ -47,11 +47,11 @@ class DistanceProfile(LabelledGroup):
 
 @dataclass(frozen=True, eq=False)
 class PairUse(LabelledGroup):
-    """By how much each part lifts the score of what a kind of head looks for [layer, head, part].
+    """The lift of each part of the score at the token that a kind of head attends to [layer, head, part].
 
-    The part at the token sought, less its mean over all words that the query sees. The parts add up to what the whole
-    score has there above its mean. A lift says where the score of a head is high, not what the head looks for: other
-    tokens may lift as much, and then attention goes there (`head_scores` tells).
+    A lift is the part at the target token minus its mean over all words that the query sees. The lifts of all parts sum
+    to the score at the target minus the mean score. A lift does not show that the head attends to the target: other
+    tokens may have the same lift, and then attention goes to them too (see `head_scores`).
     """
 
     previous: Labelled
@@ -62,33 +62,34 @@ class PairUse(LabelledGroup):
 def distance_profile(
     lens: Lens, prompt: Prompt, *, distances: Integer | None = None, hooks: Hooks | None = None
 ) -> DistanceProfile:
-    """Attention as a function of distance alone, under every head's mean query and key on these prompts.
+    """Return attention as a function of distance alone, for every head's mean query and key on these prompts.
 
-    The means are of `attn.q` and `attn.k`, before they turn, over all tokens but the model's prefix. `distances` is
-    how many are asked for, from 0 on: by default as many as the longest prompt has tokens. Scores are in units of
-    scores, before the softmax.
+    The means are of `attn.q` and `attn.k`, before rotation, over all tokens but the model's prefix. `distances` is the
+    number of distances, from 0 on: by default that of tokens in the longest prompt. Scores are before the softmax.
     """
     rows = PromptBatch.from_prompt(lens, prompt)
     prefix = len(lens.tokenizer.prefix) if lens.tokenizer else 0
+    # Without the prefix, of which a prompt may be nothing else: keep its last token then. -1 is padding.
     real = rows.positions >= min(prefix, int(rows.lengths.min()) - 1)
     acts = record_in_chunks(rows, ["attn.q", "attn.k"], hooks)
     q = torch.stack([upcast_to_float64(acts[f"blocks.{i}.attn.q"])[real].mean(0) for i in range(lens.cfg.n_layers)])
     k = torch.stack([upcast_to_float64(acts[f"blocks.{i}.attn.k"])[real].mean(0) for i in range(lens.cfg.n_layers)])
     k = repeat(k, "layer kv d -> layer (kv group) d", group=lens.cfg.n_groups)
-    rotated, w, scale = lens.cfg.d_rotary, pair_frequencies_of(lens), lens.cfg.d_head**-0.5
+    rotated = lens.cfg.d_rotary
+    frequencies = pair_frequencies_of(lens)
+    # With q and k as complex numbers per pair, the score at a distance is Re sum q k* e^(i · distance · frequency).
     waves = to_complex_pairs(q[..., :rotated]) * to_complex_pairs(k[..., :rotated]).conj() * rotary_score_scale(lens)
-    content = (q[..., rotated:] * k[..., rotated:]).sum(-1) * scale
-    asked = int(rows.lengths.max()) if distances is None else read_integer(distances, "distances", least=1)
-    many = torch.arange(asked, device=lens.device)
-    score = sum_waves(waves, many, w) + content.unsqueeze(-1)
+    content = (q[..., rotated:] * k[..., rotated:]).sum(-1) * lens.cfg.d_head**-0.5
+    n_distances = int(rows.lengths.max()) if distances is None else read_integer(distances, "distances", least=1)
+    score = sum_waves(waves, torch.arange(n_distances, device=lens.device), frequencies) + content.unsqueeze(-1)
     about = rows.describe(
         metric="score of the mean query and key", direction="distance: query position less key position",
         positions=f"means over {int(real.sum())} tokens, without the prefix", kv=describe_kv_groups(lens),
     )  # fmt: skip
-    pairs = {"pair": label_score_parts(lens)[: len(w)], "layer": layer_labels(lens)}
+    known_labels = {"pair": label_score_parts(lens)[: len(frequencies)], "layer": layer_labels(lens)}
 
     def to_sheet(x: Tensor, axes: str, metric: str) -> Labelled:
-        labels = {axis: pairs[axis] for axis in axes.split() if axis in pairs}
+        labels = {axis: known_labels[axis] for axis in axes.split() if axis in known_labels}
         return Labelled(to_numpy(x), tuple(axes.split()), labels, {**about, "metric": metric})
 
     return DistanceProfile(
@@ -110,52 +111,57 @@ def pair_use(
     seed: Integer = 0,
     words: Iterable[Integer] | Iterable[str] | None = None,
 ) -> PairUse:
-    """Which pairs of channels make heads look at the previous token, the same word, or what followed it.
+    """Return by which rotary pairs heads attend to the previous token, the same word, or the word after it.
 
-    On the rows of `head_scores`: random words, said twice. In units of scores. Raises ValueError as that does.
+    On the rows of `head_scores`: random words, repeated once. Units: scores. Raises ValueError as `head_scores` does.
 
-    What is sought is always as far away: 1, `length` and `length` - 1 tokens. A pair that turns a whole number of times
-    between lifts it whatever the word is: with 20 words a head that looks 1 token back by pair 0 is lifted 19 back too,
-    three turns further. What is left with another `length` is the word's.
+    The target is always at the same distance: 1, `length` and `length` - 1 tokens. A pair whose wavelength divides the
+    difference of two distances cannot tell them apart: with 20 words a head that attends 1 token back by pair 0 (6.28
+    tokens) has a lift at 19 tokens back too, three wavelengths further. A lift that remains with another `length` comes
+    from the word.
     """
     rows, length = read_integer(rows, "rows", least=1), read_integer(length, "length", least=1)
-    ids, prefix = draw_words(lens, rows, length, seed, words), lens.tokenizer.prefix if lens.tokenizer else ()
+    ids = draw_words(lens, rows, length, seed, words)
+    prefix = lens.tokenizer.prefix if lens.tokenizer else ()
     tokens = torch.cat([torch.tensor(prefix, dtype=torch.long).expand(rows, -1), ids.repeat(1, 2)], 1)
     batch = PromptBatch.from_prompt(lens, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)})
+    # Which word is at each position: negative numbers, all different, in the prefix.
     word = torch.cat([torch.arange(-len(prefix), 0), torch.arange(length).repeat(2)]).to(lens.device)
-    said = RepeatedWordPatterns([], word)
-    sought = {
-        "previous": said.previous_mask(),
-        "duplicate": said.same_word_mask(),
-        "induction": said.after_same_word_mask(),
+    repeated = RepeatedWordPatterns([], word)
+    targets = {
+        "previous": repeated.previous_mask(),
+        "duplicate": repeated.same_word_mask(),
+        "induction": repeated.after_same_word_mask(),
     }
-    here = torch.arange(len(word), device=lens.device)
-    seen = (here[:, None] >= here) & (word >= 0)
+    columns = torch.arange(len(word), device=lens.device)
+    visible = (columns[:, None] >= columns) & (word >= 0)
     acts = record_in_chunks(batch, head_vector_points(lens))
-    found: dict[str, list[Tensor]] = {name: [] for name in sought}
+    lifts: dict[str, list[Tensor]] = {name: [] for name in targets}
     for layer in range(lens.cfg.n_layers):
-        parts = layer_score_parts(lens, acts, layer)
-        for name, target in sought.items():
-            found[name].append(mean_lift(parts, target & (word >= 0), seen))
+        parts = layer_score_parts(lens, acts, layer)  # of one layer at a time: the largest tensor here
+        for name, target in targets.items():
+            lifts[name].append(mean_lift(parts, target & (word >= 0), visible))
     about = {
-        "metric": "part of the score at the token sought, less its mean over the words seen", "direction": "score",
-        "positions": f"{rows} rows of {length} random words said twice, seed {seed}", "kv": describe_kv_groups(lens),
+        "metric": "part of the score at the target token, less its mean over visible words",
+        "direction": "score",
+        "positions": f"{rows} rows of {length} random words, repeated once, seed {seed}",
+        "kv": describe_kv_groups(lens),
         "model": lens.model_hash,
-    }  # fmt: skip
+    }
     labels = {"layer": layer_labels(lens), "part": label_score_parts(lens)}
     axes = ("layer", "head", "part")
     sheets = {
         name: Labelled(to_numpy(torch.stack(x)), axes, labels, {**about, "direction": name})
-        for name, x in found.items()
+        for name, x in lifts.items()
     }
     return PairUse(about, **sheets)
 
 
 def layer_score_parts(lens: Lens, acts: dict[str, Tensor], layer: int) -> Float[Tensor, "batch head query key part"]:
-    rest = [acts[name] for name in (f"blocks.{layer}.attn.q_pass",) if name in acts]
-    q = rearrange(
-        torch.cat([acts[f"blocks.{layer}.attn.q_rot"], *rest], -1), "batch query head d -> batch head query d"
-    )
+    """Return a layer's scores by part: one per rotary pair, then the unrotated channels if there are any."""
+    unrotated = [acts[name] for name in (f"blocks.{layer}.attn.q_pass",) if name in acts]
+    q = torch.cat([acts[f"blocks.{layer}.attn.q_rot"], *unrotated], -1)
+    q = rearrange(q, "batch query head d -> batch head query d")
     k = repeat(acts[f"blocks.{layer}.kv.k"], "batch key kv d -> batch (kv group) key d", group=lens.cfg.n_groups)
     return split_scores(upcast_to_float64(q), upcast_to_float64(k), lens.cfg.d_rotary)
 
@@ -165,8 +171,10 @@ def mean_lift(
     target: Bool[Tensor, "query key"],
     visible: Bool[Tensor, "query key"],
 ) -> Float[Tensor, "head part"]:
-    """Over the queries that have a target, the mean of the parts there less that over what is seen."""
-    asked = target.any(1)
-    parts, target, visible = parts[:, :, asked], target[asked].to(parts.dtype), visible[asked].to(parts.dtype)
+    """Return the parts at the targets minus the mean over visible keys, averaged over queries with a target."""
+    with_target = target.any(1)
+    parts = parts[:, :, with_target]
+    target, visible = target[with_target].to(parts.dtype), visible[with_target].to(parts.dtype)
+    # One weight per key: positive at targets, negative over all visible keys; it sums to 0.
     weight = target / target.sum(1, keepdim=True) - visible / visible.sum(1, keepdim=True)
     return einsum(parts, weight, "batch head query key part, query key -> batch head query part").mean((0, 2))

@@ -10,7 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Factored:
-    """The matrix A B of low rank, kept as its factors: a vector `x` goes through it as `x @ A @ B`."""
+    """The low-rank matrix A B, stored as its factors: `x @ F` is computed as `(x @ A) @ B`.
+
+    Raises ValueError for factors whose shapes do not fit.
+    """
 
     A: Float[Tensor, "left rank"]
     B: Float[Tensor, "_ right"]
@@ -21,10 +24,12 @@ class Factored:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Return the shape of the product."""
         return self.A.shape[0], self.B.shape[1]
 
     @property
     def T(self) -> "Factored":
+        """Return the transpose."""
         return Factored(self.B.T, self.A.T)
 
     @overload
@@ -32,10 +37,10 @@ class Factored:
     @overload
     def __matmul__(self, other: Tensor) -> Tensor: ...
     def __matmul__(self, other: "Factored | Tensor") -> "Factored | Tensor":
-        """This matrix times a tensor, or times another, factored with the smaller of the two ranks."""
+        """Return the product with a tensor, or with a factored matrix: factored, with the smaller of the two ranks."""
         if isinstance(other, Tensor):
             return self.A @ (self.B @ other)
-        between = self.B @ other.A
+        between = self.B @ other.A  # [rank, other rank]
         if between.shape[0] <= between.shape[1]:
             return Factored(self.A, between @ other.B)
         return Factored(self.A @ between, other.B)
@@ -47,23 +52,26 @@ class Factored:
         return Factored(self.A * factor, self.B)
 
     def svd(self) -> tuple[Float[Tensor, "left rank"], Float[Tensor, "rank"], Float[Tensor, "rank right"]]:
-        """U, S, Vh as of torch.linalg.svd, without the singular values that are zero by rank.
+        """Return U, S, Vh as torch.linalg.svd does, without the singular values that are zero by rank.
 
-        Of rank x rank work: A = Q_A R_A and Bᵀ = Q_B R_B, so A B = Q_A (R_A R_Bᵀ) Q_Bᵀ.
+        The decomposition is of a [rank, rank] matrix: A = Q_A R_A and Bᵀ = Q_B R_B, so A B = Q_A (R_A R_Bᵀ) Q_Bᵀ.
         """
         (Q_A, R_A), (Q_B, R_B) = torch.linalg.qr(self.A), torch.linalg.qr(self.B.T)
         U, S, Vh = torch.linalg.svd(R_A @ R_B.T, full_matrices=False)
         return Q_A @ U, S, Vh @ Q_B.T
 
     def eigenvalues(self) -> Complex[Tensor, "rank"]:
-        """The eigenvalues of a square A B that are not zero by rank: those of B A, largest magnitude first."""
+        """Return the eigenvalues of a square A B that are not zero by rank: those of B A, largest magnitude first.
+
+        Raises ValueError for a matrix that is not square, or with nan or infinite numbers.
+        """
         if self.shape[0] != self.shape[1]:
             raise ValueError(f"eigenvalues are of a square matrix; this one is {self.shape}")
-        found = eigenvalues(self.B @ self.A)
-        return found[found.abs().argsort(descending=True)]
+        values = eigenvalues(self.B @ self.A)
+        return values[values.abs().argsort(descending=True)]
 
     def norm(self) -> Float[Tensor, ""]:
-        """The Frobenius norm: √ sum((AᵀA) * (B Bᵀ)), with the factors made orthogonal first."""
+        """Return the Frobenius norm, of R_A R_Bᵀ after QR decompositions A = Q_A R_A and Bᵀ = Q_B R_B."""
         R_A, R_B = torch.linalg.qr(self.A).R, torch.linalg.qr(self.B.T).R
         return torch.linalg.norm(R_A @ R_B.T)
 
@@ -75,7 +83,10 @@ class Factored:
 
 
 def eigenvalues(x: Float[Tensor, "*rest rank rank"]) -> Complex[Tensor, "*rest rank"]:
-    """Those of a square matrix, on the CPU; ValueError for one with nan or infinite numbers, which can crash LAPACK."""
+    """Return the eigenvalues of square matrices, computed on the CPU.
+
+    Raises ValueError for nan or infinite numbers, which can crash LAPACK.
+    """
     if not bool(x.isfinite().all()):
-        raise ValueError("numbers that are nan or infinite have no eigenvalues: selfcheck(lens) says which weights")
+        raise ValueError("numbers that are nan or infinite have no eigenvalues: selfcheck(lens) names the weights")
     return torch.linalg.eigvals(x.cpu())

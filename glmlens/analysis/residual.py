@@ -1,15 +1,16 @@
-"""The residual stream as what it has come to, and as what was added to it."""
+"""The residual stream: its state after every layer, and the contributions whose sum it is."""
 
 import torch
 from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from glmlens.analysis.batch import Position, PromptBatch, layer_labels, upcast
+from glmlens.analysis.batch import Position, PromptBatch, layer_labels
 from glmlens.analysis.logit_lens import residual_streams
+from glmlens.analysis.norms import norm_weight
+from glmlens.dtypes import upcast
 from glmlens.hooks import Hooks
 from glmlens.lens import Lens
-from glmlens.model import RMSNorm
 from glmlens.recording.activations import Activations
 from glmlens.results import Labelled
 from glmlens.text.prompts import Prompt
@@ -18,10 +19,10 @@ from glmlens.text.prompts import Prompt
 def accumulated_residual(
     lens: Lens, prompt: Prompt, *, mid: bool = False, position: Position | None = None, hooks: Hooks | None = None
 ) -> Labelled:
-    """The residual stream after the embedding and after every layer: [layer, pos, model].
+    """Return the residual stream after the embedding and after every layer: [layer, pos, model].
 
-    With `mid` also before every MLP; with `position`, an absolute one, without the axis pos. Several prompts have an
-    axis `prompt` in front.
+    With `mid` also before every MLP. With `position`, an absolute position, there is no axis pos. Several prompts have
+    an axis `prompt` in front.
     """
     rows = PromptBatch.from_prompt(lens, prompt)
     acts = rows.record(["embed", "resid_post", *(["resid_mid"] if mid else [])], hooks)
@@ -37,11 +38,11 @@ def decompose_residual(
     position: Position | None = None,
     hooks: Hooks | None = None,
 ) -> Labelled:
-    """What was added to the residual stream: [part, pos, model], whose sum over part is the last residual stream.
+    """Return the contributions to the residual stream: [part, pos, model]. Their sum is the last residual stream.
 
-    `by` is "layer", "component" (attention and MLP of every layer) or "head" (every head, and the MLPs). Of a `glm4`,
-    parts are as they are after the norm on the sublayer's output. Raises ValueError for another `by`; of neurons there
-    are too many: see `logit_attribution`.
+    `by` is "layer", "component" (attention and MLP of every layer) or "head" (every head, and the MLPs). In a `glm4`,
+    contributions are after the norm on the sublayer's output. Raises ValueError for another `by`; there are too many
+    neurons for this: see `logit_attribution`.
     """
     if by not in ("layer", "component", "head"):
         raise ValueError(f"by is {by!r}; choose from 'layer', 'component', 'head'")
@@ -56,7 +57,7 @@ def decompose_residual(
 
 
 def layer_contributions(lens: Lens, acts: Activations, layer: int, name: str, by: str) -> dict[str, Tensor]:
-    """What a layer adds, by label."""
+    """Return the contributions of a layer by label."""
     mlp = upcast(acts["mlp_out", layer])
     if by == "layer":
         return {name: upcast(acts["attn_out", layer]) + mlp}
@@ -67,27 +68,28 @@ def layer_contributions(lens: Lens, acts: Activations, layer: int, name: str, by
 
 
 def head_outputs(lens: Lens, acts: Activations, layer: int) -> Float[Tensor, "batch pos head model"]:
-    """What each head adds to the residual stream: W_O z, and then the norm on attention's output if there is one."""
+    """Return the contribution of each head: W_O z, scaled by the norm on attention's output if there is one (glm4)."""
     z, W_O = upcast(acts["attn.z", layer]), upcast(lens.W_O[layer])
     out = einsum(z, W_O, "batch pos head d, head d model -> batch pos head model")
-    norm = lens.model.blocks[layer].get_submodule("ln1_post")
-    if not isinstance(norm, RMSNorm):
+    weight = norm_weight(lens.model, layer, "ln1_post")
+    if weight is None:
         return out
-    return out * upcast(acts["ln1_post.scale", layer]).unsqueeze(2) * upcast(norm.weight)
+    # The norm is linear given the scale of the sum over heads, so each head is scaled by it.
+    return out * upcast(acts["ln1_post.scale", layer]).unsqueeze(2) * upcast(weight)
 
 
 def stack_streams(
     rows: PromptBatch, axis: str, parts: dict[str, Tensor], position: Position | None, metric: str
 ) -> Labelled:
-    """The parts, each [batch, pos, model], as one result."""
+    """Return tensors [batch, pos, model] as one labelled result, at all positions or at one."""
     labels = {axis: list(parts)}
     if position is None:
         values = torch.stack([rows.align_to_positions(upcast(x)) for x in parts.values()], 1)
         about = rows.describe(metric=metric, direction="every channel of the model", positions="absolute")
         return rows.to_labelled(values, f"{axis} pos model", {**labels, "pos": rows.position_labels()}, about)
     columns = rows.columns_at(position)
-    each = torch.arange(rows.batch, device=columns.device)
-    values = torch.stack([upcast(x[each, columns]) for x in parts.values()], 1)
+    row_numbers = torch.arange(rows.batch, device=columns.device)
+    values = torch.stack([upcast(x[row_numbers, columns]) for x in parts.values()], 1)
     about = rows.describe(
         metric=metric, direction="every channel of the model", positions=rows.describe_columns(columns)
     )

@@ -1,7 +1,7 @@
-"""The KV cache as an object: its entries read, changed, moved, dropped and carried over, none of it in place.
+"""Operations on the KV cache: read, edit, move, evict and graft entries. None of them changes a cache in place.
 
-An operation is a value: `op(kv)` is a new cache, and `op.hooks(lens)` are the hooks that do the same to what a run
-recalls, at all steps or some. The places are layers, key-value heads and absolute positions.
+An operation is an object: `op(kv)` returns a new cache, and `op.hooks(lens)` returns hooks that do the same to the
+entries a run reads, at all steps or at some. Entries are selected by layer, key-value head and absolute position.
 """
 
 from glmlens.cache.edit import ablate, edit, quantise, swap
@@ -34,6 +34,7 @@ OLD_NAMES = {
     "close_up": "glmlens.cache.close_gaps",
     "entries": "glmlens.cache.list_entries",
     "find": "glmlens.cache.find_entries",
+    "Places": "glmlens.cache.CacheSelection",
     "heavy_hitters": "glmlens.cache.keep_heavy_hitters",
     "read": "glmlens.cache.read_entry",
     "window": "glmlens.cache.keep_window",
