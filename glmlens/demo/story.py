@@ -156,7 +156,7 @@ def report_patching(report: DemoReport, examples: Examples) -> None:
     report.add_text(
         "Where does the model hold who gives? In the same sentences, we let the other person give. We patch the",
         "residual stream at one position with that of the original sentence, and measure the share of the logit",
-        "difference that is restored (IO: the receiver, S1 and S2: the two mentions of the giver, end: the last token):",
+        "difference that is restored (IO: receiver, S1 and S2: first and second mention of the giver, end: last token):",
         format_table([head, *rows]),
     )
     title = "Share of the logit difference restored by patching the residual stream at one position"

@@ -51,7 +51,7 @@ class TrainingConfig:
 
 
 def make_demo_config(d_vocab: int) -> dict[str, object]:
-    """Return the config.json of GLM-4 in miniature: grouped queries, QKV biases, half of every head's channels rotated."""
+    """Return the config.json of a small GLM-4: grouped queries, QKV biases, half of each head's channels rotated."""
     return {
         "architectures": ["GlmForCausalLM"], "model_type": "glm", "vocab_size": d_vocab, "hidden_size": 192,
         "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,

@@ -37,7 +37,8 @@ from glmlens.tasks.words import (
 
 SentenceMaker = Callable[[random.Random], str]
 WORD_GROUPS = (
-    *PERSON_NAMES.values(), PLACE_NOUNS, THING_NOUNS, GIVING_VERBS, *WORD_SERIES.values(), ARGUMENTS, *COUNTRIES.values(), COUNTRIES, GOOD_ADJECTIVES, BAD_ADJECTIVES,
+    *PERSON_NAMES.values(), PLACE_NOUNS, THING_NOUNS, GIVING_VERBS, *WORD_SERIES.values(), ARGUMENTS,
+    *COUNTRIES.values(), COUNTRIES, GOOD_ADJECTIVES, BAD_ADJECTIVES,
     PREPOSITIONS, ADJECTIVES, TYPES, FUNCTIONS, EVENTS, NOUNS, NOUNS.values(), VERBS, VERBS.values(),
 )  # fmt: skip
 # Openers that sentences about giving never have in the training text, while other kinds of sentence do.
@@ -109,8 +110,9 @@ def make_task_sentences(task: Task, end: Callable[[random.Random, Item], str]) -
 def draw_giving_end(draw: random.Random, item: Item) -> str:
     """Draw the end of a sentence about giving, sometimes with another sentence about the receiver or giver."""
     to, by, thing = item.slots["IO"], item.slots["S1"], item.slots["thing"]
+    pronoun = PRONOUN_OF_NAME[to].capitalize()
     return draw.choice((
-        ".", ".", f". {PRONOUN_OF_NAME[to].capitalize()} took the {thing} home.", f". {PRONOUN_OF_NAME[to].capitalize()} was happy.",
+        ".", ".", f". {pronoun} took the {thing} home.", f". {pronoun} was happy.",
         f" and went home. {by} was tired.", f" at the {draw.choice(PLACE_NOUNS)}.",
     ))  # fmt: skip
 
@@ -147,9 +149,9 @@ def draw_person(draw: random.Random) -> str:
 
 
 def draw_story(draw: random.Random) -> str:
-    """Draw a sentence with the openers, names and things of sentences about giving, but with another course.
+    """Draw a sentence with the openers, names and things of sentences about giving, but without their pattern.
 
-    In most of these sentences nobody receives anything; in some, the giver is named by both mentions that follow.
+    No sentence introduces two people of whom one then gives something to the other.
     """
     a, b = draw.sample(ALL_NAMES, 2)
     place, thing = draw.choice(PLACE_NOUNS), draw.choice(THING_NOUNS)
@@ -234,11 +236,24 @@ def draw_chat(draw: random.Random) -> str:
 
 # The share of every kind of sentence. The order matters: the random draws of the training text depend on it.
 SENTENCE_SHARES: dict[SentenceMaker, float] = {
-    make_task_sentences(ioi, draw_giving_end): 0.14, draw_story: 0.095, make_task_sentences(facts, end_with_period): 0.13, make_task_sentences(agreement, draw_verb_end): 0.065, draw_agreement_sentence: 0.015,
-    draw_war_sentence: 0.09, make_task_sentences(docstring, draw_docstring_end): 0.03, make_task_sentences(pronouns, lambda draw, item: "?"): 0.06, draw_pronoun_sentence: 0.06,
-    make_task_sentences(successors, end_with_period): 0.03, make_task_sentences(brackets, close_brackets): 0.065, make_task_sentences(addition, end_with_period): 0.03, make_task_sentences(sentiment, end_with_period): 0.025,
-    draw_neutral_sentence: 0.01, draw_feeling_sentence: 0.01, draw_repeated_words: 0.135, draw_chat: 0.01,
-}  # fmt: skip
+    make_task_sentences(ioi, draw_giving_end): 0.14,
+    draw_story: 0.095,
+    make_task_sentences(facts, end_with_period): 0.13,
+    make_task_sentences(agreement, draw_verb_end): 0.065,
+    draw_agreement_sentence: 0.015,
+    draw_war_sentence: 0.09,
+    make_task_sentences(docstring, draw_docstring_end): 0.03,
+    make_task_sentences(pronouns, lambda draw, item: "?"): 0.06,
+    draw_pronoun_sentence: 0.06,
+    make_task_sentences(successors, end_with_period): 0.03,
+    make_task_sentences(brackets, close_brackets): 0.065,
+    make_task_sentences(addition, end_with_period): 0.03,
+    make_task_sentences(sentiment, end_with_period): 0.025,
+    draw_neutral_sentence: 0.01,
+    draw_feeling_sentence: 0.01,
+    draw_repeated_words: 0.135,
+    draw_chat: 0.01,
+}
 
 
 def generate_documents(seed: int | str, kinds: dict[SentenceMaker, float] = SENTENCE_SHARES) -> Iterator[str]:
