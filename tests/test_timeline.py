@@ -214,8 +214,8 @@ def test_a_sampled_run_is_run_again_as_it_was_drawn(lens, tokens, seed):
     for step in range(6):
         assert line.rerun(step).tokens == line.tokens
         assert line.rerun(step, token=line.tokens[step]).tokens == line.tokens
-    assert record_timeline(lens, tokens[:1], 6, at={3: cache.reposition(lens, 0)}, **SAMPLED, seed=7).tokens == record_timeline(
-        lens, tokens[:1], 6, **SAMPLED, seed=7).tokens  # fmt: skip
+    with_operation = record_timeline(lens, tokens[:1], 6, at={3: cache.reposition(lens, 0)}, **SAMPLED, seed=7)
+    assert with_operation.tokens == record_timeline(lens, tokens[:1], 6, **SAMPLED, seed=7).tokens
     assert (
         record_timeline(lens, tokens[:1], 6, **SAMPLED).tokens != record_timeline(lens, tokens[:1], 6, **SAMPLED).tokens
     )

@@ -16,11 +16,11 @@ def exercise_1_1(rms_norm: Callable[[Tensor, Tensor, float], Tensor]) -> str:
     x = torch.randn(2, 3, 8, generator=draw) + 1  # a mean other than 0 tells RMSNorm from LayerNorm
     g = torch.randn(8, generator=draw)
     right = g * x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
-    found = rms_norm(x, g, 1e-5)
+    value = rms_norm(x, g, 1e-5)
     centred = x - x.mean(-1, keepdim=True)
     layer_norm = g * centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
-    demand(not torch.allclose(found, layer_norm, rtol=0.2), "this is LayerNorm: RMSNorm does not subtract the mean")
-    check_equal(found, right, "divide each vector by the root of its mean square, then multiply by g")
+    demand(not torch.allclose(value, layer_norm, rtol=0.2), "this is LayerNorm: RMSNorm does not subtract the mean")
+    check_equal(value, right, "divide each vector by the root of its mean square, then multiply by g")
     # With eps much larger than the mean square, the root is about 1 and only g is left.
     small = rms_norm(x * 1e-4, g, 1.0)
     check_equal(small, g * x * 1e-4, "add eps to the mean square, under the root", within=1e-2)
@@ -33,7 +33,8 @@ def exercise_1_2(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> str:
     for layer, head in ((1, 7), (3, 4), (0, 0)):
         q = torch.cat([acts["attn.q_rot", layer], acts["attn.q_pass", layer]], -1)[0, :, head]
         k, v = (acts[name, layer][0, :, head // load_lens().cfg.n_groups] for name in ("kv.k", "kv.v"))
-        z, right = attend(q, k, v), acts["attn.z", layer][0, :, head]
+        z = attend(q, k, v)
+        right = acts["attn.z", layer][0, :, head]
         check_equal(
             z[:1],
             right[:1],
@@ -49,11 +50,12 @@ def exercise_1_2(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> str:
 def exercise_1_3(next_token: Callable[[Tensor], Tensor]) -> str:
     logits, acts = load_lens().run_with_cache(PROMPT, "blocks.3.resid_post")
     assert logits is not None
-    found, right = next_token(acts["resid_post", 3][0]), logits[0, -1].softmax(-1)
-    check_equal(to_tensor(found, right).sum(), torch.tensor(1.0), "probabilities sum to 1")
+    value = next_token(acts["resid_post", 3][0])
+    right = logits[0, -1].softmax(-1)
+    check_equal(to_tensor(value, right).sum(), torch.tensor(1.0), "probabilities sum to 1")
     check_equal(
-        found, right, "not the model's probabilities: what is between the residual stream and the unembedding?", 1e-3
+        value, right, "not the model's probabilities: what is between the residual stream and the unembedding?", 1e-3
     )
-    best = int(found.argmax())
+    best = int(value.argmax())
     word = load_lens().to_str_tokens(torch.tensor([[best]]))[0]
-    return f"after {PROMPT!r} the most probable token is {word!r}, with {float(found[best]):.1%}"
+    return f"after {PROMPT!r} the most probable token is {word!r}, with {float(value[best]):.1%}"

@@ -31,9 +31,9 @@ def exercise_2_1(silence: Any) -> str:
 @exercise("a hook, fn(x, point)")
 def exercise_2_2(read_mary: Edit) -> str:
     names = ("embed",)
-    _, found = load_lens().run_with_cache(PROMPT, names, {"embed": read_mary})
+    _, edited = load_lens().run_with_cache(PROMPT, names, {"embed": read_mary})
     _, clean = load_lens().run_with_cache(PROMPT, names)
-    changed = (found["embed"] != clean["embed"]).any(-1)[0].nonzero().flatten().tolist()
+    changed = (edited["embed"] != clean["embed"]).any(-1)[0].nonzero().flatten().tolist()
     labels = load_lens().to_labels(PROMPT)
     listed = ", ".join(f"{i} ({labels[i]})" for i in changed) or "none"
     demand(len(changed) == 1, f"positions that changed: {listed}; exactly one should change")
@@ -51,14 +51,15 @@ def exercise_2_2(read_mary: Edit) -> str:
 def exercise_2_3(hooks: Hooks) -> str:
     she = load_lens().to_single_token(" She")
     plain, run = (load_lens().generate(PROMPT, 8, names="logits", hooks=given) for given in (None, check_hooks(hooks)))
-    logits, before = run.acts["logits"][0], plain.acts["logits"][0]  # [step, vocab]
+    logits = run.acts["logits"][0]  # [step, vocab]
+    before = plain.acts["logits"][0]
     chosen = plain.new_tokens[0].tolist().index(she)
     early = [step for step in range(chosen) if not torch.equal(logits[step], before[step])]
     demand(not early, f"the logits of step {early[:1]} changed: which step chooses 'She'? Steps count from 0")
     same = torch.equal(logits[chosen], before[chosen])
     demand(not same, "no logit changed at the step that chooses 'She'. Steps count from 0, and step 0 chooses 'Mary'")
-    found = float(logits[chosen, she])
-    demand(found == -torch.inf, f"the logit of 'She' at that step is {found:.2f}: its probability is not zero")
+    value = float(logits[chosen, she])
+    demand(value == -torch.inf, f"the logit of 'She' at that step is {value:.2f}: its probability is not zero")
     others = torch.arange(logits.shape[1]) != she
     check_equal(logits[chosen][others], before[chosen][others], "the logits of other tokens should not change")
     demand(bool(logits[chosen + 1 :].isfinite().all()), "the token is banned at later steps as well")

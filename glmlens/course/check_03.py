@@ -18,7 +18,8 @@ def run_repeated_words(hooks: Hooks | None = None) -> tuple[int, Activations]:
     """Run prompts of random words repeated once; return the length of the prefix and the recorded activations."""
     tokenizer = load_lens().tokenizer
     assert tokenizer is not None
-    ids, draw = torch.tensor(tokenizer.list_word_ids()), torch.Generator().manual_seed(7)
+    ids = torch.tensor(tokenizer.list_word_ids())
+    draw = torch.Generator().manual_seed(7)  # not the words of the tutorial
     words = torch.stack([ids[torch.randperm(len(ids), generator=draw)[:N_WORDS]] for _ in range(N_ROWS)])
     tokens = torch.cat([torch.tensor(tokenizer.prefix).expand(N_ROWS, -1), words, words], 1)
     names = ["attn.pattern", "attn.z", "ln1.normalized"]
@@ -42,8 +43,9 @@ def exercise_3_1(induction_score: Callable[[Tensor, int, int], Tensor]) -> str:
     uneven[:, :, :, 0] += 0.5 * uneven[:, :, :, 1:].sum(-1)
     uneven /= uneven.sum(-1, keepdim=True)
     for a in (acts["attn.pattern", 3], acts["attn.pattern", 0], uneven):
-        found, right = induction_score(a, N_WORDS, prefix), measure_attention_share(a, prefix, N_WORDS - 1)
-        check_equal(found, right, explain_scores(found, a, prefix), within=1e-3)
+        value = induction_score(a, N_WORDS, prefix)
+        right = measure_attention_share(a, prefix, N_WORDS - 1)
+        check_equal(value, right, explain_scores(value, a, prefix), within=1e-3)
     return "the score of every head, also of heads that attend mostly to the prefix"
 
 
@@ -68,6 +70,7 @@ def exercise_3_2(heads: Sequence[Sequence[int]]) -> str:
     means = {layer: clean["attn.z", layer].mean((0, 1)) for layer, _ in chosen}
 
     def ablate(z: Tensor, point: Point) -> Tensor:
+        """Replace the output of the chosen heads of a layer by its mean over prompts and positions."""
         for layer, number in chosen:
             if layer == point.layer:
                 z[:, :, number] = means[layer][number]
@@ -84,14 +87,17 @@ def exercise_3_2(heads: Sequence[Sequence[int]]) -> str:
 
 @exercise("a function of x, layer and head")
 def exercise_3_3(written: Callable[[Tensor, int, int], Tensor]) -> str:
-    model, (_, acts) = load_lens(), run_repeated_words()
+    model = load_lens()
+    _, acts = run_repeated_words()
     for layer, number in ((1, 7), (3, 5), (0, 2)):
-        x, kv = acts["ln1.normalized", layer][0, 9], kv_head_of(model, number)
+        x = acts["ln1.normalized", layer][0, 9]
+        kv = kv_head_of(model, number)
         without = x @ model.W_V[layer, kv] @ model.W_O[layer, number]
-        right, found = without + model.b_V[layer, kv] @ model.W_O[layer, number], written(x, layer, number)
-        if found.shape == without.shape and torch.allclose(found, without, rtol=1e-3, atol=1e-3):
+        right = without + model.b_V[layer, kv] @ model.W_O[layer, number]
+        value = written(x, layer, number)
+        if value.shape == without.shape and torch.allclose(value, without, rtol=1e-3, atol=1e-3):
             raise WrongAnswer("this is x @ OV; the values have a bias, which also goes through W_O")
         check_equal(
-            found, right, f"not what head {layer}.{number} writes: which KV head gives it its values?", within=1e-3
+            value, right, f"not what head {layer}.{number} writes: which KV head gives it its values?", within=1e-3
         )
     return "what the head adds to the residual stream when it attends to this position only"

@@ -15,7 +15,8 @@ STORY = "When Mary and John went to the store, {} gave a drink to"
 
 def fill_cache(prompt: str) -> tuple[KVCache, Tensor]:
     """Return the KV cache of all tokens but the last, and the last token."""
-    tokens, kv = load_lens().to_tokens(prompt), load_lens().new_kv()
+    tokens = load_lens().to_tokens(prompt)
+    kv = load_lens().new_kv()
     load_lens()(tokens[:, :-1], kv=kv)
     return kv, tokens[:, -1:]
 
@@ -37,13 +38,14 @@ def to_integers(answer: Sequence[int], what: str) -> list[int]:
 @exercise("a function of cfg, tokens and number")
 def exercise_5_1(kv_bytes: Callable[[GLMConfig, int, int], int]) -> str:
     kv, _ = fill_cache(STORY.format("John"))
-    found = to_number(kv_bytes(load_lens().cfg, kv.length, 4))
-    size = f"{found:,.0f} bytes for {kv.length} entries here"
-    demand(found != kv.bytes / 2, f"{size} is half of it: what is cached beside the keys?")
-    demand(found == kv.bytes, f"{size}; the cache has {kv.bytes:,} bytes")
+    value = to_number(kv_bytes(load_lens().cfg, kv.length, 4))
+    size = f"{value:,.0f} bytes for {kv.length} entries here"
+    demand(value != kv.bytes / 2, f"{size} is half of it: what is cached beside the keys?")
+    demand(value == kv.bytes, f"{size}; the cache has {kv.bytes:,} bytes")
+    # The same function on the config of another model must not use numbers of the small one.
     large = replace(load_lens().cfg, n_layers=40, n_heads=32, n_kv_heads=2, d_head=128)
-    found = to_number(kv_bytes(large, 131_072, 2))
-    demand(found == 5 * 2**30, f"{found / 2**30:.3g} GiB for GLM-4-9B: which numbers did not come from its cfg?")
+    value = to_number(kv_bytes(large, 131_072, 2))
+    demand(value == 5 * 2**30, f"{value / 2**30:.3g} GiB for GLM-4-9B: which numbers did not come from its cfg?")
     return "GLM-4-9B caches 131,072 tokens in 5 GiB"
 
 
@@ -51,6 +53,7 @@ def exercise_5_1(kv_bytes: Callable[[GLMConfig, int, int], int]) -> str:
 def exercise_5_2(layers: Sequence[int]) -> str:
     chosen = to_integers(layers, "two layers")
     demand(len(chosen) == 2 and set(chosen) <= set(range(4)), f"give two of the layers 0 to 3; these are {chosen}")
+    # The country is at position 5 of both prompts.
     kv, last = fill_cache("The capital of France is")
     japan, _ = fill_cache("The capital of Japan is")
     p, best = read_probability(cache.swap(japan, layer=chosen, position=5)(kv), last, " Tokyo")

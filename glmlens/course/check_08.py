@@ -1,5 +1,6 @@
 """Checks of the exercises of tutorial 8, circuits."""
 
+import math
 from collections.abc import Callable
 from functools import cache
 
@@ -21,10 +22,10 @@ def exercise_8_1(fix: Callable[[Tensor, Tensor, Tensor], Tensor]) -> str:
         s, change, slope = (torch.randn(6, generator=draw) for _ in range(3))
         s, change = size * s, 2 * size * change
         right = float((((s + change).softmax(-1) - s.softmax(-1)) * slope).sum())
-        found = to_number(fix(s, change, slope))
-        demand(found == found, f"NaN for scores of about {size:.0f}: which exponential overflows?")
-        otherwise = f"{found:.3f} for scores of about {size:.0f}; it should be {right:.3f}"
-        demand(abs(found - right) < 1e-3, f"{otherwise}: what is the attention pattern with the other query?")
+        value = to_number(fix(s, change, slope))
+        demand(not math.isnan(value), f"NaN for scores of about {size:.0f}: which exponential overflows?")
+        otherwise = f"{value:.3f} for scores of about {size:.0f}; it should be {right:.3f}"
+        demand(abs(value - right) < 1e-3, f"{otherwise}: what is the attention pattern with the other query?")
     return "right also where all attention goes to one key"
 
 
@@ -37,22 +38,23 @@ def draw_sentences() -> Examples:
 @cache
 def measure_path_effect(receiver: patch.Site) -> float:
     """Return the summed effect of the heads of layer 0 on the logit difference through one receiver."""
-    found = circuits.path_patch(load_lens(), draw_sentences(), "flip", receiver, progress=False)
-    return float(found.at(layer=0).values.sum())
+    effects = circuits.path_patch(load_lens(), draw_sentences(), "flip", receiver, progress=False)
+    return float(effects.at(layer=0).values.sum())
 
 
 @exercise("a Site of layer 1")
 def exercise_8_2(receiver: patch.Site) -> str:
     demand(isinstance(receiver, patch.Site), f"expected a Site, got {describe_answer(receiver)}")
+    # Query head 3 reads the keys and values of KV head 1.
     is_input = receiver.point in ("attn.q", "attn.k", "attn.v") and receiver.layer == (1,)
     demand(
         is_input, f"{receiver} is no input of layer 1's heads: use Site('attn.q', layer=1, head=3), or k or v by kv="
     )
     of_3 = receiver.head == (3,) if receiver.point == "attn.q" else receiver.kv == (1,)
     demand(of_3, f"{receiver} is not of head 1.3 only: use head=3 for queries, kv=1 for keys and values")
-    found = measure_path_effect(receiver)
-    demand(found < -2, f"the effect through {receiver} is {found:+.2f} logits: where do the two prompts differ?")
-    return f"the effect of layer 0's heads through it is {found:+.2f} logits"
+    effect = measure_path_effect(receiver)
+    demand(effect < -2, f"the effect through {receiver} is {effect:+.2f} logits: where do the two prompts differ?")
+    return f"the effect of layer 0's heads through it is {effect:+.2f} logits"
 
 
 @cache
@@ -65,9 +67,9 @@ def make_circuit_evaluator() -> circuits.CircuitEvaluator:
 def exercise_8_3(circuit: circuits.Circuit) -> str:
     demand(isinstance(circuit, circuits.Circuit), f"expected a Circuit, got {describe_answer(circuit)}")
     demand(circuit.n_edges <= MAX_EDGES, f"the circuit has {circuit.n_edges} edges; at most {MAX_EDGES} are allowed")
-    found = make_circuit_evaluator().faithfulness(circuit)
+    faithfulness = make_circuit_evaluator().faithfulness(circuit)
     demand(
-        found > MIN_FAITHFULNESS,
-        f"the faithfulness of its {circuit.n_edges} edges is {found:.0%}: which effects do the edge scores miss?",
+        faithfulness > MIN_FAITHFULNESS,
+        f"the faithfulness of its {circuit.n_edges} edges is {faithfulness:.0%}: what do the edge scores miss?",
     )
-    return f"the faithfulness of {circuit.n_edges} edges is {found:.0%}"
+    return f"the faithfulness of {circuit.n_edges} edges is {faithfulness:.0%}"

@@ -40,23 +40,25 @@ def exercise_9_1(fork: tuple[int, str]) -> str:
 
 @exercise("a function of two recordings")
 def exercise_9_2(direction: Callable[[Tensor, Tensor], Tensor]) -> str:
+    # The same four things with every good adjective, and with every bad one.
     prompts = [
         [f"The {thing} was {word}" for thing in words.THING_NOUNS[:4] for word in side]
         for side in (GOOD_WORDS, BAD_WORDS)
     ]
     good, bad = (load_lens().run_with_cache(side, "blocks.1.resid_post")[1]["resid_post", 1] for side in prompts)
-    right, found = good[:, -1].mean(0) - bad[:, -1].mean(0), direction(good, bad)
+    right = good[:, -1].mean(0) - bad[:, -1].mean(0)
+    value = direction(good, bad)
     demand(
-        not (found.shape == right.shape and torch.allclose(found, -right, atol=0.1)),
+        not (value.shape == right.shape and torch.allclose(value, -right, atol=0.1)),
         "it points from good to bad: swap the two",
     )
     check_equal(
-        found,
+        value,
         right,
         "not the difference of means: average the last position over the prompts of each side",
         within=1e-3,
     )
-    return f"a vector with norm {float(found.norm()):.0f}"
+    return f"a vector with norm {float(value.norm()):.0f}"
 
 
 @exercise("a list of (point, hook)")
@@ -76,6 +78,7 @@ def exercise_9_4(drawn_from: Callable[[Tensor, float], Tensor]) -> str:
     logits = load_lens()(GIVING_PROMPT)[0, -3]
     spread = [to_tensor(drawn_from(logits, t), logits) for t in (0.5, 1.0, 2.0)]
     check_equal(spread[1].sum(), torch.tensor(1.0), "probabilities sum to 1")
+    # A higher temperature gives a flatter distribution, which has a higher entropy.
     entropy = [float(torch.special.entr(p).sum()) for p in spread]
     demand(entropy[0] != entropy[2], "the temperature has no effect: divide before the softmax")
     demand(entropy[0] < entropy[2], "a higher temperature should raise the entropy; here it lowers it")

@@ -53,13 +53,13 @@ def exercise(expected: str) -> Callable[[Callable[..., str]], Callable[..., Feed
 
         @wraps(judge)
         def check(*answers: Any) -> Feedback:
-            if any(answer is ... for answer in answers):
+            if any(answer is ... for answer in answers):  # a notebook has `...` where the answer goes
                 return Feedback(number, None, f"in place of ... put {expected}")
             try:
                 return Feedback(number, True, judge(*answers))
             except WrongAnswer as e:
                 return Feedback(number, False, str(e))
-            except Exception as e:
+            except Exception as e:  # also from the learner's function
                 return Feedback(number, False, f"it raised {type(e).__name__}: {e}")
 
         return check
@@ -99,6 +99,7 @@ def to_tensor(answer: Any, like: Tensor) -> Tensor:
 
 def check_equal(answer: Any, right: Tensor, otherwise: str, within: float = 1e-4) -> None:
     """Raise WrongAnswer unless the answer equals `right`, to within `within` times its largest number."""
+    # In float64: the comparison itself adds no rounding error.
     gap = float((to_tensor(answer, right).to(torch.float64) - right.to(torch.float64)).abs().max())
     bound = within * float(right.abs().max())
     demand(gap <= bound, f"{otherwise} (the largest difference is {gap:.3g})")

@@ -157,7 +157,8 @@ def measure_untrained_series(lens: Lens, shown: int = 3) -> list[tuple[str, str,
     """
     rows = []
     for series in WORD_SERIES.values():
-        text, right = ", ".join(series[:shown]) + ",", f" {series[shown]}"
+        text = ", ".join(series[:shown]) + ","
+        right = f" {series[shown]}"
         p = lens(text, logits_to_keep=1)[0, -1].softmax(-1)
         best = int(p.argmax())
         rank = int((p > p[lens.to_single_token(right)]).sum())

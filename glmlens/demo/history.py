@@ -31,6 +31,7 @@ def measure_history(out: Path) -> Labelled:
     if not folders:
         raise CheckpointError(f"{out} holds no checkpoints of a training: run python -m glmlens.demo.train {out}")
     rows = [measure_checkpoint(load(folder, dtype="float32")) for folder in tqdm(folders, desc="measuring")]
+    # The step is in the name of the folder: step-0900.
     labels = {"step": [str(int(folder.name.split("-")[1])) for folder in folders], "measure": HISTORY_MEASURES}
     about = {"metric": "shares, attention and logits, as named", "positions": "40 rows of 20 words; 100 sentences"}
     return Labelled(np.array(rows), ("step", "measure"), labels, about)

@@ -128,9 +128,10 @@ def measure_lost_difference(lens: Lens, examples: Examples) -> Labelled:
     The head gets its output on the counterfactual "abc", a sentence that names three different people.
     """
     over = ("layer", "head")
-    found = patch.sweep(lens, examples, "abc", Site("attn.z"), over=over, direction="noise", normalise=False,
+    # Noising: the original run, with one head at a time patched from the counterfactual.
+    sweep = patch.sweep(lens, examples, "abc", Site("attn.z"), over=over, direction="noise", normalise=False,
                         progress=False)  # fmt: skip
-    return Labelled(found.clean.mean() - found.values, found.axes, found.labels, found.about)
+    return Labelled(sweep.clean.mean() - sweep.values, sweep.axes, sweep.labels, sweep.about)
 
 
 def report_pattern(report: DemoReport, row: Tensor, layer: int, head: int, title: str) -> None:
@@ -149,18 +150,18 @@ def report_patching(report: DemoReport, examples: Examples) -> None:
     position_names = ("IO", "S1", "S2", "end")
     n_layers = report.lens.cfg.n_layers
     site = Site("resid_pre", layer=range(0, n_layers, max(1, n_layers // 8)), pos=position_names)
-    found: Sweep = patch.sweep(report.lens, examples, "flip", site, over=("layer", "pos"), progress=False)
+    sweep: Sweep = patch.sweep(report.lens, examples, "flip", site, over=("layer", "pos"), progress=False)
     head = ("  entering layer", *position_names)
-    labels = found.labels["layer"]
-    rows = [(f"  {layer}", *(f"{x:.2f}" for x in row)) for layer, row in zip(labels, found.values, strict=True)]
+    labels = sweep.labels["layer"]
+    rows = [(f"  {layer}", *(f"{x:.2f}" for x in row)) for layer, row in zip(labels, sweep.values, strict=True)]
     report.add_text(
         "Where does the model hold who gives? In the same sentences, we let the other person give. We patch the",
         "residual stream at one position with that of the original sentence, and measure the share of the logit",
-        "difference that is restored (IO: receiver, S1 and S2: first and second mention of the giver, end: last token):",
+        "difference that is restored (IO: receiver, S1 and S2: mentions of the giver, end: last token):",
         format_table([head, *rows]),
     )
     title = "Share of the logit difference restored by patching the residual stream at one position"
-    report.add_figure(plot.patch_grid(found, title=title))
+    report.add_figure(plot.patch_grid(sweep, title=title))
 
 
 def report_steering(report: DemoReport) -> None:
@@ -231,6 +232,7 @@ def report_induction(report: DemoReport) -> None:
 def silence_heads(heads: list[tuple[int, int]]) -> Hooks:
     """Return hooks that set the outputs of these heads to zero."""
 
+    # One function serves all layers: the point says which one it runs at.
     def silence_head(z: Tensor, point: Point) -> Tensor:
         z[:, :, [head for layer, head in heads if layer == point.layer]] = 0
         return z

@@ -79,7 +79,8 @@ def initialise_weights(model: GLM, recipe: TrainingConfig) -> None:
 def draw_batch(engine: Tokenizer, recipe: TrainingConfig, step: int) -> Int[Tensor, "batch pos"]:
     """Return the token ids of one step: rows of the prefix and as many sentences as fit, the last one cut off."""
     texts = generate_documents(f"{recipe.seed}/{step}")
-    prefix, newline = engine.encode("").ids, engine.encode("\n", add_special_tokens=False).ids
+    prefix = engine.encode("").ids
+    newline = engine.encode("\n", add_special_tokens=False).ids
     rows = []
     for _ in range(recipe.batch):
         row = list(prefix)

@@ -103,6 +103,7 @@ class Example:
 
         Raises TaskError for an unknown name and for a position outside the prompt.
         """
+        # A name with an optional offset, such as "S1+1" or "end-2".
         part, sign, offset = re.fullmatch(r"(.*?)(?:([+-])(\d+))?", name, re.DOTALL).groups()  # type: ignore[union-attr]
         if part not in self.positions:
             raise TaskError(
@@ -162,7 +163,7 @@ class Examples(Sequence[Example]):
 
     def of_length(self, length: int | None = None) -> "Examples":
         """Return the examples whose prompts have `length` tokens, by default the most frequent length."""
-        if length is None:
+        if length is None:  # ties go to the length that occurs first
             length = Counter(map(len, self.tokens)).most_common(1)[0][0]
         return self.where(lambda example: len(example.tokens) == length)
 
@@ -175,7 +176,7 @@ class Examples(Sequence[Example]):
         """
         if logits.shape[0] != len(self):
             raise TaskError(f"logits of {logits.shape[0]} rows for {len(self)} examples")
-        last = logits[:, -1].float()
+        last = logits[:, -1].float()  # rows are left-padded: the last position is the end of every prompt
         differences = []
         for row, example in zip(last, self.examples, strict=True):
             if self.task.metric == LOGIT_DIFFERENCE:

@@ -174,6 +174,7 @@ class Timeline:
         seen: dict[str, Tensor] = {}
 
         def keep_value(name: str, x: Tensor) -> Tensor:
+            """Hook that keeps the activations of the attention function by name."""
             seen[name] = x
             return x
 
@@ -256,12 +257,12 @@ class Timeline:
         else:
             recorder.continue_from(record.restore_state().kv, record.input_token)
         # An operation at `step` itself happened before the step started: its event stays, unless the prompt ran again.
-        kept = [
+        earlier_events = [
             event
             for event in self.events
             if event.step < first_run or (event.point == CACHE_POINT and 0 < event.step <= step)
         ]
-        return build_timeline(recorder, self.prompt, kept)
+        return build_timeline(recorder, self.prompt, earlier_events)
 
     def cache_after(self, step: StepRecord) -> KVCache:
         """Return the KV cache after a step: with the entry of the step's input token."""
