@@ -66,7 +66,7 @@ def copy_lab(folder: Path) -> CopyReport:
     report = CopyReport()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        known = read_manifest(folder / LAB_MANIFEST)
+        known = read_lab_manifest(folder / LAB_MANIFEST)
         for name, path in list_originals():
             data = path.read_bytes()
             outcome = update_file(folder / name, data, known.get(name))
@@ -100,7 +100,7 @@ def update_file(target: Path, data: bytes, known: str | None) -> str:
     return "updated"
 
 
-def read_manifest(path: Path) -> dict[str, str]:
+def read_lab_manifest(path: Path) -> dict[str, str]:
     """Return the hashes of the copied files by name.
 
     An unreadable manifest gives none, so that no file of the folder is overwritten.

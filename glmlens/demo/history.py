@@ -18,7 +18,7 @@ from glmlens.storage import expand_path
 from glmlens.tasks import TASKS
 from glmlens.text_tables import format_table
 
-HISTORY_MEASURES = ("words said again", "previous-token head", "induction head", "ioi accuracy", "ioi difference")
+HISTORY_MEASURES = ("repeated words", "previous-token head", "induction head", "ioi accuracy", "ioi difference")
 
 
 def measure_history(out: Path) -> Labelled:

@@ -226,7 +226,9 @@ class Timeline:
         step = record.step
         last = self.max_new_tokens if max_new_tokens is None else read_integer(max_new_tokens, "max_new_tokens")
         if last <= step:
-            raise ValueError(f"max_new_tokens is {last}, counted from the start: no token is left to choose at {step=}")
+            raise ValueError(
+                f"max_new_tokens is {last}, counted from the start: no token is left to choose at step {step}"
+            )
         hooks_to_run = self.hooks if hooks is None else hooks
         edits = compile_hooks(self.lens, hooks_to_run, interventions, self.prompt)
         first_run = step + (token is not None)  # the first step that runs: a step with a given token does not
