@@ -54,7 +54,10 @@ def exercise_1_3(next_token: Callable[[Tensor], Tensor]) -> str:
     right = logits[0, -1].softmax(-1)
     check_equal(to_tensor(value, right).sum(), torch.tensor(1.0), "probabilities sum to 1")
     check_equal(
-        value, right, "not the model's probabilities: what is between the residual stream and the unembedding?", 1e-3
+        value,
+        right,
+        "not the model's probabilities: what is between the residual stream and the unembedding?",
+        within=1e-3,
     )
     best = int(value.argmax())
     word = load_lens().to_str_tokens(torch.tensor([[best]]))[0]

@@ -39,7 +39,7 @@ def source(target: Any, first: str = "", last: str = "") -> Quote:
     if last:
         end = find_passage(last, lines, start, target)
     text = dedent("".join(lines[start : end + 1])).rstrip()
-    return Quote(text, find_source_file(target), number + start, number + end)
+    return Quote(text=text, file=find_source_file(target), first=number + start, last=number + end)
 
 
 def find_passage(passage: str, lines: list[str], start: int, target: Any) -> int:

@@ -34,7 +34,7 @@ def measure_history(out: Path) -> Labelled:
     # The step is in the name of the folder: step-0900.
     labels = {"step": [str(int(folder.name.split("-")[1])) for folder in folders], "measure": HISTORY_MEASURES}
     about = {"metric": "shares, attention and logits, as named", "positions": "40 rows of 20 words; 100 sentences"}
-    return Labelled(np.array(rows), ("step", "measure"), labels, about)
+    return Labelled(values=np.array(rows), axes=("step", "measure"), labels=labels, about=about)
 
 
 def measure_checkpoint(lens: Lens) -> tuple[float, ...]:

@@ -118,7 +118,7 @@ def report_ioi(report: DemoReport) -> None:
     report.add_figure(plot.head_scores(effects, what="logits", title=title))
     (layer, head), _ = effects.top(1)[0]
     row = torch.tensor(examples.tokens[:1])
-    report_pattern(report, row, int(layer), int(head), f"Attention of head {layer}.{head}")
+    report_pattern(report, row, layer=int(layer), head=int(head), title=f"Attention of head {layer}.{head}")
     report_patching(report, examples)
 
 
@@ -131,7 +131,7 @@ def measure_lost_difference(lens: Lens, examples: Examples) -> Labelled:
     # Noising: the original run, with one head at a time patched from the counterfactual.
     sweep = patch.sweep(lens, examples, "abc", Site("attn.z"), over=over, direction="noise", normalise=False,
                         progress=False)  # fmt: skip
-    return Labelled(sweep.clean.mean() - sweep.values, sweep.axes, sweep.labels, sweep.about)
+    return Labelled(values=sweep.clean.mean() - sweep.values, axes=sweep.axes, labels=sweep.labels, about=sweep.about)
 
 
 def report_pattern(report: DemoReport, row: Tensor, layer: int, head: int, title: str) -> None:
@@ -225,7 +225,11 @@ def report_induction(report: DemoReport) -> None:
     title = "Induction score of every head, on repeated lists of random words"
     report.add_figure(plot.head_scores(scores, n_kv_heads=lens.cfg.n_kv_heads, title=title))
     report_pattern(
-        report, tokens[:1], layer, head, f"Attention of head {layer}.{head} on a repeated list of random words"
+        report,
+        tokens[:1],
+        layer=layer,
+        head=head,
+        title=f"Attention of head {layer}.{head} on a repeated list of random words",
     )
 
 

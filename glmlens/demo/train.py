@@ -166,7 +166,7 @@ def train(out: Path, recipe: TrainingConfig) -> GLM:
                 scheduler.step()
             bar.set_postfix(loss=f"{loss.item():.3f}")
             if (step + 1) % SAVE_EVERY == 0:
-                save_state(out, step + 1, model, [*optimizers, *schedulers])
+                save_state(out, step=step + 1, model=model, others=[*optimizers, *schedulers])
                 save_demo_checkpoint(out / f"step-{step + 1:04}", model, engine)
     save_demo_checkpoint(out, model, engine)
     return model

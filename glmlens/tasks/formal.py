@@ -31,8 +31,14 @@ def draw_induction(draw: random.Random, tokenizer: Tokenizer | None) -> Item:
     slots = {f"w{i}": word for i, word in enumerate(first)}
     slots |= {"previous": first[again - 1], "copied": first[again], "current": first[again - 1]}
     new = {f"w{i}": word for i, word in enumerate(fresh)} | {"previous": fresh[again - 1], "copied": fresh[again]}
-    drawn_item = item(template, slots, first[again], draw.choice([w for w in first if w != first[again]]),
-                fresh=new, copied={"copied": other})  # fmt: skip
+    drawn_item = item(
+        template,
+        slots,
+        correct=first[again],
+        wrong=draw.choice([w for w in first if w != first[again]]),
+        fresh=new,
+        copied={"copied": other},
+    )
     part_names = ("previous", "copied", "current")
     return Item(
         prompt=select_spans(drawn_item.prompt, part_names),
@@ -101,8 +107,14 @@ def draw_greater_than(draw: random.Random, tokenizer: Tokenizer | None) -> Item:
     slots = {"event": event, "start": start}
     # The counterfactual start: the first year that the shown digits can begin, before which no end is.
     first = f"{shown}01"[:4] if len(shown) == 2 else f"{shown}0"
-    return item(WAR_TEMPLATE + shown, slots, sorted(right - both), sorted(wrong - both),
-                first={"start": first}, event={"event": another})  # fmt: skip
+    return item(
+        WAR_TEMPLATE + shown,
+        slots,
+        correct=sorted(right - both),
+        wrong=sorted(wrong - both),
+        first={"start": first},
+        event={"event": another},
+    )
 
 
 greater_than = Task(
@@ -130,8 +142,8 @@ def draw_docstring(draw: random.Random, _: Tokenizer | None = None) -> Item:
     return item(
         DEF_TEMPLATE + PARAMS_TEMPLATE,
         slots,
-        f" {c}",
-        [f" {a}", f" {b}"],
+        correct=f" {c}",
+        wrong=[f" {a}", f" {b}"],
         random_def={"def1": d, "def2": e, "def3": f},
         random_doc={"doc1": d, "doc2": e},
         random_answer={"def3": d},
@@ -163,14 +175,14 @@ def draw_successor(draw: random.Random, _: Tokenizer | None = None) -> Item:
     earlier = series[start - 1 : start + shown - 1]
     mixed = words[1:-1] + words[:1]
     template = ", ".join([f"{{w{i}}}" for i in range(shown - 1)] + ["{last}"]) + ","
-    names = [f"w{i}" for i in range(shown - 1)] + ["last"]
+    slot_names = [f"w{i}" for i in range(shown - 1)] + ["last"]
     return item(
         template,
-        {**dict(zip(names, words, strict=True)), "kind": kind},
-        f" {series[start + shown]}",
-        f" {words[-1]}",
-        earlier=dict(zip(names, earlier, strict=True)),
-        mixed=dict(zip(names, mixed, strict=False)),
+        {**dict(zip(slot_names, words, strict=True)), "kind": kind},
+        correct=f" {series[start + shown]}",
+        wrong=f" {words[-1]}",
+        earlier=dict(zip(slot_names, earlier, strict=True)),
+        mixed=dict(zip(slot_names, mixed, strict=False)),
     )
 
 
@@ -213,8 +225,14 @@ def draw_brackets(draw: random.Random, tokenizer: Tokenizer | None = None) -> It
         for i, part in enumerate(out)
     )
     wrong = [f" {BRACKETS[b]}" for b in (another, *BRACKETS) if b != bracket]
-    return item(template, {**slots, "text": " ".join(out)}, f" {BRACKETS[bracket]}", list(dict.fromkeys(wrong)),
-                open={"open": another}, outer={"outer": outside})  # fmt: skip
+    return item(
+        template,
+        {**slots, "text": " ".join(out)},
+        correct=f" {BRACKETS[bracket]}",
+        wrong=list(dict.fromkeys(wrong)),
+        open={"open": another},
+        outer={"outer": outside},
+    )
 
 
 brackets = Task(
@@ -236,8 +254,14 @@ def draw_addition(draw: random.Random, tokenizer: Tokenizer | None = None) -> It
     # Preferably a first number whose sum has as many digits, so that the counterfactual is as long as the prompt.
     another = draw.choice([x for x in range(10) if x != a and len(str(x + b)) == len(str(a + b))] or [(a + 1) % 10])
     second = draw.choice([y for y in range(10) if y != b])
-    return item(before + "{a}+{b}=", {"a": str(a), "b": str(b), "before": before}, str(a + b), str(another + b),
-                a={"a": str(another)}, b={"b": str(second)})  # fmt: skip
+    return item(
+        before + "{a}+{b}=",
+        {"a": str(a), "b": str(b), "before": before},
+        correct=str(a + b),
+        wrong=str(another + b),
+        a={"a": str(another)},
+        b={"b": str(second)},
+    )
 
 
 addition = Task(

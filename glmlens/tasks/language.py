@@ -67,8 +67,8 @@ def draw_ioi(draw: random.Random, _: Tokenizer | None = None) -> Item:
     return item(
         template,
         {**slots, "order": order, "went": went, "join": join},
-        f" {to}",
-        f" {by}",
+        correct=f" {to}",
+        wrong=f" {by}",
         flip={"S2": to},
         abc={"IO": a, "S1": b, "S2": c},
         names={"IO": a, "S1": b, "S2": b},
@@ -118,7 +118,7 @@ def draw_fact(draw: random.Random, _: Tokenizer | None = None) -> Item:
     changes = {"subject": {"subject": another}, "other": {"subject": third}}
     if kind == 0:
         changes["relation"] = {"relation": RELATIONS[(asked + draw.choice((1, 2))) % 3]}
-    return item(template, slots, f" {answer}", f" {COUNTRIES[another][asked]}", **changes)
+    return item(template, slots, correct=f" {answer}", wrong=f" {COUNTRIES[another][asked]}", **changes)
 
 
 facts = Task(
@@ -149,8 +149,8 @@ def draw_agreement(draw: random.Random, _: Tokenizer | None = None) -> Item:
     return item(
         "{start} {subject} {preposition} the {attractor}",
         {**slots, "pair": f"{subjects[0]} {attractors[0]}", "verb": verbs[0]},
-        f" {verbs[number]}",
-        f" {verbs[1 - number]}",
+        correct=f" {verbs[number]}",
+        wrong=f" {verbs[1 - number]}",
         subject=subject_changed,
         attractor=attractor_changed,
         both={**subject_changed, **attractor_changed},
@@ -183,7 +183,7 @@ def draw_pronoun(draw: random.Random, _: Tokenizer | None = None) -> Item:
     }
     template = "So {name} is such a {adjective} {noun}, isn't"
     changes = {"gender": {"name": draw.choice(PERSON_NAMES[she])}, "name": {"name": same}}
-    return item(template, slots, f" {he}", f" {she}", **changes)
+    return item(template, slots, correct=f" {he}", wrong=f" {she}", **changes)
 
 
 pronouns = Task(
@@ -209,8 +209,8 @@ def draw_sentiment(draw: random.Random, _: Tokenizer | None = None) -> Item:
     return item(
         "The {thing} was {adjective}. It made {name} feel",
         slots,
-        f" {feeling[0]}",
-        f" {other[0]}",
+        correct=f" {feeling[0]}",
+        wrong=f" {other[0]}",
         valence={"adjective": draw.choice(other[1])},
         neutral={"adjective": draw.choice(ADJECTIVES)},
         name={"name": somebody},

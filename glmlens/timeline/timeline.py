@@ -92,7 +92,7 @@ class Timeline:
             "edits": ", ".join(dict.fromkeys(event.edit_name for event in self.events)) or "none",
             "model": self.model_hash,
         }  # fmt: skip
-        return Labelled(to_numpy(x), tuple(axes.split()), {"step": steps, **labels}, about)
+        return Labelled(values=to_numpy(x), axes=tuple(axes.split()), labels={"step": steps, **labels}, about=about)
 
     def probability(self, token: Token | None = None) -> Labelled:
         """Return the probability [step] of the chosen tokens or, with `token`, of one token at every step."""
@@ -488,7 +488,11 @@ def find_divergence(first: Timeline, second: Timeline) -> Divergence | None:
         step=step,
         tokens=ids,
         words=words,
-        probability=Labelled(to_numpy(probs), ("run", "token"), axis_labels, {**about, "metric": "probability"}),
-        kl=Labelled(to_numpy(kl), ("step",), {}, {**about, "metric": "KL(first ‖ second), nats"}),
+        probability=Labelled(
+            values=to_numpy(probs), axes=("run", "token"), labels=axis_labels, about={**about, "metric": "probability"}
+        ),
+        kl=Labelled(
+            values=to_numpy(kl), axes=("step",), labels={}, about={**about, "metric": "KL(first ‖ second), nats"}
+        ),
         layer=differing_layers[0] if differing_layers else None,
     )
