@@ -1,4 +1,4 @@
-"""The command `glmlens`."""
+"""The command line: `glmlens demo` and `glmlens lab`."""
 
 import argparse
 import sys
@@ -13,25 +13,30 @@ from glmlens.storage import FileError, expand_path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line. Return the exit status: 0, or 2 for an error that is printed in one line."""
     parser = argparse.ArgumentParser(prog="glmlens", description="Look inside GLM language models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("demo", help="a prompt, the heads that its answer comes from, and a report")
-    command.add_argument("--model", metavar="PATH", help="a checkpoint folder or hub id (default: the model inside)")
-    command.add_argument("--prompt", default=story.DEMO_PROMPT)
-    command.add_argument("--out", type=Path, metavar="DIR", help="where the report goes (default: a temporary folder)")
+    command = commands.add_parser("demo", help="examine a model on a few prompts, and write a report with figures")
+    command.add_argument("--model", metavar="PATH", help="a checkpoint folder or hub id (default: the bundled model)")
+    command.add_argument("--prompt", default=story.DEMO_PROMPT, help="the prompt to continue (default: %(default)s)")
+    command.add_argument(
+        "--out", type=Path, metavar="DIR", help="the folder for the report (default: a temporary folder)"
+    )
     command.set_defaults(run=run_demo)
-    command = commands.add_parser("lab", help="the tutorials and notebooks in a folder of yours, and JupyterLab there")
-    command.epilog = "What stands after -- goes to jupyter lab as it is: glmlens lab FOLDER -- --allow-root"
+    command = commands.add_parser("lab", help="copy the tutorials and notebooks to a folder, and open JupyterLab there")
+    command.epilog = "Arguments after -- are passed to jupyter lab: glmlens lab FOLDER -- --allow-root"
     command.add_argument("folder", type=Path, nargs="?", default=Path("glmlens-lab"), metavar="FOLDER")
-    command.add_argument("--copy-only", action="store_true", help="copy, and start nothing")
-    command.add_argument("--no-browser", dest="browser", action="store_false", help="open no browser")
-    command.add_argument("--port", type=int, help="the port that JupyterLab listens on")
+    command.add_argument("--copy-only", action="store_true", help="copy the files without starting JupyterLab")
+    command.add_argument(
+        "--no-browser", dest="browser", action="store_false", help="start JupyterLab without opening a browser"
+    )
+    command.add_argument("--port", type=int, help="the port of JupyterLab")
     command.set_defaults(run=open_lab)
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    end = given.index("--") if "--" in given and given[0] == "lab" else len(given)
-    args = parser.parse_args(given[:end])
-    args.options = given[end + 1 :]
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # argparse would drop "--": split off the options of JupyterLab before.
+    end = words.index("--") if "--" in words and words[0] == "lab" else len(words)
+    args = parser.parse_args(words[:end])
+    args.options = words[end + 1 :]
     try:
         args.run(args)
     except (CheckpointError, FileError, lab.LabError) as e:
@@ -41,18 +46,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_demo(args: argparse.Namespace) -> None:
-    """Tell what a model says to a prompt, where that comes from, and what changing it does."""
+    """Examine a model, print the findings and write the report."""
     lens = load(args.model, dtype=None if args.model else "float32")
-    out = None if args.out is None else make_folder(args.out)
+    out = None if args.out is None else make_folder(args.out)  # fails before minutes of computing, not after
     if lens.tokenizer is None and args.prompt != story.DEMO_PROMPT:
-        raise CheckpointError(f"{args.model}: without a tokenizer there is nothing to read --prompt with")
+        raise CheckpointError(f"{args.model}: has no tokenizer, so --prompt cannot be used: leave it out")
     path = story.write_demo_report(lens, args.prompt, out)
-    print(f"the report, with its figures: {path}")
-    print("to go on, with the course and the benches: pip install jupyterlab && glmlens lab my-folder")
+    print(f"Report with all figures: {path}")
+    print("Next, the tutorials and notebooks: pip install jupyterlab && glmlens lab my-folder")
 
 
 def make_folder(path: Path) -> Path:
-    """Return a folder that is there, made if it was not. Raises FileError before anything is computed for it."""
+    """Create a folder if it does not exist; return its path. Raises FileError if it cannot be created."""
     path = expand_path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -63,7 +68,7 @@ def make_folder(path: Path) -> Path:
 
 def open_lab(args: argparse.Namespace) -> None:
     """Copy the tutorials and notebooks to a folder, and start JupyterLab there."""
-    done = lab.copy_lab(args.folder)
-    print(f"{expand_path(args.folder).resolve()}: {done}", flush=True)
+    report = lab.copy_lab(args.folder)
+    print(f"{expand_path(args.folder).resolve()}: {report}", flush=True)
     if not args.copy_only:
         lab.start_jupyterlab(args.folder, browser=args.browser, port=args.port, options=args.options)

@@ -1,4 +1,4 @@
-"""Figures and text into one HTML file that needs nothing else."""
+"""Write figures and text to one self-contained HTML file."""
 
 import re
 from collections.abc import Sequence
@@ -33,18 +33,19 @@ FIGURE_CONFIG = {"showSendToCloud": False, "displaylogo": False, "responsive": T
 
 
 def save_html(path: str | Path, title: str, parts: Sequence[Any], *, offline: bool = True) -> Path:
-    """Write figures, text and results, in order, to one self-contained file; returns the file.
+    """Write figures, text and results in order to one self-contained HTML file. Return its path.
 
-    A part is a Plotly figure, text (a line that begins with "# " is a heading), something that a notebook would show as
-    HTML, or anything else with a repr. Text is shown as it is, never as markup. The file holds plotly.js (5 MB) once;
-    with `offline=False` it is fetched from the network when the file is opened. It is written whole or not at all.
+    A part is a Plotly figure, text (a line that begins with "# " is a heading), an object with an HTML representation
+    for notebooks, or anything else with a repr. Text is escaped, never read as markup. The file contains plotly.js
+    (5 MB) once; with `offline=False` it loads plotly.js from the network when it is opened. The file is written
+    atomically.
     """
     body: list[str] = []
-    drawn = 0
+    n_figures = 0
     for part in parts:
         if hasattr(part, "to_plotly_json"):
-            body.append(render_figure(part, drawn, offline))
-            drawn += 1
+            body.append(render_figure(part, n_figures, offline))
+            n_figures += 1
         else:
             body.append(render_part(part))
     path = expand_path(path)
@@ -53,17 +54,20 @@ def save_html(path: str | Path, title: str, parts: Sequence[Any], *, offline: bo
 
 
 def render_figure(part: Any, number: int, offline: bool) -> str:
-    """A figure as HTML; the first one brings plotly.js."""
-    script = (True if offline else "cdn") if number == 0 else False
-    name = f"figure-{number}"
+    """Return a Plotly figure as HTML. The first figure of a report (number 0) includes plotly.js."""
+    script: bool | str = False
+    if number == 0:
+        script = True if offline else "cdn"
+    name = f"figure-{number}"  # a fixed id instead of a random one: equal parts give equal files
     html = part.to_html(full_html=False, include_plotlyjs=script, config=FIGURE_CONFIG, auto_play=False, div_id=name)
     return f"<section>{html}</section>"
 
 
 def render_part(part: Any) -> str:
-    """Text or a result as HTML."""
-    if not isinstance(part, str) and (as_html := getattr(part, "_repr_html_", lambda: None)()) is not None:
-        return f"<section>{as_html}</section>"
+    """Return text or a result as HTML."""
+    html = None if isinstance(part, str) else getattr(part, "_repr_html_", lambda: None)()
+    if html is not None:
+        return f"<section>{html}</section>"
     text = part if isinstance(part, str) else repr(part)
     if text.startswith("# ") and "\n" not in text:
         return f"<h2>{escape(text[2:])}</h2>"
@@ -71,6 +75,10 @@ def render_part(part: Any) -> str:
 
 
 def sanitise_text(text: str) -> str:
-    """Text that can be written: half a character is the replacement character, and what turns the line is a number."""
-    text = HTML_BIDI_CONTROLS.sub(lambda found: f"⟨{ord(found[0]):04X}⟩", text)
+    """Return text that can be encoded and displayed safely.
+
+    Lone surrogates become the replacement character. Characters that reverse the direction of a line become their
+    code points in ⟨⟩.
+    """
+    text = HTML_BIDI_CONTROLS.sub(lambda match: f"⟨{ord(match[0]):04X}⟩", text)
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -23,7 +23,7 @@ def said():
 @pytest.mark.parametrize("measure", card.CARD_REQUIREMENTS, ids=lambda m: f"{m.task}, {m.asked}")
 def test_it_does_what_the_card_promises(inside, said, measure):
     found = card.measure_task(inside, measure)
-    for what, least in measure.least.items():
+    for what, least in measure.minimum.items():
         assert getattr(found, what) >= least, what
     line = next(line for line in said["tasks"] if (line["task"], line["asked"]) == (measure.task, measure.asked))
     assert found.accuracy == pytest.approx(line["accuracy"], abs=0.02)

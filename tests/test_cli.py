@@ -10,7 +10,7 @@ def test_demo_opens_any_checkpoint(tmp_path, capsys):
     write_checkpoint(tmp_path, 3)
     assert main(["demo", "--model", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    for part in ("the next token", "previous token", "induction", "without head", "nats per token"):
+    for part in ("most probable next tokens", "previous token", "induction", "set to zero", "nats per token"):
         assert part in said
 
 

@@ -75,7 +75,14 @@ def test_it_knows_what_its_world_says(inside):
 def test_demo_tells_a_true_story_and_writes_one_self_contained_report(tmp_path, capsys):
     assert main(["demo", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    for part in ("the next token", "who receives?", "what is lost", "comes back", "induction", "glmlens lab my-folder"):
+    for part in (
+        "most probable next tokens",
+        "Who receives",
+        "Which heads matter",
+        "restored",
+        "induction",
+        "glmlens lab my-folder",
+    ):
         assert part in said
     assert re.search(r"\n +\d+\.\d%  ' Mary'", said)
     lost = [float(x) for x in re.findall(r"  head \d\.\d +([+-]\d\.\d\d)", said)]
@@ -122,7 +129,7 @@ def test_two_minutes_of_training_learn_the_language(tmp_path):
     found = measure_history(tmp_path)
     assert found.labels["step"] == ["100"]
     assert 0 <= found.at(step="100", measure="induction head") <= 1
-    with pytest.raises(glmlens.CheckpointError, match="holds no training"):
+    with pytest.raises(glmlens.CheckpointError, match="holds no checkpoints of a training"):
         measure_history(tmp_path / "step-0100")
 
 
@@ -138,7 +145,7 @@ def test_training_learns_and_ends_in_a_checkpoint_that_opens(tmp_path):
 
 
 def test_a_killed_training_goes_on_where_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "EVERY", 2)
+    monkeypatch.setattr(train, "SAVE_EVERY", 2)
     whole = train.train(tmp_path / "whole", SMALL)
     real, calls = train.draw_batch, []
 
@@ -148,7 +155,7 @@ def test_a_killed_training_goes_on_where_it_was(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(engine, recipe, step)
 
-    monkeypatch.setattr(train, "batch_of", dies)
+    monkeypatch.setattr(train, "draw_batch", dies)
     with pytest.raises(KeyboardInterrupt):
         train.train(tmp_path / "broken", SMALL)
     again = train.train(tmp_path / "broken", SMALL)

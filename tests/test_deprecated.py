@@ -61,3 +61,24 @@ def test_methods_that_were_renamed_still_answer():
         lens.spliced()
     with pytest.warns(DeprecationWarning, match="GenerationResult"):
         assert glmlens.Run is glmlens.GenerationResult
+
+
+def test_a_timeline_still_answers_to_its_old_names():
+    lens = small_lens("glm")
+    line = glmlens.timeline.record_timeline(lens, [1, 2, 3], 2, hooks={"attn_out": lambda x, point: x}, stop_ids=())
+    for owner, old, new in (
+        (line, "moments", "steps"),
+        (line, "at", "cache_operations"),
+        (line, "last", "max_new_tokens"),
+        (line.events[0], "what", "edit_name"),
+    ):
+        with pytest.warns(DeprecationWarning, match=rf"{old} is now called \.{new}"):
+            assert getattr(owner, old) is getattr(owner, new)
+    with pytest.warns(DeprecationWarning, match="step_record"):
+        record = line.moment(1)
+    assert record is line.step_record(1)
+    for owner, arguments in ((line, (1,)), (record, ())):
+        with pytest.warns(DeprecationWarning, match="restore_state"):
+            assert owner.memory(*arguments).kv.length == 3
+    with pytest.warns(DeprecationWarning, match="position_names="):
+        glmlens.timeline.schedule_edits(lens, {"attn_out": lambda x, point: x}, names={"end": 2})

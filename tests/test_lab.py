@@ -33,7 +33,7 @@ def here(tmp_path, monkeypatch):
         (inside / name).parent.mkdir(parents=True, exist_ok=True)
         (inside / name).write_text(f"first {name}")
     (inside / "tutorials" / "01.py").write_text("# %%")
-    monkeypatch.setattr(lab, "INSIDE", inside)
+    monkeypatch.setattr(lab, "BUNDLED_FILES", inside)
     return inside, tmp_path / "mine"
 
 
@@ -116,10 +116,10 @@ def test_a_copy_that_breaks_off_leaves_no_half_file(here, monkeypatch):
 def test_the_command_says_what_it_copied(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["lab", "mine", "--copy-only"]) == 0
-    assert re.match(rf"{tmp_path}/mine: \d+ new, 0 updated, 0 as they are here\n$", capsys.readouterr().out)
+    assert re.match(rf"{tmp_path}/mine: \d+ new, 0 updated, 0 unchanged\n$", capsys.readouterr().out)
     (tmp_path / "mine" / "notebooks" / "patching.ipynb").write_text("{}")
     assert main(["lab", "mine", "--copy-only"]) == 0
-    assert "kept as you left it: notebooks/patching.ipynb (to have it as it is here" in capsys.readouterr().out
+    assert "not overwritten, because you edited it: notebooks/patching.ipynb (rename it" in capsys.readouterr().out
 
 
 def test_a_folder_that_is_a_file_is_one_line_and_status_2(tmp_path, capsys):

@@ -144,7 +144,7 @@ def test_a_list_of_interventions_means_the_same_on_every_route(model_type, atten
         agree(named[0], measure(expected), f"evaluate alone: {said}")
         check_generation(lens, row, one, expected[0, -1], said)
         if not any(x.site.by_query_head for x in one):
-            hooks = timeline.schedule_edits(lens, one, names={"end": LENGTH - 1})
+            hooks = timeline.schedule_edits(lens, one, position_names={"end": LENGTH - 1})
             agree(lens.run_with_hooks(torch.tensor([row]), hooks), expected, f"scheduled: {said}")
         check_sweep(lens, row, other, asked[0], metric, measure)
 

@@ -73,12 +73,12 @@ def test_ioi_says_who_receives_in_both_orders(inside):
     assert len({e.item.slots["verb"] for e in examples}) > 5
     assert len({e.item.slots["join"] for e in examples}) > 5
     for example in examples:
-        slots, strings = example.item.slots, inside.tokenizer.strings(example.tokens)
+        slots, words = example.item.slots, inside.tokenizer.decode_each(example.tokens)
         assert example.item.correct == (f" {slots['IO']}",)
-        assert strings[example.at("S2")].strip() == strings[example.at("S1")].strip() == slots["S1"]
-        assert strings[example.at("S1+1")] == strings[example.at("S1") + 1]
+        assert words[example.at("S2")].strip() == words[example.at("S1")].strip() == slots["S1"]
+        assert words[example.at("S1+1")] == words[example.at("S1") + 1]
         assert (example.at("IO") < example.at("S1")) == (slots["order"] == "ABBA")
-        flipped = inside.tokenizer.strings(example.counterfactuals["flip"])
+        flipped = inside.tokenizer.decode_each(example.counterfactuals["flip"])
         assert flipped[example.at("S2")].strip() == slots["IO"]
 
 

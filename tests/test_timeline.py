@@ -25,7 +25,7 @@ def lens(request):
     return small_lens(*request.param, dtype=torch.float64)
 
 
-def whole(line):
+def all_tokens(line):
     return torch.cat([line.prompt, torch.tensor([line.tokens])], 1)
 
 
@@ -48,7 +48,7 @@ def test_a_timeline_says_what_a_plain_generation_says(lens, tokens):
 def test_the_lens_and_the_attention_of_a_step_are_those_of_one_pass(lens, tokens):
     eager = small_lens(lens.cfg.model_type, dtype=torch.float64)
     line = record_timeline(lens, tokens[:1], 5, stop_ids=())
-    _, acts = eager.run_with_cache(whole(line)[:, :-1], ["attn.pattern", "resid_post"])
+    _, acts = eager.run_with_cache(all_tokens(line)[:, :-1], ["attn.pattern", "resid_post"])
     for layer, head in [(0, 1), (2, 2)]:
         close(line.attention(layer, head).values, acts["attn.pattern", layer][0, head, 8:])
     read = eager.model.unembed(eager.model.ln_final(acts["resid_post"][:, 0, 8:])).softmax(-1)
@@ -155,7 +155,7 @@ def changes():
 def test_interventions_in_generation_are_those_of_a_forward(lens, tokens, change):
     one = Intervention(Site("resid_post", layer=1, pos=[4, 10]), change)
     line = record_timeline(lens, tokens[:1], 5, interventions=one, stop_ids=())
-    logits = patch.run_with_interventions(lens, whole(line)[:, :-1], one)
+    logits = patch.run_with_interventions(lens, all_tokens(line)[:, :-1], one)
     close(line.logits, logits[0, 8:])
     assert [(event.step, event.changed) for event in line.events] == [(0, True), (2, True)]
     assert {event.edit_name for event in line.events} == {str(one)}
@@ -168,7 +168,7 @@ def test_a_schedule_restricts_any_change_to_steps_and_positions(lens, tokens):
         line = record_timeline(lens, tokens[:1], 5, hooks=hooks, stop_ids=())
         assert [event.step for event in line.events if event.changed] == [2, 3]
         at = patch.run_with_interventions(
-            lens, whole(line)[:, :-1], Intervention(Site("attn_out", layer=0, pos=[10, 11]), patch.Zero())
+            lens, all_tokens(line)[:, :-1], Intervention(Site("attn_out", layer=0, pos=[10, 11]), patch.Zero())
         )
         close(line.logits, at[0, 8:])
     hooks = schedule_edits(lens, one, positions=[10, 11])
@@ -198,7 +198,7 @@ def test_the_memory_of_a_step_can_be_asked_who_reads_it(lens, tokens):
     found = analysis.cache_reads(lens, line.restore_state(2))
     for layer, head in [(0, 0), (2, 3)]:
         close(found.attention.values[layer, head], line.attention(layer, head).values[2, :11])
-    by_prompt = analysis.leave_one_out(lens, whole(line)[:, :11], by="position")
+    by_prompt = analysis.leave_one_out(lens, all_tokens(line)[:, :11], by="position")
     close(analysis.leave_one_out(lens, line.restore_state(2), by="position").kl.values, by_prompt.kl.values)
 
 
@@ -214,8 +214,8 @@ def test_a_sampled_run_is_run_again_as_it_was_drawn(lens, tokens, seed):
     for step in range(6):
         assert line.rerun(step).tokens == line.tokens
         assert line.rerun(step, token=line.tokens[step]).tokens == line.tokens
-    assert record_timeline(lens, tokens[:1], 6, at={3: cache.reposition(lens, 0)}, **SAMPLED, seed=7).tokens == record_timeline(
-        lens, tokens[:1], 6, **SAMPLED, seed=7).tokens  # fmt: skip
+    with_operation = record_timeline(lens, tokens[:1], 6, at={3: cache.reposition(lens, 0)}, **SAMPLED, seed=7)
+    assert with_operation.tokens == record_timeline(lens, tokens[:1], 6, **SAMPLED, seed=7).tokens
     assert (
         record_timeline(lens, tokens[:1], 6, **SAMPLED).tokens != record_timeline(lens, tokens[:1], 6, **SAMPLED).tokens
     )
@@ -226,7 +226,7 @@ def test_a_steering_in_a_timeline_is_one_in_a_forward(lens, tokens):
     steer = Intervention(Site("resid_post", layer=1), patch.Add(tuple(vector.tolist())))
     line = record_timeline(lens, tokens[:1], 5, hooks=schedule_edits(lens, steer, steps=[2, 4]), stop_ids=())
     there = Intervention(Site("resid_post", layer=1, pos=[10, 12]), patch.Add(tuple(vector.tolist())))
-    close(line.logits, patch.run_with_interventions(lens, whole(line)[:, :-1], there)[0, 8:])
+    close(line.logits, patch.run_with_interventions(lens, all_tokens(line)[:, :-1], there)[0, 8:])
     assert [(e.step, e.changed) for e in line.events] == [(2, True), (4, True)]
 
 

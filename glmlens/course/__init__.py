@@ -1,6 +1,6 @@
-"""What the tutorials need beside the library: passages of its source, and a check for every exercise.
+"""What the tutorials use beside the library: quotes of its source code, and a check for every exercise.
 
-`check_03.exercise_3_1(answer)` looks at an answer of tutorial 3.
+`check_03.exercise_3_1(answer)` checks an answer to exercise 3.1 of tutorial 3.
 """
 
 from glmlens.course.quote import Quote, source

@@ -1,4 +1,4 @@
-"""Checks of tutorial 2, hooks."""
+"""Checks of the exercises of tutorial 2, hooks."""
 
 from typing import Any
 
@@ -13,49 +13,54 @@ OTHER = "When Mary and John went to the store, Mary gave a drink to"
 
 @exercise("a function of a head that returns a hook")
 def exercise_2_1(silence: Any) -> str:
-    hooks = [(head, silence(head)) for head in (0, 3, 7)]  # all made before any is used
+    hooks = [
+        (head, silence(head)) for head in (0, 3, 7)
+    ]  # all hooks are made before one runs: none may share a variable
     for head, hook in hooks:
         demand(callable(hook), f"silence({head}) must return a function, the hook; it returned {hook!r:.60}")
         _, before = load_lens().run_with_cache(PROMPT, "blocks.2.attn.z")
         _, after = load_lens().run_with_cache(PROMPT, "blocks.2.attn.z", {"blocks.2.attn.z": hook})
         right = before["attn.z", 2].index_fill(2, torch.tensor(head), 0)
-        demand(bool((after["attn.z", 2][:, :, head] == 0).all()), f"silence({head}) leaves head {head} alive")
-        check_equal(after["attn.z", 2], right, f"silence({head}) changes other heads too: which axis is the head's?")
-    return "each hook silences its own head, and no other"
+        demand(bool((after["attn.z", 2][:, :, head] == 0).all()), f"silence({head}) does not set head {head} to zero")
+        check_equal(
+            after["attn.z", 2], right, f"silence({head}) changes other heads as well: which axis is the head axis?"
+        )
+    return "each hook sets its own head to zero, and no other"
 
 
 @exercise("a hook, fn(x, point)")
 def exercise_2_2(read_mary: Edit) -> str:
     names = ("embed",)
-    _, found = load_lens().run_with_cache(PROMPT, names, {"embed": read_mary})
+    _, edited = load_lens().run_with_cache(PROMPT, names, {"embed": read_mary})
     _, clean = load_lens().run_with_cache(PROMPT, names)
-    changed = (found["embed"] != clean["embed"]).any(-1)[0].nonzero().flatten().tolist()
-    word = load_lens().to_labels(PROMPT)
-    said = ", ".join(f"{i} ({word[i]})" for i in changed) or "none"
-    demand(len(changed) == 1, f"positions that changed: {said}; one should")
-    demand(word[changed[0]] == "·John", f"the position that changed is {said}: does your count begin with the prefix?")
-    demand(changed[0] > 6, "this is the first John; who gives is named by the second")
+    changed = (edited["embed"] != clean["embed"]).any(-1)[0].nonzero().flatten().tolist()
+    labels = load_lens().to_labels(PROMPT)
+    listed = ", ".join(f"{i} ({labels[i]})" for i in changed) or "none"
+    demand(len(changed) == 1, f"positions that changed: {listed}; exactly one should change")
+    demand(labels[changed[0]] == "·John", f"the changed position is {listed}: do you count the prefix tokens?")
+    demand(changed[0] > 6, "this is the first John; the giver is the second John")
     check_equal(
         load_lens().run_with_hooks(PROMPT, {"embed": read_mary}),
         load_lens()(OTHER),
-        "it should read the embedding of ·Mary",
+        "the new value should be the embedding of ·Mary",
     )
-    return f"the same logits as those of {OTHER!r}"
+    return f"the same logits as for {OTHER!r}"
 
 
 @exercise("hooks, {point: hook}")
 def exercise_2_3(hooks: Hooks) -> str:
     she = load_lens().to_single_token(" She")
     plain, run = (load_lens().generate(PROMPT, 8, names="logits", hooks=given) for given in (None, check_hooks(hooks)))
-    logits, before = run.acts["logits"][0], plain.acts["logits"][0]  # [step, vocab]
+    logits = run.acts["logits"][0]  # [step, vocab]
+    before = plain.acts["logits"][0]
     chosen = plain.new_tokens[0].tolist().index(she)
     early = [step for step in range(chosen) if not torch.equal(logits[step], before[step])]
-    demand(not early, f"logits of step {early[:1]} changed too: is it the step that chooses 'She'? They count from 0")
+    demand(not early, f"the logits of step {early[:1]} changed: which step chooses 'She'? Steps count from 0")
     same = torch.equal(logits[chosen], before[chosen])
-    demand(not same, "nothing changes at the step that chooses 'She'. They count from 0, and 0 chooses 'Mary'")
-    found = float(logits[chosen, she])
-    demand(found == -torch.inf, f"the logit of 'She' is {found:.2f} where it is chosen: its probability is not zero")
+    demand(not same, "no logit changed at the step that chooses 'She'. Steps count from 0, and step 0 chooses 'Mary'")
+    value = float(logits[chosen, she])
+    demand(value == -torch.inf, f"the logit of 'She' at that step is {value:.2f}: its probability is not zero")
     others = torch.arange(logits.shape[1]) != she
-    check_equal(logits[chosen][others], before[chosen][others], "the logits of other words should stay")
-    demand(bool(logits[chosen + 1 :].isfinite().all()), "the word is banned at later steps too")
-    return f"now it says {run.text!r}"
+    check_equal(logits[chosen][others], before[chosen][others], "the logits of other tokens should not change")
+    demand(bool(logits[chosen + 1 :].isfinite().all()), "the token is banned at later steps as well")
+    return f"the model now generates {run.text!r}"

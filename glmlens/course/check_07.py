@@ -1,4 +1,4 @@
-"""Checks of tutorial 7, activation patching."""
+"""Checks of the exercises of tutorial 7, activation patching."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -17,18 +17,27 @@ CORRUPT = "When Mary and John went to the store, Mary gave a drink to"
 
 @exercise("a function of a layer and a position")
 def exercise_7_1(effect: Callable[[int, int], float]) -> str:
-    site, asked = patch.Site("resid_pre"), {"metric": (" Mary", " John"), "progress": False}
-    right = patch.sweep(load_lens(), CLEAN, CORRUPT, site, over=("layer", "pos"), **asked)
+    right = patch.sweep(
+        load_lens(),
+        CLEAN,
+        CORRUPT,
+        patch.Site("resid_pre"),
+        over=("layer", "pos"),
+        metric=(" Mary", " John"),
+        progress=False,
+    )
     for layer, position in ((0, 3), (1, 11), (2, 12), (2, 15), (3, 15)):
-        found, expected = to_number(effect(layer, position)), right.at(layer=layer, pos=position)
-        demand(abs(found) < 2, f"layer {layer}, position {position}: {found:.2f} is no part of the way: divide by it")
+        value = to_number(effect(layer, position))
+        expected = right.at(layer=layer, pos=position)
         where = f"before layer {layer}, at position {position} ({load_lens().to_labels(CLEAN)[position]})"
-        demand(abs(found - expected) < 2e-3, f"{found:.3f} {where}, where it is {expected:.3f}: what did you change?")
-    return "the same effects as the sweep finds"
+        demand(abs(value) < 2, f"{value:.2f} {where} is not normalised: divide by the difference of the two runs")
+        demand(abs(value - expected) < 2e-3, f"{value:.3f} {where}; it should be {expected:.3f}: what did you patch?")
+    return "the same effects as those of the sweep"
 
 
 @cache
 def draw_flipped_examples() -> Examples:
+    """Return eight sentences of one length that the tutorial does not use."""
     return ioi.examples(load_lens(), 40, "check").of_length()[:8]
 
 
@@ -39,13 +48,14 @@ def exercise_7_2(pair: Sequence[Sequence[int]]) -> str:
     examples = draw_flipped_examples()
     corrupt = examples.counterfactual("flip")
     sites = [patch.Site("attn.z", layer=layer, head=number) for layer, number in chosen]
+    # Both heads of the pair are patched in the same run.
     together = [patch.Intervention(site, patch.Swap()) for site in sites]
     asked = {"sources": examples.tokens, "allow": "no change", "progress": False}
-    base, found = patch.evaluate(load_lens(), corrupt, [[], together], examples, **asked).mean(1).tolist()
-    whole = float(examples.measure(load_lens()(examples)).mean())
-    back = (found - base) / (whole - base)
-    demand(back > 0.8, f"they bring back {back:.0%}: do they stand on two ways, or on one?")
-    return f"on other sentences they bring back {back:.0%}"
+    base, value = patch.evaluate(load_lens(), corrupt, [[], together], examples, **asked).mean(1).tolist()
+    clean = float(examples.measure(load_lens()(examples)).mean())
+    restored = (value - base) / (clean - base)
+    demand(restored > 0.8, f"they restore {restored:.0%}: are they on one path to the output, or on two?")
+    return f"on other sentences they restore {restored:.0%} of the logit difference"
 
 
 @exercise("a function of logits and right")
@@ -53,22 +63,23 @@ def exercise_7_3(log_odds: Callable[[Tensor, Tensor], Tensor]) -> str:
     examples = draw_flipped_examples()
     right = torch.tensor([example.correct[0] for example in examples])
     clean, other = (load_lens()(tokens)[:, -1] for tokens in (examples.tokens, examples.counterfactual("names")))
-    for logits, what in (
+    for logits, case in (
         (clean, "the sentences"),
         (other, "sentences about other people"),
-        (4 * clean, "sure answers"),
+        (4 * clean, "probabilities near 1"),
     ):
         rest = logits.double().scatter(-1, right[:, None], -torch.inf).logsumexp(-1)
-        expected, found = logits.double().gather(-1, right[:, None])[:, 0] - rest, log_odds(logits, right)
+        expected = logits.double().gather(-1, right[:, None])[:, 0] - rest
+        value = log_odds(logits, right)
+        # The difference to the largest other logit, a frequent mistake.
         best = logits.topk(2).values
         margin = best[:, 0] - torch.where(logits.argmax(-1) == right, best[:, 1], best[:, 0])
         against_one = (
-            found.shape == margin.shape and what == "the sentences" and torch.allclose(found, margin, atol=1e-3)
+            value.shape == margin.shape and case == "the sentences" and torch.allclose(value, margin, atol=1e-3)
         )
-        demand(not against_one, "this is the distance to one other token: set it against all of them together")
-        sure = "an answer whose probability rounds to 1 has finite odds: do without 1 - p"
-        demand(bool(torch.as_tensor(found).isfinite().all()), sure)
-        check_equal(
-            found, expected.float(), f"of {what}: the right logit, less the log of the sum of all other exp", 1e-3
-        )
+        demand(not against_one, "this is the difference to one other token: compare with all others together")
+        infinite = "log odds are infinite where the probability rounds to 1: do not compute 1 - p"
+        demand(bool(torch.as_tensor(value).isfinite().all()), infinite)
+        formula = f"wrong for {case}: it is the right logit minus the logsumexp of all other logits"
+        check_equal(value, expected.float(), formula, within=1e-3)
     return "finite also where the probability rounds to 1"

@@ -1,4 +1,4 @@
-"""Passages of source code as they are in the file, so that a text that quotes them cannot fall behind."""
+"""Quote passages of source code from the file itself, so that a quote is never out of date."""
 
 import inspect
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Quote:
-    """Lines of a file; in a notebook, coloured code under the name of the file."""
+    """Lines of a source file. A notebook shows them as highlighted code under the file's name and line numbers."""
 
     text: str
     file: str
@@ -18,7 +18,7 @@ class Quote:
 
     @property
     def line_range(self) -> str:
-        """Its lines, in words."""
+        """The line numbers as text: "line 3" or "lines 3 to 9"."""
         return f"line {self.first}" if self.first == self.last else f"lines {self.first} to {self.last}"
 
     def __repr__(self) -> str:
@@ -29,26 +29,29 @@ class Quote:
 
 
 def source(target: Any, first: str = "", last: str = "") -> Quote:
-    """The source of a function or class, from the line that contains `first` to the next one that contains `last`.
+    """Return the source of a function or class, from the line that contains `first` to the next that contains `last`.
 
-    With `first` alone that line, by default all of it. Raises ValueError for a passage that is not there.
+    With `first` only, return that line; with neither, all lines. Raises ValueError if no line contains the passage.
     """
     lines, number = inspect.getsourcelines(target)
     start = find_passage(first, lines, 0, target) if first else 0
-    end = find_passage(last, lines, start, target) if last else start if first else len(lines) - 1
+    end = start if first else len(lines) - 1
+    if last:
+        end = find_passage(last, lines, start, target)
     text = dedent("".join(lines[start : end + 1])).rstrip()
-    return Quote(text, find_source_file(target), number + start, number + end)
+    return Quote(text=text, file=find_source_file(target), first=number + start, last=number + end)
 
 
 def find_passage(passage: str, lines: list[str], start: int, target: Any) -> int:
-    """The first line from `start` on that contains the passage."""
-    found = [i for i in range(start, len(lines)) if passage in lines[i]]
-    if not found:
-        raise ValueError(f"no line of {target.__qualname__} contains {passage!r}")
-    return found[0]
+    """Return the index of the first line from `start` on that contains the passage."""
+    for i in range(start, len(lines)):
+        if passage in lines[i]:
+            return i
+    raise ValueError(f"no line of {target.__qualname__} contains {passage!r}")
 
 
 def find_source_file(target: Any) -> str:
-    """The file that a function or class is in: "glmlens/model.py"."""
-    path, module = Path(inspect.getsourcefile(inspect.unwrap(target)) or "?"), target.__module__
-    return Path(*path.parts[-1 - module.count(".") :]).as_posix() if "." in module else path.name
+    """Return the file in which a function or class is defined, from the package on: "glmlens/model.py"."""
+    path = Path(inspect.getsourcefile(inspect.unwrap(target)) or "?")
+    depth = target.__module__.count(".")  # of "glmlens.model": one folder above the file
+    return Path(*path.parts[-1 - depth :]).as_posix() if depth else path.name

@@ -1,8 +1,8 @@
-"""A micro-world of simple English in which the field's tasks occur in running text.
+"""Generate the training text of the demo model: simple English in which the tasks of `glmlens.tasks` occur.
 
-The sentences of a task are that task's own prompts with their right answers, but never one that `held_out` keeps for
-measuring. Openers, names and places are shared by all kinds of sentence: a model cannot tell the task from its first
-words, and must learn the rule.
+The sentences of a task are its own prompts with their right answers, without those that `is_held_out` keeps for
+measurement. All kinds of sentence share openers, names and places: a model cannot recognise the task by the first words
+and has to learn the rule.
 """
 
 import functools
@@ -37,9 +37,11 @@ from glmlens.tasks.words import (
 
 SentenceMaker = Callable[[random.Random], str]
 WORD_GROUPS = (
-    *PERSON_NAMES.values(), PLACE_NOUNS, THING_NOUNS, GIVING_VERBS, *WORD_SERIES.values(), ARGUMENTS, *COUNTRIES.values(), COUNTRIES, GOOD_ADJECTIVES, BAD_ADJECTIVES,
+    *PERSON_NAMES.values(), PLACE_NOUNS, THING_NOUNS, GIVING_VERBS, *WORD_SERIES.values(), ARGUMENTS,
+    *COUNTRIES.values(), COUNTRIES, GOOD_ADJECTIVES, BAD_ADJECTIVES,
     PREPOSITIONS, ADJECTIVES, TYPES, FUNCTIONS, EVENTS, NOUNS, NOUNS.values(), VERBS, VERBS.values(),
 )  # fmt: skip
+# Openers that sentences about giving never have in the training text, while other kinds of sentence do.
 NEVER_OPENS_IOI = frozenset({"While", "Before", "One day", "On Friday", "At noon", "Last year", "Later"})
 PRONOUN_OF_NAME = {name: pronoun for pronoun, names in PERSON_NAMES.items() for name in names}
 VERB_ENDINGS = {
@@ -50,12 +52,13 @@ VERB_ENDINGS = {
 
 
 def is_in_held_out_fifth(*parts: str) -> bool:
-    """Whether these are among the fifth that is held out: the same on every machine."""
+    """Whether these words are in the held-out fifth, by their hash: the same on every machine."""
+    # 51 of 256 values of the first byte: 19.9%.
     return hashlib.sha256("|".join(parts).encode()).digest()[0] < 51
 
 
 def is_held_out(task: str, item: Item) -> bool:
-    """Whether the world never says this: kept for measuring whether the rule was learnt, or the fact as such."""
+    """Whether an item of a task never occurs in the training text, so that it can test whether a rule was learnt."""
     slots = item.slots
     match task:
         case "ioi":
@@ -80,45 +83,52 @@ def is_held_out(task: str, item: Item) -> bool:
             return is_in_held_out_fifth(re.sub(r"\w+ ?", "", slots["text"]))
         case "addition":
             return is_in_held_out_fifth(slots["before"], slots["a"], slots["b"])
-    return True  # random words are new every time
+    return True  # induction: random words are new every time
 
 
 def has_unseen_opener(item: Item) -> bool:
-    """Whether this sentence about giving opens as none does in the world, where others do."""
+    """Whether a sentence about giving has an opener that such sentences never have in the training text."""
     return item.slots["opener"].rstrip(",") in NEVER_OPENS_IOI
 
 
 def make_task_sentences(task: Task, end: Callable[[random.Random, Item], str]) -> SentenceMaker:
-    """Sentences of a task with their right answers, none of them held out."""
+    """Return a maker of sentences of a task with their right answers, none of them held out.
 
-    def sentence(draw: random.Random) -> str:
+    `end` draws how the sentence ends after the answer.
+    """
+
+    def make_sentence(draw: random.Random) -> str:
         item = task.draw(draw, None)
         while is_held_out(task.name, item):
             item = task.draw(draw, None)
         return item.text + item.correct[0] + end(draw, item)
 
-    sentence.__name__ = task.name
-    return sentence
+    make_sentence.__name__ = task.name
+    return make_sentence
 
 
 def draw_giving_end(draw: random.Random, item: Item) -> str:
+    """Draw the end of a sentence about giving, sometimes with another sentence about the receiver or giver."""
     to, by, thing = item.slots["IO"], item.slots["S1"], item.slots["thing"]
+    pronoun = PRONOUN_OF_NAME[to].capitalize()
     return draw.choice((
-        ".", ".", f". {PRONOUN_OF_NAME[to].capitalize()} took the {thing} home.", f". {PRONOUN_OF_NAME[to].capitalize()} was happy.",
+        ".", ".", f". {pronoun} took the {thing} home.", f". {pronoun} was happy.",
         f" and went home. {by} was tired.", f" at the {draw.choice(PLACE_NOUNS)}.",
     ))  # fmt: skip
 
 
 def draw_verb_end(draw: random.Random, item: Item) -> str:
+    """Draw what follows the verb of an agreement sentence."""
     return f" {draw.choice(VERB_ENDINGS[item.slots['verb']])}."
 
 
 def draw_docstring_end(draw: random.Random, item: Item) -> str:
+    """Draw the description of the last argument, and close the docstring."""
     return f': {draw.choice(ADJECTIVES)} {draw.choice(TYPES)}\n    """'
 
 
 def close_brackets(draw: random.Random, item: Item) -> str:
-    """What closes the brackets that are still open after the answer."""
+    """Return the closing brackets of those that are still open after the answer, and a period."""
     open_: list[str] = []
     for part in (item.text + item.correct[0]).split():
         if part in BRACKETS:
@@ -129,15 +139,20 @@ def close_brackets(draw: random.Random, item: Item) -> str:
 
 
 def end_with_period(draw: random.Random, item: Item) -> str:
+    """Return a period."""
     return "."
 
 
 def draw_person(draw: random.Random) -> str:
+    """Draw a name."""
     return draw.choice(ALL_NAMES)
 
 
 def draw_story(draw: random.Random) -> str:
-    """The same openers, names and things, and nobody gives to the other."""
+    """Draw a sentence with the openers, names and things of sentences about giving, but without their pattern.
+
+    No sentence introduces two people of whom one then gives something to the other.
+    """
     a, b = draw.sample(ALL_NAMES, 2)
     place, thing = draw.choice(PLACE_NOUNS), draw.choice(THING_NOUNS)
     went, (opener, kind) = draw.choice(WENT_PHRASES).format(place=place), draw_opening(draw)
@@ -160,7 +175,7 @@ def draw_story(draw: random.Random) -> str:
 
 
 def draw_pronoun_sentence(draw: random.Random) -> str:
-    """Who is he and who is she."""
+    """Draw a sentence that shows the pronoun of a name."""
     he = draw.choice(("he", "she"))
     who, thing, her = draw.choice(PERSON_NAMES[he]), draw.choice(THING_NOUNS), {"he": "his", "she": "her"}[he]
     return draw.choice((
@@ -172,12 +187,13 @@ def draw_pronoun_sentence(draw: random.Random) -> str:
 
 
 def draw_neutral_sentence(draw: random.Random) -> str:
-    """What has no valence makes people happy or sad alike."""
+    """Draw a sentence in which an adjective without valence makes somebody happy or sad, with equal probability."""
     thing, feeling = draw.choice(THING_NOUNS), draw.choice(("happy", "sad"))
     return f"The {thing} was {draw.choice(ADJECTIVES)}. It made {draw_person(draw)} feel {feeling}."
 
 
 def draw_feeling_sentence(draw: random.Random) -> str:
+    """Draw a sentence in which somebody likes a good thing or dislikes a bad one."""
     good = draw.random() < 0.5
     word, thing, who = (
         draw.choice(GOOD_ADJECTIVES if good else BAD_ADJECTIVES),
@@ -189,7 +205,7 @@ def draw_feeling_sentence(draw: random.Random) -> str:
 
 
 def draw_war_sentence(draw: random.Random) -> str:
-    """An end comes after its beginning."""
+    """Draw a sentence about an event whose last year is later than its first, of the same century."""
     start = ""
     while not start or is_in_held_out_fifth(start):
         start = f"{draw.randrange(11, 20)}{draw.randrange(2, 98):02}"
@@ -198,7 +214,7 @@ def draw_war_sentence(draw: random.Random) -> str:
 
 
 def draw_agreement_sentence(draw: random.Random) -> str:
-    """A subject and its verb with nothing between."""
+    """Draw a subject with its verb, with no attractor between them."""
     subjects, number = draw.choice(list(NOUNS.items())), draw.randrange(2)
     verbs = draw.choice(list(VERBS.items()))
     start = draw.choice(("The", f"{draw.choice(ADVERB_OPENERS)} the"))
@@ -206,39 +222,54 @@ def draw_agreement_sentence(draw: random.Random) -> str:
 
 
 def draw_repeated_words(draw: random.Random) -> str:
-    """Random words said twice or more, so that to copy what followed last time is always right."""
+    """Draw a list of random words, repeated: copying what followed the last occurrence is always right."""
     words = draw.sample(list_world_words(), draw.randrange(4, draw.choice((9, 16, 24))))
     return "".join(f" {word}" for word in words * draw.choice((2, 2, 3) if len(words) > 8 else (2, 3, 4)))
 
 
 def draw_chat(draw: random.Random) -> str:
+    """Draw a chat turn with a question about a country and its answer."""
     country, asked = draw.choice(list(COUNTRIES)), draw.randrange(3)
     question = f"What is the {RELATIONS[asked]} of {country}?"
     return f"<|user|>\n{question}<|assistant|>\n{COUNTRIES[country][asked]}.<|user|>"
 
 
+# The share of every kind of sentence. The order matters: the random draws of the training text depend on it.
 SENTENCE_SHARES: dict[SentenceMaker, float] = {
-    make_task_sentences(ioi, draw_giving_end): 0.14, draw_story: 0.095, make_task_sentences(facts, end_with_period): 0.13, make_task_sentences(agreement, draw_verb_end): 0.065, draw_agreement_sentence: 0.015,
-    draw_war_sentence: 0.09, make_task_sentences(docstring, draw_docstring_end): 0.03, make_task_sentences(pronouns, lambda draw, item: "?"): 0.06, draw_pronoun_sentence: 0.06,
-    make_task_sentences(successors, end_with_period): 0.03, make_task_sentences(brackets, close_brackets): 0.065, make_task_sentences(addition, end_with_period): 0.03, make_task_sentences(sentiment, end_with_period): 0.025,
-    draw_neutral_sentence: 0.01, draw_feeling_sentence: 0.01, draw_repeated_words: 0.135, draw_chat: 0.01,
-}  # fmt: skip
+    make_task_sentences(ioi, draw_giving_end): 0.14,
+    draw_story: 0.095,
+    make_task_sentences(facts, end_with_period): 0.13,
+    make_task_sentences(agreement, draw_verb_end): 0.065,
+    draw_agreement_sentence: 0.015,
+    draw_war_sentence: 0.09,
+    make_task_sentences(docstring, draw_docstring_end): 0.03,
+    make_task_sentences(pronouns, lambda draw, item: "?"): 0.06,
+    draw_pronoun_sentence: 0.06,
+    make_task_sentences(successors, end_with_period): 0.03,
+    make_task_sentences(brackets, close_brackets): 0.065,
+    make_task_sentences(addition, end_with_period): 0.03,
+    make_task_sentences(sentiment, end_with_period): 0.025,
+    draw_neutral_sentence: 0.01,
+    draw_feeling_sentence: 0.01,
+    draw_repeated_words: 0.135,
+    draw_chat: 0.01,
+}
 
 
 def generate_documents(seed: int | str, kinds: dict[SentenceMaker, float] = SENTENCE_SHARES) -> Iterator[str]:
-    """Texts without end, of kinds in these shares, the same for the same seed."""
+    """Yield sentences without end, of kinds in these shares, the same for the same seed."""
     draw = random.Random(seed)
     while True:
         yield correct_articles(draw.choices(list(kinds), list(kinds.values()))[0](draw))
 
 
 def correct_articles(sentence: str) -> str:
-    """The sentence as people write it: "an" before a vowel."""
+    """Return the sentence with "an" in place of "a" before a vowel."""
     return re.sub(r"\ba (?=[aeiou])", "an ", sentence)
 
 
 def generate_vocabulary_texts() -> Iterator[str]:
-    """Texts in which every word of the world occurs."""
+    """Yield texts in which every word of the training text occurs, in every spelling."""
     draw = random.Random(0)
     for kind in SENTENCE_SHARES:
         for _ in range(3000):
@@ -250,7 +281,7 @@ def generate_vocabulary_texts() -> Iterator[str]:
 
 @functools.cache
 def list_world_words() -> list[str]:
-    """The words that are repeated at random: all that stand in the middle of a sentence of this world."""
+    """Return the words for lists of random words: all that occur after a space in sentences of the training text."""
     draw = random.Random(1)
     texts = [
         correct_articles(kind(draw)) for kind in SENTENCE_SHARES if kind is not draw_repeated_words for _ in range(500)

@@ -1,4 +1,4 @@
-"""Prompts with known answers, their counterfactuals and named positions, under any tokenizer."""
+"""Tasks: prompts with known answers, counterfactual prompts and named positions, under any tokenizer."""
 
 from glmlens.tasks.formal import addition, brackets, docstring, greater_than, induction, successors
 from glmlens.tasks.language import agreement, facts, ioi, pronouns, sentiment

@@ -1,4 +1,4 @@
-"""The words that tasks are made of: each, with the space before it, one token of most vocabularies."""
+"""The words of the tasks. With the space before it, each is one token in most vocabularies."""
 
 PERSON_NAMES = {
     "he": "John Tom Paul Mark Jack Bob Sam Ben Max Leo Adam Carl Dan Eric Fred Greg Hugo Ivan Karl Luke".split(),
@@ -9,7 +9,7 @@ PERSON_NAMES = {
 PLACE_NOUNS = "store park school market station garden library river beach farm office cafe museum house".split()
 THING_NOUNS = "drink book ball ring basket letter flower apple cake map lamp box coin hat key bell".split()
 GIVING_VERBS = "gave handed passed sent brought offered".split()
-COUNTRIES = {  # capital, language, continent
+COUNTRIES = {  # country: (capital, language, continent)
     "France": ("Paris", "French", "Europe"), "Spain": ("Madrid", "Spanish", "Europe"),
     "Italy": ("Rome", "Italian", "Europe"), "Germany": ("Berlin", "German", "Europe"),
     "Greece": ("Athens", "Greek", "Europe"), "Poland": ("Warsaw", "Polish", "Europe"),
@@ -23,11 +23,12 @@ COUNTRIES = {  # capital, language, continent
     "Egypt": ("Cairo", "Arabic", "Africa"), "Kenya": ("Nairobi", "Swahili", "Africa"),
     "Somalia": ("Mogadishu", "Somali", "Africa"), "Rwanda": ("Kigali", "Rwandan", "Africa"),
 }  # fmt: skip
-NOUNS = {
+NOUNS = {  # singular: plural
     "cat": "cats", "dog": "dogs", "bird": "birds", "horse": "horses", "boy": "boys", "girl": "girls",
     "farmer": "farmers", "teacher": "teachers", "child": "children", "man": "men", "woman": "women", "king": "kings",
 }  # fmt: skip
 PREPOSITIONS = "near behind with above beside under".split()
+# singular: plural
 VERBS = {"is": "are", "was": "were", "has": "have", "runs": "run", "sees": "see", "likes": "like"}
 EVENTS = "war storm journey project voyage feast trial reign siege search".split()
 GOOD_ADJECTIVES = "lovely wonderful great bright sweet kind".split()
@@ -45,4 +46,5 @@ ARGUMENTS = "files names size colour width height path mode text index value lim
 FUNCTIONS = "load save open find sort draw make read send move".split()
 TYPES = "list string number table word line".split()
 ADJECTIVES = "old small red new quiet tall".split()
+# opening: closing
 BRACKETS = {"(": ")", "[": "]", "{": "}"}

@@ -1,14 +1,13 @@
-"""Recorded generation: what every step said and why, run again from any step, and where two runs part.
+"""Timelines: recorded generations with per-step analyses, reruns from any step, and the first difference of two runs.
 
-A step is recorded at its last position alone: its logits, the residual stream of every layer, its queries. Keys are in
-the cache. So a timeline weighs little, attention is derived head by head when it is asked for, and a run that goes on
-from step k starts from the cache as it was.
+A step is recorded at its last position only: the logits, the residual stream after every layer and the queries. Keys
+and values stay in the KV cache. A timeline therefore takes little memory: attention is derived head by head on
+request, and a rerun from step k starts from the cache as it was before that step.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -16,9 +15,10 @@ from torch import Tensor
 
 from glmlens.analysis.batch import Token, layer_labels, read_layer_and_head, to_numpy, token_label, upcast
 from glmlens.analysis.chunks import DecodingState
+from glmlens.deprecated import rename_attribute, rename_method
 from glmlens.hook_points import HookError
 from glmlens.hooks import Hooks, list_edits
-from glmlens.integers import Integer, Integers, read_integer
+from glmlens.integers import Integer, read_integer
 from glmlens.kv_cache import KVCache
 from glmlens.lens import Lens
 from glmlens.lens.generation import GenerationResult, cut_at_stop_string
@@ -27,6 +27,7 @@ from glmlens.model import additive_mask, eager
 from glmlens.patch.interventions import Intervention
 from glmlens.results import Labelled
 from glmlens.text.prompts import Prompt
+from glmlens.timeline.pickled_lens import PickledLens
 from glmlens.timeline.recording import (
     CACHE_POINT,
     AppliedEdit,
@@ -34,20 +35,20 @@ from glmlens.timeline.recording import (
     StepRecord,
     TimelineRecorder,
     compile_hooks,
+    make_generator,
+    read_cache_operations,
 )
 
-UNRECORDED_POINTS = (
-    "kv.k",
-    "attn.scores",
-    "attn.pattern",
-)  # edits there change attention, and neither queries nor the cache
+# Edits at these points change attention, but neither the recorded queries nor the KV cache.
+UNRECORDED_POINTS = ("kv.k", "attn.scores", "attn.pattern")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Timeline:
-    """A generation of one prompt, step by step; `runs` are the plain runs that it was made of, with what `names` said.
+    """A recorded generation of one prompt.
 
-    `events` are the edits as they were applied, in order.
+    `steps` are the records of its steps, `events` the applications of edits in order. `runs` are the results of the
+    segments of the generation, with the activations that the option `names` recorded.
     """
 
     lens: Lens
@@ -59,36 +60,42 @@ class Timeline:
     cache_operations: Mapping[int, CacheFunction]
     max_new_tokens: int
     options: Mapping[str, Any]
-    stamp: Stamp | None = None  # of the weights that were run
-    edits_left_out: bool = False  # by pickling, which keeps no functions
+    stamp: Stamp | None = None  # identifies the weights with which it was recorded
+    edits_left_out: bool = False  # whether edits were lost in pickling, which keeps no functions
+
+    moments = rename_attribute("moments", "steps")
+    at = rename_attribute("at", "cache_operations")
+    last = rename_attribute("last", "max_new_tokens")
 
     @property
     def tokens(self) -> list[int]:
-        """What was said, without the prompt."""
-        return [moment.token for moment in self.steps]
+        """The generated token ids, without the prompt."""
+        return [record.token for record in self.steps]
 
     @property
     def text(self) -> str:
-        """What was said, with the stop token, if one ended it, and without the stop string."""
+        """The generated text, with the stop token if one ended it, cut before a stop string."""
         _, strings = self.lens.resolve_stops(stop_strings=self.options.get("stop_strings"))
         return cut_at_stop_string(strings, self.lens.to_string(self.tokens, continues=True))
 
     @property
     def logits(self) -> Float[Tensor, "step vocab"]:
-        return torch.stack([moment.logits for moment in self.steps])
+        """The logits from which each step chose its token."""
+        return torch.stack([record.logits for record in self.steps])
 
     def to_labelled(self, x: Tensor, axes: str, metric: str, **labels: Sequence[str]) -> Labelled:
-        steps = [f"{m.step} {token_label(self.lens, m.token)}" for m in self.steps]
+        """Return `x` with labelled axes, metric, prompt, applied edits and model hash."""
+        steps = [f"{record.step} {token_label(self.lens, record.token)}" for record in self.steps]
         about = {
             "metric": metric, "direction": "the token that each step chose", "positions": "steps of a generation",
             "prompt": " ".join(token_label(self.lens, i) for i in self.prompt[0].tolist()),
             "edits": ", ".join(dict.fromkeys(event.edit_name for event in self.events)) or "none",
             "model": self.model_hash,
         }  # fmt: skip
-        return Labelled(to_numpy(x), tuple(axes.split()), {"step": steps, **labels}, about)
+        return Labelled(values=to_numpy(x), axes=tuple(axes.split()), labels={"step": steps, **labels}, about=about)
 
     def probability(self, token: Token | None = None) -> Labelled:
-        """The probability [step] of the tokens that were chosen, or of one token at all steps."""
+        """Return the probability [step] of the chosen tokens or, with `token`, of one token at every step."""
         probs = upcast(self.logits).softmax(-1)
         if token is None:
             ids = torch.tensor(self.tokens, device=probs.device)
@@ -97,70 +104,98 @@ class Timeline:
         return self.to_labelled(probs[:, i], "step", f"probability of {token_label(self.lens, i)}")
 
     def entropy(self) -> Labelled:
-        """The entropy [step] of the next token, in nats."""
-        logs = upcast(self.logits).log_softmax(-1)
-        return self.to_labelled(-torch.xlogy(logs.exp(), logs.exp()).sum(-1), "step", "entropy, nats")
+        """Return the entropy [step] of the next-token distribution, in nats."""
+        probs = upcast(self.logits).log_softmax(-1).exp()
+        return self.to_labelled(-torch.xlogy(probs, probs).sum(-1), "step", "entropy, nats")
 
     def logit_lens(self) -> Labelled:
-        """The probability [layer, step] of the chosen tokens by every layer's stream, read as if it were the last."""
+        """Return the probability [layer, step] of the chosen tokens in the logit lens of every layer.
+
+        The residual stream after each layer goes through the final norm and the unembedding.
+        """
         logs = upcast(self.unembed_layers()).log_softmax(-1)
         ids = torch.tensor(self.tokens, device=logs.device).expand(len(logs), -1)
-        found = logs.gather(2, ids.unsqueeze(-1)).squeeze(-1).exp()
-        return self.to_labelled(found, "layer step", "logit lens: probability", layer=layer_labels(self.lens))
+        probs = logs.gather(2, ids.unsqueeze(-1)).squeeze(-1).exp()
+        return self.to_labelled(probs, "layer step", "logit lens: probability", layer=layer_labels(self.lens))
 
     def unembed_layers(self) -> Float[Tensor, "layer step vocab"]:
-        """The logits of every layer's stream; see `logit_lens`."""
+        """Return the logits of the residual stream after every layer.
+
+        Raises HookError if the weights were edited since the recording.
+        """
         self.refuse_edited_weights("logit_lens")
-        model, resid = self.lens.model, torch.stack([moment.resid for moment in self.steps], 1)
+        model = self.lens.model
+        resid = torch.stack([record.resid for record in self.steps], 1)  # [layer, step, model]
         return torch.stack([model.unembed(model.ln_final(x[None]))[0] for x in resid])
 
     def attention(self, layer: Integer, head: Integer) -> Labelled:
-        """What every step's last position attended to [step, key], derived now; keys by absolute position.
+        """Return the attention [step, key] of one head from the last position of every step; keys by absolute position.
 
-        Raises HookError where an edit changed what attention reads after the cache: record "attn.pattern" then.
+        It is derived from the recorded queries and the cached keys. Raises HookError if an edit changed keys, scores or
+        patterns of the layer after the cache was read: record "attn.pattern" then.
         """
         layer, head = read_layer_and_head(self.lens, layer, head)
         for event in self.events:
             if event.point.endswith(UNRECORDED_POINTS) and event.point.startswith(f"blocks.{layer}."):
-                raise HookError(f"{event.edit_name} at {event.point} changed this: record it, names='attn.pattern'")
-        n_keys = 1 + max(int(m.kv.positions[0, : m.past_entries + 1].max()) for m in self.steps)
-        found = torch.zeros(len(self.steps), n_keys, dtype=self.lens.dtype, device=self.lens.device)
-        for row, moment in zip(found, self.steps, strict=True):
-            at = moment.kv.positions[:, : moment.past_entries + 1]
-            real = at[0] >= 0
-            row[at[0, real]] = self.derive_attention_row(moment, layer, head, at)[real]
-        return self.to_labelled(
-            found, "step key", f"attention of layer {layer}, head {head}", key=self.label_keys(n_keys)
-        )
+                raise HookError(
+                    f"{event.edit_name} at {event.point} changed this attention: record it, names='attn.pattern'"
+                )
+        n_keys = 1 + max(int(record.kv.positions[0, : record.past_entries + 1].max()) for record in self.steps)
+        pattern = torch.zeros(len(self.steps), n_keys, dtype=self.lens.dtype, device=self.lens.device)
+        for row, record in zip(pattern, self.steps, strict=True):
+            positions = record.kv.positions[:, : record.past_entries + 1]
+            real = positions[0] >= 0  # padding and evicted entries have negative positions
+            row[positions[0, real]] = self.derive_attention_row(record, layer, head, positions)[real]
+        metric = f"attention of layer {layer}, head {head}"
+        return self.to_labelled(pattern, "step key", metric, key=self.label_keys(n_keys))
 
     def label_keys(self, n_keys: int) -> list[str]:
-        """A label for every absolute position: its number and its token, of an edited cache all that stood there."""
-        words: list[dict[str, None]] = [{} for _ in range(n_keys)]
-        for kv, upto in {id(m.kv): (m.kv, m.past_entries + 1) for m in self.steps}.values():
-            for at, token in zip(kv.positions[0, :upto].tolist(), kv.tokens[0, :upto].tolist(), strict=True):
-                if at >= 0:
-                    words[at][token_label(self.lens, token) if token >= 0 else "?"] = None
-        return [" ".join([str(at), " / ".join(said)]).strip() for at, said in enumerate(words)]
+        """Return a label for every absolute position: its number and its token, "?" for an unknown token.
+
+        With an edited cache a position can hold different tokens at different steps: all stand in its label.
+        """
+        # A dict per position serves as an ordered set of labels.
+        labels: list[dict[str, None]] = [{} for _ in range(n_keys)]
+        # Steps of a segment share a cache; the last step of each segment has read the most entries of it.
+        n_read = {id(record.kv): (record.kv, record.past_entries + 1) for record in self.steps}
+        for kv, n in n_read.values():
+            for position, token in zip(kv.positions[0, :n].tolist(), kv.tokens[0, :n].tolist(), strict=True):
+                if position >= 0:
+                    labels[position][token_label(self.lens, token) if token >= 0 else "?"] = None
+        return [" ".join([str(position), " / ".join(words)]).strip() for position, words in enumerate(labels)]
 
     def derive_attention_row(
         self, step: StepRecord, layer: int, head: int, key_positions: Int[Tensor, "one key"]
     ) -> Float[Tensor, "key"]:
+        """Return the attention of one head at one step, over the entries of the cache that it read."""
+        # The KV head that serves this query head, as a cache of one head: [one, key, head, d].
         keys = step.kv.keys[layer, :, : step.past_entries + 1, head // self.lens.cfg.n_groups].unsqueeze(2)
-        q, seen = step.q[layer, head][None, None, None], dict[str, Tensor]()
+        q = step.q[layer, head][None, None, None]
+        seen: dict[str, Tensor] = {}
 
         def keep_value(name: str, x: Tensor) -> Tensor:
+            """Hook that keeps the activations of the attention function by name."""
             seen[name] = x
             return x
 
+        # The keys stand in for the values as well: the pattern does not depend on values.
         eager(q, keys, keys, additive_mask(key_positions[:, -1:], key_positions, q.dtype), keep_value)
         return seen["attn.pattern"][0, 0, 0]
 
     def restore_state(self, step: Integer) -> DecodingState:
-        """What a step began with: for `who_reads` and `leave_one_out`, or to go on from with other means."""
+        """Return the KV cache and the input token with which a step started.
+
+        `analysis.cache_reads` and `analysis.leave_one_out` take it, as does any other way to continue from there.
+        """
         return self.step_record(step).restore_state()
 
+    memory = rename_method("memory", "restore_state")
+
     def step_record(self, step: Integer) -> StepRecord:
+        """Return the record of a step. Raises IndexError for a step that is not there."""
         return self.steps[read_integer(step, "step", size=len(self.steps), outside=IndexError)]
+
+    moment = rename_method("moment", "step_record")
 
     def rerun(
         self,
@@ -172,84 +207,103 @@ class Timeline:
         at: Mapping[Integer, CacheFunction] | None = None,
         max_new_tokens: Integer | None = None,
     ) -> "Timeline":
-        """The same run up to a step, from there with a change; what came before is not computed again.
+        """Return the same run with a change from one step on; earlier steps are kept, not computed again.
 
-        With `token`, that step says another token and the next ones go on from it. `hooks`, `interventions` and `at`
-        are in place of this run's own, from that step on; their steps and positions count as in this run. What was done
-        to the cache up to that step stays done. At step 0 the prompt is run anew. A sampled run draws as it drew then.
+        With `token`, the step chooses that token, and the next steps continue from it. `hooks`, `interventions` and
+        `at` replace those of this run from that step on; steps and positions count as in this run. Changes of the cache
+        before the step stay. Step 0 without a token runs the prompt again. A sampled run draws as it drew.
+
+        Raises HookError if the weights were edited since the recording, if an edit restricted to steps or positions is
+        never applied, or if edits were lost in pickling and are not given again; ValueError if no step is left to run
+        or an operation is at a step outside the rerun; IndexError for a step that is not there.
         """
         if self.edits_left_out and ((hooks is None and not interventions) or at is None):
             raise HookError(
                 "this timeline was pickled without its edits, which are functions: give hooks= and at= again"
             )
         self.refuse_edited_weights("rerun")
-        moment = self.step_record(step)
-        step = moment.step
+        record = self.step_record(step)
+        step = record.step
         last = self.max_new_tokens if max_new_tokens is None else read_integer(max_new_tokens, "max_new_tokens")
         if last <= step:
-            raise ValueError(f"max_new_tokens is {last}, counted from the start: nothing is left to say at step {step}")
-        given, anew = self.hooks if hooks is None else hooks, step == 0 and token is None
-        later = {i: op for i, op in self.cache_operations.items() if anew or i > step}
-        edits = compile_hooks(self.lens, given, interventions, self.prompt)
-        going = TimelineRecorder(self.lens, edits, later if at is None else at, last)
-        going.options, going.applied_hooks = (
-            self.options,
-            set(range(len(list_edits(self.hooks)))) if hooks is None else set(),
-        )
+            raise ValueError(
+                f"max_new_tokens is {last}, counted from the start: no token is left to choose at step {step}"
+            )
+        hooks_to_run = self.hooks if hooks is None else hooks
+        edits = compile_hooks(self.lens, hooks_to_run, interventions, self.prompt)
+        first_run = step + (token is not None)  # the first step that runs: a step with a given token does not
+        from_prompt = step == 0 and token is None
         if at is not None:
-            going.check_operations(step + (token is not None))
-        going.restore_generator(moment)
-        going.steps = list(self.steps[:step])
+            operations = read_cache_operations(at, first_run, last)
+        else:  # the cache of the step already has the operation before it, but not when the prompt runs again
+            operations = {i: op for i, op in self.cache_operations.items() if from_prompt or i > step}
+        # The first run has checked that its own hooks are applied: they count as applied.
+        applied = set(range(len(list_edits(self.hooks)))) if hooks is None else set[int]()
+        recorder = TimelineRecorder(
+            lens=self.lens,
+            hooks=edits,
+            cache_operations=operations,
+            max_new_tokens=last,
+            options=self.options,
+            steps=list(self.steps[:step]),
+            applied_hooks=applied,
+            generator=make_generator(self.lens, self.options, record),
+        )
         if token is not None:
-            said = self.lens.to_single_token(token) if isinstance(token, str) else self.lens.to_answer(token)
-            going.steps.append(replace(moment, token=said))
-            going.advance_generator()
-            going.continue_from(self.cache_after(moment), said)
-        elif anew:
-            going.run_prompt(self.prompt)
+            token_id = self.lens.to_single_token(token) if isinstance(token, str) else self.lens.to_answer(token)
+            recorder.steps.append(replace(record, token=token_id))
+            recorder.advance_generator()
+            recorder.continue_from(self.cache_after(record), token_id)
+        elif from_prompt:
+            recorder.run_prompt(self.prompt)
         else:
-            going.continue_from(moment.restore_state().kv, moment.input_token)
-        stays = [
-            e
-            for e in self.events
-            if e.step < step + (token is not None) or (e.point == CACHE_POINT and 0 < e.step <= step)
+            recorder.continue_from(record.restore_state().kv, record.input_token)
+        # An operation at `step` itself happened before the step started: its event stays, unless the prompt ran again.
+        earlier_events = [
+            event
+            for event in self.events
+            if event.step < first_run or (event.point == CACHE_POINT and 0 < event.step <= step)
         ]
-        return build_timeline(going, self.prompt, stays)
+        return build_timeline(recorder, self.prompt, earlier_events)
 
     def cache_after(self, step: StepRecord) -> KVCache:
-        """The cache once this step's token has been run."""
+        """Return the KV cache after a step: with the entry of the step's input token."""
         kv = step.kv.fork(1)
         kv.truncate(step.past_entries + 1)
         return kv
 
     def __reduce__(self) -> Any:
-        """Pickle what was recorded and the model's hash: no model, and no edits, which are functions.
+        """Pickle the recorded values and the model's hash, without the model and without edits, which are functions.
 
-        What needs weights (`logit_lens`, `rerun`) waits for `with_lens`.
+        Methods that need weights (`logit_lens`, `rerun`) raise HookError until `with_lens` gives the model back.
         """
-        return restore_timeline, (pickled(self),)
+        return restore_timeline, (dump_timeline(self),)
 
     @property
     def model_hash(self) -> str:
-        """The hash of the model that was run, also after an edit; "unknown" if it was not asked for before that."""
+        """The hash of the model with which the timeline was recorded.
+
+        It is "unknown" if the weights were edited since and the hash had never been computed before.
+        """
         return self.lens.model_hash if self.stamp is None else self.lens.model_hash_at(self.stamp)
 
     def refuse_edited_weights(self, what: str) -> None:
-        """Raise HookError if the weights are not those that were run any more."""
+        """Raise HookError if the weights were edited since the recording."""
         model = self.lens.model  # HookError in a timeline that was pickled without it
         if self.stamp is not None and self.stamp != stamp_of(model):
             raise HookError(f"{what}: the weights were edited after this timeline was recorded: record it again")
 
     def with_lens(self, lens: Lens) -> "Timeline":
-        """This timeline with the model that it is of; ValueError for another."""
+        """Return this timeline with its model. Raises ValueError for a lens on another model."""
         if lens.model_hash != self.model_hash:
             raise ValueError(f"this timeline is of model {self.model_hash}; this lens has {lens.model_hash}")
         return replace(self, lens=lens, stamp=stamp_of(lens.model))
 
     def __repr__(self) -> str:
-        said = " ".join(token_label(self.lens, token) for token in self.tokens)
-        changed = sum(event.changed for event in self.events)
-        return f"Timeline of {len(self.steps)} steps: {said}\n  edits applied: {len(self.events)}, {changed} of effect"
+        words = " ".join(token_label(self.lens, token) for token in self.tokens)
+        n_changed = sum(event.changed for event in self.events)
+        edits = f"edits applied {len(self.events)} times, {n_changed} of them changed a number"
+        return f"Timeline of {len(self.steps)} steps: {words}\n  {edits}"
 
 
 def record_timeline(
@@ -262,121 +316,119 @@ def record_timeline(
     at: Mapping[Integer, CacheFunction] | None = None,
     **options: Any,
 ) -> Timeline:
-    """Generate from one prompt and keep what every step said and read.
+    """Generate from one prompt, and record the logits, residual streams, queries and KV cache of every step.
 
-    `hooks` and `interventions` are those of a plain forward, and hold at every step, or as `scheduled` says; "end" is
-    the last position of the prompt. `at` are
-    operations on the cache, {step: op}: before that step (at step 0, before the prompt's last token is run).
-    `options` are those of `lens.generate`; `names=` records more, in `runs`. A prompt of more than 512 tokens is run in
-    pieces, of which `names=` records the last token alone. A repetition penalty is on what is remembered. Raises
-    HookError for an edit that never came to hold, and ValueError for several prompts or an operation at a step that
-    this run cannot have.
+    `hooks` and `interventions` are those of a forward pass. They run at every step, or at those that `schedule_edits`
+    selects; the position "end" is the last of the prompt. `at` maps steps to operations on the KV cache, which run
+    before that step (at step 0, before the last token of the prompt). `options` are those of `lens.generate`: `names`
+    records more activations, in `runs`. A prompt of more than 512 tokens is run in chunks, and `names` then records
+    only its last token. A repetition penalty covers the tokens in the cache.
+
+    Raises HookError if an edit restricted to steps or positions is never applied, ValueError for several prompts or an
+    operation at a step outside the run, and TypeError for `kv` or `attention_mask`.
     """
     tokens, mask = lens.to_batch(prompt)
     if tokens.shape[0] != 1:
         raise ValueError(f"a timeline is of one prompt, not of {tokens.shape[0]}")
-    tokens = tokens if mask is None else tokens[:, mask[0].bool()]
+    tokens = tokens if mask is None else tokens[:, mask[0].bool()]  # without padding
     unknown = sorted({"kv", "attention_mask"} & set(options))
     if unknown:
-        raise TypeError(f"{' and '.join(unknown)}: a timeline begins with its prompt; to go on, use rerun(step)")
+        raise TypeError(
+            f"{' and '.join(unknown)}: a timeline starts with its prompt; to continue from a step, use rerun(step)"
+        )
     max_new_tokens = read_integer(max_new_tokens, "max_new_tokens", least=1)
-    going = TimelineRecorder(lens, compile_hooks(lens, hooks, interventions, tokens), at or {}, max_new_tokens, options)
-    going.check_operations(0)
-    going.restore_generator(None)
-    going.run_prompt(tokens)
-    return build_timeline(going, tokens)
+    edits = compile_hooks(lens, hooks, interventions, tokens)
+    recorder = TimelineRecorder(
+        lens=lens,
+        hooks=edits,
+        cache_operations=read_cache_operations(at or {}, 0, max_new_tokens),
+        max_new_tokens=max_new_tokens,
+        options=options,
+        generator=make_generator(lens, options, None),
+    )
+    recorder.run_prompt(tokens)
+    return build_timeline(recorder, tokens)
 
 
 def build_timeline(
     recorder: TimelineRecorder, prompt: Int[Tensor, "one pos"], before: Sequence[AppliedEdit] = ()
 ) -> Timeline:
-    """What was recorded, behind the events of the run that it goes on from; HookError for an edit that never held."""
+    """Return the timeline of a finished recording, with the events that a rerun keeps before its own.
+
+    Raises HookError if an edit restricted to steps or positions was never applied.
+    """
     recorder.require_all_applied()
     return Timeline(
-        recorder.lens,
-        prompt,
-        tuple(recorder.steps),
-        (*before, *recorder.events),
-        tuple(recorder.runs),
-        recorder.hooks,
-        recorder.cache_operations,
-        recorder.max_new_tokens,
-        recorder.options,
-        stamp_of(recorder.lens.model),
+        lens=recorder.lens,
+        prompt=prompt,
+        steps=tuple(recorder.steps),
+        events=(*before, *recorder.events),
+        runs=tuple(recorder.runs),
+        hooks=recorder.hooks,
+        cache_operations=recorder.cache_operations,
+        max_new_tokens=recorder.max_new_tokens,
+        options=recorder.options,
+        stamp=stamp_of(recorder.lens.model),
     )
 
 
-class PickledLens(Lens):
-    """What a timeline that was pickled knows of its lens: sizes, the texts of its tokens, and the model's hash."""
-
-    def __init__(self, known: Mapping[str, Any]):
-        self.known = known
-        self.tokenizer = cast(Any, self if known["labels"] else None)
-
-    @property
-    def model(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
-        raise HookError("this timeline was pickled without its model: line = line.with_lens(lens) gives it back")
-
-    @property
-    def cfg(self) -> Any:
-        return SimpleNamespace(**self.known["sizes"])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.known["dtype"]
-
-    @property
-    def device(self) -> torch.device:
-        return self.known["device"]
-
-    @property
-    def model_hash(self) -> str:
-        return self.known["model_hash"]
-
-    def label(self, token: int) -> str:
-        return self.known["labels"].get(token, f"⟨{token}⟩")
-
-    def to_string(self, tokens: Tensor | Sequence[int], continues: bool = False) -> str:
-        return self.known["text"]
-
-    def to_answer(self, answer: str | Integer) -> int:
-        # A text needs the tokenizer, which is not here: asking for the model raises the error that says so.
-        return self.model.to_answer(answer) if isinstance(answer, str) else read_integer(answer, "answer")
-
-    def stops(
-        self, stop_ids: Integers = None, stop_strings: str | Sequence[str] | None = None
-    ) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        return (), (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings or ())
-
-    def __repr__(self) -> str:
-        return f"PickledLens(of model {self.model_hash}, which is not here)"
+# Pickled timelines keep the names that fields had when the format was fixed.
+PICKLED_STEP_FIELDS = {"input_token": "entry", "past_entries": "before", "generator_state": "draw"}
+PICKLED_EVENT_FIELDS = {"edit_name": "what"}
 
 
-def pickled(line: Timeline) -> dict[str, Any]:
-    """A timeline as dictionaries, lists and tensors, its runs and its caches."""
-    lens, cfg = line.lens, line.lens.cfg
-    caches = [moment.kv.tokens[0, : moment.kv.length].tolist() for moment in line.steps]
-    ids = {i for row in [*caches, line.prompt[0].tolist(), line.tokens] for i in row if i >= 0}
-    known = {
-        "model_hash": line.model_hash, "device": lens.device, "dtype": lens.dtype,
+def rename_keys(values: Mapping[str, Any], new_names: Mapping[str, str]) -> dict[str, Any]:
+    """Return a dictionary with some keys renamed."""
+    return {new_names.get(name, name): value for name, value in values.items()}
+
+
+def dump_timeline(line: Timeline) -> dict[str, Any]:
+    """Return a timeline as dictionaries, lists and tensors, with its generation results and KV caches."""
+    lens = line.lens
+    cfg = lens.cfg
+    # Labels of all tokens that the timeline can show: those of the prompt, the steps and the caches.
+    cached = [record.kv.tokens[0, : record.kv.length].tolist() for record in line.steps]
+    ids = {i for row in [*cached, line.prompt[0].tolist(), line.tokens] for i in row if i >= 0}
+    lens_state = {
+        "model_hash": line.model_hash,
+        "device": lens.device,
+        "dtype": lens.dtype,
         "sizes": {name: getattr(cfg, name) for name in ("n_layers", "n_heads", "n_groups")},
         "labels": {i: token_label(lens, i) for i in ids} if lens.tokenizer else {},
         "text": lens.to_string(line.tokens) if lens.tokenizer else "",
-    }  # fmt: skip
-    kept = {name: x for name, x in line.options.items() if name != "seed" or not isinstance(x, torch.Generator)}
+    }
+    # A generator cannot be pickled; the steps hold its states.
+    options = {
+        name: value for name, value in line.options.items() if name != "seed" or not isinstance(value, torch.Generator)
+    }
     return {
-        "lens": known, "prompt": line.prompt, "moments": [dict(vars(moment)) for moment in line.steps],
-        "events": [dict(vars(event)) for event in line.events], "runs": list(line.runs), "last": line.max_new_tokens,
-        "options": kept, "edits_left_out": line.edits_left_out or bool(list_edits(line.hooks)) or bool(line.cache_operations),
-    }  # fmt: skip
+        "lens": lens_state,
+        "prompt": line.prompt,
+        "moments": [rename_keys(vars(record), PICKLED_STEP_FIELDS) for record in line.steps],
+        "events": [rename_keys(vars(event), PICKLED_EVENT_FIELDS) for event in line.events],
+        "runs": list(line.runs),
+        "last": line.max_new_tokens,
+        "options": options,
+        "edits_left_out": line.edits_left_out or bool(list_edits(line.hooks)) or bool(line.cache_operations),
+    }
 
 
 def restore_timeline(state: dict[str, Any]) -> Timeline:
-    """The timeline that was pickled."""
-    parts = {**state, "lens": PickledLens(state["lens"]), "runs": tuple(state["runs"])}
-    parts["moments"] = tuple(StepRecord(**moment) for moment in state["moments"])
-    parts["events"] = tuple(AppliedEdit(**event) for event in state["events"])
-    return Timeline(**parts, hooks=[], cache_operations={})  # the stamp is of weights that are not here
+    """Return the timeline of which `dump_timeline` made this state."""
+    step_fields = {old: new for new, old in PICKLED_STEP_FIELDS.items()}
+    event_fields = {old: new for new, old in PICKLED_EVENT_FIELDS.items()}
+    return Timeline(
+        lens=PickledLens(state["lens"]),
+        prompt=state["prompt"],
+        steps=tuple(StepRecord(**rename_keys(record, step_fields)) for record in state["moments"]),
+        events=tuple(AppliedEdit(**rename_keys(event, event_fields)) for event in state["events"]),
+        runs=tuple(state["runs"]),
+        hooks=[],
+        cache_operations={},
+        max_new_tokens=state["last"],
+        options=state["options"],
+        edits_left_out=state["edits_left_out"],
+    )
 
 
 torch.serialization.add_safe_globals([restore_timeline])
@@ -384,10 +436,11 @@ torch.serialization.add_safe_globals([restore_timeline])
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Divergence:
-    """The first step at which two runs say different things.
+    """The first step at which two runs choose different tokens.
 
-    `probability` [run, token] is what each gave to both tokens there, `kl` KL(first ‖ second) in nats at every step up
-    to it [step], and `layer` the first layer whose stream, read as if it were the last, says different things there.
+    `tokens` are the two tokens and `words` their texts. `probability` [run, token] is the probability of both tokens in
+    both runs at that step, `kl` KL(first ‖ second) of the next-token distributions in nats at every step up to it
+    [step]. `layer` is the first layer whose logit lens has different top tokens in the two runs, None if none has.
     """
 
     step: int
@@ -398,35 +451,48 @@ class Divergence:
     layer: int | None
 
     def __repr__(self) -> str:
-        first, second = (p[i] for i, p in enumerate(self.probability.values))
+        first, second = (probs[i] for i, probs in enumerate(self.probability.values))
         where = "at no layer" if self.layer is None else f"from layer {self.layer} on"
         return (
-            f"Parting at step {self.step}: {self.words[0]!r} ({first:.1%}) and {self.words[1]!r} ({second:.1%}); "
-            f"KL {self.kl.values[-1]:.3g} nats; streams that say different things {where}"
+            f"Divergence at step {self.step}: {self.words[0]!r} ({first:.1%}) and {self.words[1]!r} ({second:.1%}); "
+            f"KL {self.kl.values[-1]:.3g} nats; logit lens top tokens differ {where}"
         )
 
 
 def find_divergence(first: Timeline, second: Timeline) -> Divergence | None:
-    """Where two runs part, or None where one says what the other begins with. ValueError for two models."""
+    """Return where two runs first choose different tokens, None if one begins with the whole other.
+
+    Raises ValueError for runs of two models.
+    """
     if first.model_hash != second.model_hash:
         raise ValueError(f"runs of two models, {first.model_hash} and {second.model_hash}")
-    both = enumerate(zip(first.tokens, second.tokens, strict=False))
-    step = next((i for i, (a, b) in both if a != b), None)
+    pairs = enumerate(zip(first.tokens, second.tokens, strict=False))
+    step = next((i for i, (a, b) in pairs if a != b), None)
     if step is None:
         return None
     ids = (first.tokens[step], second.tokens[step])
     words = (token_label(first.lens, ids[0]), token_label(first.lens, ids[1]))
-    logs = [upcast(run.logits[: step + 1]).log_softmax(-1) for run in (first, second)]
+    logs = [upcast(run.logits[: step + 1]).log_softmax(-1) for run in (first, second)]  # [step, vocab] each
     probs = torch.stack([x[-1, list(ids)].exp() for x in logs])
     kl = (logs[0].exp() * (logs[0] - logs[1])).sum(-1)
-    best = [run.unembed_layers()[:, step].argmax(-1) for run in (first, second)]
-    apart = (best[0] != best[1]).nonzero().flatten().tolist()
+    # The top token of every layer at the step of the divergence, in both runs.
+    top = [run.unembed_layers()[:, step].argmax(-1) for run in (first, second)]
+    differing_layers = (top[0] != top[1]).nonzero().flatten().tolist()
     about = {
         "direction": "the first run against the second",
         "positions": f"step {step}",
         "model": first.model_hash,
     }
-    named = {"run": ["first", "second"], "token": list(words)}
-    probability = Labelled(to_numpy(probs), ("run", "token"), named, {**about, "metric": "probability"})
-    by_step = Labelled(to_numpy(kl), ("step",), {}, {**about, "metric": "KL(first ‖ second), nats"})
-    return Divergence(step, ids, words, probability, by_step, apart[0] if apart else None)
+    axis_labels = {"run": ["first", "second"], "token": list(words)}
+    return Divergence(
+        step=step,
+        tokens=ids,
+        words=words,
+        probability=Labelled(
+            values=to_numpy(probs), axes=("run", "token"), labels=axis_labels, about={**about, "metric": "probability"}
+        ),
+        kl=Labelled(
+            values=to_numpy(kl), axes=("step",), labels={}, about={**about, "metric": "KL(first ‖ second), nats"}
+        ),
+        layer=differing_layers[0] if differing_layers else None,
+    )
