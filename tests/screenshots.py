@@ -181,7 +181,7 @@ explorer.branch(" John", 0)
 explorer.select(run="branch", by="chosen")""",
     "explorer_error": """
 explorer = AttentionExplorer(lens, PROMPT)
-explorer.asked(layer=9)""",
+explorer.select_safely(layer=9)""",
 }
 BEFORE = f"""
 import glmlens

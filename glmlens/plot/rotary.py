@@ -164,4 +164,4 @@ def breakage(result: Any, show: str = "kl", **look: Unpack[Look]) -> go.Figure:
     units = {"kl": "nats", "loss": "nats", "agreement": "share of positions with the same next token"}
     title = f"What surgery breaks: {units[show] if show == 'agreement' else data.about.get('metric', show)}"
     known: Look = {"title": title}
-    return bars(data, what=units.get(show, show), top=len(data.labels["surgery"]), **(known | look))
+    return bars(data, what=units.get(show, show), top=len(data.labels[data.axes[0]]), **(known | look))

@@ -12,7 +12,7 @@ WIDGETS_FOLDER = Path(__file__).parent
 
 def read_javascript(name: str) -> str:
     """What a widget of ours runs on the page: a file beside this one, and what keeps it hearing the kernel."""
-    return "\n".join((WIDGETS_FOLDER / file).read_text(encoding="utf-8") for file in ("hear.js", name))
+    return "\n".join((WIDGETS_FOLDER / file).read_text(encoding="utf-8") for file in ("keep_listening.js", name))
 
 
 class PageWidget(anywidget.AnyWidget):
@@ -22,4 +22,4 @@ class PageWidget(anywidget.AnyWidget):
 
     def __init__(self, **traits: Any):
         name = uuid4().hex
-        super().__init__(model_id=name, own=name, **traits)
+        super().__init__(model_id=name, page_id=name, **traits)

@@ -96,8 +96,9 @@ class AttentionExplorer(Explorer):
         if self.layer.index != self._state["layer"]:
             self.layer = self.compute_layer(self._state["layer"])
         s, layer = self._state, self.layer
-        changes = {name: s[name] for name in ("head", "locked", "query", "key", "by")} | {
-            "said": self.describe_selection()
+        changes = {name: s[name] for name in ("head", "locked", "query", "key")} | {
+            "shown_links": s["by"],
+            "description": self.describe_selection(),
         }
         weights, pictures = layer.weights(s["by_value"]), (layer.index, s["by_value"])
         most = float(weights.max()) if s["by_value"] else 1.0
@@ -107,7 +108,7 @@ class AttentionExplorer(Explorer):
                 "labels": self.recording.labels,
                 "n_heads": cfg.n_heads,
                 "n_kv_heads": cfg.n_kv_heads,
-                "most": most,
+                "max_weight": most,
             }
             changes |= pack_thumbnails(weights, most)
         if self.drawn_key != (*pictures, s["head"]):

@@ -314,7 +314,7 @@ KEPT_ATTRIBUTES = {
     "stop_button",
     "bar",
     "note",
-    "seen",
+    "last_progress",
 }
 
 

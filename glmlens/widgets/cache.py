@@ -175,7 +175,7 @@ class CacheInspector(GenerationsExplorer):
 
     def update_ranges(self, places: Mapping[str, Any]) -> None:
         if self.original_timeline is not None and places["step"] in range(len(self.original_timeline.steps)):
-            self.places["position"].max = self.original_timeline.steps[places["step"]].before - 1
+            self.places["position"].max = self.original_timeline.steps[places["step"]].past_entries - 1
 
     def positions_per_cell(self) -> int:
         """How many positions are drawn as one cell."""

@@ -89,12 +89,12 @@ function render({ model, el }) {
   const shown = () => (over === null || get("locked") ? get("head") : over);
   /** The best that is here of the head that is drawn. */
   function source() {
-    const whole = shown() === get("cells_of") && get("side") > 0;
-    const side = whole ? get("side") : get("thumb_side"), block = whole ? get("block") : get("thumb_block");
-    return { whole, side, block, cells: bytes(get(whole ? "cells" : "thumbs")),
+    const whole = shown() === get("cells_head") && get("side") > 0;
+    const side = whole ? get("side") : get("thumbnail_side"), block = whole ? get("block") : get("thumbnail_block");
+    return { whole, side, block, cells: bytes(get(whole ? "cells" : "thumbnails")),
              start: whole ? 0 : shown() * row(side) };
   }
-  const scaled = (v) => (v / 255) * get("most");
+  const scaled = (v) => (v / 255) * get("max_weight");
 
   function build() {
     grid.replaceChildren();
@@ -121,7 +121,7 @@ function render({ model, el }) {
   }
 
   function thumbs() {
-    const side = get("thumb_side"), cells = bytes(get("thumbs")), palette = bytes(get("palette"));
+    const side = get("thumbnail_side"), cells = bytes(get("thumbnails")), palette = bytes(get("palette"));
     if (cells.length < figures.length * row(side)) return;
     figures.forEach((figure, h) => paint(figure.querySelector("canvas"), cells, h * row(side), side, palette));
   }
@@ -182,7 +182,7 @@ function render({ model, el }) {
   }
 
   function light() {
-    const i = hoveredToken >= 0 ? hoveredToken : get("query"), by = get("by");
+    const i = hoveredToken >= 0 ? hoveredToken : get("query"), by = get("shown_links");
     const back = new Map(i >= 0 && by !== "key" ? linked(i, 0) : []);
     const under = new Map(i >= 0 && by !== "query" ? linked(i, 1) : []);
     spans.forEach((span, j) => {
@@ -209,7 +209,7 @@ function render({ model, el }) {
       figure.classList.toggle("locked", h === get("head") && get("locked"));
       figure.setAttribute("aria-checked", h === get("head"));
     });
-    said.textContent = get("said");
+    said.textContent = get("description");
   }
 
   /** The query and key under the mouse. */
@@ -282,20 +282,20 @@ function render({ model, el }) {
     const any = (...names) => names.some((name) => changed.has(name));
     if (any("labels")) write();
     if (any("n_heads", "n_kv_heads", "labels")) build();
-    else if (any("thumbs", "palette")) thumbs();
+    else if (any("thumbnails", "palette")) thumbs();
     drawLarge();
     light();
     mark();
-    root.dataset.drawn = `${get("drawing")}`;
+    root.dataset.drawn = `${get("drawing_number")}`;
   };
   const soon = (name) => {
     if (!waiting.size) requestAnimationFrame(draw);
     waiting.add(name);
   };
-  for (const name of ["labels", "n_heads", "n_kv_heads", "thumbs", "palette", "cells", "top_at", "most", "head",
-    "locked", "query", "key", "by", "said", "drawing"])
+  for (const name of ["labels", "n_heads", "n_kv_heads", "thumbnails", "palette", "cells", "top_at", "max_weight", "head",
+    "locked", "query", "key", "shown_links", "description", "drawing_number"])
     model.on(`change:${name}`, () => soon(name));
-  model.on("change:drawing", answered);
+  model.on("change:drawing_number", answered);
   waiting = new Set(["labels"]);
   draw();
   return () => { clearTimeout(last); root.remove(); };

@@ -55,7 +55,7 @@ class HeadsWidget(PageWidget):
     def draw(self, **traits: Any) -> None:
         """Change all these at once; the page sets data-drawn to the number of the drawing when they are seen."""
         with self.hold_sync():
-            self.set_trait("drawing", self.drawing_number + 1)
+            self.set_trait("drawing_number", self.drawing_number + 1)
             for name, value in traits.items():
                 if getattr(self, name) != value:
                     self.set_trait(name, value)
@@ -70,13 +70,17 @@ def magnitude_palette() -> bytes:
 def pack_thumbnails(weights: Float[Tensor, "head query key"], most: float) -> dict[str, Any]:
     """The small pictures of all heads, each block with its largest weight."""
     small, block = max_pool_heads(weights, THUMBNAIL_BLOCKS)
-    return {"thumbs": pack_triangles(small, most), "thumb_side": small.shape[-1], "thumb_block": block}
+    return {
+        "thumbnails": pack_triangles(small, most),
+        "thumbnail_side": small.shape[-1],
+        "thumbnail_block": block,
+    }
 
 
 def pack_head(weights: Float[Tensor, "query key"], head: int, most: float) -> dict[str, Any]:
     """One head whole; where that is too much, in blocks, and the strongest links of every token."""
     large, block = max_pool_heads(weights[None], HEAD_BLOCKS)
-    found = {"cells": pack_triangles(large, most), "side": large.shape[-1], "block": block, "cells_of": head}
+    found = {"cells": pack_triangles(large, most), "side": large.shape[-1], "block": block, "cells_head": head}
     return found | (pack_links(weights, most) if block > 1 else {"top_at": b"", "top_weights": b"", "top_k": 0})
 
 

@@ -190,7 +190,7 @@ class PatchExplorer(Explorer):
         if name != "example" or self.quiet:
             super().on_place_change(name, value)
             return
-        self.wanted |= self.example_texts(value)
+        self.pending_inputs |= self.example_texts(value)
         self._state["example"] = value
         self.start()  # of its own, so that it can be stopped
 

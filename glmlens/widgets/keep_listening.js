@@ -3,7 +3,7 @@
 // other widgets, and asks the kernel for what it missed.
 
 async function hear(model) {
-  const whole = await model.widget_manager.get_model(model.get("own")).catch(() => null);
+  const whole = await model.widget_manager.get_model(model.get("page_id")).catch(() => null);
   if (!whole) return; // it has been closed since
   const probe = { content: { data: { method: "custom", content: null } }, buffers: [] };
   whole._handle_comm_msg(probe).catch(() => {
