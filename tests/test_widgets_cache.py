@@ -107,22 +107,22 @@ def test_a_click_selects_an_entry_and_a_head_its_readers(inspector):
 
 
 @pytest.mark.parametrize(
-    ("what", "operation"),
+    ("what", "label", "operation"),
     [
-        ("zero", cache.ablate(layer=2, kv=1, position=5)),
-        ("scale value", cache.edit(values=lambda x, at, layer: 3 * x, layer=2, kv=1, position=5)),
-        ("scale key", cache.edit(keys=lambda x, at, layer: 3 * x, layer=2, kv=1, position=5)),
-        ("drop everywhere", cache.evict(position=5)),
+        ("zero", "zero value", cache.ablate(layer=2, kv=1, position=5)),
+        ("scale value", "scale value", cache.edit(values=lambda x, at, layer: 3 * x, layer=2, kv=1, position=5)),
+        ("scale key", "scale key", cache.edit(keys=lambda x, at, layer: 3 * x, layer=2, kv=1, position=5)),
+        ("drop everywhere", "evict in all layers", cache.evict(position=5)),
     ],
 )
-def test_an_altered_entry_is_a_rerun_with_the_operation(inspector, line, what, operation):
+def test_an_altered_entry_is_a_rerun_with_the_operation(inspector, line, what, label, operation):
     inspector.select(step=2, layer=2, kv=1, position=5)
     inspector.alter(what, 3.0)
     wanted = line.rerun(2, at={2: operation})
     assert inspector.changed_timeline.tokens == wanted.tokens
     assert np.allclose(inspector.changed_timeline.logits, wanted.logits, atol=1e-4)
     assert inspector.state["change"] == (what, 2, 2, 1, 5, 3.0)
-    assert inspector.inputs["change"].value.startswith(f"change: {what} ")
+    assert inspector.inputs["change"].value.startswith(f"change: {label}: position 5")
 
 
 @pytest.mark.parametrize("step", [0, 2])
@@ -143,12 +143,12 @@ def test_both_texts_stand_side_by_side_and_undo_takes_the_change_back(inspector)
     inspector.generate_button.click()
     inspector.worker.join(60)
     assert said(inspector) == ""
-    assert "Parting at step 0" in inspector.columns_html.value
+    assert "at step 0: &#x27;·Mary&#x27;" in inspector.columns_html.value
     assert "·Mary" in inspector.columns_html.value
     assert "·Bob" in inspector.columns_html.value
     inspector.select(step=0, layer=1, kv=0, position=9)
     inspector.alter("scale value", 1.0)
-    assert "both the same" in inspector.columns_html.value
+    assert "no divergence: one is a prefix of the other" in inspector.columns_html.value
     inspector.undo_button.click()
     inspector.worker.join(60)
     assert inspector.changed_timeline is None

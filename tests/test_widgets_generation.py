@@ -71,7 +71,7 @@ def test_a_branch_is_a_rerun_with_another_token(demo, generation, line):
     assert generation.inputs["branch"].value == "branch: ·and at step 1"
     generation.select(run="branch", layer=3)
     assert np.allclose(drawn(generation.lens_chart)[-1], wanted.logits.softmax(-1).amax(-1), atol=1e-4)
-    assert "Parting at step 1: &#x27;.&#x27;" in generation.columns_html.value
+    assert "at step 1: &#x27;.&#x27;" in generation.columns_html.value
 
 
 def test_a_branch_at_the_last_step_is_only_that_token(demo, generation, line):
@@ -95,7 +95,7 @@ def test_a_branch_has_no_branches(generation):
     generation.select(run="branch", step=3)
     click_bar(generation.tokens_chart, 1)
     generation.worker.join(60)
-    assert "goes off the generation as it went" in said(generation)
+    assert "branch from the original run" in said(generation)
     assert generation.state["branch"][0] == 1
 
 
