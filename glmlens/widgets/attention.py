@@ -65,7 +65,11 @@ class AttentionExplorer(Explorer):
             "query": W.IntSlider(-1, -1, 0, description="query"),
             "key": W.IntSlider(-1, -1, 0, description="key"),
             "by": W.ToggleButtons(
-                options=LINK_OPTIONS, value="both", description="highlight", style={"button_width": "auto"}
+                options=LINK_OPTIONS,
+                value="both",
+                description="highlight",
+                style={"button_width": "auto"},
+                layout={"width": "max-content"},
             ),
             "by_value": W.Checkbox(False, description="weight by value norm", indent=False, layout={"width": "auto"}),
         }
