@@ -35,8 +35,10 @@ def views():
     group = lens.cfg.n_heads // kv
     norms = acts["kv.v", 2][0, :, 3 // group].norm(dim=-1)
     yield (
-        "attention_by_value",
-        plot.attention_pattern(pattern[3], labels, value_norms=norms, title="Head 2.3 by value", about=of),
+        "attention_by_value_norm",
+        plot.attention_pattern(
+            pattern[3], labels, value_norms=norms, title="Head 2.3 weighted by value norm", about=of
+        ),
     )
     yield (
         "attention_heads",
@@ -115,12 +117,12 @@ def caches(lens):
     yield "cache_values", plot.cache_norms(kv, lens.to_labels(PROMPT), of="values")
     reads = analysis.cache_reads(lens, PROMPT, " Mary", " John")
     for show in ("attention", "weighted", "direct"):
-        yield f"who_reads_{show}", plot.cache_reads(reads, show)
-    yield "who_reads_layer", plot.cache_reads(reads, "direct", layer=3)
+        yield f"cache_reads_{show}", plot.cache_reads(reads, show)
+    yield "cache_reads_layer", plot.cache_reads(reads, "direct", layer=3)
     left = analysis.leave_one_out(lens, PROMPT)
-    yield "left_out_kl", plot.leave_one_out(left)
-    yield "left_out_logit", plot.leave_one_out(left, "logit")
-    yield "left_out_position", plot.leave_one_out(analysis.leave_one_out(lens, PROMPT, by="position"), "logit")
+    yield "leave_one_out_kl", plot.leave_one_out(left)
+    yield "leave_one_out_logit", plot.leave_one_out(left, "logit")
+    yield "leave_one_out_position", plot.leave_one_out(analysis.leave_one_out(lens, PROMPT, by="position"), "logit")
     two = {by: analysis.eviction_curve(lens, PROMPT, by=by) for by in ("position", "entry")}
     yield "eviction", plot.eviction(two)
     yield "eviction_of_one", plot.eviction(two["entry"])
@@ -130,10 +132,10 @@ def others(lens, acts, labels):
     yield "generation", plot.generation(timeline.record_timeline(lens, PROMPT, 10))
     norms = acts["resid_post"][:, 0].norm(dim=-1)
     named = {"layer": [str(i) for i in range(len(norms))], "pos": labels}
-    yield "lines", plot.lines(norms, named, axes=("layer", "pos"), what="length", title="Length by layer")
-    yield "bars", plot.bars(norms[-1] - norms[-2], {"part": labels}, what="change of length", title="The last layer")
+    yield "lines", plot.lines(norms, named, axes=("layer", "pos"), what="norm", title="Norm by layer")
+    yield "bars", plot.bars(norms[-1] - norms[-2], {"part": labels}, what="change of norm", title="The last layer")
     change = norms[-1] - norms[-1].mean()
-    yield "tokens", plot.tokens(change, labels, what="length less the mean", title="Coloured tokens")
+    yield "tokens", plot.tokens(change, labels, what="norm minus the mean", title="Coloured tokens")
     n, every = len(HOSTILE), " ".join(HOSTILE)
     named = {"row": HOSTILE, "column": HOSTILE}
     yield "hostile_heatmap", plot.heatmap(np.eye(n), named, what="<b>", title=every, subtitle=HOSTILE[0])
@@ -162,7 +164,7 @@ explorer = CacheInspector(lens, PROMPT)
 explorer.select(position=3)
 explorer.alter("drop everywhere")
 explorer.select(layer=2, kv=2, position=12)""",
-    "explorer_cache_left_out": """
+    "explorer_cache_leave_one_out": """
 explorer = CacheInspector(lens, PROMPT)
 explorer.select(step=5, layer=2, kv=2, position=17, by="logit")""",
     "explorer_rotary": """

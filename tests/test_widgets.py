@@ -72,8 +72,8 @@ class Counting(Explorer):
         return go.Figure()
 
 
-def said(explorer):
-    """What stands under the views."""
+def output_text(explorer):
+    """The text under the charts."""
     return "".join(o["text"] if o["output_type"] == "stream" else o["evalue"] for o in explorer.output.outputs)
 
 
@@ -120,11 +120,11 @@ def test_a_state_can_be_asked_again(demo, attention):
 def test_what_a_callback_prints_and_raises_appears_under_the_views():
     explorer = Counting()
     explorer.places["place"].value = 7
-    assert "seven" in said(explorer)
-    assert "not seven" in said(explorer)
+    assert "seven" in output_text(explorer)
+    assert "not seven" in output_text(explorer)
     assert explorer.state["place"] == explorer.places["place"].value == 0
     explorer.places["place"].value = 6
-    assert said(explorer) == ""
+    assert output_text(explorer) == ""
     explorer.close()
 
 
@@ -153,7 +153,7 @@ def test_the_run_button_works_beside_and_is_off_while_it_does(capsys):
     explorer.go.set()
     explorer.worker.join(20)
     assert explorer.counted == [0, 1, 2]
-    assert said(explorer) == "counted 0\ncounted 1\ncounted 2\n"
+    assert output_text(explorer) == "counted 0\ncounted 1\ncounted 2\n"
     assert capsys.readouterr().out == "elsewhere\n"
     assert not explorer.run_button.disabled
     assert explorer.stop_button.disabled
@@ -172,7 +172,7 @@ def test_stop_ends_the_work_at_its_next_slice_and_keeps_what_was_there():
     explorer.worker.join(20)
     assert explorer.counted == [0, 1]
     assert explorer.state["n"] == 2
-    assert said(explorer).endswith("stopped\n")
+    assert output_text(explorer).endswith("stopped\n")
     assert not explorer.run_button.disabled
     explorer.close()
 
@@ -182,7 +182,7 @@ def test_work_that_goes_wrong_says_so_under_the_views():
     explorer.inputs["n"].value = -1
     explorer.run_button.click()
     explorer.worker.join(20)
-    assert "below zero" in said(explorer)
+    assert "below zero" in output_text(explorer)
     assert any(o["output_type"] == "error" for o in explorer.output.outputs)
     explorer.close()
 
@@ -271,7 +271,7 @@ def test_a_wish_from_the_page_is_a_select(attention):
     assert (attention.state["head"], attention.state["locked"]) == (4, True)
     assert (attention.heads.head, attention.heads.locked) == (4, True)
     attention.heads._handle_custom_msg({"select": {"head": 99}}, [])
-    assert "head 99" in said(attention)
+    assert "head 99" in output_text(attention)
 
 
 def test_a_new_prompt_is_read_and_the_place_stays_where_it_can(attention):
@@ -279,7 +279,7 @@ def test_a_new_prompt_is_read_and_the_place_stays_where_it_can(attention):
     attention.inputs["prompt"].value = "the cat sat"
     attention.run_button.click()
     attention.worker.join(60)
-    assert said(attention) == ""
+    assert output_text(attention) == ""
     last = len(attention.heads.labels) - 1
     assert attention.state == attention.state | {"prompt": "the cat sat", "layer": 2, "query": last, "key": 3}
     assert attention.places["query"].max == last
@@ -366,7 +366,7 @@ def test_prompts_of_another_length_are_refused_under_the_views(patching):
     patching.inputs["corrupt"].value = "a b"
     patching.run_button.click()
     patching.worker.join(60)
-    assert "tokens" in said(patching)
+    assert "tokens" in output_text(patching)
     assert patching.state["corrupt"] != "a b"
 
 
@@ -395,7 +395,7 @@ def test_a_metric_of_ones_own_is_called_and_what_it_prints_is_seen(demo):
     explorer.inputs["metric"].value = "mine"
     explorer.run_button.click()
     explorer.worker.join(60)
-    assert "measured" in said(explorer)
+    assert "measured" in output_text(explorer)
     assert explorer.state["metric"] == "mine"
     assert np.allclose(explorer.result.sweep.clean, float(demo("Mary likes")[0, -1, 5]), atol=1e-4)
     explorer.close()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from hostile import HOSTILE
-from test_widgets import PROMPT, click, said
+from test_widgets import PROMPT, click, output_text
 
 import glmlens
 from glmlens import analysis, cache, timeline
@@ -92,7 +92,7 @@ def test_a_slider_asks_for_what_is_lost_in_the_background(inspector):
     inspector.select(by="logit")
     inspector.places["step"].value = 1
     inspector.worker.join(60)
-    assert said(inspector) == ""
+    assert output_text(inspector) == ""
     assert sorted(inspector.losses) == [0, 1]
     assert np.isfinite(drawn(inspector.entries_chart)).all()
 
@@ -142,7 +142,7 @@ def test_both_texts_stand_side_by_side_and_undo_takes_the_change_back(inspector)
     inspector.change_box.value = "drop everywhere"
     inspector.generate_button.click()
     inspector.worker.join(60)
-    assert said(inspector) == ""
+    assert output_text(inspector) == ""
     assert "at step 0: &#x27;·Mary&#x27;" in inspector.columns_html.value
     assert "·Mary" in inspector.columns_html.value
     assert "·Bob" in inspector.columns_html.value
@@ -189,7 +189,7 @@ def test_what_cannot_be_changed_is_said_under_the_views(inspector, monkeypatch):
     inspector.change_box.value = "drop everywhere"
     inspector.generate_button.click()
     inspector.worker.join(60)
-    assert "nothing of this can be dropped" in said(inspector)
+    assert "nothing of this can be dropped" in output_text(inspector)
     assert inspector.state["change"] is None
     inspector.run()
     assert inspector.changed_timeline is None
@@ -206,7 +206,7 @@ def test_another_prompt_is_without_the_change(inspector):
     inspector.run_button.click()
     inspector.worker.join(60)
     assert inspector.state["change"] is None
-    assert said(inspector) == ""
+    assert output_text(inspector) == ""
 
 
 def test_a_long_generation_can_be_stopped_and_keeps_what_was_there(inspector):
@@ -214,7 +214,7 @@ def test_a_long_generation_can_be_stopped_and_keeps_what_was_there(inspector):
     inspector.run_button.click()
     inspector.stop_button.click()
     inspector.worker.join(60)
-    assert "stopped" in said(inspector)
+    assert "stopped" in output_text(inspector)
     assert len(inspector.original_timeline.tokens) == 6
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from hostile import HOSTILE
-from test_widgets import PROMPT, click, said
+from test_widgets import PROMPT, click, output_text
 
 import glmlens
 from glmlens import timeline
@@ -85,7 +85,7 @@ def test_a_click_selects_a_step_and_one_on_a_bar_goes_on_with_its_token(generati
     second = int(generation.runs["first"][1].ids[3, 2, 1])
     click_bar(generation.tokens_chart, 1)
     generation.worker.join(60)
-    assert said(generation) == ""
+    assert output_text(generation) == ""
     assert generation.state["branch"] == (2, second)
     assert generation.changed_timeline.tokens[2] == second
 
@@ -95,7 +95,7 @@ def test_a_branch_has_no_branches(generation):
     generation.select(run="branch", step=3)
     click_bar(generation.tokens_chart, 1)
     generation.worker.join(60)
-    assert "branch from the original run" in said(generation)
+    assert "branch from the original run" in output_text(generation)
     assert generation.state["branch"][0] == 1
 
 
@@ -106,7 +106,7 @@ def test_a_token_is_typed_or_taken_from_those_shown(demo, generation):
         generation.token_box.value = typed
         generation.branch_button.click()
         generation.worker.join(60)
-        assert said(generation) == ""
+        assert output_text(generation) == ""
         assert generation.changed_timeline.tokens[1] == wanted
     generation.undo_button.click()
     generation.worker.join(60)
@@ -117,7 +117,7 @@ def test_what_is_not_one_token_is_said_under_the_views(generation):
     generation.token_box.value = "two words"
     generation.branch_button.click()
     generation.worker.join(60)
-    assert "two words" in said(generation)
+    assert "two words" in output_text(generation)
     with pytest.raises(ValueError, match="this model has 0 to 1109"):
         generation.branch(5000)
     with pytest.raises(ValueError, match="there is no branch"):

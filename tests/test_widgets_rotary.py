@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import small_lens
 from hostile import HOSTILE
-from test_widgets import PROMPT, click, said
+from test_widgets import PROMPT, click, output_text
 
 import glmlens
 from glmlens import analysis
@@ -91,7 +91,7 @@ def test_buttons_turn_pairs_on_and_off(rotary):
     assert rotary.state["pairs"] == tuple(range(8))
     rotary.select(pairs=(5,))
     assert [button.value for button in pairs.buttons] == [i == 5 for i in range(8)]
-    assert said(rotary) == ""
+    assert output_text(rotary) == ""
 
 
 def test_a_button_names_its_pair_as_the_parts_of_a_score_do(rotary, parts):
@@ -103,7 +103,7 @@ def test_a_query_takes_its_key_along_and_a_later_key_is_refused(rotary):
     rotary.places["query"].value = 2
     assert (rotary.state["key"], rotary.state["distance"]) == (2, 0)
     rotary.places["key"].value = 8
-    assert "key 8 comes after query 2" in said(rotary)
+    assert "key 8 comes after query 2" in output_text(rotary)
     assert rotary.places["key"].value == 2
     with pytest.raises(ValueError, match=r"pairs 9 asked for; there are 8, 0 to 7"):
         rotary.select(pairs=(0, 9))
@@ -114,7 +114,7 @@ def test_another_prompt_is_read(rotary):
     rotary.inputs["prompt"].value = "the cat sat"
     rotary.run_button.click()
     rotary.worker.join(60)
-    assert said(rotary) == ""
+    assert output_text(rotary) == ""
     assert drawn(rotary.pattern_chart).shape[0] == rotary.places["query"].max + 1 == rotary.state["query"] + 1
     with pytest.raises(ValueError, match="one prompt"):
         rotary.run(prompt=["a", "b"])

@@ -98,12 +98,14 @@ class AttentionExplorer(Explorer):
         return PromptRecording(labels, [acts["resid_pre", i] for i in range(n)])
 
     def show(self, result: PromptRecording | None = None) -> None:
+        """Send what changed to the page: the selection always, pictures only if they differ from those there."""
         if result is not None:
             self.recording = result
             self.layer = NO_LAYER
             self.drawn_key = ()
             last = len(result.labels) - 1
             self.places["query"].max = self.places["key"].max = last
+            # Keep query and key where the new prompt has them.
             self._state |= {name: min(self._state[name], last) for name in ("query", "key")}
         if self.layer.index != self._state["layer"]:
             self.layer = self.compute_layer(self._state["layer"])
@@ -140,6 +142,7 @@ class AttentionExplorer(Explorer):
         at = torch.arange(residual.shape[1], device=lens.device)[None]
         pattern = layer_pattern(acts, index, at, at)[0].float()
         norms = acts[f"blocks.{index}.kv.v"][0].float().norm(dim=-1).T
+        # A KV head's values are read by each query head of its group.
         return LayerAttention(index, pattern, norms.repeat_interleave(lens.cfg.n_heads // lens.cfg.n_kv_heads, 0))
 
     def describe_selection(self) -> str:

@@ -153,7 +153,7 @@ class Explorer(W.VBox):
             self.end_work()
 
     def run_first(self) -> None:
-        """Run as soon as it is made; what goes wrong leaves nothing behind."""
+        """Run at the end of a constructor; close the explorer if that fails, so that no widget stays behind."""
         try:
             self.run()
         except BaseException:
@@ -292,9 +292,9 @@ class Explorer(W.VBox):
                 return
             last = self.output.outputs[-1] if self.output.outputs else {}
             before = last["text"] if last.get("name") == name else ""  # one output per stretch of one stream
-            kept = self.output.outputs[:-1] if before else self.output.outputs
+            earlier = self.output.outputs[:-1] if before else self.output.outputs
             self.output.outputs = (
-                *kept,
+                *earlier,
                 {"output_type": "stream", "name": name, "text": before + replace_surrogates(text)},
             )
 
@@ -358,17 +358,17 @@ def prompt_box(prompt: Prompt) -> W.Textarea:
 
 def collect_widgets(widget: W.Widget) -> list[W.Widget]:
     """Return a widget and all widgets inside it, outermost first, their layouts and styles included."""
-    found: dict[int, W.Widget] = {}
+    collected: dict[int, W.Widget] = {}  # by id: a layout or style can be shared
     todo = [widget]
     while todo:
         one = todo.pop()
-        if id(one) in found:
+        if id(one) in collected:
             continue
-        found[id(one)] = one
+        collected[id(one)] = one
         for name in one.trait_names():
             value = getattr(one, name, None)
             todo += [x for x in (value if isinstance(value, list | tuple) else [value]) if isinstance(x, W.Widget)]
-    return list(found.values())
+    return list(collected.values())
 
 
 def check_control_value(control: Any, name: str, value: Any) -> Any:

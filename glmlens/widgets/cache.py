@@ -22,7 +22,7 @@ from glmlens.widgets.base import ROW_LAYOUT
 from glmlens.widgets.chart import Chart, block_size
 from glmlens.widgets.generations import GenerationsExplorer
 
-READ_UNITS = {"attention": "attention", "weighted": "norm of weighted value", "direct": "logits"}
+READ_UNITS = {"attention": "attention", "weighted": "weighted value norm", "direct": "logits"}
 LOSS_UNITS = {"kl": "nats", "logit": "logits"}
 COLOR_OPTIONS = {
     "key norm": "keys", "value norm": "values", "attention": "attention", "weighted value norm": "weighted",
@@ -71,7 +71,9 @@ class CacheInspector(GenerationsExplorer):
         )
         self.factor_box = W.FloatText(0.5, description="factor", layout={"width": "160px"})
         self.generate_button = W.Button(
-            description="Apply and generate", tooltip="edit the selected entry and generate from this step"
+            description="Apply and generate",
+            tooltip="edit the selected entry and generate from this step",
+            layout={"width": "auto"},
         )
         self.undo_button = W.Button(description="Undo", tooltip="remove the edit")
         self.losses: dict[int, StepLosses] = {}
@@ -124,7 +126,9 @@ class CacheInspector(GenerationsExplorer):
     # ---- compute ----
 
     def compute(self, inputs: Mapping[str, Any]) -> CacheResult:
+        """Run the generation, its rerun with the change, and the leave-one-out effects if they are shown."""
         line, change = self.run_original(inputs), inputs["change"]
+        # Effects of the same generation are kept: only those of this step may be missing.
         lost = dict(self.losses) if line is self.original_timeline else {}
         other = None if change is None else self.run_change(line, change, inputs["length"])
         step = min(self._state["step"], len(line.steps) - 1)
@@ -159,6 +163,7 @@ class CacheInspector(GenerationsExplorer):
     # ---- draw ----
 
     def show(self, result: CacheResult | None = None) -> None:
+        """Draw the cache, the reads of the selected position, its numbers, and the text of both runs."""
         if result is not None:
             self.losses = dict(result.losses)
             self.reads = None
@@ -175,7 +180,7 @@ class CacheInspector(GenerationsExplorer):
             token = self.original_timeline.steps[s["step"]].token
             self.reads = s["step"], cache_reads(self.lens, self.original_timeline.restore_state(s["step"]), token)
         self.entries_chart.draw(self.figure(), (s["layer"], s["position"] // self.positions_per_cell()))
-        group = self.lens.cfg.n_groups
+        group = self.lens.cfg.n_groups  # query heads per KV head
         self.heads_chart.draw(self.heads_figure(), (s["layer"], (s["kv"] * group, (s["kv"] + 1) * group - 1)))
         self.text_lines.show_lines(*self.describe_entry())
         self.show_texts("original", "with edit")

@@ -67,7 +67,12 @@ class GenerationExplorer(GenerationsExplorer):
             "step": W.IntSlider(0, 0, 0, description="step"),
             "layer": W.IntSlider(last, 0, last, description="layer"),
             "run": W.ToggleButtons(options=[("original", "first"), ("branch", "branch")], style=style),
-            "by": W.ToggleButtons(options=[("most probable token", "top"), ("chosen token", "chosen")], style=style),
+            "by": W.ToggleButtons(
+                options=[("most probable token", "top"), ("chosen token", "chosen")],
+                description="colour by",
+                style=style,
+                layout={"width": "max-content"},
+            ),
         }
         self.lens_chart, self.tokens_chart = Chart(self.on_lens_click), Chart(self.on_token_click)
         self.runs: Mapping[str, tuple[Timeline, LayerPredictions]] = {}
@@ -117,6 +122,7 @@ class GenerationExplorer(GenerationsExplorer):
     def token_of_label(self, text: str) -> int:
         """Return the id of a token by its label, if it is one of those offered, or else by its text."""
         _, readings = self.selected_run()
+        # Different tokens can have one label, and a label is not always the text: look among those shown first.
         ids = readings.ids[self._state["layer"], self._state["step"]].tolist()
         labels = [page_label(self.lens, i) for i in ids]
         return ids[labels.index(text)] if text in labels else self.to_token_id(text)
@@ -124,6 +130,7 @@ class GenerationExplorer(GenerationsExplorer):
     # ---- compute ----
 
     def compute(self, inputs: Mapping[str, Any]) -> BranchResult:
+        """Run the original generation, unless its inputs are unchanged, and the branch."""
         line, branch = self.run_original(inputs), inputs["branch"]
         known = self.runs.get("first")
         runs = {"first": known if known is not None and known[0] is line else (line, self.predict_by_layer(line))}
@@ -153,6 +160,7 @@ class GenerationExplorer(GenerationsExplorer):
     # ---- draw ----
 
     def show(self, result: BranchResult | None = None) -> None:
+        """Draw the logit lens, the top tokens, the numbers of the step, and the text of both runs."""
         s = self._state
         if result is not None:
             self.runs = result.runs

@@ -93,7 +93,7 @@ class GenerationsExplorer(Explorer):
 
     def extend_timeline(self, line: Timeline, length: int) -> Timeline:
         """Continue a run to `length` tokens, a slice at a time; it ends earlier at an end token."""
-        while len(line.steps) == line.max_new_tokens < length:
+        while len(line.steps) == line.max_new_tokens < length:  # fewer steps than allowed: it has ended
             self.report_progress(len(line.steps), length, "tokens")
             line = line.rerun(len(line.steps) - 1, max_new_tokens=min(line.max_new_tokens + STEPS_PER_SLICE, length))
         self.report_progress(length, length, "tokens")

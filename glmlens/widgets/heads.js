@@ -164,24 +164,24 @@ function render({ model, el }) {
 
   /** Keys that token i attends to (which 0) or queries attending to it (which 1): [token, weight from 0 to 255]. */
   function linked(i, which) {
-    const s = source(), n = get("labels").length, found = [];
+    const s = source(), n = get("labels").length, links = [];
     const k = get("top_k");
     if (s.full && s.block > 1 && k) {
       const at = new Uint32Array(bytes(get("top_at")).slice().buffer), weights = bytes(get("top_weights"));
       for (let j = 0; j < k; j++) {
         const from = (which * n + i) * k + j;
-        if (weights[from]) found.push([at[from], weights[from]]);
+        if (weights[from]) links.push([at[from], weights[from]]);
       }
-      return found;
+      return links;
     }
     const own = Math.floor(i / s.block);
     for (let j = 0; j < n; j++) {
       const other = Math.floor(j / s.block), [q, key] = which ? [other, own] : [own, other];
       if ((which ? j < i : j > i) || key > q) continue;
       const weight = s.cells[s.start + row(q) + key];
-      if (weight) found.push([j, weight]);
+      if (weight) links.push([j, weight]);
     }
-    return found;
+    return links;
   }
 
   function highlight() {
@@ -263,8 +263,8 @@ function render({ model, el }) {
   function beside(head, way) {
     const places = figures.map((figure) => figure.getBoundingClientRect()), here = places[head];
     const far = (box) => Math.abs(box.top - here.top) * 3 + Math.abs(box.left - here.left);
-    const there = places.map((_, h) => h).filter((h) => way * (places[h].top - here.top) > 4);
-    return there.length ? there.reduce((a, b) => (far(places[b]) < far(places[a]) ? b : a)) : head;
+    const beyond = places.map((_, h) => h).filter((h) => way * (places[h].top - here.top) > 4);
+    return beyond.length ? beyond.reduce((a, b) => (far(places[b]) < far(places[a]) ? b : a)) : head;
   }
   keys(canvas, (key, x, y) => {
     if (key === "Escape") return go({ query: -1, key: -1 }), true;

@@ -163,17 +163,19 @@ class PatchExplorer(Explorer):
         """Return the metric, reporting progress at every call: how a sweep is followed and stopped."""
         done = 0
 
-        def of(logits: Tensor, example: Tensor) -> Tensor:
+        def measure(logits: Tensor, example: Tensor) -> Tensor:
             nonlocal done
+            # Two plain runs are measured too, so more rows come than there are cells.
             self.report_progress(min(done, total), total, "cells")
             done += len(logits)
             return metric.of(logits, example)
 
-        return replace(metric, of=of)
+        return replace(metric, of=measure)
 
     def run_prompt(self, tokens: tuple[int, ...], change: Intervention | None = None) -> RunOutputs:
         """Run these tokens, with an intervention or without."""
         lens, n = self.lens, len(tokens)
+        # `end` is the position name that a site may use for the last token.
         hooks = [] if change is None else AppliedInterventions.compile(lens, [change], n, {"end": n - 1}).hooks
         row = torch.tensor([tokens], device=lens.device)
         logits, acts = lens.run_with_cache(row, pattern_points(lens), hooks, attention_mask=torch.ones_like(row))
@@ -188,6 +190,7 @@ class PatchExplorer(Explorer):
         Another example is run; a cell given with it is a cell of its grid. Raises ValueError for a value out of range.
         """
         before = self._state.get("example")
+        # Select row and column after the run: the grid of the other example may be larger.
         later = ("row", "column") if places.get("example", before) != before else ()
         cell = {name: places.pop(name) for name in later if name in places}
         super().select(**places)
@@ -205,12 +208,12 @@ class PatchExplorer(Explorer):
         self.start()  # in a thread, so that the Stop button works
 
     def show(self, result: PatchResult | None = None) -> None:
+        """Draw the grid and the details of the selected cell; after a run, select the cell of largest effect."""
         if result is not None:
             self.result = result
             self.changed_run = None
             for name, size in zip(("row", "column"), result.sweep.shape, strict=True):
                 self.places[name].max = size - 1
-            # Select the cell of largest effect.
             best = np.nanargmax(np.abs(np.nan_to_num(result.sweep.values)))
             self._state |= dict(
                 zip(("row", "column"), map(int, np.unravel_index(best, result.sweep.shape)), strict=True)
@@ -218,12 +221,12 @@ class PatchExplorer(Explorer):
         if self.result is None:
             return
         cell = self._state["row"], self._state["column"]
-        if self.changed_run is None or self.changed_run[0] != cell:
+        if self.changed_run is None or self.changed_run[0] != cell:  # run the cell once per selection
             self.changed_run = cell, self.run_prompt(self.result.base, self.result.intervention_at(*cell))
         if result is not None:
             self.grid_chart.draw(self.grid_figure(), cell)
         else:
-            self.grid_chart.mark(cell)
+            self.grid_chart.mark(cell)  # the grid is the same: move the frame alone
         self.detail_chart.draw(self.detail_figure())
 
     def grid_figure(self) -> go.Figure:

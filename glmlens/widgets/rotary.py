@@ -153,6 +153,7 @@ class RotaryExplorer(Explorer):
         super().select(**places)
 
     def show(self, result: PromptProfile | None = None) -> None:
+        """Draw the pattern, the waves, and the numbers of the selection; after a run, select the last query."""
         s = self._state
         if result is not None:
             self.profile = result
@@ -198,6 +199,7 @@ class RotaryExplorer(Explorer):
         parts = self.compute_score_parts().part.values
         visible = ~np.isnan(parts[..., 0])
         scores = np.where(visible, np.nan_to_num(parts[..., self.selected_parts()]).sum(-1), -np.inf)
+        # Softmax over the keys that are visible; the maximum is subtracted against overflow.
         exps = np.exp(scores - scores.max(1, keepdims=True))
         return np.where(visible, exps / exps.sum(1, keepdims=True), np.nan)
 
@@ -236,6 +238,7 @@ class RotaryExplorer(Explorer):
         """Return the score at every distance, and its largest waves, as a figure."""
         s, waves = self._state, self.compute_waves()
         total = waves.sum(s["pairs"], s["content"])
+        # The largest waves, in the order of their pairs.
         largest = sorted(np.argsort(-np.abs(waves.pair_waves).max(1), kind="stable")[:MAX_WAVES].tolist())
         tips = [button.description for button in self.places["pairs"].buttons]
         named = ["sum of selected", "unrotated channels", *(f"pair {tips[i]}" for i in largest)]
@@ -248,6 +251,7 @@ class RotaryExplorer(Explorer):
         figure = lines(data, axes=("part", "distance"), what="score", title=title, subtitle="", height=330)
         on = [True, s["content"], *(i in s["pairs"] for i in largest)]
         traces: Any = figure.data
+        # The sum is drawn thick, and parts that are off are drawn faint.
         for trace, lit, thick in zip(traces, on, [4, *[1.5] * (len(on) - 1)], strict=False):
             trace.update(mode="lines", opacity=1 if lit else FAINT_OPACITY, line_width=thick)
         ring = {"size": 15, "symbol": "circle-open", "color": GREY, "line": {"width": 3}}
