@@ -25,7 +25,7 @@ PATTERN_TITLES = {
 TARGET_TITLES = {
     "previous": "previous token",
     "duplicate": "earlier occurrence",
-    "induction": "token after earlier occurrence",
+    "induction": "token after an earlier occurrence",
 }
 CYCLIC_COLORS = [
     [0, "#2f1436"],

@@ -19,7 +19,7 @@ from glmlens.text.prompts import Prompt
 from glmlens.widgets.base import Explorer, prompt_box
 from glmlens.widgets.heads import HeadsWidget, pack_head, pack_thumbnails
 
-LINK_OPTIONS = [("both", "both"), ("keys it attends to", "query"), ("queries attending to it", "key")]
+LINK_OPTIONS = [("highlight both", "both"), ("keys it attends to", "query"), ("queries attending to it", "key")]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,9 +67,7 @@ class AttentionExplorer(Explorer):
             "by": W.ToggleButtons(
                 options=LINK_OPTIONS,
                 value="both",
-                description="highlight",
                 style={"button_width": "auto"},
-                layout={"width": "max-content"},
             ),
             "by_value": W.Checkbox(False, description="weight by value norm", indent=False, layout={"width": "auto"}),
         }

@@ -69,9 +69,7 @@ class GenerationExplorer(GenerationsExplorer):
             "run": W.ToggleButtons(options=[("original", "first"), ("branch", "branch")], style=style),
             "by": W.ToggleButtons(
                 options=[("most probable token", "top"), ("chosen token", "chosen")],
-                description="colour by",
                 style=style,
-                layout={"width": "max-content"},
             ),
         }
         self.lens_chart, self.tokens_chart = Chart(self.on_lens_click), Chart(self.on_token_click)
