@@ -120,7 +120,7 @@ class Browser:
         return done["result"].get("value")
 
     def wait(self, expression, seconds=PATIENCE):
-        """Wait until a JavaScript expression is true and return its value; the TimeoutError holds the text of the page."""
+        """Wait until a JavaScript expression is true, and return its value; TimeoutError shows the page."""
         end = time.monotonic() + seconds
         guarded = (
             f"(() => {{ try {{ const x = {expression}; return x instanceof Node || x }} catch {{ return null }} }})()"

@@ -20,7 +20,8 @@ def bars(
     result = as_labelled(data, ("part",), labels)
     top = read_integer(top, "top", least=1)
     names, values, note = keep_largest_bars(result.labels[result.axes[0]], result.values, top)
-    return draw_bars(names, values, what, metric_title(result), result.about, [note], look)
+    title = metric_title(result)
+    return draw_bars(names, values, what=what, title=title, about=result.about, notes=[note], look=look)
 
 
 def logit_attribution(
@@ -37,6 +38,7 @@ def logit_attribution(
     Of several prompts the mean is drawn, or one by `prompt`. The bars sum to the model's logit (or difference), less
     what the result leaves unexplained.
     """
+    # Sum over prompts would grow with their number: take the mean, or one of them.
     if "prompt" in result.axes:
         if prompt is None:
             result = result.mean()
@@ -55,7 +57,8 @@ def logit_attribution(
     total = float(np.ravel(result.total)[0 if prompt_of is None else result.place("prompt", prompt_of)])
     name = f"Direct logit attribution: {result.about.get('direction', 'the answer')}"
     about = {key: text for key, text in result.about.items() if key in ("prompt", "metric", "model")}
-    return draw_bars(names, to_float_array(numbers), "logits", name, about, [note, f"total {total:.3f} logits"], look)
+    notes = [note, f"total {total:.3f} logits"]
+    return draw_bars(names, to_float_array(numbers), what="logits", title=name, about=about, notes=notes, look=look)
 
 
 def to_plain_labelled(result: Labelled) -> Labelled:
@@ -80,6 +83,7 @@ def flatten_places(data: Labelled) -> tuple[list[str], np.ndarray]:
     """Return names and numbers of all places, in order: "0 attn", "head 3.1", "neuron 2.17", "key 5 ·the"."""
     words = {"sublayer": "", "layer": "layer ", "head": "head ", "mlp": "neuron ", "key": "key "}
     last = data.axes[-1]
+    # Build the names axis by axis, in the order in which ravel() goes through the values.
     names = [""]
     for axis in data.axes:
         labels = data.labels[axis]
@@ -102,12 +106,20 @@ def keep_largest_bars(names: Sequence[str], values: np.ndarray, top: int) -> tup
 
 
 def draw_bars(
-    names: Sequence[str], values: np.ndarray, what: str, title: str, about: Any, notes: Sequence[str], look: Look
+    names: Sequence[str],
+    values: np.ndarray,
+    *,
+    what: str,
+    title: str,
+    about: Any,
+    notes: Sequence[str],
+    look: Look,
 ) -> go.Figure:
     """Draw one horizontal bar per name, its number beside it."""
     known = values[np.isfinite(values)]
     low, high = float(known.min(initial=0)), float(known.max(initial=0))
     room = 0.1 * (high - low or 1.0)  # for the numbers beside the bars
+    # Two decimals up to a range of 100, and signs only where some bar is negative.
     form = "{:+.2f}" if high - low < 100 else "{:+,.0f}"
     form = form if low < 0 else form.replace("+", "")
     colors = [POSITIVE if value > 0 else NEGATIVE for value in values]

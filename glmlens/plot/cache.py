@@ -37,6 +37,7 @@ def cache_norms(
     stored = getattr(kv, of)[:, row, : kv.length]
     positions = kv.positions[row, : kv.length].tolist()
     norms = np.linalg.norm(to_float_array(stored).astype(np.float64).reshape(*stored.shape[:2], -1), axis=-1)
+    # Key and value of all KV heads: element size x heads x channels.
     bytes_each = 2 * stored.element_size() * stored.shape[2] * stored.shape[3]
     named = labels if labels is not None else {"pos": [str(p) if p >= 0 else "padding" for p in positions]}
     data = as_labelled(norms, ("layer", "pos"), named)
@@ -49,6 +50,7 @@ def cache_norms(
         np.full(data.shape, bytes_each),
     )
     what = f"norm of {of}"
+    # Pooled cells have no hover of their own.
     if max(data.shape) > max_cells:
         return draw_heatmap(
             data, what, False, max_cells=max_cells, look=look, name=f"Norm of cached {of}", notes=(note,)
@@ -92,7 +94,8 @@ def leave_one_out(result: Any, show: str = "kl", *, max_cells: int = MOST_CELLS,
     sheets = result.sheets()
     if show not in sheets:
         raise ValueError(f"show is {show!r}; this result has {', '.join(sheets)}")
-    data, what = sheets[show], {"kl": "nats", "logit": "logits"}[show]
+    data = sheets[show]
+    what = {"kl": "nats", "logit": "logits"}[show]
     name = f"Leave-one-out effect of each KV-cache entry: {data.about.get('metric', show)}"
     if data.axes == ("key",):
         data = Labelled(data.values, data.axes, data.labels, data.about)

@@ -32,6 +32,7 @@ def circuit(scores: Any, *, top: Integer = 20, **look: Unpack[Look]) -> go.Figur
     places = place_nodes({name for edge, _ in edges for name in edge})
     most = max(abs(score) for _, score in edges) or 1.0
     figure = go.Figure()
+    # Draw strong edges last, over the weak ones.
     for (writer, reader), score in sorted(edges, key=lambda edge: abs(edge[1])):
         figure.add_scatter(**edge_trace(places[writer], places[reader], score, most))
     graph = getattr(scores, "graph", None)
@@ -89,6 +90,7 @@ def place_nodes(names: set[str]) -> dict[str, tuple[float, int]]:
 def edge_trace(start: tuple[float, int], end: tuple[float, int], score: float, most: float) -> dict[str, Any]:
     """Return an edge as a curve, vertical at both ends."""
     (x0, y0), (x1, y1) = start, end
+    # Smoothstep: its derivative is zero at both ends.
     smooth = 3 * CURVE_STEPS**2 - 2 * CURVE_STEPS**3
     width = 1 + 6 * abs(score) / most
     color = POSITIVE if score > 0 else NEGATIVE

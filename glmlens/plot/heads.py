@@ -26,16 +26,18 @@ def attention_heads(
     groups = 1 if n_kv_heads is None else read_integer(n_kv_heads, "n_kv_heads", least=1)
     if n % groups:
         raise ValueError(f"{n} heads do not fall into {groups} groups")
+    # Tiles per row: few for few heads, and a whole number of rows per group.
     wide = 8 if n > 16 else 4
     columns = min(n // groups, wide) if groups > 1 else min(n, wide)
     per_group = -(-(n // groups) // columns)
     if groups > 1 and per_group == 1:
         columns *= max(1, min(groups, wide // columns))  # several small groups per row
-    # Pool k x k cells into one, so that a tile has 16 to 128 cells along an axis.
+    # Pool k x k cells into one, so that all tiles of a row have about CELLS_ACROSS cells along the width.
     k = -(-max(data.shape[1:]) // max(16, min(128, CELLS_ACROSS // columns)))
     tiles = np.stack([largest_by_block(head, k, k) for head in data.values])
     places = [tile_place(head, n // groups, per_group, columns) for head in range(n)]
-    rows, gaps = 1 + max(row for row, _ in places), (-(-tiles.shape[1] // 6), -(-tiles.shape[2] // 16))
+    rows = 1 + max(row for row, _ in places)
+    gaps = (-(-tiles.shape[1] // 6), -(-tiles.shape[2] // 16))
     board = TileBoard(tiles.shape[1:], gaps, (rows, columns))
     figure = go.Figure(board.draw_tiles(tiles, places))
     query, key = (label_blocks(data.labels[axis], k) for axis in data.axes[1:])
@@ -46,6 +48,7 @@ def attention_heads(
     for head, place in enumerate(places):
         group = f" · kv {head // (n // groups)}" if groups > 1 else ""
         y, x = board.corner(*place)
+        # The label stands in the gap above the tile.
         at = {"x": x - 0.5, "y": y - 0.5, "xanchor": "left", "yanchor": "bottom", "yshift": -2}
         figure.add_annotation(
             text=f"head {head}{group}",
@@ -55,6 +58,7 @@ def attention_heads(
         )
     counted = infinite_note(data.values)
     note = f"each cell shows the largest number of {k} x {k}: there are {length:,} queries" if k > 1 else ""
+    # Tiles are square: the figure is about 860 pixels wide, and a row has room for its label.
     tall = {"height": int(40 + rows * 1.17 * (860 / columns - 10))}
     return apply_style(figure, "Attention of all heads", data.about, (note, counted), **(tall | look))  # type: ignore[arg-type]
 

@@ -98,6 +98,7 @@ def draw_heatmap(
     set_ticks(
         figure, "y", data.labels[rows], rows, first_on_top=down, max_ticks=30, max_length=LABEL_LENGTHS.get(rows, 16)
     )
+    # 24 pixels a row within limits, and room for labels drawn at an angle.
     tall = {"height": max(150, min(24 * data.shape[0], 560)) + (110 if columns in STEEP_LABEL_AXES else 50)}
     known = {**({} if what == "value" else {"metric": what}), **data.about}
     return apply_style(figure, name or metric_title(data), known, (*notes, note), **(tall | (look or {})))  # type: ignore[arg-type]
@@ -132,6 +133,7 @@ def patch_grid(
     name = f"Effect of patching {data.about['site']}" if "site" in data.about else "Effect of patching"
     known = [(word, getattr(sweep, name, None)) for word, name in (("from", "low"), ("to", "high"), ("null", "floor"))]
     sheets = [(word, to_float_array(sheet.values)) for word, sheet in known if sheet is not None]
+    # A sweep over one pair has no interval: its sheets are all nan.
     sheets = [(word, values) for word, values in sheets if np.isfinite(values).any()]
     if not sheets or max(data.shape) > max_cells:
         return draw_heatmap(data, "effect", True, max_cells=max_cells, look=look, name=name)
@@ -160,6 +162,7 @@ def logit_lens(
         raise ValueError(
             f"show is {show!r}; this result has {', '.join(n for n in sheets if n not in ('token', 'word'))}"
         )
+    # Tokens cannot be pooled like numbers: draw every nth position.
     step = -(-sheets["kl"].shape[1] // read_integer(max_cells, "max_cells", least=1))
     word, probability = (sheets[name].stride("pos", step) for name in ("word", "probability"))
     data = sheets[show] if show != "probability" else sheets["probability"].at(rank=0)

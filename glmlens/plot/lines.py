@@ -28,6 +28,7 @@ def lines(
     Numbers with one axis are one line. `limits` are the ends of the vertical axis.
     """
     named = list_axes(axes)
+    # A single series has no axis of series yet: give it one.
     if np.ndim(data.values if isinstance(data, Labelled) else to_float_array(data)) == 1:
         data = to_single_series(as_labelled(data, named[1:], labels), what)
     table = as_labelled(data, named, labels)

@@ -59,6 +59,7 @@ def rotary_angles(
     """
     label, data = select_query(parts, "angle", query)
     with np.errstate(invalid="ignore"):
+        # Wrap to [-pi, pi).
         angles = (to_float_array(data.values).T + np.pi) % (2 * np.pi) - np.pi
     named = Labelled(angles, ("pair", "key"), data.labels, drop_fields(data.about, "metric"))
     name = f"Angle between query {label} and every key"
@@ -149,6 +150,7 @@ def pair_use(use: Any, kind: str = "induction", *, top: Integer = 24, **look: Un
     data = sheets[kind]
     values = to_float_array(data.values).reshape(-1, data.shape[2])
     sums = np.where(np.isfinite(values), values, 0).sum(1)
+    # Rank heads by the sum over pairs; parts that are not finite count as zero.
     order = np.argsort(-sums, kind="stable")[: read_integer(top, "top", least=1)]
     heads = [f"{layer}.{head}" for layer in data.labels["layer"] for head in data.labels["head"]]
     labels = {"head": [heads[i] for i in order], "part": data.labels["part"]}

@@ -181,7 +181,8 @@ def set_ticks(
     At most `max_ticks` labels of `max_length` characters are drawn. Labels are never coordinates, because Plotly merges
     equal ones. With `first_on_top` the first place is on top.
     """
-    n, step = len(labels), max(1, -(-len(labels) // max_ticks))
+    n = len(labels)
+    step = max(1, -(-len(labels) // max_ticks))
     places = list(range(n))
     ends = [n - 0.5, -0.5] if first_on_top else [-0.5, n - 0.5]
     full = {"tickvals": places, "ticktext": [escape_text(label, 60) for label in labels], "range": ends}

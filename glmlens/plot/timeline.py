@@ -33,6 +33,7 @@ def generation(
     figure = make_subplots(2, 1, specs=[[{"secondary_y": True}], [{}]], row_heights=[0.5, 0.5], vertical_spacing=0.2)
     figure.add_trace(step_trace([p for _, p, *_ in summaries], "probability", 0), 1, 1)
     figure.add_trace(step_trace([h for _, _, h, *_ in summaries], "entropy, nats", 1), 1, 1, secondary_y=True)
+    # Traces 2 and 3 (the ring and the bars) are replaced by the frames of the slider.
     figure.add_trace(step_marker(0, summaries[0][1]), 1, 1)
     figure.add_trace(candidate_bars(summaries[0], label), 2, 1)
     ticktext = [f"{i} {escape_text(t, 12)}" for i, t in enumerate(chosen)]
@@ -86,7 +87,7 @@ def summarize_step(step: Any, row: int, top: int) -> StepSummary:
     if np.isnan(logits).any() or not np.isfinite(logits.max()):
         p = np.full_like(logits, np.nan)  # an overflow: no token has a probability
     else:
-        p = np.exp(logits - logits.max())
+        p = np.exp(logits - logits.max())  # minus the maximum against overflow
         p /= p.sum()
     best = np.argsort(-p, kind="stable")[:top]
     entropy = np.nan if np.isnan(p).any() else -float((p[p > 0] * np.log(p[p > 0])).sum())

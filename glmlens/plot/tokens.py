@@ -54,6 +54,7 @@ class Tokens:
         who = f" ({show_control_characters(self.roles[i])})" if self.roles and self.roles[i] else ""
         hover = escape(f"{i} {show_control_characters(label)}{who}: {self.what} {value:.4g}", quote=True)
         style = f"background:rgba({color});padding:.15em .2em;border-radius:3px;margin-right:1px"
+        # Break the line after a newline token, and allow a break after any other.
         end = "<br>" if label.endswith(("\n", "↵")) else "<wbr>"
         return f'<span style="{style}" title="{hover}">{to_html_text(label)}</span>{end}'
 
@@ -89,4 +90,4 @@ def tokens(
         raise ValueError(f"{len(values)} numbers need as many labels, got {None if labels is None else len(labels)}")
     if roles is not None and len(roles) != len(values):
         raise ValueError(f"{len(values)} numbers need as many roles, got {len(roles)}")
-    return Tokens(tuple(map(str, labels)), values, what, title, tuple(roles or ()))
+    return Tokens(labels=tuple(map(str, labels)), values=values, what=what, title=title, roles=tuple(roles or ()))

@@ -74,7 +74,8 @@ class AttentionExplorer(Explorer):
         self.recording = PromptRecording([], [])
         self.layer = NO_LAYER
         self.drawn_key: tuple[Any, ...] = ()  # layer, by_value and head of the pictures on the page
-        super().__init__(lens, {"prompt": prompt_box(prompt)}, places, [self.heads], {"prompt": prompt})
+        inputs = {"prompt": prompt_box(prompt)}
+        super().__init__(lens, inputs, places, views=[self.heads], initial_state={"prompt": prompt})
         self.run_first()
 
     def compute(self, inputs: Mapping[str, Any]) -> PromptRecording:
@@ -145,8 +146,11 @@ class AttentionExplorer(Explorer):
 
     def describe_selection(self) -> str:
         """Return the selected query and key and their numbers as text."""
-        s, labels = self._state, self.recording.labels
-        where, q, k = f"layer {s['layer']}, head {s['head']}", s["query"], s["key"]
+        s = self._state
+        labels = self.recording.labels
+        where = f"layer {s['layer']}, head {s['head']}"
+        q = s["query"]
+        k = s["key"]
         if q < 0:
             return where
         label = f"{where}: query {q} {labels[q]}"
@@ -159,7 +163,8 @@ class AttentionExplorer(Explorer):
     def figure(self) -> go.Figure:
         """Return the pattern of the selected head as a figure."""
         self.require_open()
-        s, head = self._state, self._state["head"]
+        s = self._state
+        head = self._state["head"]
         labels = [f"{i} {label}" for i, label in enumerate(self.recording.labels)]
         norms = self.layer.value_norms[head] if s["by_value"] else None
         title = f"Attention of head {s['layer']}.{head}" + (", weighted by value norm" if s["by_value"] else "")

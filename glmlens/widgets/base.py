@@ -53,7 +53,9 @@ class Explorer(W.VBox):
         views: Sequence[W.Widget | Chart],
         initial_state: Mapping[str, Any],
     ):
-        self.lens, self.inputs, self.places = lens, dict(inputs), dict(places)
+        self.lens = lens
+        self.inputs = dict(inputs)
+        self.places = dict(places)
         self.lock = threading.RLock()  # held while state and charts change
         self.stopping = threading.Event()  # set by stop(), read by report_progress()
         self.working = threading.Lock()  # held during a run: one run at a time

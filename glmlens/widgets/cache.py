@@ -79,7 +79,8 @@ class CacheInspector(GenerationsExplorer):
         self.losses: dict[int, StepLosses] = {}
         self.reads: tuple[int, CacheReads] | None = None  # the step and its reads
         row = W.Box([self.change_box, self.factor_box, self.generate_button, self.undo_button], layout=ROW_LAYOUT)
-        super().__init__(lens, prompt, length, "change", places, [row, self.entries_chart, self.heads_chart])
+        views = [row, self.entries_chart, self.heads_chart]
+        super().__init__(lens, prompt, length, change_name="change", places=places, views=views)
         self.generate_button.on_click(lambda _: self.start(self.request_change))
         self.undo_button.on_click(lambda _: self.start(self.request_no_change))
         self.run_first()
@@ -127,7 +128,8 @@ class CacheInspector(GenerationsExplorer):
 
     def compute(self, inputs: Mapping[str, Any]) -> CacheResult:
         """Run the generation, its rerun with the change, and the leave-one-out effects if they are shown."""
-        line, change = self.run_original(inputs), inputs["change"]
+        line = self.run_original(inputs)
+        change = inputs["change"]
         # Effects of the same generation are kept: only those of this step may be missing.
         lost = dict(self.losses) if line is self.original_timeline else {}
         other = None if change is None else self.run_change(line, change, inputs["length"])
@@ -197,7 +199,8 @@ class CacheInspector(GenerationsExplorer):
     def figure(self) -> go.Figure:
         """Return the cache before the selected step, of one KV head, as a figure."""
         self.require_open()
-        s, line = self._state, self.require_timeline()
+        s = self._state
+        line = self.require_timeline()
         by, kv, step = s["by"], s["kv"], s["step"]
         title = f"KV head {kv}, cache before step {step} (next token {self.chosen_token_label(step)})"
         if by in ("keys", "values"):
@@ -234,7 +237,8 @@ class CacheInspector(GenerationsExplorer):
 
     def heads_figure(self) -> go.Figure:
         """Return how every query head reads the selected position, as a figure; labels name each head's KV head."""
-        s, cfg = self._state, self.lens.cfg
+        s = self._state
+        cfg = self.lens.cfg
         by = s["by"] if s["by"] in READ_UNITS else "attention"
         assert self.reads is not None
         data = self.reads[1].sheets()[by]
@@ -265,7 +269,8 @@ class CacheInspector(GenerationsExplorer):
 
     def describe_reads(self) -> str:
         """Return how the heads of the selected KV head read the entry, as text."""
-        s, group = self._state, self.lens.cfg.n_groups
+        s = self._state
+        group = self.lens.cfg.n_groups
         assert self.reads is not None
         readers = []
         for head in range(s["kv"] * group, (s["kv"] + 1) * group):

@@ -24,7 +24,8 @@ class PlotlyWidget(PageWidget):
     """A figure of plotly.js on the page, as JSON; a click sends {"click": [row, column]} or {"click": [i]}."""
 
     _esm = read_javascript("chart.js")
-    figure, library = T.Unicode().tag(sync=True), T.Unicode().tag(sync=True)
+    figure = T.Unicode().tag(sync=True)
+    library = T.Unicode().tag(sync=True)
     config = T.Dict().tag(sync=True)
 
 

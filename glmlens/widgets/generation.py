@@ -85,7 +85,8 @@ class GenerationExplorer(GenerationsExplorer):
         )
         self.undo_button = W.Button(description="Undo", tooltip="remove the branch")
         row = W.Box([self.token_box, self.branch_button, self.undo_button], layout=ROW_LAYOUT)
-        super().__init__(lens, prompt, length, "branch", places, [self.lens_chart, self.tokens_chart, row])
+        views = [self.lens_chart, self.tokens_chart, row]
+        super().__init__(lens, prompt, length, change_name="branch", places=places, views=views)
         self.branch_button.on_click(lambda _: self.start(self.request_typed_branch))
         self.undo_button.on_click(lambda _: self.start(self.request_no_change))
         self.run_first()
@@ -129,7 +130,8 @@ class GenerationExplorer(GenerationsExplorer):
 
     def compute(self, inputs: Mapping[str, Any]) -> BranchResult:
         """Run the original generation, unless its inputs are unchanged, and the branch."""
-        line, branch = self.run_original(inputs), inputs["branch"]
+        line = self.run_original(inputs)
+        branch = inputs["branch"]
         known = self.runs.get("first")
         runs = {"first": known if known is not None and known[0] is line else (line, self.predict_by_layer(line))}
         if branch is not None:
@@ -143,7 +145,8 @@ class GenerationExplorer(GenerationsExplorer):
 
     def predict_by_layer(self, line: Timeline) -> LayerPredictions:
         """Compute the logit lens of every step, layer by layer so that it can be stopped."""
-        model, layers = self.lens.model, []
+        model = self.lens.model
+        layers = []
         chosen = torch.tensor(line.tokens, device=self.lens.device)[:, None]
         for layer in range(self.lens.cfg.n_layers):
             self.report_progress(layer, self.lens.cfg.n_layers, "layers")
@@ -194,7 +197,8 @@ class GenerationExplorer(GenerationsExplorer):
     def figure(self) -> go.Figure:
         """Return the logit lens of every step of the selected run as a figure."""
         self.require_open()
-        s, (line, readings) = self._state, self.selected_run()
+        s = self._state
+        line, readings = self.selected_run()
         steps = [f"{i} {page_label(self.lens, token)}" for i, token in enumerate(line.tokens)]
         names = np.vectorize(lambda i: page_label(self.lens, int(i)), otypes=[object])(readings.ids)
         values = readings.probabilities[..., 0] if s["by"] == "top" else readings.chosen_probability
@@ -213,7 +217,8 @@ class GenerationExplorer(GenerationsExplorer):
 
     def tokens_figure(self) -> go.Figure:
         """Return the most probable tokens of the selected layer and step as a figure."""
-        s, (line, readings) = self._state, self.selected_run()
+        s = self._state
+        line, readings = self.selected_run()
         place = s["layer"], s["step"]
         ids = readings.ids[place].tolist()
         self.token_box.options = [page_label(self.lens, i) for i in ids]
@@ -225,7 +230,8 @@ class GenerationExplorer(GenerationsExplorer):
 
     def describe_step(self) -> str:
         """Return the selected step and its numbers as text."""
-        s, (line, readings) = self._state, self.selected_run()
+        s = self._state
+        line, readings = self.selected_run()
         step, token = s["step"], line.tokens[s["step"]]
         entropy = float(line.entropy().values[step])
         probability = float(readings.chosen_probability[-1, step])
@@ -244,6 +250,7 @@ class GenerationExplorer(GenerationsExplorer):
 
     def on_token_click(self, i: int) -> None:
         with self.show_errors():
-            (_, readings), step = self.selected_run(), self._state["step"]
+            _, readings = self.selected_run()
+            step = self._state["step"]
             token = int(readings.ids[self._state["layer"], step, i])
             self.start(lambda: self.request_branch(step, token))

@@ -43,22 +43,24 @@ class GenerationsExplorer(Explorer):
         lens: Lens,
         prompt: Prompt,
         length: int,
-        change: str,
+        change_name: str,
         places: Mapping[str, Any],
         views: Sequence[W.Widget | Chart],
     ):
         inputs = {
             "prompt": prompt_box(prompt),
             "length": W.BoundedIntText(length, 1, 4096, description="tokens", layout={"width": "150px"}),
-            change: W.Label(),
+            change_name: W.Label(),
         }
-        self.change_name = change
+        self.change_name = change_name
         self.original_timeline: Timeline | None = None
         self.changed_timeline: Timeline | None = None
         self.original_inputs: tuple[Any, ...] = ()
-        self.columns_html, self.text_lines = W.HTML(layout={"width": "auto"}), TextLines()
+        self.columns_html = W.HTML(layout={"width": "auto"})
+        self.text_lines = TextLines()
         rest = [self.text_lines, self.columns_html]
-        super().__init__(lens, inputs, places, [*views, *rest], {"prompt": prompt, "length": length, change: None})
+        initial_state = {"prompt": prompt, "length": length, change_name: None}
+        super().__init__(lens, inputs, places, views=[*views, *rest], initial_state=initial_state)
 
     def on_input_change(self, name: str, value: Any) -> None:
         """Keep an input's value for the next run; a new prompt removes the change."""
@@ -129,7 +131,8 @@ class GenerationsExplorer(Explorer):
 
     def show_texts(self, first: str, second: str) -> None:
         """Show the tokens of both runs under these titles, and their first divergence."""
-        line, step = self.require_timeline(), self._state["step"]
+        line = self.require_timeline()
+        step = self._state["step"]
         columns = [timeline_column(first, line, self.changed_timeline, step)]
         divergence = ""
         if self.changed_timeline is not None:

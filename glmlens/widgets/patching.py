@@ -118,17 +118,20 @@ class PatchExplorer(Explorer):
         self.grid_chart = Chart(lambda row, column: self.select_safely(row=row, column=column))
         self.detail_chart = Chart(self.on_detail_click)
         given = texts | {name: control.value for name, control in inputs.items() if name not in texts}
-        super().__init__(lens, inputs, places, [self.grid_chart, self.detail_chart], given)
+        charts = [self.grid_chart, self.detail_chart]
+        super().__init__(lens, inputs, places, views=charts, initial_state=given)
         self.run_first()
 
     def example_texts(self, i: int) -> dict[str, str]:
         """Return the prompts and answers of an example of the task."""
         assert self.examples is not None
-        example, task = self.examples[i], self.examples.task
+        example = self.examples[i]
+        task = self.examples.task
         name = self.counterfactual or next(iter(task.counterfactuals))
         if name not in example.item.counterfactuals:
             raise PatchError(f"{task.name} has no counterfactual {name!r}; it has {', '.join(task.counterfactuals)}")
-        other, item = example.item.counterfactuals[name], example.item
+        other = example.item.counterfactuals[name]
+        item = example.item
         return {"clean": item.text, "corrupt": other.text, "right": item.correct[0], "wrong": item.wrong[0]}
 
     def compute(self, inputs: Mapping[str, Any]) -> PatchResult:
@@ -174,7 +177,8 @@ class PatchExplorer(Explorer):
 
     def run_prompt(self, tokens: tuple[int, ...], change: Intervention | None = None) -> RunOutputs:
         """Run these tokens, with an intervention or without."""
-        lens, n = self.lens, len(tokens)
+        lens = self.lens
+        n = len(tokens)
         # `end` is the position name that a site may use for the last token.
         hooks = [] if change is None else AppliedInterventions.compile(lens, [change], n, {"end": n - 1}).hooks
         row = torch.tensor([tokens], device=lens.device)
@@ -250,7 +254,8 @@ class PatchExplorer(Explorer):
 
     def describe_cell(self) -> str:
         """Return the selected cell as text: "layer 2, pos 5 ·John"."""
-        swept, cell = self.require_result().sweep, (self._state["row"], self._state["column"])
+        swept = self.require_result().sweep
+        cell = (self._state["row"], self._state["column"])
         return ", ".join(f"{axis} {label}" for axis, label in zip(swept.axes, swept.labels_at(cell), strict=True))
 
     def base_and_changed_run(self) -> tuple[RunOutputs, RunOutputs]:
@@ -262,7 +267,8 @@ class PatchExplorer(Explorer):
 
     def logits_figure(self) -> go.Figure:
         """Return the change of the logits of the answers and of both runs' four top tokens."""
-        result, (base, changed) = self.require_result(), self.base_and_changed_run()
+        result = self.require_result()
+        base, changed = self.base_and_changed_run()
         tokens = list(dict.fromkeys([*result.answers, *changed.logits.topk(4).indices.tolist(),
                                      *base.logits.topk(4).indices.tolist()]))  # fmt: skip
         names = self.lens.to_labels(torch.tensor([tokens]))

@@ -114,8 +114,9 @@ class RotaryExplorer(Explorer):
         self.text_lines = TextLines()
         self.profile: PromptProfile | None = None
         self.score_parts: tuple[tuple[int, int], ScoreParts] | None = None
-        inputs, views = {"prompt": prompt_box(prompt)}, [self.pattern_chart, self.waves_chart, self.text_lines]
-        super().__init__(lens, inputs, places, views, {"prompt": prompt})
+        inputs = {"prompt": prompt_box(prompt)}
+        views = [self.pattern_chart, self.waves_chart, self.text_lines]
+        super().__init__(lens, inputs, places, views=views, initial_state={"prompt": prompt})
         self.run_first()
 
     def compute(self, inputs: Mapping[str, Any]) -> PromptProfile:
@@ -206,7 +207,8 @@ class RotaryExplorer(Explorer):
     def figure(self) -> go.Figure:
         """Return the pattern from the selected parts alone as a figure."""
         self.require_open()
-        s, data = self._state, self.compute_score_parts().pattern
+        s = self._state
+        data = self.compute_score_parts().pattern
         n_pairs = len(self.pair_frequencies())
         content = " and unrotated channels" if s["content"] else ", rotated channels only"
         title = f"Head {s['layer']}.{s['head']} with {len(s['pairs'])} of {n_pairs} pairs{content}"
@@ -236,7 +238,8 @@ class RotaryExplorer(Explorer):
 
     def waves_figure(self) -> go.Figure:
         """Return the score at every distance, and its largest waves, as a figure."""
-        s, waves = self._state, self.compute_waves()
+        s = self._state
+        waves = self.compute_waves()
         total = waves.sum(s["pairs"], s["content"])
         # The largest waves, in the order of their pairs.
         largest = sorted(np.argsort(-np.abs(waves.pair_waves).max(1), kind="stable")[:MAX_WAVES].tolist())
@@ -267,7 +270,8 @@ class RotaryExplorer(Explorer):
 
     def describe_selection(self) -> list[str]:
         """Return the numbers of the selected query and key, and of the selected distance, as lines of text."""
-        s, parts = self._state, self.compute_score_parts()
+        s = self._state
+        parts = self.compute_score_parts()
         at = s["query"], s["key"]
         first = f"query {parts.part.labels['query'][at[0]]} → key {parts.part.labels['key'][at[1]]}"
         contribution = self.sum_selected(parts.part.values[at])
