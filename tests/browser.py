@@ -19,7 +19,7 @@ FLAGS = (
 
 
 def chromium():
-    """The path of a Chromium, or None."""
+    """Return the path of a Chromium, or None."""
     names = ("chromium", "chromium-browser", "google-chrome")
     return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
 
@@ -51,7 +51,7 @@ class Browser:
 
     @staticmethod
     def pipes():
-        """Two pipes whose ends have high numbers: ours (read, write), and the other's (read, write)."""
+        """Return two pipes whose ends have high numbers: ours (read, write), and the browser's (read, write)."""
         ends = [os.pipe(), os.pipe()]
         (in_read, in_write), (out_read, out_write) = [
             tuple(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 20) for fd in pair) for pair in ends
@@ -61,32 +61,33 @@ class Browser:
         return (out_read, in_write), (in_read, out_write)
 
     def call(self, method, **params):
-        """Ask for something and wait for the answer."""
+        """Call a method of the DevTools protocol and return its result."""
         number = next(self.count)
         message = {"id": number, "method": method, "params": params}
         if self.session:
             message["sessionId"] = self.session
         os.write(self.writes, json.dumps(message).encode() + b"\0")
         while True:
-            said = self.next()
-            if said.get("id") == number:
-                if "error" in said:
-                    raise RuntimeError(f"{method}: {said['error']}")
-                return said["result"]
+            reply = self.next()
+            if reply.get("id") == number:
+                if "error" in reply:
+                    raise RuntimeError(f"{method}: {reply['error']}")
+                return reply["result"]
 
     def next(self):
-        """The next message; what concerns the page is noted."""
+        """Return the next message; errors, requests and loading of the page are noted."""
         while b"\0" not in self.rest:
             more = os.read(self.reads, 1 << 20)
             if not more:
                 raise RuntimeError("the browser has ended")
             self.rest += more
         line, self.rest = self.rest.split(b"\0", 1)
-        said = json.loads(line)
-        self.note(said.get("method"), said.get("params", {}))
-        return said
+        message = json.loads(line)
+        self.note(message.get("method"), message.get("params", {}))
+        return message
 
     def note(self, method, params):
+        """Keep errors, requests and loading of the page."""
         if method == "Runtime.exceptionThrown":
             self.errors.append(str(params["exceptionDetails"]))
         elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
@@ -112,47 +113,49 @@ class Browser:
         return self
 
     def run(self, expression):
-        """The value of a JavaScript expression, awaited."""
+        """Return the value of a JavaScript expression; a promise is awaited."""
         done = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in done:
             raise RuntimeError(str(done["exceptionDetails"]))
         return done["result"].get("value")
 
     def wait(self, expression, seconds=PATIENCE):
-        """Wait until a JavaScript expression is true, and return its value; TimeoutError with what the page shows."""
+        """Wait until a JavaScript expression is true, and return its value; TimeoutError shows the page."""
         end = time.monotonic() + seconds
-        asked = (
+        guarded = (
             f"(() => {{ try {{ const x = {expression}; return x instanceof Node || x }} catch {{ return null }} }})()"
         )
-        while not (found := self.run(asked)):
+        while not (value := self.run(guarded)):
             if time.monotonic() > end:
                 text = self.run(f"{self.shown}.slice(0, 2000)")
                 raise TimeoutError(f"{expression}\nerrors: {self.errors}\npage: {text}")
             time.sleep(0.1)
-        return found
+        return value
 
-    def hover(self, x, y, said):
-        """Move the mouse to a place of the page, until this is said beside it; all that is said there."""
+    def hover(self, x, y, text):
+        """Move the mouse to a place of the page, wait for this text in the hover label, and return the whole label."""
         for step in (2, 0):
             self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x - step, y=y)
             time.sleep(0.15)
-        beside = "[...document.querySelectorAll('.hoverlayer text')].map(t => t.textContent).join('|')"
-        self.wait(f"{beside}.includes({json.dumps(said)})")
-        return self.run(beside)
+        label = "[...document.querySelectorAll('.hoverlayer text')].map(t => t.textContent).join('|')"
+        self.wait(f"{label}.includes({json.dumps(text)})")
+        return self.run(label)
 
     def click(self, x, y):
+        """Click a place of the page."""
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
         time.sleep(0.4)
 
     def picture(self, path):
-        """The whole page as a PNG."""
+        """Write a screenshot of the whole page as PNG."""
         height = self.run("document.body.getBoundingClientRect().bottom + 30")
         clip = {"x": 0, "y": 0, "width": self.size["width"], "height": max(height, 100), "scale": 1}
         shot = self.call("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)
         Path(path).write_bytes(base64.b64decode(shot["data"]))
 
     def close(self):
+        """End the browser and remove its profile."""
         os.kill(self.pid, signal.SIGTERM)
         os.waitpid(self.pid, 0)
         os.close(self.reads)

@@ -1,4 +1,4 @@
-"""What an explorer leaves when it is closed."""
+"""Check that a closed explorer leaves nothing behind."""
 
 import gc
 import weakref
@@ -10,20 +10,23 @@ from glmlens.widgets.chart import PlotlyLibrary
 
 
 def leaves_nothing(make, result):
-    """Nothing is left of the explorer that `make` makes: no widget, not itself, and not what it had computed;
-    what is closed stays so."""
-    PlotlyLibrary.model_id()  # plotly.js stays for the next chart
+    """Assert that closing the explorer made by `make` frees its widgets, itself and its result.
+
+    `result` returns the result of an explorer. A second close does nothing, and `select` raises.
+    """
+    PlotlyLibrary.model_id()  # made before the count of widgets: it stays open for the next chart
     gc.collect()
     before = set(registry._instances)
     explorer = make()
-    held, gone = weakref.ref(result(explorer)), weakref.ref(explorer)
+    result_reference = weakref.ref(result(explorer))
+    explorer_reference = weakref.ref(explorer)
     explorer.close()
     explorer.close()
     assert set(registry._instances) == before
     gc.collect()
-    assert held() is None
+    assert result_reference() is None
     with pytest.raises(RuntimeError, match="closed"):
         explorer.select(layer=0)
     del explorer
     gc.collect()
-    assert gone() is None
+    assert explorer_reference() is None

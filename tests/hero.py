@@ -1,4 +1,4 @@
-"""The picture of the README, from the model inside the package: python -m tests.hero OUT.png."""
+"""Draw the picture of the README, from the model inside the package: python -m tests.hero OUT.png."""
 
 import sys
 import tempfile
@@ -18,10 +18,10 @@ flex-wrap: wrap; background: white; }} .modebar {{ display: none }}</style>{figu
 
 
 def figures(lens):
-    """Two rows of two: what layers would say, where patches matter, what a head attends to, and by which pairs."""
+    """Return two rows of two: a logit lens, a patching grid, an attention pattern, and rotary pairs."""
     size = {"height": 200, "subtitle": ""}
-    found = analysis.logit_lens(lens, PROMPT)
-    yield plot.logit_lens(found, **{**size, "width": 860, "title": "What each layer would say next"})
+    lens_by_layer = analysis.logit_lens(lens, PROMPT)
+    yield plot.logit_lens(lens_by_layer, **{**size, "width": 860, "title": "Logit lens: the most probable next token"})
     pairs = TASKS["ioi"].examples(lens, 24, "demo").of_length()
     grid = patch.sweep(lens, pairs, "flip", Site("resid_pre", pos=("IO", "S1", "S2", "end")), over=("layer", "pos"),
                        progress=False)  # fmt: skip
@@ -29,13 +29,15 @@ def figures(lens):
     _, acts = lens.run_with_cache(WORDS)
     pattern, labels = acts["attn.pattern", 3][0, 4], lens.to_labels(WORDS)
     tall = {**size, "height": 420, "width": 619}
-    yield plot.attention_pattern(pattern, labels, **{**tall, "title": "Head 3.4: what followed the same word before"})
+    yield plot.attention_pattern(
+        pattern, labels, **{**tall, "title": "Head 3.4: attends to the token after an earlier occurrence"}
+    )
     use = analysis.pair_use(lens)
-    yield plot.pair_use(use, top=14, **{**tall, "title": "By which rotary pairs heads find it (score)"})
+    yield plot.pair_use(use, top=14, **{**tall, "title": "Rotary pairs that raise its score"})
 
 
 def main(out):
-    """Draw, photograph, and say what the picture weighs."""
+    """Draw the figures, take a screenshot, and print its size."""
     html = [
         figure.to_html(full_html=False, include_plotlyjs=i == 0, config={"displayModeBar": False}, div_id=f"figure-{i}")
         for i, figure in enumerate(figures(glmlens.load(dtype="float32")))

@@ -1,4 +1,4 @@
-"""Token texts that other tools have run, swallowed or garbled: every surface shows them as they are."""
+"""Token texts that other tools have executed, dropped or garbled. Every view must show them literally."""
 
 HOSTILE = [
     "<script>window.ran=1</script>",

@@ -103,7 +103,7 @@ class Lab(Browser):
         if method == "Runtime.exceptionThrown":
             details = params["exceptionDetails"]
             said = details.get("exception", {}).get("description") or details["text"]
-            if "[anywidget] Failed to initialize model" not in said:  # it took two seconds: hear.js is there for that
+            if "[anywidget] Failed to initialize model" not in said:  # it took two seconds: see keep_listening.js
                 self.errors.append(said)
         elif method in ("Network.requestWillBeSent", "Network.webSocketCreated"):
             self.requests.append((params.get("request") or params)["url"][:200])

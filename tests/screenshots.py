@@ -1,4 +1,4 @@
-"""Every view of the model inside the package, photographed in light and dark: python -m tests.screenshots OUT."""
+"""Take screenshots of every view of the model inside the package, light and dark: python -m tests.screenshots OUT."""
 
 import sys
 from pathlib import Path
@@ -19,28 +19,31 @@ REPEATED = " first Hungary September brought found her sixth Greek Rose height n
 
 
 def views():
-    """Every view by name."""
+    """Yield every figure with its name."""
     lens = glmlens.load(dtype="float32")
     kv = lens.cfg.n_kv_heads
-    labels, of = lens.to_labels(PROMPT), {"model": lens.model_hash}
+    labels = lens.to_labels(PROMPT)
+    about = {"model": lens.model_hash}
     _, acts = lens.run_with_cache(PROMPT)
-    read = analysis.logit_lens(lens, PROMPT, target=" Mary")
-    yield "logit_lens", plot.logit_lens(read)
-    yield "logit_lens_kl", plot.logit_lens(read, "kl")
-    yield "logit_lens_rank", plot.logit_lens(read, "target_rank")
+    by_layer = analysis.logit_lens(lens, PROMPT, target=" Mary")
+    yield "logit_lens", plot.logit_lens(by_layer)
+    yield "logit_lens_kl", plot.logit_lens(by_layer, "kl")
+    yield "logit_lens_rank", plot.logit_lens(by_layer, "target_rank")
     long = analysis.logit_lens(lens, " ".join([PROMPT] * 12))
     yield "logit_lens_long", plot.logit_lens(long, max_cells=100)
     pattern = acts["attn.pattern", 2][0]
-    yield "attention_pattern", plot.attention_pattern(pattern[3], labels, title="Head 2.3", about=of)
+    yield "attention_pattern", plot.attention_pattern(pattern[3], labels, title="Head 2.3", about=about)
     group = lens.cfg.n_heads // kv
     norms = acts["kv.v", 2][0, :, 3 // group].norm(dim=-1)
     yield (
-        "attention_by_value",
-        plot.attention_pattern(pattern[3], labels, value_norms=norms, title="Head 2.3 by value", about=of),
+        "attention_by_value_norm",
+        plot.attention_pattern(
+            pattern[3], labels, value_norms=norms, title="Head 2.3 weighted by value norm", about=of
+        ),
     )
     yield (
         "attention_heads",
-        plot.attention_heads(pattern, labels, n_kv_heads=kv, title="Attention of layer 2", about=of),
+        plot.attention_heads(pattern, labels, n_kv_heads=kv, title="Attention of layer 2", about=about),
     )
     yield "attention_heads_of_32", plot.attention_heads(causal(32, 300), n_kv_heads=2, title="32 heads, 2 groups")
     yield "attention_4096", plot.attention_pattern(causal(1, 4096)[0], title="A pattern of 4,096 tokens")
@@ -57,7 +60,7 @@ def views():
 
 
 def causal(heads, n):
-    """Random patterns, each query over the keys up to its own."""
+    """Return random causal patterns [head, query, key]."""
     x = np.random.default_rng(0).gumbel(size=(heads, n, n)).astype(np.float32) * 2
     x = np.exp(np.where(np.tri(n, dtype=bool), x, -np.inf))
     return x / x.sum(-1, keepdims=True)
@@ -65,8 +68,8 @@ def causal(heads, n):
 
 def attributions(lens):
     for by in ("component", "head", "neuron"):
-        found = analysis.logit_attribution(lens, PROMPT, " Mary", " John", by=by)
-        yield f"attribution_{by}", plot.logit_attribution(found)
+        result = analysis.logit_attribution(lens, PROMPT, " Mary", " John", by=by)
+        yield f"attribution_{by}", plot.logit_attribution(result)
     source = analysis.logit_attribution(lens, PROMPT, " Mary", " John", by="source")
     yield "attribution_source", plot.logit_attribution(source, top=20)
     yield "attribution_by_key", plot.logit_attribution(source, over="key")
@@ -85,9 +88,9 @@ def sweeps(lens):
     for point in ("attn_out", "mlp_out"):
         one[point] = patch.sweep(lens, examples, "flip", Site(point, pos="end"), over=("layer",), progress=False)
     yield "compare_lines", plot.compare(one)
-    found = circuits.attribute_edges(lens, examples, "flip", method="eap-ig")
-    yield "circuit", plot.circuit(found, top=20)
-    yield "circuit_60", plot.circuit(found, top=60)
+    scores = circuits.attribute_edges(lens, examples, "flip", method="eap-ig")
+    yield "circuit", plot.circuit(scores, top=20)
+    yield "circuit_60", plot.circuit(scores, top=60)
 
 
 def rotaries(lens):
@@ -103,9 +106,9 @@ def rotaries(lens):
         yield f"pair_use_{kind}", plot.pair_use(use, kind)
     pairs = {f"pair {i} frozen": rotary.freeze(lens, pair=i) for i in range(lens.cfg.d_rotary // 2)}
     pairs |= {"all frozen": rotary.freeze(lens), "stretched 2x": rotary.stretch(lens, "linear", 2)}
-    broken = rotary.breakage(lens, REPEATED, pairs)
+    effects = rotary.breakage(lens, REPEATED, pairs)
     for show in ("kl", "loss", "agreement"):
-        yield f"breakage_{show}", plot.breakage(broken, show)
+        yield f"breakage_{show}", plot.breakage(effects, show)
 
 
 def caches(lens):
@@ -115,25 +118,25 @@ def caches(lens):
     yield "cache_values", plot.cache_norms(kv, lens.to_labels(PROMPT), of="values")
     reads = analysis.cache_reads(lens, PROMPT, " Mary", " John")
     for show in ("attention", "weighted", "direct"):
-        yield f"who_reads_{show}", plot.cache_reads(reads, show)
-    yield "who_reads_layer", plot.cache_reads(reads, "direct", layer=3)
-    left = analysis.leave_one_out(lens, PROMPT)
-    yield "left_out_kl", plot.leave_one_out(left)
-    yield "left_out_logit", plot.leave_one_out(left, "logit")
-    yield "left_out_position", plot.leave_one_out(analysis.leave_one_out(lens, PROMPT, by="position"), "logit")
-    two = {by: analysis.eviction_curve(lens, PROMPT, by=by) for by in ("position", "entry")}
-    yield "eviction", plot.eviction(two)
-    yield "eviction_of_one", plot.eviction(two["entry"])
+        yield f"cache_reads_{show}", plot.cache_reads(reads, show)
+    yield "cache_reads_layer", plot.cache_reads(reads, "direct", layer=3)
+    effects = analysis.leave_one_out(lens, PROMPT)
+    yield "leave_one_out_kl", plot.leave_one_out(effects)
+    yield "leave_one_out_logit", plot.leave_one_out(effects, "logit")
+    yield "leave_one_out_position", plot.leave_one_out(analysis.leave_one_out(lens, PROMPT, by="position"), "logit")
+    curves = {by: analysis.eviction_curve(lens, PROMPT, by=by) for by in ("position", "entry")}
+    yield "eviction", plot.eviction(curves)
+    yield "eviction_of_one", plot.eviction(curves["entry"])
 
 
 def others(lens, acts, labels):
     yield "generation", plot.generation(timeline.record_timeline(lens, PROMPT, 10))
     norms = acts["resid_post"][:, 0].norm(dim=-1)
     named = {"layer": [str(i) for i in range(len(norms))], "pos": labels}
-    yield "lines", plot.lines(norms, named, axes=("layer", "pos"), what="length", title="Length by layer")
-    yield "bars", plot.bars(norms[-1] - norms[-2], {"part": labels}, what="change of length", title="The last layer")
+    yield "lines", plot.lines(norms, named, axes=("layer", "pos"), what="norm", title="Norm by layer")
+    yield "bars", plot.bars(norms[-1] - norms[-2], {"part": labels}, what="change of norm", title="The last layer")
     change = norms[-1] - norms[-1].mean()
-    yield "tokens", plot.tokens(change, labels, what="length less the mean", title="Coloured tokens")
+    yield "tokens", plot.tokens(change, labels, what="norm minus the mean", title="Coloured tokens")
     n, every = len(HOSTILE), " ".join(HOSTILE)
     named = {"row": HOSTILE, "column": HOSTILE}
     yield "hostile_heatmap", plot.heatmap(np.eye(n), named, what="<b>", title=every, subtitle=HOSTILE[0])
@@ -162,7 +165,7 @@ explorer = CacheInspector(lens, PROMPT)
 explorer.select(position=3)
 explorer.alter("drop everywhere")
 explorer.select(layer=2, kv=2, position=12)""",
-    "explorer_cache_left_out": """
+    "explorer_cache_leave_one_out": """
 explorer = CacheInspector(lens, PROMPT)
 explorer.select(step=5, layer=2, kv=2, position=17, by="logit")""",
     "explorer_rotary": """
@@ -181,7 +184,7 @@ explorer.branch(" John", 0)
 explorer.select(run="branch", by="chosen")""",
     "explorer_error": """
 explorer = AttentionExplorer(lens, PROMPT)
-explorer.asked(layer=9)""",
+explorer.select_safely(layer=9)""",
 }
 BEFORE = f"""
 import glmlens
@@ -191,7 +194,7 @@ lens, PROMPT = glmlens.load(dtype="float32"), {PROMPT!r}"""
 
 
 def explorers(out, only):
-    """Photograph the explorers in a JupyterLab."""
+    """Take screenshots of the explorers in a JupyterLab."""
     chosen = {name: code for name, code in EXPLORERS.items() if not only or name.startswith(only)}
     if not chosen:
         return
@@ -207,7 +210,7 @@ def explorers(out, only):
 
 
 def figures(out, only):
-    """Photograph the figures in a page of their own."""
+    """Take screenshots of the figures, each in a page of its own."""
     browser = Browser()
     for name, view in views():
         if only and not name.startswith(only):
@@ -221,7 +224,7 @@ def figures(out, only):
 
 
 def main(out, *only):
-    """Draw and photograph all views, or those whose names begin so; says how many bytes each weighs."""
+    """Take screenshots of all views, or of those whose names begin so, and print the size of each figure."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     if not only or any(not name.startswith("explorer") for name in only):

@@ -1,9 +1,9 @@
-"""Works through notebooks as a learner would: python -W error tests/study.py NOTEBOOK [PAGE.html].
+"""Run notebooks as a learner would: python -W error tests/study.py NOTEBOOK [PAGE.html].
 
-Cell by cell, in one world, with the answers left as they are. At every exercise the hidden solution and the hidden
-wrong turns are tried too, each in a world of its own. Says in JSON what came of it; PAGE is all of it, to look at.
-With --apart before them any number of notebooks, each in a process of its own and in its own folder; what all of them
-need is imported once.
+All cells run in one namespace, with the answers left as they are. At every exercise the hidden solution and the hidden
+wrong answers are run too, each in a copy of the namespace. The verdicts are printed as JSON; PAGE shows all outputs.
+With --apart, any number of notebooks run, each in a process of its own and in its own folder; what all of them need is
+imported once.
 """
 
 import ast
@@ -24,7 +24,7 @@ CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
 def run(code, world, name):
-    """Run code, and show what its last expression gives as a notebook would; what it was, and what was printed."""
+    """Run code and display its last expression as a notebook does; return the value of that and the printed text."""
     linecache.cache[name] = (len(code), None, code.splitlines(True), name)
     tree, value = ast.parse(code, name), None
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
@@ -38,20 +38,20 @@ def run(code, world, name):
     return value, printed.getvalue()
 
 
-def asked(code):
-    """The call of a check at the end of a cell, "check.exercise_3_1(answer)", or None."""
+def find_check(code):
+    """Return the call of a check at the end of a cell, "check.exercise_3_1(answer)", or None."""
     last = code.strip().splitlines()[-1] if code.strip() else ""
     return last if re.fullmatch(r"check\.exercise_\w+\(.*\)", last) else None
 
 
-def folded(cells, i):
-    """The code of the hidden solutions and wrong turns in the text after a cell, by what they are called."""
+def find_hidden_answers(cells, i):
+    """Return titles and code of the hidden solutions and wrong answers in the text after a cell."""
     text = cells[i + 1]["source"] if i + 1 < len(cells) and cells[i + 1]["cell_type"] == "markdown" else ""
     return [(title, "\n".join(CODE.findall(body))) for title, body in FOLDED.findall(text)]
 
 
 def study(notebook):
-    """Everything that a notebook does: its exercises, and what it shows."""
+    """Run a notebook; return the verdicts of its exercises with the number of figures, and all it shows."""
     cells = [{**cell, "source": "".join(cell["source"])} for cell in json.loads(notebook.read_text())["cells"]]
     world, exercises, page, figures = {"__name__": "__main__"}, {}, [], 0
     for i, cell in enumerate(cells):
@@ -62,31 +62,33 @@ def study(notebook):
         value, printed = run(code, world, f"<{notebook.stem} cell {i}>")
         figures += hasattr(value, "to_plotly_json")
         page += [part for part in (printed, value) if part is not None and not (isinstance(part, str) and part == "")]
-        if check := asked(code):
-            found = exercises[check.split(".")[1].split("(")[0]] = {"untouched": [value.right], "said": []}
-            for title, answer in folded(cells, i):
+        if check := find_check(code):
+            verdicts = exercises[check.split(".")[1].split("(")[0]] = {"untouched": [value.right], "said": []}
+            for title, answer in find_hidden_answers(cells, i):
                 verdict, _ = run(f"{answer}\n{check}", dict(world), f"<{notebook.stem} cell {i}: {title}>")
-                found.setdefault(title.split(":")[0].lower(), []).append(verdict.right)
-                found["said"].append(repr(verdict))
+                verdicts.setdefault(title.split(":")[0].lower(), []).append(verdict.right)
+                verdicts["said"].append(repr(verdict))
                 page.append(verdict)
     return {"exercises": exercises, "figures": figures}, page
 
 
-def timed(notebook):
-    found, page = study(notebook)
-    return {**found, "seconds": time.process_time()}, page  # of work: this machine may have other things to do
+def study_timed(notebook):
+    """Run a notebook, and add the CPU seconds: unlike wall time, they do not depend on the load of the machine."""
+    result, page = study(notebook)
+    return {**result, "seconds": time.process_time()}, page
 
 
 def report(notebook, out):
+    """Run a notebook in its folder, and send the result, or the error, through a pipe."""
     os.chdir(notebook.parent)
     try:
-        out.send(timed(notebook)[0])
+        out.send(study_timed(notebook)[0])
     except Exception:
-        out.send({"error": traceback.format_exc()})  # knows the lines of cells
+        out.send({"error": traceback.format_exc()})  # with the lines of cells
 
 
-def apart(notebook):
-    """What `study` finds in a process of its own, a copy of this one; or the error that ended it."""
+def study_in_fork(notebook):
+    """Return the result of `study` in a fork of this process, or the error that ended it."""
     fork = multiprocessing.get_context("fork")
     ours, theirs = fork.Pipe(duplex=False)
     child = fork.Process(target=report, args=(notebook, theirs))
@@ -100,34 +102,34 @@ def apart(notebook):
         child.join()
 
 
-def warm():
-    """Import what every notebook needs: a first recording has torch import its compiler."""
+def import_shared_modules():
+    """Import what every notebook needs. A first recording makes torch import its compiler."""
     from tqdm import tqdm
 
     import glmlens
     from glmlens import analysis, plot
 
-    tqdm.monitor_interval = 0  # no thread: a process that has some should not be copied
+    tqdm.monitor_interval = 0  # no thread: a process with threads should not be forked
     plot.residual_norms(analysis.accumulated_residual(glmlens.load(dtype="float32"), "Mary"))
 
 
 def main(notebook, *more):
     sys.stdout.reconfigure(encoding="utf-8")
     if notebook == "--apart":
-        warm()
-        found = {Path(path).stem: apart(Path(path).resolve()) for path in more}
+        import_shared_modules()
+        result = {Path(path).stem: study_in_fork(Path(path).resolve()) for path in more}
     else:
-        found, parts = timed(Path(notebook))
+        result, parts = study_timed(Path(notebook))
         if more:
             from glmlens import save_html
 
             save_html(more[0], Path(notebook).stem, parts)
-    print(json.dumps(found, ensure_ascii=False, indent=1))
+    print(json.dumps(result, ensure_ascii=False, indent=1))
 
 
 if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
     except Exception:
-        traceback.print_exc()  # knows the lines of cells
+        traceback.print_exc()  # with the lines of cells
         sys.exit(1)

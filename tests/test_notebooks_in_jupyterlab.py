@@ -1,4 +1,4 @@
-"""The benches and the course in a real JupyterLab, run as by hand: no cell goes wrong, and nothing leaves."""
+"""The notebooks and the course in a real JupyterLab, run as by hand: no cell fails, and nothing is sent elsewhere."""
 
 import json
 
@@ -44,7 +44,7 @@ def opened(lab):
 
 @pytest.fixture
 def page(opened):
-    """The page until the notebook is left: widgets whose kernel ends while they are made reject their promises."""
+    """The page until the notebook is closed. Widgets whose kernel ends while they are made reject their promises."""
     opened.errors = []
     yield opened
     opened.run("window.leave?.()")
@@ -53,12 +53,12 @@ def page(opened):
 
 @pytest.fixture(scope="module")
 def shared():
-    """The kernel that the tutorials share, emptied before each: they have run alone elsewhere, and imports are long."""
+    """The kernel that the tutorials share, reset before each: other tests run them alone, and imports are slow."""
     return {"kernel": None}
 
 
 @each
-def test_a_bench_runs_in_jupyterlab(path, page):
+def test_a_notebook_runs_in_jupyterlab(path, page):
     found = json.loads(page.run(f"{RUN_ALL}({json.dumps(f'mine/notebooks/{path.stem}.ipynb')})"))
     assert found["wrong"] == []
     assert found["run"] == list(range(1, len(found["run"]) + 1))
@@ -74,7 +74,8 @@ def test_a_tutorial_runs_in_jupyterlab(path, page, shared):
     found = json.loads(page.run(f"{RUN_ALL}({where}, {json.dumps(shared['kernel'])})"))
     assert shared["kernel"] in (None, found["kernel"])
     shared["kernel"] = found["kernel"]
-    assert [said for said in found["wrong"] if said.strip() and not said.startswith("harvesting")] == []  # its bar
+    wrong = [text for text in found["wrong"] if text.strip()]
+    assert [text for text in wrong if not text.startswith("harvesting")] == []  # a progress bar
     assert found["run"] == list(range(1, len(found["run"]) + 1))
     assert found["kinds"].count("application/vnd.plotly.v1+json") >= 1
     assert page.errors == []

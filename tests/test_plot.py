@@ -366,7 +366,7 @@ def test_lines_go_along_either_axis():
 
 
 def test_sweeps_of_other_places_are_not_compared():
-    with pytest.raises(ValueError, match="other places"):
+    with pytest.raises(ValueError, match="has other axes or labels than"):
         plot.compare({"a": sweep_of([1, 2]), "b": sweep_of([1, 2, 3])})
 
 
@@ -454,7 +454,7 @@ def test_a_cache_says_how_long_its_entries_are_and_what_they_weigh(model, ids):
     expected = kv.values[:, 0, :N].flatten(2).norm(dim=-1)
     assert np.allclose(figure.data[0].z, expected.numpy(), atol=1e-5)
     each = (kv.keys[0, 0, 0].numel() + kv.values[0, 0, 0].numel()) * kv.keys.element_size()
-    assert f"{each:,} bytes an entry and layer" in figure.layout.title.subtitle.text
+    assert f"{each:,} bytes per entry and layer" in figure.layout.title.subtitle.text
     assert (figure.data[0].customdata == each).all()
 
 

@@ -78,33 +78,33 @@ def test_a_click_on_an_entry_of_the_cache_selects_it(cache):
 def test_a_slider_goes_through_the_steps_of_a_cache(cache):
     slide(cache, "step")
     cache.wait(f"{GRID}._fullData[0].z[0].length === 16")
-    cache.wait(f"{GRID}.querySelector('.gtitle').textContent.includes('before step 1 says .')")
+    cache.wait(f"{GRID}.querySelector('.gtitle').textContent.includes('before step 1 (next token .)')")
 
 
 def test_an_entry_is_dropped_and_both_texts_stand_side_by_side(cache):
     click_cell(cache, GRID, 2, 3)
     reads(cache, "position", 3)
-    cache.run(choose("this entry", "drop everywhere"))
-    cache.click_on(button("Generate on"))
+    cache.run(choose("edit entry", "evict in all layers"))
+    cache.click_on(button("Apply and generate"))
     cache.wait_text("·Bob")
-    cache.wait_text("Parting at step 0")
-    cache.wait_text("drop everywhere position 3, from step 0 on")
+    cache.wait_text("at step 0: '·Mary'")
+    cache.wait_text("evict in all layers: position 3, from step 0 on")
 
 
 def test_the_newest_entry_is_dropped_too(cache):
     cache.run(f"{control('position', '.noUi-handle')}.focus()")
     cache.press(*["ArrowRight"] * 14)
     cache.wait_text("entry 14 ·drink")
-    cache.run(choose("this entry", "drop everywhere"))
-    cache.click_on(button("Generate on"))
-    cache.wait_text("drop everywhere position 14, from step 0 on")
-    cache.wait_text("Parting at step 2")
+    cache.run(choose("edit entry", "evict in all layers"))
+    cache.click_on(button("Apply and generate"))
+    cache.wait_text("evict in all layers: position 14, from step 0 on")
+    cache.wait_text("at step 2: '")
 
 
 def test_what_goes_wrong_is_an_error_under_the_figures(cache):
     broken = "def broken(*inputs): raise ValueError('nothing of this can be')\nexplorer.compute = broken"
     execute(cache, broken)
-    cache.click_on(button("Generate on"))
+    cache.click_on(button("Apply and generate"))
     cache.wait_text("nothing of this can be", UNDER)
 
 
@@ -114,7 +114,7 @@ def test_another_prompt_has_another_cache(cache):
 
 
 def test_what_is_lost_without_entries_shows_how_far_it_is(cache):
-    cache.run(choose("colour by", "left out: KL"))
+    cache.run(choose("colour by", "leave-one-out: KL"))
     cache.wait_text("without it: KL")
     cache.wait(f"{GRID}._fullData[0].z[0].every(isFinite)")
 
@@ -153,15 +153,15 @@ def test_a_click_in_the_lens_selects_and_a_slider_steps_through(generation):
     reads(generation, "layer", 1)
     reads(generation, "step", 2)
     slide(generation, "step")
-    generation.wait_text("step 3 says ·took")
+    generation.wait_text("step 3: ·took")
 
 
 def test_a_click_on_a_bar_goes_on_with_its_token(generation):
     bar = f"{DETAIL}.querySelectorAll('.barlayer .point path')[0]"
     slide(generation, "step")
-    generation.wait_text("step 1 says .")
+    generation.wait_text("step 1: ., ")
     slide(generation, "layer", "ArrowLeft")
-    generation.wait(f"{DETAIL}.querySelector('.gtitle').textContent.includes('What layer 2 says at step 1')")
+    generation.wait(f"{DETAIL}.querySelector('.gtitle').textContent.includes('Top tokens at layer 2, step 1')")
     x, y = generation.middle(bar)
     generation.move(x, y)
     generation.wait(f"{DETAIL}.querySelector('.hovertext')")
@@ -171,17 +171,17 @@ def test_a_click_on_a_bar_goes_on_with_its_token(generation):
 
 
 def test_a_token_is_typed_and_both_runs_stand_side_by_side(generation):
-    generation.write(control("say instead"), " John")
-    generation.run(f"{control('say instead')}.dispatchEvent(new Event('change', {{bubbles: true}}))")
+    generation.write(control("replace token"), " John")
+    generation.run(f"{control('replace token')}.dispatchEvent(new Event('change', {{bubbles: true}}))")
     generation.click_on(button("Branch here"))
-    generation.wait_text("Parting at step 0: '·Mary'")
+    generation.wait_text("at step 0: '·Mary'")
     generation.click_on(button("branch"))
-    generation.wait(f"{GRID}.querySelector('.gtitle').textContent.includes('of the branch')")
+    generation.wait(f"{GRID}.querySelector('.gtitle').textContent.includes('(branch)')")
 
 
 def test_what_is_not_one_token_is_an_error_under_the_figures(generation):
-    generation.write(control("say instead"), "not a token")
-    generation.run(f"{control('say instead')}.dispatchEvent(new Event('change', {{bubbles: true}}))")
+    generation.write(control("replace token"), "not a token")
+    generation.run(f"{control('replace token')}.dispatchEvent(new Event('change', {{bubbles: true}}))")
     generation.click_on(button("Branch here"))
     generation.wait_text("not a token", UNDER)
 

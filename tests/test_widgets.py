@@ -72,9 +72,9 @@ class Counting(Explorer):
         return go.Figure()
 
 
-def said(explorer):
-    """What stands under the views."""
-    return "".join(o["text"] if o["output_type"] == "stream" else o["evalue"] for o in explorer.said.outputs)
+def output_text(explorer):
+    """The text under the charts."""
+    return "".join(o["text"] if o["output_type"] == "stream" else o["evalue"] for o in explorer.output.outputs)
 
 
 def triangle(data, side):
@@ -113,18 +113,18 @@ def test_a_state_can_be_asked_again(demo, attention):
     other = AttentionExplorer(demo, state.pop("prompt"))
     other.select(**state)
     assert other.state == attention.state
-    assert other.heads.description == attention.heads.said
+    assert other.heads.description == attention.heads.description
     other.close()
 
 
 def test_what_a_callback_prints_and_raises_appears_under_the_views():
     explorer = Counting()
     explorer.places["place"].value = 7
-    assert "seven" in said(explorer)
-    assert "not seven" in said(explorer)
+    assert "seven" in output_text(explorer)
+    assert "not seven" in output_text(explorer)
     assert explorer.state["place"] == explorer.places["place"].value == 0
     explorer.places["place"].value = 6
-    assert said(explorer) == ""
+    assert output_text(explorer) == ""
     explorer.close()
 
 
@@ -153,7 +153,7 @@ def test_the_run_button_works_beside_and_is_off_while_it_does(capsys):
     explorer.go.set()
     explorer.worker.join(20)
     assert explorer.counted == [0, 1, 2]
-    assert said(explorer) == "counted 0\ncounted 1\ncounted 2\n"
+    assert output_text(explorer) == "counted 0\ncounted 1\ncounted 2\n"
     assert capsys.readouterr().out == "elsewhere\n"
     assert not explorer.run_button.disabled
     assert explorer.stop_button.disabled
@@ -172,7 +172,7 @@ def test_stop_ends_the_work_at_its_next_slice_and_keeps_what_was_there():
     explorer.worker.join(20)
     assert explorer.counted == [0, 1]
     assert explorer.state["n"] == 2
-    assert said(explorer).endswith("stopped\n")
+    assert output_text(explorer).endswith("stopped\n")
     assert not explorer.run_button.disabled
     explorer.close()
 
@@ -182,18 +182,18 @@ def test_work_that_goes_wrong_says_so_under_the_views():
     explorer.inputs["n"].value = -1
     explorer.run_button.click()
     explorer.worker.join(20)
-    assert "below zero" in said(explorer)
+    assert "below zero" in output_text(explorer)
     assert any(o["output_type"] == "error" for o in explorer.output.outputs)
     explorer.close()
 
 
 def test_a_closed_explorer_of_attention_leaves_nothing(demo):
-    leaves_nothing(lambda: AttentionExplorer(demo, PROMPT), lambda explorer: explorer.read)
+    leaves_nothing(lambda: AttentionExplorer(demo, PROMPT), lambda explorer: explorer.recording)
 
 
 def test_a_closed_explorer_of_patching_leaves_nothing(demo):
     examples = TASKS["ioi"].examples(demo, 2, "widgets")
-    leaves_nothing(lambda: PatchExplorer(demo, examples), lambda explorer: explorer.found)
+    leaves_nothing(lambda: PatchExplorer(demo, examples), lambda explorer: explorer.result)
 
 
 def test_an_explorer_that_cannot_begin_leaves_nothing(demo):
@@ -241,7 +241,7 @@ def test_the_bytes_of_a_head_are_its_pattern(demo, attention):
     assert np.abs(triangle(attention.heads.cells, side) - pattern[3].numpy()).max() <= 0.5 / 255 + 1e-6
     size = side * (side + 1) // 2
     for head in range(8):
-        small = triangle(attention.heads.thumbs[head * size : (head + 1) * size], side)
+        small = triangle(attention.heads.thumbnails[head * size : (head + 1) * size], side)
         assert np.abs(small - pattern[head].numpy()).max() <= 0.5 / 255 + 1e-6
 
 
@@ -249,9 +249,9 @@ def test_by_length_of_value_every_weight_is_multiplied(demo, attention):
     attention.select(layer=2, head=5, by_value=True)
     _, acts = demo.run_with_cache(PROMPT, ["attn.pattern", "kv.v"])
     weighted = acts["attn.pattern", 2][0] * acts["kv.v", 2][0].norm(dim=-1).T.repeat_interleave(2, 0)[:, None]
-    assert attention.heads.most == pytest.approx(float(weighted.max()))
-    drawn = triangle(attention.heads.cells, attention.heads.side) * attention.heads.most
-    assert np.abs(drawn - weighted[5].numpy()).max() <= attention.heads.most / 255
+    assert attention.heads.max_weight == pytest.approx(float(weighted.max()))
+    drawn = triangle(attention.heads.cells, attention.heads.side) * attention.heads.max_weight
+    assert np.abs(drawn - weighted[5].numpy()).max() <= attention.heads.max_weight / 255
 
 
 @pytest.mark.parametrize("model_type", ["glm", "glm4"])
@@ -271,7 +271,7 @@ def test_a_wish_from_the_page_is_a_select(attention):
     assert (attention.state["head"], attention.state["locked"]) == (4, True)
     assert (attention.heads.head, attention.heads.locked) == (4, True)
     attention.heads._handle_custom_msg({"select": {"head": 99}}, [])
-    assert "head 99" in said(attention)
+    assert "head 99" in output_text(attention)
 
 
 def test_a_new_prompt_is_read_and_the_place_stays_where_it_can(attention):
@@ -279,7 +279,7 @@ def test_a_new_prompt_is_read_and_the_place_stays_where_it_can(attention):
     attention.inputs["prompt"].value = "the cat sat"
     attention.run_button.click()
     attention.worker.join(60)
-    assert said(attention) == ""
+    assert output_text(attention) == ""
     last = len(attention.heads.labels) - 1
     assert attention.state == attention.state | {"prompt": "the cat sat", "layer": 2, "query": last, "key": 3}
     assert attention.places["query"].max == last
@@ -295,9 +295,9 @@ def test_a_long_head_is_drawn_in_blocks_with_its_strongest_links():
     weights = torch.rand(32, n, n, generator=torch.Generator().manual_seed(0)).tril() ** 8 / 100
     weights[7, 900, 123] = 1.0
     small, whole = pack_thumbnails(weights, 1.0), pack_head(weights[7], 7, 1.0)
-    assert (small["thumb_side"], small["thumb_block"], whole["side"], whole["block"]) == (125, 8, 500, 2)
+    assert (small["thumbnail_side"], small["thumbnail_block"], whole["side"], whole["block"]) == (125, 8, 500, 2)
     size = 125 * 126 // 2
-    assert triangle(small["thumbs"][7 * size : 8 * size], 125)[900 // 8, 123 // 8] == 1
+    assert triangle(small["thumbnails"][7 * size : 8 * size], 125)[900 // 8, 123 // 8] == 1
     assert triangle(whole["cells"], 500)[450, 61] == 1
     k = whole["top_k"]
     at = np.frombuffer(whole["top_at"], np.uint32).reshape(2, n, k)
@@ -310,10 +310,10 @@ def test_hostile_tokens_reach_the_page_as_text_that_can_be_sent(attention, monke
     monkeypatch.setattr(attention.lens, "to_labels", lambda tokens: HOSTILE[: tokens.shape[1]])
     attention.run(prompt="a b c d e f g h")
     attention.select(query=3, key=1)
-    sent = json.dumps([*attention.heads.labels, attention.heads.said], ensure_ascii=False)
+    sent = json.dumps([*attention.heads.labels, attention.heads.description], ensure_ascii=False)
     sent.encode()  # no half character
     assert HOSTILE[0] in attention.heads.labels
-    assert HOSTILE[3] in attention.heads.said
+    assert HOSTILE[3] in attention.heads.description
 
 
 def test_the_figure_of_an_explorer_is_its_own(attention):
@@ -330,41 +330,43 @@ def test_the_figure_of_an_explorer_is_its_own(attention):
 
 def click(chart, row, column):
     """What the page sends when a cell of a heatmap is clicked."""
-    chart.heard(None, {"click": [row, column]}, [])
+    chart.on_message(None, {"click": [row, column]}, [])
 
 
 def test_the_grid_is_the_sweep_and_a_cell_is_its_own_run(demo, patching):
     patching.run(site="attn.z", over="head")
-    swept = patching.found.sweep
-    assert np.allclose(patching.grid.figure.data[0].z, swept.values, atol=1e-6)
+    swept = patching.result.sweep
+    assert np.allclose(patching.grid_chart.figure.data[0].z, swept.values, atol=1e-6)
     for row, column in ((0, 0), (1, 3), (3, 7)):
         patching.select(row=row, column=column)
-        right, wrong = patching.found.answers
-        logits = patching.again[1].logits
+        right, wrong = patching.result.answers
+        logits = patching.changed_run[1].logits
         metric = float(logits[right] - logits[wrong])
         assert metric == pytest.approx(float(swept.raw.at(pair=0).values[row, column]), abs=1e-3)
 
 
 def test_a_click_on_a_cell_selects_it(patching):
-    click(patching.grid, 2, 5)
+    click(patching.grid_chart, 2, 5)
     assert (patching.state["row"], patching.state["column"]) == (2, 5)
-    frame = patching.grid.figure.layout.shapes[-1]
+    frame = patching.grid_chart.figure.layout.shapes[-1]
     assert (frame.x0, frame.y0) == (4.5, 1.5)
 
 
 def test_a_click_on_a_head_shows_how_its_attention_changes(patching):
     patching.select(row=0, view="heads")
-    click(patching.detail, 2, 6)
+    click(patching.detail_chart, 2, 6)
     assert patching.state == patching.state | {"layer": 2, "head": 6, "view": "head"}
-    base, changed = patching.runs()
-    assert np.allclose(patching.detail.figure.data[0].z, (changed.patterns - base.patterns)[2, 6].numpy(), atol=1e-6)
+    base, changed = patching.base_and_changed_run()
+    assert np.allclose(
+        patching.detail_chart.figure.data[0].z, (changed.patterns - base.patterns)[2, 6].numpy(), atol=1e-6
+    )
 
 
 def test_prompts_of_another_length_are_refused_under_the_views(patching):
     patching.inputs["corrupt"].value = "a b"
     patching.run_button.click()
     patching.worker.join(60)
-    assert "tokens" in said(patching)
+    assert "tokens" in output_text(patching)
     assert patching.state["corrupt"] != "a b"
 
 
@@ -393,7 +395,7 @@ def test_a_metric_of_ones_own_is_called_and_what_it_prints_is_seen(demo):
     explorer.inputs["metric"].value = "mine"
     explorer.run_button.click()
     explorer.worker.join(60)
-    assert "measured" in said(explorer)
+    assert "measured" in output_text(explorer)
     assert explorer.state["metric"] == "mine"
     assert np.allclose(explorer.result.sweep.clean, float(demo("Mary likes")[0, -1, 5]), atol=1e-4)
     explorer.close()
@@ -435,7 +437,7 @@ def test_a_page_hears_of_a_chart_when_it_is_whole(monkeypatch):
     assert sent["data"][0]["type"] == "heatmap"
     assert sent["layout"]["title"]["text"] == "one"
     assert state["config"]["showSendToCloud"] is False
-    assert state["own"] == chart.drawing.model_id
+    assert state["page_id"] == chart.drawing.model_id
     chart.close()
 
 

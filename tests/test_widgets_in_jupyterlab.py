@@ -51,11 +51,12 @@ SHOWN = """
 import numpy as np
 from IPython.display import display
 from glmlens import plot
-from glmlens.plot.style import visible
+from glmlens.plot.style import show_control_characters
 from glmlens.results import Labelled
 from tests.hostile import HOSTILE
 n = len(HOSTILE)
-result = Labelled(np.eye(n), ("row", "column"), {"row": [visible(t) for t in HOSTILE]}, {"prompt": HOSTILE[1]})
+rows = [show_control_characters(token) for token in HOSTILE]
+result = Labelled(np.eye(n), ("row", "column"), {"row": rows}, {"prompt": HOSTILE[1]})
 display(plot.attention_pattern(np.eye(n), HOSTILE, title=HOSTILE[0]))
 display(plot.tokens(np.linspace(-1, 1, n), HOSTILE, title=HOSTILE[1]))
 display(result.to_dataframe().iloc[::n + 1][lambda frame: frame.row != "$x^2$"])  # mathematics in any table

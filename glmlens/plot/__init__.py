@@ -1,6 +1,6 @@
-"""Numbers in, Plotly figures out. Knows axes and labels, no models, and shows nothing by itself.
+"""Plotly figures of results: functions from labelled numbers to a figure, without models, displaying nothing.
 
-Every function takes a result (or plain numbers, with labels) first, and returns a figure. All take the keywords of
+Every function takes a result (or plain numbers, with labels) first and returns a figure. All take the keywords of
 `Look`: title, subtitle, about, height, width.
 """
 

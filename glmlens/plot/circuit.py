@@ -1,4 +1,4 @@
-"""Circuits: the strongest edges between the parts of a model, its layers upwards."""
+"""Circuits: the strongest edges between components of a model, layers from bottom to top."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,15 +12,15 @@ from glmlens.plot.style import FAINT, NEGATIVE, POSITIVE, Look, apply_style, esc
 
 Edge = tuple[str, str]
 LABEL_BACKGROUND = "#5f5f5f"
-CURVE_STEPS = np.linspace(0, 1, 24)
+CURVE_STEPS = np.linspace(0, 1, 24)  # points along an edge
 
 
 def circuit(scores: Any, *, top: Integer = 20, **look: Unpack[Look]) -> go.Figure:
-    """The `top` edges that are strongest in magnitude as lines from writers to readers.
+    """Draw the `top` edges of largest magnitude as lines from writers to readers.
 
-    Wide is strong, red is above zero, blue below. `scores` is an EdgeScores, or pairs of (writer, reader) and score, as
-    its `top` returns. Layers go upwards: readers (queries, keys and values) below the heads that they feed, MLPs above
-    them. The score is in the hover of the dot on an edge.
+    Width is magnitude; red is positive, blue negative. `scores` is an EdgeScores, or pairs of (writer, reader) and
+    score, as its `top` returns. Layers go upwards: queries, keys and values below the heads they feed, MLPs above the
+    heads. The dot on an edge shows its score on hover. Raises ValueError if no score is finite.
     """
     top = read_integer(top, "top", least=1)
     edges = scores.top(top) if hasattr(scores, "top") else strongest_edges(scores, top)
@@ -28,37 +28,39 @@ def circuit(scores: Any, *, top: Integer = 20, **look: Unpack[Look]) -> go.Figur
     edges = [(edge, score) for edge, score in edges if np.isfinite(score)]
     if not edges:
         raise ValueError("there are no edges to draw" + (": no score is a finite number" if given else ""))
-    about = {key: said for key, said in getattr(scores, "about", {}).items() if key in ("metric", "model", "pairs")}
-    seats = place_nodes({name for edge, _ in edges for name in edge})
+    about = {key: text for key, text in getattr(scores, "about", {}).items() if key in ("metric", "model", "pairs")}
+    places = place_nodes({name for edge, _ in edges for name in edge})
     most = max(abs(score) for _, score in edges) or 1.0
     figure = go.Figure()
+    # Draw strong edges last, over the weak ones.
     for (writer, reader), score in sorted(edges, key=lambda edge: abs(edge[1])):
-        figure.add_scatter(**edge_trace(seats[writer], seats[reader], score, most))
+        figure.add_scatter(**edge_trace(places[writer], places[reader], score, most))
     graph = getattr(scores, "graph", None)
-    figure.add_scatter(**head_links(seats, graph.n_heads // graph.n_kv_heads if graph else 0))
-    figure.add_scatter(**edge_dots(seats, edges))
-    figure.update_layout(annotations=node_labels(seats))
-    layers = sorted({y for _, y in seats.values()})
+    figure.add_scatter(**head_links(places, graph.n_heads // graph.n_kv_heads if graph else 0))
+    figure.add_scatter(**edge_dots(places, edges))
+    figure.update_layout(annotations=node_labels(places))
+    layers = sorted({y for _, y in places.values()})
     figure.update_xaxes(visible=False, range=[-0.08, 1.08])
     figure.update_yaxes(visible=False)
     figure.update_layout(showlegend=False)
-    left = given - len(edges)
-    gone = f"{left:,} more have no finite score" if left else ""
+    skipped = given - len(edges)
+    note = f"{skipped:,} more have no finite score" if skipped else ""
     sign = str(getattr(scores, "about", {}).get("sign", ""))
     tall: Look = {"height": 90 + 46 * len(layers)}
     return apply_style(
-        figure, f"The {len(edges)} strongest edges: red above zero, blue below", about, (sign, gone), **(tall | look)
+        figure, f"The {len(edges)} strongest edges: red positive, blue negative", about, (sign, note), **(tall | look)
     )  # type: ignore[arg-type]
 
 
 def strongest_edges(scores: Mapping[Edge, float] | Sequence[tuple[Edge, float]], top: int) -> list[tuple[Edge, float]]:
+    """Return the `top` edges of largest magnitude."""
     pairs = scores.items() if isinstance(scores, Mapping) else scores
-    found = [(edge, float(score)) for edge, score in pairs]
-    return sorted(found, key=lambda pair: -np.nan_to_num(abs(pair[1]), posinf=0))[:top]
+    scored = [(edge, float(score)) for edge, score in pairs]
+    return sorted(scored, key=lambda pair: -np.nan_to_num(abs(pair[1]), posinf=0))[:top]
 
 
 def node_height(name: str) -> int:
-    """How high a part is: the embedding lowest, three rows for a layer, the logits on top."""
+    """Return the height of a component: the embedding lowest, three rows per layer, the logits on top."""
     layer, _, part = name.partition(".")
     if not part:
         return -1 if name == "embed" else 10**9
@@ -66,27 +68,29 @@ def node_height(name: str) -> int:
 
 
 def node_order(name: str) -> tuple[str, int]:
-    """Where a part is along its row: queries, keys, values, each by number."""
+    """Return the sort key of a component along its row: queries, keys, values, each by number."""
     part = name.partition(".")[2]
     kind = part.rstrip("0123456789")
     return {"q": "0", "k": "1", "v": "2"}.get(kind, kind), int(part[len(kind) :] or 0)
 
 
 def place_nodes(names: set[str]) -> dict[str, tuple[float, int]]:
-    """A place for every part: rows from below without empty ones, evenly spread along each."""
+    """Return x and y of every component: rows without empty ones, evenly spread along each."""
     rows: dict[int, list[str]] = {}
     for name in sorted(names, key=node_order):
         rows.setdefault(node_height(name), []).append(name)
-    found = {}
+    places = {}
     for y, high in enumerate(sorted(rows)):
         for i, name in enumerate(rows[high]):
-            found[name] = ((i + 0.5 + 0.18 * (y % 2)) / (len(rows[high]) + 0.18), y)
-    return found
+            # Every second row is shifted, so that edges do not run through nodes.
+            places[name] = ((i + 0.5 + 0.18 * (y % 2)) / (len(rows[high]) + 0.18), y)
+    return places
 
 
 def edge_trace(start: tuple[float, int], end: tuple[float, int], score: float, most: float) -> dict[str, Any]:
-    """An edge: upright where it leaves and where it arrives."""
+    """Return an edge as a curve, vertical at both ends."""
     (x0, y0), (x1, y1) = start, end
+    # Smoothstep: its derivative is zero at both ends.
     smooth = 3 * CURVE_STEPS**2 - 2 * CURVE_STEPS**3
     width = 1 + 6 * abs(score) / most
     color = POSITIVE if score > 0 else NEGATIVE
@@ -101,22 +105,24 @@ def edge_trace(start: tuple[float, int], end: tuple[float, int], score: float, m
 
 
 def edge_dots(places: Mapping[str, tuple[float, int]], edges: Sequence[tuple[Edge, float]]) -> dict[str, Any]:
-    """A dot on every edge to point at."""
+    """Return a dot on every edge, its score on hover."""
     ends = [(places[writer], places[reader]) for (writer, reader), _ in edges]
-    share = [0.35 + 0.3 * (i % 5) / 4 for i in range(len(edges))]  # not all on one height
-    said = [f"{escape_text(writer)} → {escape_text(reader)}<br>score {score:+.4g}" for (writer, reader), score in edges]
+    share = [0.35 + 0.3 * (i % 5) / 4 for i in range(len(edges))]  # at different heights, to keep them apart
+    texts = [
+        f"{escape_text(writer)} → {escape_text(reader)}<br>score {score:+.4g}" for (writer, reader), score in edges
+    ]
     return {
         "x": [a[0] + (b[0] - a[0]) * (3 * t**2 - 2 * t**3) for (a, b), t in zip(ends, share, strict=True)],
         "y": [a[1] + (b[1] - a[1]) * t for (a, b), t in zip(ends, share, strict=True)],
         "mode": "markers",
         "marker": {"size": 7, "color": [POSITIVE if score > 0 else NEGATIVE for _, score in edges]},
-        "customdata": said,
+        "customdata": texts,
         "hovertemplate": "%{customdata}<extra></extra>",
     }
 
 
 def head_links(places: Mapping[str, tuple[float, int]], group: int) -> dict[str, Any]:
-    """Thin lines to the heads from their queries and, where a group has a size, from its keys and values."""
+    """Return thin lines to heads from their queries and, if `group` (heads per KV head) is not 0, keys and values."""
     x: list[float | None] = []
     y: list[float | None] = []
     for name, (x0, y0) in places.items():
@@ -130,7 +136,7 @@ def head_links(places: Mapping[str, tuple[float, int]], group: int) -> dict[str,
 
 
 def heads_of_part(part: str, group: int) -> list[int]:
-    """The heads that a part, "q3" or "v1", belongs to."""
+    """Return the heads that a component such as "q3" or "v1" belongs to."""
     kind, number = part[:1], part[1:]
     if kind not in ("q", "k", "v") or not number.isdigit():
         return []
@@ -138,6 +144,6 @@ def heads_of_part(part: str, group: int) -> list[int]:
 
 
 def node_labels(places: Mapping[str, tuple[float, int]]) -> list[dict[str, Any]]:
-    """The parts, each its name on a plate: white on grey reads over any edge and on any page."""
+    """Return the names of the components, white on grey: readable over any edge and on any page."""
     style = {"showarrow": False, "bgcolor": LABEL_BACKGROUND, "borderpad": 3, "font": {"size": 11, "color": "#ffffff"}}
     return [{"x": x, "y": y, "text": escape_text(name), **style} for name, (x, y) in places.items()]

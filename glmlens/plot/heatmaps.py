@@ -1,4 +1,4 @@
-"""Heatmaps: numbers by two axes, patching grids, the logit lens, attention, head scores, the residual stream."""
+"""Heatmaps: any numbers with two axes, patching grids, the logit lens, attention, head scores, the residual stream."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,9 +24,9 @@ from glmlens.plot.style import (
 )
 from glmlens.results import Labelled, list_axes
 
-STEEP_LABEL_AXES = ("pos", "key", "part")  # axes whose labels are drawn steeply
-LABEL_LENGTHS = {"part": 28, "pair": 28}  # characters of labels that name wavelengths
-MAX_WRITTEN_CELLS = 400  # so many cells have their number written in them
+STEEP_LABEL_AXES = ("pos", "key", "part")  # long labels: drawn at an angle, below the axis
+LABEL_LENGTHS = {"part": 28, "pair": 28}  # characters; these labels name wavelengths
+MAX_WRITTEN_CELLS = 400  # up to so many cells, the number is written in each
 
 
 def heatmap(
@@ -41,12 +41,13 @@ def heatmap(
     max_cells: int = MOST_CELLS,
     **look: Unpack[Look],
 ) -> go.Figure:
-    """Numbers with two axes as colours, the first axis upwards (with `down`, downwards) and the second to the right.
+    """Draw numbers with two axes as colours: the first axis upwards (downwards with `down`), the second to the right.
 
-    Signed numbers have zero in the middle of the colours; without `signed`, those are signed of which any is negative.
-    `limits` are the ends of the colours.
+    `signed` numbers have zero in the middle of the colour scale; by default they are signed if any is negative.
+    `limits` are the ends of the colour scale.
     """
-    return draw_heatmap(as_labelled(data, list_axes(axes), labels), what, signed, down, limits, max_cells, look)
+    labelled = as_labelled(data, list_axes(axes), labels)
+    return draw_heatmap(labelled, what, signed, down=down, limits=limits, max_cells=max_cells, look=look)
 
 
 def draw_heatmap(
@@ -62,12 +63,13 @@ def draw_heatmap(
     name: str | None = None,
     notes: tuple[str, ...] = (),
 ) -> go.Figure:
-    """The heatmap of labelled numbers.
+    """Draw a heatmap of labelled numbers.
 
-    `text` is written in the cells, or the numbers, or with False nothing; `more` is a line of hover and its data.
+    `text` is written in the cells: an array, the numbers (True, where they have room), or nothing (False). `hover` is a
+    further line of hover text and its customdata. `name` is the title, and `notes` go under it.
     """
-    whole = data.values
-    signed = bool(whole[np.isfinite(whole)].min(initial=0) < 0) if signed is None else signed
+    if signed is None:
+        signed = bool(data.values[np.isfinite(data.values)].min(initial=0) < 0)
     data, note = pool_blocks(data, max_cells)
     rows, columns = data.axes
     scale = color_scale(data.values, signed)
@@ -96,24 +98,25 @@ def draw_heatmap(
     set_ticks(
         figure, "y", data.labels[rows], rows, first_on_top=down, max_ticks=30, max_length=LABEL_LENGTHS.get(rows, 16)
     )
+    # 24 pixels a row within limits, and room for labels drawn at an angle.
     tall = {"height": max(150, min(24 * data.shape[0], 560)) + (110 if columns in STEEP_LABEL_AXES else 50)}
     known = {**({} if what == "value" else {"metric": what}), **data.about}
     return apply_style(figure, name or metric_title(data), known, (*notes, note), **(tall | (look or {})))  # type: ignore[arg-type]
 
 
 def cell_texts(values: np.ndarray, words: np.ndarray, scale: Mapping[str, Any]) -> dict[str, Any]:
-    """Words over the cells of a heatmap, black or white by its scale; nothing over a cell that is not known."""
+    """Return text over the cells of a heatmap, black or white by the cell's colour; none over nan and infinities."""
     y, x = np.nonzero(np.isfinite(values))
     font = {"size": 10, "color": text_colors(values[y, x], **scale)}
     return {"x": x, "y": y, "text": words[y, x].tolist(), "mode": "text", "textfont": font, "hoverinfo": "skip"}
 
 
 def format_cells(values: np.ndarray) -> np.ndarray | None:
-    """Numbers as they are written in their cells, where they have room."""
+    """Return the numbers as text with the digits that the largest needs, or None if cells are too small or too many."""
     if values.shape[1] > 16 or values.size > MAX_WRITTEN_CELLS:
         return None
     most = finite_most(values)
-    first = int(np.floor(np.log10(most))) if most else 0  # the place of the largest number's first digit
+    first = int(np.floor(np.log10(most))) if most else 0  # exponent of the largest number
     form = f"{{:.{max(0, (2 if first >= 0 else 1) - max(first, -5))}f}}"
     return np.array([[format_signed(form, v) for v in row] for row in values.tolist()], dtype=object)
 
@@ -121,20 +124,22 @@ def format_cells(values: np.ndarray) -> np.ndarray | None:
 def patch_grid(
     sweep: Numbers, labels: Labels = None, *, max_cells: int = MOST_CELLS, **look: Unpack[Look]
 ) -> go.Figure:
-    """Effects of a sweep over two axes, zero in the middle; on hover the interval over pairs and the null's floor.
+    """Draw the effects of a patching sweep over two axes, zero in the middle of the colour scale.
 
-    A Sweep brings its interval (`low`, `high`) and `floor`; plain numbers [row, column] have none.
+    For a Sweep, the hover shows the interval over pairs (`low`, `high`) and the null floor (`floor`); plain numbers
+    [row, column] have none.
     """
     data = as_labelled(sweep, ("layer", "pos"), labels)
     name = f"Effect of patching {data.about['site']}" if "site" in data.about else "Effect of patching"
     known = [(word, getattr(sweep, name, None)) for word, name in (("from", "low"), ("to", "high"), ("null", "floor"))]
     sheets = [(word, to_float_array(sheet.values)) for word, sheet in known if sheet is not None]
+    # A sweep over one pair has no interval: its sheets are all nan.
     sheets = [(word, values) for word, values in sheets if np.isfinite(values).any()]
     if not sheets or max(data.shape) > max_cells:
         return draw_heatmap(data, "effect", True, max_cells=max_cells, look=look, name=name)
-    lines = {"from": "95 %% interval %s", "to": "to %s", "null": "null floor %s"}
-    said = " ".join(lines[word] % f"%{{customdata[{i}]:.3g}}" for i, (word, _) in enumerate(sheets))
-    more = (said, np.stack([values for _, values in sheets], -1))
+    templates = {"from": "95 %% interval %s", "to": "to %s", "null": "null floor %s"}
+    line = " ".join(templates[word] % f"%{{customdata[{i}]:.3g}}" for i, (word, _) in enumerate(sheets))
+    more = (line, np.stack([values for _, values in sheets], -1))
     return draw_heatmap(data, "effect", True, max_cells=max_cells, look=look, hover=more, name=name)
 
 
@@ -146,21 +151,22 @@ def logit_lens(
     max_cells: int = MOST_CELLS,
     **look: Unpack[Look],
 ) -> go.Figure:
-    """What every layer would say next: layer upwards, position to the right, the most probable tokens on hover.
+    """Draw the logit lens: layer upwards, position to the right, the most probable next tokens on hover.
 
-    `show` colours by "probability" (of the most probable token), "kl" (nats to the model's output), "target_rank" or
-    "target_probability". Where there is room the most probable token is written in its cell. Of more positions than
-    `max_cells`, every so many are drawn.
+    `result` is that of `analysis.logit_lens`. `show` is "probability" (of the most probable token), "kl" (nats to the
+    model's output), "target_rank" or "target_probability". The most probable token is written in its cell, where there
+    is room. Of more than `max_cells` positions, every nth is drawn.
     """
     sheets = {name: select_prompt(sheet, prompt) for name, sheet in result.sheets().items()}
     if show not in ("probability", "kl", "target_rank", "target_probability") or show not in sheets:
         raise ValueError(
             f"show is {show!r}; this result has {', '.join(n for n in sheets if n not in ('token', 'word'))}"
         )
+    # Tokens cannot be pooled like numbers: draw every nth position.
     step = -(-sheets["kl"].shape[1] // read_integer(max_cells, "max_cells", least=1))
     word, probability = (sheets[name].stride("pos", step) for name in ("word", "probability"))
     data = sheets[show] if show != "probability" else sheets["probability"].at(rank=0)
-    about = {key: said for key, said in data.about.items() if key != "direction"}
+    about = {key: text for key, text in data.about.items() if key != "direction"}
     data = Labelled(to_float_array(data.values), data.axes, data.labels, about).stride("pos", step)
     words: np.ndarray | bool = False
     if data.shape[1] <= 18:
@@ -184,12 +190,12 @@ def logit_lens(
 
 
 def select_prompt(sheet: Labelled, prompt: Integer | str) -> Labelled:
-    """One prompt of a result of several."""
+    """Select one prompt, if the result has several."""
     return sheet.at(prompt=prompt) if "prompt" in sheet.axes else sheet
 
 
 def hover_candidates(words: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """The most probable tokens of every cell as lines of hover."""
+    """Return the most probable tokens of every cell as hover text."""
     flat = zip(words.reshape(-1, words.shape[-1]), probabilities.reshape(-1, words.shape[-1]), strict=True)
     cells = ["<br>".join(f"{p:.1%} {escape_text(w, 24)}" for w, p in zip(*cell, strict=True) if w) for cell in flat]
     return np.array(cells, dtype=object).reshape(words.shape[:-1])
@@ -203,19 +209,36 @@ def attention_pattern(
     max_cells: int = MOST_CELLS,
     **look: Unpack[Look],
 ) -> go.Figure:
-    """One head's attention [query, key], the first query on top.
+    """Draw one head's attention [query, key], the first query on top.
 
-    With `value_norms` [key] every weight is multiplied by the length of the value it brings (Kobayashi et al. 2020,
-    arXiv 2004.10102): little of what is attended to may be taken.
+    With `value_norms` [key] every weight is multiplied by the norm of the value at its key (Kobayashi et al. 2020,
+    arXiv 2004.10102): a head can attend to a token whose value is near zero, and so move little from there.
     """
     data = as_labelled(pattern, ("query", "key"), labels)
     if value_norms is None:
-        return draw_heatmap(data, "attention", False, True, (0, 1), max_cells, look, False, name="Attention")
+        return draw_heatmap(
+            data,
+            "attention",
+            signed=False,
+            down=True,
+            limits=(0, 1),
+            max_cells=max_cells,
+            look=look,
+            text=False,
+            name="Attention",
+        )
     with np.errstate(invalid="ignore", over="ignore"):
         products = data.values * to_float_array(value_norms)[None, :]
     weighted = Labelled(products, data.axes, data.labels, data.about)
     return draw_heatmap(
-        weighted, "attention x length of value", False, True, None, max_cells, look, False, name="Attention by value"
+        weighted,
+        "attention × value norm",
+        signed=False,
+        down=True,
+        max_cells=max_cells,
+        look=look,
+        text=False,
+        name="Attention weighted by value norm",
     )
 
 
@@ -227,9 +250,9 @@ def head_scores(
     n_kv_heads: int | None = None,
     **look: Unpack[Look],
 ) -> go.Figure:
-    """A number for every head [layer, head], layer 0 at the bottom; lines part the groups that share a key-value head.
+    """Draw a number for every head [layer, head], layer 0 at the bottom, with lines between KV groups.
 
-    Of a result with several scores, `score` is the one that is drawn; `what` says what plain numbers are.
+    Of a result with several scores, `score` is drawn; `what` names plain numbers. The lines need `n_kv_heads`.
     """
     sheets = scores.sheets() if hasattr(scores, "sheets") else {}
     if sheets and score not in sheets:
@@ -247,28 +270,26 @@ def head_scores(
 
 
 def residual_norms(residual: Numbers, labels: Labels = None, **look: Unpack[Look]) -> go.Figure:
-    """The length of the residual stream [layer, pos, model] after every layer and at every position."""
+    """Draw the norm of the residual stream [layer, pos, model] at every layer and position."""
     data = as_labelled(residual, ("layer", "pos", "model"), labels)
     norms = np.linalg.norm(data.values.astype(np.float64), axis=-1)
-    return draw_heatmap(
-        drop_axis(data, norms, "model"), "length", False, look=look, name="Length of the residual stream"
-    )
+    return draw_heatmap(drop_axis(data, norms, "model"), "norm", False, look=look, name="Norm of the residual stream")
 
 
 def residual_angles(residual: Numbers, labels: Labels = None, **look: Unpack[Look]) -> go.Figure:
-    """Degrees by which each layer turns the residual stream [layer, pos, model] from what it was a layer before."""
+    """Draw the angle in degrees between the residual stream [layer, pos, model] after and before each layer."""
     data = as_labelled(residual, ("layer", "pos", "model"), labels)
     exact = data.values.astype(np.float64)
-    with np.errstate(invalid="ignore"):  # a stream with an infinite number has no direction: nan
+    with np.errstate(invalid="ignore"):  # a stream with an infinite number has no direction: the angle is nan
         unit = exact / np.maximum(np.linalg.norm(exact, axis=-1, keepdims=True), 1e-30)
-        turned = np.degrees(np.arccos(np.clip((unit[1:] * unit[:-1]).sum(-1), -1, 1)))
+        angles = np.degrees(np.arccos(np.clip((unit[1:] * unit[:-1]).sum(-1), -1, 1)))
     later = Labelled(data.values[1:], data.axes, {**data.labels, "layer": data.labels["layer"][1:]}, data.about)
     name = "Angle between the residual stream after each layer and before it"
-    return draw_heatmap(drop_axis(later, turned, "model"), "degrees", False, look=look, name=name)
+    return draw_heatmap(drop_axis(later, angles, "model"), "degrees", False, look=look, name=name)
 
 
 def drop_axis(data: Labelled, values: np.ndarray, axis: str) -> Labelled:
-    """Numbers with the labels of `data` but for one axis."""
+    """Return numbers with the labels of `data`, without one axis."""
     axes = tuple(a for a in data.axes if a != axis)
-    about: Mapping[str, str] = {key: said for key, said in data.about.items() if key not in ("metric", "direction")}
+    about: Mapping[str, str] = {key: text for key, text in data.about.items() if key not in ("metric", "direction")}
     return Labelled(values, axes, {a: data.labels[a] for a in axes}, about)

@@ -1,4 +1,4 @@
-"""Lines: several series along layers, positions or distances, and sweeps beside each other."""
+"""Line charts: several series along layers, positions or distances, and comparisons of sweeps."""
 
 from collections.abc import Mapping
 
@@ -23,35 +23,36 @@ def lines(
     limits: Limits | None = None,
     **look: Unpack[Look],
 ) -> go.Figure:
-    """Numbers with two axes as one line for every label of one of them; `along` (the last axis) goes to the right.
+    """Draw numbers with two axes as lines: `along` (by default the last axis) to the right, a line per other label.
 
-    Numbers with one axis are one line. `limits` are the ends of the upward axis.
+    Numbers with one axis are one line. `limits` are the ends of the vertical axis.
     """
     named = list_axes(axes)
+    # A single series has no axis of series yet: give it one.
     if np.ndim(data.values if isinstance(data, Labelled) else to_float_array(data)) == 1:
         data = to_single_series(as_labelled(data, named[1:], labels), what)
-    found = as_labelled(data, named, labels)
-    along = along or found.axes[1]
-    if along not in found.axes:
-        raise ValueError(f"along {along!r}; this result has {', '.join(found.axes)}")
-    series = next(axis for axis in found.axes if axis != along)
-    values = found.values if found.axes[1] == along else found.values.T
+    table = as_labelled(data, named, labels)
+    along = along or table.axes[1]
+    if along not in table.axes:
+        raise ValueError(f"along {along!r}; this result has {', '.join(table.axes)}")
+    series = next(axis for axis in table.axes if axis != along)
+    values = table.values if table.axes[1] == along else table.values.T
     figure = go.Figure()
-    for i, (name, row) in enumerate(zip(found.labels[series], values, strict=True)):
+    for i, (name, row) in enumerate(zip(table.labels[series], values, strict=True)):
         figure.add_scatter(**line_trace(i, name, row, what))
-    set_ticks(figure, "x", found.labels[along], along)
+    set_ticks(figure, "x", table.labels[along], along)
     style_value_axis(figure, what, limits)
     figure.update_layout(showlegend=len(values) > 1, legend={"title": {"text": escape_text(series)}})
-    return apply_style(figure, metric_title(found), found.about, **look)
+    return apply_style(figure, metric_title(table), table.about, **look)
 
 
 def to_single_series(data: Labelled, name: str) -> Labelled:
-    """One series as a table of one row."""
+    """Return numbers with one axis as a table of one row."""
     return Labelled(data.values[None], ("series", *data.axes), {**data.labels, "series": [name]}, data.about)
 
 
 def line_trace(i: int, name: str, row: np.ndarray, what: str) -> dict:
-    """A series by its number: its own colour, and a dash where the colours begin again."""
+    """Return the trace of series `i`: its own colour, and another dash once the colours repeat."""
     return {
         "x": np.arange(len(row)),
         "y": row,
@@ -63,31 +64,36 @@ def line_trace(i: int, name: str, row: np.ndarray, what: str) -> dict:
 
 
 def style_value_axis(figure: go.Figure, what: str, limits: Limits | None) -> None:
+    """Style the vertical axis of values."""
     grid = {"showgrid": True, "gridcolor": FAINT, "zeroline": True, "zerolinecolor": FAINT}
     figure.update_yaxes(title=escape_text(what), range=limits, **grid)
 
 
 def compare(sweeps: Mapping[str, Numbers], *, what: str = "effect", **look: Unpack[Look]) -> go.Figure:
-    """Sweeps of the same places by name: over one axis as lines with intervals, over two as grids of one colour scale.
+    """Compare sweeps by name: over one axis as lines with intervals, over two as grids with one colour scale.
 
-    The sweeps must have the same axes and labels. An interval is drawn where a sweep has one (`low` and `high`).
+    An interval is drawn where a sweep has one (`low` and `high`). Raises ValueError unless all sweeps have the same
+    axes and labels.
     """
-    found = {
+    labelled = {
         name: as_labelled(sweep, sweep.axes if isinstance(sweep, Labelled) else default_axes(sweep))
         for name, sweep in sweeps.items()
     }
-    first = next(iter(found.values()))
-    for name, sweep in found.items():
+    first = next(iter(labelled.values()))
+    for name, sweep in labelled.items():
         if (sweep.axes, sweep.labels) != (first.axes, first.labels):
-            raise ValueError(f"{name!r} is of other places than {next(iter(found))!r}: {sweep.axes} and {first.axes}")
+            raise ValueError(
+                f"{name!r} has other axes or labels than {next(iter(labelled))!r}: {sweep.axes} and {first.axes}"
+            )
     figure = (
-        draw_grids_in_row(found, first, what)
+        draw_grids_in_row(labelled, first, what)
         if len(first.axes) == 2
-        else draw_overlaid_lines(sweeps, found, first, what)
+        else draw_overlaid_lines(sweeps, labelled, first, what)
     )
-    shared = set.intersection(*(set(sweep.about.items()) for sweep in found.values()))
+    # Under the title goes only what holds for all of them.
+    shared = set.intersection(*(set(sweep.about.items()) for sweep in labelled.values()))
     about = {
-        key: said for key, said in first.about.items() if key in ("metric", "model", "pairs") and (key, said) in shared
+        key: text for key, text in first.about.items() if key in ("metric", "model", "pairs") and (key, text) in shared
     }
     tall: Look = {"height": 320 if len(first.axes) == 1 else 90 + max(160, 22 * first.shape[0])}
     room = 20 if len(first.axes) == 2 else 0
@@ -97,19 +103,21 @@ def compare(sweeps: Mapping[str, Numbers], *, what: str = "effect", **look: Unpa
 
 
 def default_axes(values: Numbers) -> tuple[str, ...]:
+    """Return the names of the axes of plain numbers."""
     return ("layer", "place")[: to_float_array(values).ndim]
 
 
 def draw_overlaid_lines(
     sweeps: Mapping[str, Numbers], series: Mapping[str, Labelled], first: Labelled, what: str
 ) -> go.Figure:
-    """Lines over one axis, with the ends of their intervals."""
+    """Draw sweeps over one axis as lines, with their intervals as error bars."""
     figure = go.Figure()
     for i, (name, data) in enumerate(series.items()):
         ends = [getattr(sweeps[name], side, None) for side in ("low", "high")]
         error = None
         if all(end is not None and np.isfinite(end.values).any() for end in ends):
             low, high = (to_float_array(end.values) for end in ends)  # type: ignore[union-attr]
+            # plotly wants the distances of both ends from the value.
             with np.errstate(invalid="ignore"):
                 up, down = (np.where(np.isfinite(x), x, np.nan) for x in (high - data.values, data.values - low))
             error = {"array": up, "arrayminus": down, "symmetric": False, "thickness": 1}
@@ -121,7 +129,7 @@ def draw_overlaid_lines(
 
 
 def draw_grids_in_row(grids: Mapping[str, Labelled], first: Labelled, what: str) -> go.Figure:
-    """Grids over two axes next to each other, zero in the middle."""
+    """Draw sweeps over two axes side by side, zero in the middle of their common colour scale."""
     from plotly.subplots import make_subplots
 
     names = [escape_text(name, 30) for name in grids]

@@ -1,6 +1,6 @@
-"""Panels for a notebook in which a model is asked with the mouse and the keyboard: explorers over a `Lens`.
+"""Interactive explorers for notebooks: run a `Lens` and look at the result with mouse and keyboard.
 
-Each is an ipywidgets box. What a click, a slider or a key does is a call of its `select`; `run` asks the model again.
+Each explorer is an ipywidgets box. Clicks, sliders and keys call its `select`; `run` runs the model again.
 """
 
 from glmlens.widgets.attention import AttentionExplorer

@@ -1,4 +1,4 @@
-"""The KV cache: what a generation remembers at every step, who reads an entry, and what is said without it."""
+"""The KV cache of a generation: its entries at every step, which heads read them, and generations with one edited."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -22,21 +22,24 @@ from glmlens.widgets.base import ROW_LAYOUT
 from glmlens.widgets.chart import Chart, block_size
 from glmlens.widgets.generations import GenerationsExplorer
 
-READ_UNITS = {"attention": "share of attention", "weighted": "length written", "direct": "logits"}
+READ_UNITS = {"attention": "attention", "weighted": "weighted value norm", "direct": "logits"}
 LOSS_UNITS = {"kl": "nats", "logit": "logits"}
 COLOR_OPTIONS = {
-    "keys: length": "keys", "values: length": "values", "attention": "attention", "length written": "weighted",
-    "adds to the logit": "direct", "left out: KL": "kl", "left out: logit": "logit",
+    "key norm": "keys", "value norm": "values", "attention": "attention", "weighted value norm": "weighted",
+    "direct logit contribution": "direct", "leave-one-out: KL": "kl", "leave-one-out: logit": "logit",
 }  # fmt: skip
-CHANGE_OPTIONS = ("drop", "zero", "scale value", "scale key", "drop everywhere")
+CHANGE_OPTIONS = {
+    "evict here": "drop", "zero value": "zero", "scale value": "scale value", "scale key": "scale key",
+    "evict in all layers": "drop everywhere",
+}  # fmt: skip
 StepLosses = Mapping[str, Labelled]
 EntryChange = tuple[str, int, int, int, int, float]
-"""What is done, from which step on, to the entry at which layer, kv head and position, and the factor of scaling."""
+"""A value of CHANGE_OPTIONS, the first step, layer, KV head and position of the entry, and the factor of scaling."""
 
 
 @dataclass(frozen=True, eq=False)
 class CacheResult:
-    """A generation, the same with a change, and what each step asked about loses without each entry, by step."""
+    """A generation, its rerun with a change or None, and the leave-one-out effects of the steps that have them."""
 
     original: Timeline
     changed: Timeline | None
@@ -44,12 +47,13 @@ class CacheResult:
 
 
 class CacheInspector(GenerationsExplorer):
-    """What a generation remembers: entries by layer and position, who reads one of them, and what is said without it.
+    """Inspect the KV cache of a generation, and generate with an entry edited.
 
-    The first picture shows the cache that a step begins with, for one key-value head, `by` the length of its "keys" or
-    "values", by how the step reads it ("attention", "weighted", "direct") or by what the step loses without each entry
-    ("kl", "logit", run when it is asked for). The second shows which query heads read the chosen position. `alter`
-    changes the chosen entry and generates on from the step. Places: step, layer, kv, position, by.
+    The first chart shows the cache before a step [layer, position], for one KV head. `by` chooses the numbers: the norm
+    of "keys" or "values", how the step reads each entry ("attention", "weighted", "direct"), or the effect of leaving
+    it out ("kl", "logit": computed at the first request). The second chart shows which query heads read the selected
+    position. `alter` edits the selected entry and generates from the selected step. Places: step, layer, kv, position,
+    by.
     """
 
     def __init__(self, lens: Lens, prompt: Prompt, length: int = 20):
@@ -62,62 +66,71 @@ class CacheInspector(GenerationsExplorer):
             "by": W.Dropdown(options=list(COLOR_OPTIONS.items()), value="weighted", description="colour by"),
         }
         self.entries_chart, self.heads_chart = Chart(self.on_entry_click), Chart(self.on_head_click)
-        self.change_box = W.Dropdown(options=CHANGE_OPTIONS, description="this entry", layout={"width": "220px"})
-        self.factor_box = W.FloatText(0.5, description="factor", layout={"width": "160px"})
-        self.generate_button, self.undo_button = W.Button(description="Generate on"), W.Button(description="Undo")
-        self.generate_button.tooltip, self.undo_button.tooltip = (
-            "change the chosen entry from this step on",
-            "as it was",
+        self.change_box = W.Dropdown(
+            options=list(CHANGE_OPTIONS.items()), description="edit entry", layout={"width": "260px"}
         )
+        self.factor_box = W.FloatText(0.5, description="factor", layout={"width": "160px"})
+        self.generate_button = W.Button(
+            description="Apply and generate",
+            tooltip="edit the selected entry and generate from this step",
+            layout={"width": "auto"},
+        )
+        self.undo_button = W.Button(description="Undo", tooltip="remove the edit")
         self.losses: dict[int, StepLosses] = {}
-        self.reads: tuple[int, CacheReads] | None = None
+        self.reads: tuple[int, CacheReads] | None = None  # the step and its reads
         row = W.Box([self.change_box, self.factor_box, self.generate_button, self.undo_button], layout=ROW_LAYOUT)
-        super().__init__(lens, prompt, length, "change", places, [row, self.entries_chart, self.heads_chart])
+        views = [row, self.entries_chart, self.heads_chart]
+        super().__init__(lens, prompt, length, change_name="change", places=places, views=views)
         self.generate_button.on_click(lambda _: self.start(self.request_change))
         self.undo_button.on_click(lambda _: self.start(self.request_no_change))
         self.run_first()
 
-    # ---- asking ----
+    # ---- select and run ----
 
     def alter(self, what: str, factor: float = 0.0) -> None:
-        """Change the chosen entry from the chosen step on, and generate on from there.
+        """Edit the selected entry, and generate from the selected step.
 
-        "drop" hides it from the heads that read it, "zero" and "scale value" change its value, "scale key" its key, and
-        "drop everywhere" takes its position out of all layers and heads.
+        "drop" evicts the entry from its layer and KV head, "drop everywhere" its position from all layers and heads.
+        "zero" and "scale value" edit its value, "scale key" its key. Raises ValueError for another name.
         """
         self.run(change=self.selected_change(what, factor))
 
     def selected_change(self, what: Any, factor: float) -> EntryChange:
+        """Return the change of this kind at the selected entry and step."""
         s = self._state
         return what, s["step"], s["layer"], s["kv"], s["position"], float(factor)
 
     def request_change(self) -> None:
+        """Put the change of the controls into the next run."""
         self.pending_inputs["change"] = self.selected_change(self.change_box.value, self.factor_box.value)
 
     def select(self, **places: Any) -> None:
-        """Look at another step (step), another entry (layer, kv, position) or by other numbers (by).
+        """Select a step, an entry (layer, kv, position) or the numbers to show (by).
 
-        What every entry is worth to a step, by "kl" or "logit", is run when it is first asked for. ValueError for a
-        place that is not there.
+        "kl" and "logit" are computed at the first request for a step. Raises ValueError for a value out of range.
         """
         super().select(**places)
         if self.needs_losses():
             self.run()
 
     def select_safely(self, **places: Any) -> None:
+        """`select` for callbacks: errors appear under the charts, and leave-one-out effects run in a thread."""
         with self.show_errors():
             super().select(**places)
         if not self.closed and self.needs_losses():
-            self.start()  # of its own, so that it can be stopped
+            self.start()  # in a thread, so that the Stop button works
 
     def needs_losses(self) -> bool:
-        """Whether what is to be shown has not been run."""
+        """Whether the effects to show have not been computed yet."""
         return self._state["by"] in LOSS_UNITS and self._state["step"] not in self.losses
 
-    # ---- working ----
+    # ---- compute ----
 
     def compute(self, inputs: Mapping[str, Any]) -> CacheResult:
-        line, change = self.run_original(inputs), inputs["change"]
+        """Run the generation, its rerun with the change, and the leave-one-out effects if they are shown."""
+        line = self.run_original(inputs)
+        change = inputs["change"]
+        # Effects of the same generation are kept: only those of this step may be missing.
         lost = dict(self.losses) if line is self.original_timeline else {}
         other = None if change is None else self.run_change(line, change, inputs["length"])
         step = min(self._state["step"], len(line.steps) - 1)
@@ -126,37 +139,38 @@ class CacheInspector(GenerationsExplorer):
         return CacheResult(line, other, lost)
 
     def run_change(self, line: Timeline, change: EntryChange, length: int) -> Timeline:
-        """The generation with an entry changed from a step on."""
+        """Rerun the generation with the change of an entry, from its step on."""
         what, step, layer, kv, position, factor = change
-        upto = min(step + 1, length)
-        if what == "drop":
+        upto = min(step + 1, length)  # this step alone: extend_timeline runs the others in slices
+        if what == "drop":  # eviction from one layer and KV head is a mask on attention, at every later step
             hooks = cache.evict(position=position, layer=layer, kv=kv).hooks(self.lens, steps=range(step, length))
             return self.extend_timeline(line.rerun(step, hooks=hooks, at={}, max_new_tokens=upto), length)
         op = make_operation(what, layer, kv, position, factor)
         return self.extend_timeline(line.rerun(step, at={step: op}, max_new_tokens=upto), length)
 
     def measure_losses(self, line: Timeline, step: int) -> StepLosses:
-        """What a step loses without each entry, a position at a time."""
-        memory = line.restore_state(step)
-        at = memory.kv.positions[0, : memory.kv.length].tolist()
+        """Measure the leave-one-out effect of every entry on a step, position by position so that it can be stopped."""
+        state = line.restore_state(step)
+        at = state.kv.positions[0, : state.kv.length].tolist()
         sheets: list[Mapping[str, Labelled]] = []
         for i, position in enumerate(at):
             self.report_progress(i, len(at), "positions left out")
-            sheets.append(leave_one_out(self.lens, memory, line.steps[step].token, positions=[position]).sheets())
+            sheets.append(leave_one_out(self.lens, state, line.steps[step].token, positions=[position]).sheets())
         first = sheets[0]
         joined = {name: np.stack([s[name].values[..., i] for i, s in enumerate(sheets)], -1) for name in LOSS_UNITS}
         return {
             name: Labelled(x, first[name].axes, first[name].labels, first[name].about) for name, x in joined.items()
         }
 
-    # ---- showing ----
+    # ---- draw ----
 
     def show(self, result: CacheResult | None = None) -> None:
+        """Draw the cache, the reads of the selected position, its numbers, and the text of both runs."""
         if result is not None:
-            self.losses, self.reads = dict(result.losses), None
-            self.store_timelines(
-                (self.pending_inputs["prompt"], self.pending_inputs["length"]), result.original, result.changed
-            )
+            self.losses = dict(result.losses)
+            self.reads = None
+            wanted = self.pending_inputs["prompt"], self.pending_inputs["length"]
+            self.store_timelines(wanted, result.original, result.changed)
         if self.original_timeline is None:
             return
         s = self._state
@@ -165,48 +179,52 @@ class CacheInspector(GenerationsExplorer):
         self.update_ranges(s)
         s["position"] = min(s["position"], self.places["position"].max)
         if self.reads is None or self.reads[0] != s["step"]:
-            said = self.original_timeline.steps[s["step"]].token
-            self.reads = s["step"], cache_reads(self.lens, self.original_timeline.restore_state(s["step"]), said)
+            token = self.original_timeline.steps[s["step"]].token
+            self.reads = s["step"], cache_reads(self.lens, self.original_timeline.restore_state(s["step"]), token)
         self.entries_chart.draw(self.figure(), (s["layer"], s["position"] // self.positions_per_cell()))
-        group = self.lens.cfg.n_groups
+        group = self.lens.cfg.n_groups  # query heads per KV head
         self.heads_chart.draw(self.heads_figure(), (s["layer"], (s["kv"] * group, (s["kv"] + 1) * group - 1)))
         self.text_lines.show_lines(*self.describe_entry())
-        self.show_texts("as it was", "changed")
+        self.show_texts("original", "with edit")
 
     def update_ranges(self, places: Mapping[str, Any]) -> None:
+        """Set the range of positions to the entries that the cache of the step holds."""
         if self.original_timeline is not None and places["step"] in range(len(self.original_timeline.steps)):
-            self.places["position"].max = self.original_timeline.steps[places["step"]].before - 1
+            self.places["position"].max = self.original_timeline.steps[places["step"]].past_entries - 1
 
     def positions_per_cell(self) -> int:
-        """How many positions are drawn as one cell."""
+        """Return how many positions are drawn as one cell."""
         return block_size(self.places["position"].max + 1)
 
     def figure(self) -> go.Figure:
-        """The cache that the step begins with, of one key-value head."""
+        """Return the cache before the selected step, of one KV head, as a figure."""
         self.require_open()
-        s, line = self._state, self.require_timeline()
+        s = self._state
+        line = self.require_timeline()
         by, kv, step = s["by"], s["kv"], s["step"]
-        title = f"Kv head {kv} before step {step} says {self.chosen_token_label(step)}"
+        title = f"KV head {kv}, cache before step {step} (next token {self.chosen_token_label(step)})"
         if by in ("keys", "values"):
-            memory = line.restore_state(step)
-            own = slice(kv, kv + 1)
-            part = replace(memory.kv, keys=memory.kv.keys[:, :, :, own], values=memory.kv.values[:, :, :, own])
-            labels = {"pos": label_keys(self.lens, memory)}
-            return cache_norms(part, labels, of=by, title=f"{title}: length of {by}", subtitle="")
-        known = self.selected_sheet(by)
-        if known is None:
+            state = line.restore_state(step)
+            one = slice(kv, kv + 1)
+            part = replace(state.kv, keys=state.kv.keys[:, :, :, one], values=state.kv.values[:, :, :, one])
+            labels = {"pos": label_keys(self.lens, state)}
+            return cache_norms(part, labels, of=by, title=f"{title}: norm of {by}", subtitle="")
+        sheet = self.selected_sheet(by)
+        if sheet is None:  # leave-one-out effects whose run was stopped
             empty = np.full((self.lens.cfg.n_layers, self.places["position"].max + 1), np.nan, np.float32)
             return heatmap(empty, axes=("layer", "key"), what="not run", title=title, subtitle="not run yet")
-        data = known.at(kv=kv)
-        some = Labelled(data.values[:, : self.places["position"].max + 1], data.axes,
-                        {**data.labels, "key": data.labels["key"][: self.places["position"].max + 1]})  # fmt: skip
-        name = next(words for words, sheet in COLOR_OPTIONS.items() if sheet == by)
+        data = sheet.at(kv=kv)
+        # The last key is the step's own token, which the cache does not hold yet.
+        cached = Labelled(data.values[:, : self.places["position"].max + 1], data.axes,
+                          {**data.labels, "key": data.labels["key"][: self.places["position"].max + 1]})  # fmt: skip
+        name = next(label for label, value in COLOR_OPTIONS.items() if value == by)
         signed = by in ("direct", "logit")
-        return heatmap(some, axes=("layer", "key"), what=(READ_UNITS | LOSS_UNITS)[by], signed=signed, title=f"{title}: {name}",
-                       subtitle="")  # fmt: skip
+        unit = (READ_UNITS | LOSS_UNITS)[by]
+        axes = ("layer", "key")
+        return heatmap(cached, axes=axes, what=unit, signed=signed, title=f"{title}: {name}", subtitle="")
 
     def selected_sheet(self, by: str) -> Labelled | None:
-        """The numbers of every entry [layer, kv, key], or None where they have not been run."""
+        """Return the numbers of every entry [layer, kv, key], or None if they have not been computed."""
         if by in LOSS_UNITS:
             lost = self.losses.get(self._state["step"])
             return None if lost is None else lost[by]
@@ -214,59 +232,70 @@ class CacheInspector(GenerationsExplorer):
         return self.reads[1].sum_by_kv_head(by, self.lens.cfg.n_kv_heads)
 
     def chosen_token_label(self, step: int) -> str:
+        """Return the label of the token that a step chose."""
         return token_label(self.lens, self.require_timeline().steps[step].token)
 
     def heads_figure(self) -> go.Figure:
-        """How every query head reads the chosen position, the head's key-value head in its label."""
-        s, cfg = self._state, self.lens.cfg
+        """Return how every query head reads the selected position, as a figure; labels name each head's KV head."""
+        s = self._state
+        cfg = self.lens.cfg
         by = s["by"] if s["by"] in READ_UNITS else "attention"
         assert self.reads is not None
         data = self.reads[1].sheets()[by]
         heads = [f"{head} (kv {head // cfg.n_groups})" for head in range(cfg.n_heads)]
         labels = {"layer": layer_labels(self.lens), "head": heads}
         position = data.labels["key"][s["position"]]
-        title, of = f"What every head reads at position {position}: {READ_UNITS[by]}", data.values[:, :, s["position"]]
+        title = f"Reads of position {position} by query head: {READ_UNITS[by]}"
+        values = data.values[:, :, s["position"]]
         signed = by == "direct"
-        return heatmap(of, labels, axes=("layer", "head"), what=READ_UNITS[by], signed=signed, title=title, subtitle="")
+        axes = ("layer", "head")
+        return heatmap(values, labels, axes=axes, what=READ_UNITS[by], signed=signed, title=title, subtitle="")
 
     def describe_entry(self) -> list[str]:
-        """The chosen entry and its numbers, exactly."""
-        s, memory = self._state, self.require_timeline().restore_state(self._state["step"])
+        """Return the selected entry and its numbers as lines of text."""
+        s = self._state
+        state = self.require_timeline().restore_state(s["step"])
         place = s["layer"], 0, s["position"], s["kv"]
-        lengths = [float(x[place].float().norm()) for x in (memory.kv.keys, memory.kv.values)]
-        call = int(memory.kv.calls[0, s["position"]])
-        name = label_keys(self.lens, memory)[s["position"]]
+        norms = [float(x[place].float().norm()) for x in (state.kv.keys, state.kv.values)]
+        call = int(state.kv.calls[0, s["position"]])  # 0: the call that ran the prompt
+        name = label_keys(self.lens, state)[s["position"]]
         written = f"written at step {call}" if call else "of the prompt"
         first = f"entry {name} of layer {s['layer']}, kv {s['kv']}, {written}"
         return [
-            f"{first}: length of key {lengths[0]:.3g}, of value {lengths[1]:.3g}",
+            f"{first}: key norm {norms[0]:.3g}, value norm {norms[1]:.3g}",
             self.describe_reads(),
             self.describe_losses(),
         ]
 
     def describe_reads(self) -> str:
-        s, group = self._state, self.lens.cfg.n_groups
+        """Return how the heads of the selected KV head read the entry, as text."""
+        s = self._state
+        group = self.lens.cfg.n_groups
         assert self.reads is not None
-        found = []
+        readers = []
         for head in range(s["kv"] * group, (s["kv"] + 1) * group):
             place = s["layer"], head, s["position"]
             a, w, d = (float(self.reads[1].sheets()[name].values[place]) for name in READ_UNITS)
-            found.append(f"head {head} attention {a:.4f}, writes {w:.3g}, logit {d:+.3f}")
-        return f"read by {'; '.join(found)}"
+            readers.append(f"head {head}: attention {a:.4f}, weighted value norm {w:.3g}, logit contribution {d:+.3f}")
+        return f"read by {'; '.join(readers)}"
 
     def describe_losses(self) -> str:
+        """Return the effect of leaving the entry out, or how to compute it, as text."""
         lost = self.losses.get(self._state["step"])
         if lost is None:
-            return "colour by “left out” to see what the step loses without each entry"
+            return "colour by leave-one-out to measure the effect of each entry"
         place = self._state["layer"], self._state["kv"], self._state["position"]
         kl, logit = (float(lost[name].values[place]) for name in LOSS_UNITS)
-        return f"without it: KL {kl:.3g} nats, logit of {self.chosen_token_label(self._state['step'])} lower by {logit:.3g}"
+        token = self.chosen_token_label(self._state["step"])
+        return f"without it: KL {kl:.3g} nats, logit of {token} lower by {logit:.3g}"
 
     def describe_change(self, change: EntryChange) -> str:
+        """Return a change as text."""
         what, step, layer, kv, position, factor = change
         where = f"position {position}" + ("" if what == "drop everywhere" else f" of layer {layer}, kv {kv}")
         by = f" by {factor:g}" if what.startswith("scale") else ""
-        return f"{what} {where}{by}, from step {step} on"
+        name = next((label for label, value in CHANGE_OPTIONS.items() if value == what), what)
+        return f"{name}: {where}{by}, from step {step} on"
 
     def on_entry_click(self, row: int, column: int) -> None:
         self.select_safely(layer=row, position=column * self.positions_per_cell())
@@ -276,17 +305,17 @@ class CacheInspector(GenerationsExplorer):
 
 
 def make_operation(what: str, layer: int, kv: int, position: int, factor: float) -> Callable[..., Any]:
-    """The operation on a cache of this name; ValueError for another name."""
+    """Return the cache operation of this name; raise ValueError for an unknown one."""
 
-    def scaled(x: Tensor, at: Tensor, layer: int) -> Tensor:
+    def scale(x: Tensor, at: Tensor, layer: int) -> Tensor:
         return x * factor
 
-    known = {
+    operations = {
         "zero": lambda: cache.ablate(layer=layer, kv=kv, position=position),
-        "scale value": lambda: cache.edit(values=scaled, layer=layer, kv=kv, position=position),
-        "scale key": lambda: cache.edit(keys=scaled, layer=layer, kv=kv, position=position),
+        "scale value": lambda: cache.edit(values=scale, layer=layer, kv=kv, position=position),
+        "scale key": lambda: cache.edit(keys=scale, layer=layer, kv=kv, position=position),
         "drop everywhere": lambda: cache.evict(position=position),
     }
-    if what not in known:
-        raise ValueError(f"no change {what!r}; choose from {', '.join(map(repr, CHANGE_OPTIONS))}")
-    return known[what]()
+    if what not in operations:
+        raise ValueError(f"no change {what!r}; choose from {', '.join(map(repr, CHANGE_OPTIONS.values()))}")
+    return operations[what]()

@@ -1,8 +1,8 @@
-// A figure of plotly.js that becomes other figures. The library comes once for all charts of the page.
+// A plotly.js figure that is replaced by new figures. The library is loaded once for all charts of the page.
 
 const LIBRARY = Symbol.for("glmlens.plotly");
 
-/** plotly.js as a module: its text stands in a plain widget. */
+/** Load plotly.js as a module from the value of a plain text widget. */
 async function load(manager, id) {
   const source = (await manager.get_model(id)).get("value");
   const module = `const module = { exports: {} }, exports = module.exports, define = undefined;
@@ -28,14 +28,14 @@ async function render({ model, el, signal }) {
   const draw = () => {
     drawing = drawing.catch(() => {}).then(async () => {
       const text = model.get("figure");
-      if (!text || !box.isConnected) return; // what is off the page is drawn when it comes back
+      if (!text || !box.isConnected) return; // off the page: drawn when it is back
       const { data, layout } = JSON.parse(text);
       await plotly.react(box, data, layout, model.get("config"));
       drawn = text;
     });
     return drawing;
   };
-  while (!box.isConnected && !signal?.aborted) await new Promise(requestAnimationFrame); // as wide as where it stands
+  while (!box.isConnected && !signal?.aborted) await new Promise(requestAnimationFrame); // plotly needs the width of the cell
   model.on("change:figure", draw);
   await draw();
   box.on?.("plotly_click", ({ points }) => model.send({ click: [points[0].pointNumber].flat() }));

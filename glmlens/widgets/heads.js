@@ -1,5 +1,5 @@
-// All heads of a layer as small pictures, one of them large, and the tokens it reads and is read by.
-// Text from the model goes through textContent alone. Every wish is sent to the kernel, which answers with the state.
+// All heads of a layer as thumbnails, one of them large, and the tokens that each token attends to or is attended by.
+// Model text is set through textContent alone. Every selection is sent to the kernel, which answers with the state.
 
 const STYLE = `
 .glmlens-heads { color: var(--jp-ui-font-color1, inherit); font: 13px/1.5 var(--jp-ui-font-family, system-ui); }
@@ -19,24 +19,24 @@ const STYLE = `
 .glmlens-heads .tokens span { padding: 2px 3px; border-radius: 3px; margin-right: 1px; cursor: pointer;
   white-space: pre-wrap; border-bottom: 3px solid transparent; }
 .glmlens-heads .tokens span.at { outline: 2px solid var(--jp-ui-font-color1, currentColor); }
-.glmlens-heads .said { min-height: 1.5em; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+.glmlens-heads .description { min-height: 1.5em; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 .glmlens-heads .hovered { min-height: 1.5em; opacity: .75; overflow-wrap: anywhere; }
 .glmlens-heads .legend { font-size: 11px; opacity: .8; white-space: pre-wrap; }
 `;
-const READS = "67,147,195", READERS = "214,96,77"; // blue: what it reads; red: what reads it
+const KEYS = "67,147,195", QUERIES = "214,96,77"; // blue: keys it attends to; red: queries attending to it
 const GROUPS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999"];
 
 const make = (tag, name, parent, text = "") => {
-  const made = document.createElement(tag);
-  made.className = name;
-  made.textContent = text;
-  parent.append(made);
-  return made;
+  const element = document.createElement(tag);
+  element.className = name;
+  element.textContent = text;
+  parent.append(element);
+  return element;
 };
 const bytes = (view) => new Uint8Array(view.buffer, view.byteOffset, view.byteLength);
-const row = (i) => (i * (i + 1)) / 2; // where row i of a lower triangle begins
+const row = (i) => (i * (i + 1)) / 2; // index of the first cell of row i of a lower triangle
 
-/** A lower triangle of bytes, `side` blocks wide, as a picture; what lies in the future stays clear. */
+/** Draw a lower triangle of bytes, `side` blocks wide; cells of later keys stay transparent. */
 function paint(canvas, cells, start, side, palette) {
   canvas.width = canvas.height = side;
   const context = canvas.getContext("2d");
@@ -54,7 +54,7 @@ function paint(canvas, cells, start, side, palette) {
 }
 
 function render({ model, el }) {
-  let ahead = {}, last; // what keys have wished for since the kernel's last answer: the next key goes on from there
+  let ahead = {}, last; // selections by key that the kernel has not answered yet: the next key starts from these
   const get = (name) => (name in ahead ? ahead[name] : model.get(name));
   const root = make("div", "glmlens-heads", el);
   make("style", "", root, STYLE);
@@ -62,20 +62,23 @@ function render({ model, el }) {
   const grid = make("div", "grid", top);
   const large = make("div", "large", top);
   const canvas = make("canvas", "", large);
-  make("div", "legend", large, "query downwards, key to the right");
+  make("div", "legend", large, "rows: queries, columns: keys");
   const strip = make("div", "tokens", root);
   const legend = make("div", "legend", root);
-  for (const [color, sign, text] of [[READS, "■", " what the token reads   "], [READERS, "▁", " what reads it"]]) {
+  for (const [color, sign, text] of [
+    [KEYS, "■", " attended to by this token   "],
+    [QUERIES, "▁", " attends to this token"],
+  ]) {
     make("span", "", legend, sign).style.color = `rgb(${color})`;
     legend.append(text);
   }
-  const said = make("div", "said", root);
+  const description = make("div", "description", root);
   const hovered = make("div", "hovered", root);
-  said.setAttribute("aria-live", "polite");
+  description.setAttribute("aria-live", "polite");
   for (const [part, role, name] of [
-    [grid, "radiogroup", "heads: arrow keys choose, Enter locks, Escape unlocks"],
+    [grid, "radiogroup", "heads: arrow keys select, Enter locks, Escape unlocks"],
     [canvas, "application", "attention of one head: arrow keys move the query and the key"],
-    [strip, "application", "tokens: arrow keys choose one, Escape none"],
+    [strip, "application", "tokens: arrow keys select one, Escape none"],
   ]) {
     part.tabIndex = 0;
     part.setAttribute("role", role);
@@ -83,18 +86,18 @@ function render({ model, el }) {
   }
   let figures = [], spans = [], over = null, hoveredToken = -1;
 
-  const wish = (places) => model.send({ select: places });
+  const send = (places) => model.send({ select: places });
   const label = (i) => `${i} ${get("labels")[i]}`;
-  /** The head that is drawn: the one under the mouse, unless one is locked. */
+  /** The head that is drawn large: the one under the mouse, unless one is locked. */
   const shown = () => (over === null || get("locked") ? get("head") : over);
-  /** The best that is here of the head that is drawn. */
+  /** The cells of the head that is drawn: in full if they are here, else its thumbnail. */
   function source() {
-    const whole = shown() === get("cells_of") && get("side") > 0;
-    const side = whole ? get("side") : get("thumb_side"), block = whole ? get("block") : get("thumb_block");
-    return { whole, side, block, cells: bytes(get(whole ? "cells" : "thumbs")),
-             start: whole ? 0 : shown() * row(side) };
+    const full = shown() === get("cells_head") && get("side") > 0;
+    const side = full ? get("side") : get("thumbnail_side"), block = full ? get("block") : get("thumbnail_block");
+    return { full, side, block, cells: bytes(get(full ? "cells" : "thumbnails")),
+             start: full ? 0 : shown() * row(side) };
   }
-  const scaled = (v) => (v / 255) * get("most");
+  const scaled = (v) => (v / 255) * get("max_weight");
 
   function build() {
     grid.replaceChildren();
@@ -112,28 +115,28 @@ function render({ model, el }) {
         figures.push(figure);
         make("canvas", "", figure);
         make("figcaption", "", figure, `${h}`);
-        figure.onmouseenter = () => { over = h; drawLarge(); light(); };
-        figure.onmouseleave = () => { over = null; drawLarge(); light(); };
-        figure.onclick = () => wish(h === get("head") && get("locked") ? { locked: false } : { head: h, locked: true });
+        figure.onmouseenter = () => { over = h; drawLarge(); highlight(); };
+        figure.onmouseleave = () => { over = null; drawLarge(); highlight(); };
+        figure.onclick = () => send(h === get("head") && get("locked") ? { locked: false } : { head: h, locked: true });
       }
     }
-    thumbs();
+    drawThumbnails();
   }
 
-  function thumbs() {
-    const side = get("thumb_side"), cells = bytes(get("thumbs")), palette = bytes(get("palette"));
+  function drawThumbnails() {
+    const side = get("thumbnail_side"), cells = bytes(get("thumbnails")), palette = bytes(get("palette"));
     if (cells.length < figures.length * row(side)) return;
     figures.forEach((figure, h) => paint(figure.querySelector("canvas"), cells, h * row(side), side, palette));
   }
 
-  function write() {
+  function writeTokens() {
     strip.replaceChildren();
     spans = get("labels").map((text, i) => {
       const span = make("span", "", strip, text);
       span.title = label(i);
-      span.onmouseenter = () => { hoveredToken = i; light(); };
-      span.onmouseleave = () => { hoveredToken = -1; light(); };
-      span.onclick = () => wish({ query: i === get("query") ? -1 : i });
+      span.onmouseenter = () => { hoveredToken = i; highlight(); };
+      span.onmouseleave = () => { hoveredToken = -1; highlight(); };
+      span.onclick = () => send({ query: i === get("query") ? -1 : i });
       strip.append(text.endsWith("↵") ? document.createElement("br") : document.createElement("wbr"));
       return span;
     });
@@ -143,11 +146,11 @@ function render({ model, el }) {
     const s = source(), palette = bytes(get("palette"));
     if (!s.side || s.cells.length < s.start + row(s.side)) return;
     paint(canvas, s.cells, s.start, s.side, palette);
-    cross(s);
+    markCell(s);
   }
 
-  /** A mark around the chosen cell. */
-  function cross(s) {
+  /** Mark the selected query row, and the selected cell in it. */
+  function markCell(s) {
     const [q, k] = [get("query"), get("key")];
     if (q < 0) return;
     const context = canvas.getContext("2d"), at = (i) => Math.floor(i / s.block);
@@ -159,60 +162,60 @@ function render({ model, el }) {
     }
   }
 
-  /** What token i reads (side 0) or what reads it (side 1): pairs of token and weight from 0 to 255. */
+  /** Keys that token i attends to (which 0) or queries attending to it (which 1): [token, weight from 0 to 255]. */
   function linked(i, which) {
-    const s = source(), n = get("labels").length, found = [];
+    const s = source(), n = get("labels").length, links = [];
     const k = get("top_k");
-    if (s.whole && s.block > 1 && k) {
+    if (s.full && s.block > 1 && k) {
       const at = new Uint32Array(bytes(get("top_at")).slice().buffer), weights = bytes(get("top_weights"));
       for (let j = 0; j < k; j++) {
         const from = (which * n + i) * k + j;
-        if (weights[from]) found.push([at[from], weights[from]]);
+        if (weights[from]) links.push([at[from], weights[from]]);
       }
-      return found;
+      return links;
     }
     const own = Math.floor(i / s.block);
     for (let j = 0; j < n; j++) {
       const other = Math.floor(j / s.block), [q, key] = which ? [other, own] : [own, other];
       if ((which ? j < i : j > i) || key > q) continue;
       const weight = s.cells[s.start + row(q) + key];
-      if (weight) found.push([j, weight]);
+      if (weight) links.push([j, weight]);
     }
-    return found;
+    return links;
   }
 
-  function light() {
-    const i = hoveredToken >= 0 ? hoveredToken : get("query"), by = get("by");
+  function highlight() {
+    const i = hoveredToken >= 0 ? hoveredToken : get("query"), by = get("shown_links");
     const back = new Map(i >= 0 && by !== "key" ? linked(i, 0) : []);
     const under = new Map(i >= 0 && by !== "query" ? linked(i, 1) : []);
     spans.forEach((span, j) => {
-      span.style.backgroundColor = back.has(j) ? `rgba(${READS},${0.12 + (0.88 * back.get(j)) / 255})` : "";
-      span.style.borderBottomColor = under.has(j) ? `rgba(${READERS},${0.2 + (0.8 * under.get(j)) / 255})` : "";
+      span.style.backgroundColor = back.has(j) ? `rgba(${KEYS},${0.12 + (0.88 * back.get(j)) / 255})` : "";
+      span.style.borderBottomColor = under.has(j) ? `rgba(${QUERIES},${0.2 + (0.8 * under.get(j)) / 255})` : "";
       span.classList.toggle("at", j === i);
     });
-    hovered.textContent = hoveredToken >= 0 ? most(back, under, i) : "";
+    hovered.textContent = hoveredToken >= 0 ? describe(back, under, i) : "";
   }
 
   /** The strongest links of a token in words. */
-  function most(back, under, i) {
+  function describe(back, under, i) {
     const best = (links) => [...links].sort((a, b) => b[1] - a[1]).slice(0, 3)
       .map(([j, w]) => `${label(j)} ≈${scaled(w).toFixed(2)}`).join(", ");
     const words = [`head ${shown()}, ${label(i)}`];
-    if (back.size) words.push(`reads ${best(back)}`);
-    if (under.size) words.push(`is read by ${best(under)}`);
+    if (back.size) words.push(`attends to ${best(back)}`);
+    if (under.size) words.push(`attended to by ${best(under)}`);
     return words.join(" · ");
   }
 
-  function mark() {
+  function markHead() {
     figures.forEach((figure, h) => {
       figure.classList.toggle("chosen", h === get("head"));
       figure.classList.toggle("locked", h === get("head") && get("locked"));
       figure.setAttribute("aria-checked", h === get("head"));
     });
-    said.textContent = get("said");
+    description.textContent = get("description");
   }
 
-  /** The query and key under the mouse. */
+  /** The query and key at a place of the mouse. */
   function cell(event) {
     const box = canvas.getBoundingClientRect(), s = source(), n = get("labels").length;
     const at = (share) => Math.min(n - 1, Math.max(0, Math.floor(share * s.side) * s.block));
@@ -221,31 +224,31 @@ function render({ model, el }) {
   canvas.onmousemove = (event) => {
     const [q, k] = cell(event), s = source();
     const value = s.cells[s.start + row(Math.floor(q / s.block)) + Math.floor(k / s.block)];
-    const about = s.block > 1 ? ` (the largest of ${s.block} x ${s.block})` : "";
+    const about = s.block > 1 ? ` (maximum of ${s.block} × ${s.block} tokens)` : "";
     hovered.textContent = k > q ? "" :
       `head ${shown()}: query ${label(q)} → key ${label(k)} ≈${scaled(value).toFixed(2)}${about}`;
   };
   canvas.onmouseleave = () => { hovered.textContent = ""; };
   canvas.onclick = (event) => {
     const [q, k] = cell(event);
-    wish(k > q ? { query: q } : { query: q, key: k });
+    send(k > q ? { query: q } : { query: q, key: k });
   };
 
   const steps = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
-  /** Every key stays here: a notebook would take it for a command. */
+  /** Keys do not reach the notebook, which would take them for commands. */
   const keys = (part, act) => part.addEventListener("keydown", (event) => {
     event.stopPropagation();
     const far = event.shiftKey ? 10 : 1, [x, y] = steps[event.key] || [0, 0];
     if (act(event.key, x * far, y * far)) event.preventDefault();
   });
   const within = (i) => Math.max(0, Math.min(get("labels").length - 1, i));
-  /** The wish is shown at once; the kernel's answer follows, and to a wish that it refuses there is none. */
+  /** Show a selection at once, before the kernel answers. A refused one has no answer: drop it after 10 seconds. */
   const go = (places) => {
     Object.assign(ahead, places);
     clearTimeout(last);
-    last = setTimeout(() => { ahead = {}; soon("ahead"); }, 10000);
-    wish(places);
-    soon("ahead");
+    last = setTimeout(() => { ahead = {}; redraw("ahead"); }, 10000);
+    send(places);
+    redraw("ahead");
   };
   const answered = () => {
     for (const name of Object.keys(ahead)) if (ahead[name] === model.get(name)) delete ahead[name];
@@ -256,12 +259,12 @@ function render({ model, el }) {
     if (x) return go({ head: Math.max(0, Math.min(figures.length - 1, get("head") + x)) }), true;
     if (y) return go({ head: beside(get("head"), Math.sign(y)) }), true;
   });
-  /** The head above or below. */
+  /** The nearest head in the rows above (way -1) or below (way 1). */
   function beside(head, way) {
     const places = figures.map((figure) => figure.getBoundingClientRect()), here = places[head];
     const far = (box) => Math.abs(box.top - here.top) * 3 + Math.abs(box.left - here.left);
-    const there = places.map((_, h) => h).filter((h) => way * (places[h].top - here.top) > 4);
-    return there.length ? there.reduce((a, b) => (far(places[b]) < far(places[a]) ? b : a)) : head;
+    const beyond = places.map((_, h) => h).filter((h) => way * (places[h].top - here.top) > 4);
+    return beyond.length ? beyond.reduce((a, b) => (far(places[b]) < far(places[a]) ? b : a)) : head;
   }
   keys(canvas, (key, x, y) => {
     if (key === "Escape") return go({ query: -1, key: -1 }), true;
@@ -280,22 +283,22 @@ function render({ model, el }) {
     const changed = waiting;
     waiting = new Set();
     const any = (...names) => names.some((name) => changed.has(name));
-    if (any("labels")) write();
+    if (any("labels")) writeTokens();
     if (any("n_heads", "n_kv_heads", "labels")) build();
-    else if (any("thumbs", "palette")) thumbs();
+    else if (any("thumbnails", "palette")) drawThumbnails();
     drawLarge();
-    light();
-    mark();
-    root.dataset.drawn = `${get("drawing")}`;
+    highlight();
+    markHead();
+    root.dataset.drawn = `${get("drawing_number")}`;
   };
-  const soon = (name) => {
+  const redraw = (name) => {
     if (!waiting.size) requestAnimationFrame(draw);
     waiting.add(name);
   };
-  for (const name of ["labels", "n_heads", "n_kv_heads", "thumbs", "palette", "cells", "top_at", "most", "head",
-    "locked", "query", "key", "by", "said", "drawing"])
-    model.on(`change:${name}`, () => soon(name));
-  model.on("change:drawing", answered);
+  for (const name of ["labels", "n_heads", "n_kv_heads", "thumbnails", "palette", "cells", "top_at", "max_weight", "head",
+    "locked", "query", "key", "shown_links", "description", "drawing_number"])
+    model.on(`change:${name}`, () => redraw(name));
+  model.on("change:drawing_number", answered);
   waiting = new Set(["labels"]);
   draw();
   return () => { clearTimeout(last); root.remove(); };

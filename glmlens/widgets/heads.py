@@ -1,4 +1,4 @@
-"""The attention of a layer as bytes for the canvas in heads.js: small pictures of all heads, and one head whole."""
+"""The attention of a layer as bytes for the canvas of heads.js: thumbnails of all heads, and one head in full."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,36 +13,39 @@ from torch.nn.functional import max_pool2d
 from glmlens.plot.style import MAGNITUDE
 from glmlens.widgets.anywidget_base import PageWidget, read_javascript
 
-THUMBNAIL_BLOCKS, HEAD_BLOCKS, LINKS_PER_TOKEN = (
-    128,
-    512,
-    24,
-)  # blocks along a small picture and along the large one; links of a token beyond that
+THUMBNAIL_BLOCKS = 128  # blocks along an axis of a thumbnail
+HEAD_BLOCKS = 512  # blocks along an axis of the large picture
+LINKS_PER_TOKEN = 24  # strongest links sent per token where the large picture is pooled into blocks
 
 
 class HeadsWidget(PageWidget):
-    """The heads of one layer on the page.
+    """The heads of one layer on the page; traits are read by heads.js under these names.
 
-    Weights are bytes, 255 standing for `most`: lower triangles, row by row. `thumbs` is [head, triangle of thumb_side],
-    `cells` the triangle of `cells_of`, a block of tokens each. Where blocks are of several tokens, `top_at` (uint32)
-    and `top_weights` are the strongest links [what it reads, what reads it; token; top_k]. What somebody wishes for on
-    the page comes as a message, {"select": {...}}.
+    Weights are bytes, 255 for `max_weight`: lower triangles, row by row. `thumbnails` is [head, triangle of
+    thumbnail_side], `cells` the triangle of head `cells_head`; a cell is a block of `block` tokens by as many. Where
+    `block` is over 1, `top_at` (uint32) and `top_weights` are the strongest links [attended to or attending, token,
+    top_k]. A selection on the page arrives as the message {"select": {...}}.
     """
 
     _esm = read_javascript("heads.js")
     labels = T.List(T.Unicode()).tag(sync=True)
-    n_heads, n_kv_heads = T.Int(0).tag(sync=True), T.Int(1).tag(sync=True)
-    thumbnails, thumbnail_side, thumbnail_block = (
-        T.Bytes().tag(sync=True),
-        T.Int(0).tag(sync=True),
-        T.Int(1).tag(sync=True),
-    )
-    cells, side, block = T.Bytes().tag(sync=True), T.Int(0).tag(sync=True), T.Int(1).tag(sync=True)
+    n_heads = T.Int(0).tag(sync=True)
+    n_kv_heads = T.Int(1).tag(sync=True)
+    thumbnails = T.Bytes().tag(sync=True)
+    thumbnail_side = T.Int(0).tag(sync=True)
+    thumbnail_block = T.Int(1).tag(sync=True)
+    cells = T.Bytes().tag(sync=True)
+    side = T.Int(0).tag(sync=True)
+    block = T.Int(1).tag(sync=True)
     cells_head = T.Int(0).tag(sync=True)
-    top_at, top_weights, top_k = T.Bytes().tag(sync=True), T.Bytes().tag(sync=True), T.Int(0).tag(sync=True)
+    top_at = T.Bytes().tag(sync=True)
+    top_weights = T.Bytes().tag(sync=True)
+    top_k = T.Int(0).tag(sync=True)
     max_weight = T.Float(1.0).tag(sync=True)
-    head, locked = T.Int(0).tag(sync=True), T.Bool(False).tag(sync=True)
-    query, key = T.Int(-1).tag(sync=True), T.Int(-1).tag(sync=True)
+    head = T.Int(0).tag(sync=True)
+    locked = T.Bool(False).tag(sync=True)
+    query = T.Int(-1).tag(sync=True)
+    key = T.Int(-1).tag(sync=True)
     shown_links = T.Unicode("both").tag(sync=True)
     description = T.Unicode().tag(sync=True)
     palette = T.Bytes().tag(sync=True)
@@ -50,61 +53,67 @@ class HeadsWidget(PageWidget):
 
     def __init__(self, on_select: Callable[..., Any], **traits: Any):
         super().__init__(palette=magnitude_palette(), **traits)
-        self.on_msg(lambda _, said, buffers: on_select(**said["select"]))
+        self.on_msg(lambda _, message, buffers: on_select(**message["select"]))
 
     def draw(self, **traits: Any) -> None:
-        """Change all these at once; the page sets data-drawn to the number of the drawing when they are seen."""
+        """Set these traits in one message. The page sets data-drawn to `drawing_number` when they are drawn."""
         with self.hold_sync():
-            self.set_trait("drawing", self.drawing_number + 1)
+            self.set_trait("drawing_number", self.drawing_number + 1)
             for name, value in traits.items():
                 if getattr(self, name) != value:
                     self.set_trait(name, value)
 
 
 def magnitude_palette() -> bytes:
-    """256 colours of a magnitude, red green blue."""
-    found = sample_colorscale(MAGNITUDE, [i / 255 for i in range(256)])
-    return bytes(round(part) for color in found for part in unlabel_rgb(color))
+    """Return the 256 colours of the magnitude scale, three bytes (red, green, blue) each."""
+    colors = sample_colorscale(MAGNITUDE, [i / 255 for i in range(256)])
+    return bytes(round(part) for color in colors for part in unlabel_rgb(color))
 
 
-def pack_thumbnails(weights: Float[Tensor, "head query key"], most: float) -> dict[str, Any]:
-    """The small pictures of all heads, each block with its largest weight."""
+def pack_thumbnails(weights: Float[Tensor, "head query key"], max_weight: float) -> dict[str, Any]:
+    """Return the traits of the thumbnails of all heads, each block with its largest weight."""
     small, block = max_pool_heads(weights, THUMBNAIL_BLOCKS)
-    return {"thumbs": pack_triangles(small, most), "thumb_side": small.shape[-1], "thumb_block": block}
+    return {
+        "thumbnails": pack_triangles(small, max_weight),
+        "thumbnail_side": small.shape[-1],
+        "thumbnail_block": block,
+    }
 
 
-def pack_head(weights: Float[Tensor, "query key"], head: int, most: float) -> dict[str, Any]:
-    """One head whole; where that is too much, in blocks, and the strongest links of every token."""
+def pack_head(weights: Float[Tensor, "query key"], head: int, max_weight: float) -> dict[str, Any]:
+    """Return the traits of one head in full; a long one in blocks, with the strongest links of every token."""
     large, block = max_pool_heads(weights[None], HEAD_BLOCKS)
-    found = {"cells": pack_triangles(large, most), "side": large.shape[-1], "block": block, "cells_of": head}
-    return found | (pack_links(weights, most) if block > 1 else {"top_at": b"", "top_weights": b"", "top_k": 0})
+    traits = {"cells": pack_triangles(large, max_weight), "side": large.shape[-1], "block": block, "cells_head": head}
+    return traits | (pack_links(weights, max_weight) if block > 1 else {"top_at": b"", "top_weights": b"", "top_k": 0})
 
 
 def max_pool_heads(
     weights: Float[Tensor, "head query key"], side: int
 ) -> tuple[Float[Tensor, "head rows columns"], int]:
-    """At most `side` blocks along each axis, and how many tokens a block has."""
+    """Pool to at most `side` blocks along each axis by the largest weight; also return the tokens per block."""
     block = -(-weights.shape[-1] // side)
     return (weights if block == 1 else max_pool2d(weights[None], block, ceil_mode=True)[0]), block
 
 
-def pack_triangles(weights: Float[Tensor, "head query key"], most: float) -> bytes:
-    """The keys up to each query, row after row, head after head."""
+def pack_triangles(weights: Float[Tensor, "head query key"], max_weight: float) -> bytes:
+    """Return the lower triangles as bytes: the keys up to each query, row by row, head by head."""
     rows, columns = torch.tril_indices(*weights.shape[-2:], device=weights.device)
-    return quantise_weights(weights[:, rows, columns], most).cpu().numpy().tobytes()
+    return quantise_weights(weights[:, rows, columns], max_weight).cpu().numpy().tobytes()
 
 
 def quantise_weights(weights: Tensor, max_weight: float) -> UInt8[Tensor, "..."]:
+    """Return weights as bytes, `max_weight` as 255."""
     return (weights * (255 / max_weight)).round().clamp(0, 255).to(torch.uint8)
 
 
-def pack_links(weights: Float[Tensor, "query key"], most: float) -> dict[str, Any]:
+def pack_links(weights: Float[Tensor, "query key"], max_weight: float) -> dict[str, Any]:
+    """Return the traits of every token's strongest links: keys it attends to, and queries that attend to it."""
     k = min(LINKS_PER_TOKEN, weights.shape[-1])
-    best = [weights.topk(k, 1), weights.T.topk(k, 1)]
-    at = torch.stack([found.indices for found in best]).to(torch.int32)
-    strong = torch.stack([found.values for found in best])
+    strongest = [weights.topk(k, 1), weights.T.topk(k, 1)]
+    at = torch.stack([links.indices for links in strongest]).to(torch.int32)
+    strong = torch.stack([links.values for links in strongest])
     return {
         "top_at": at.cpu().numpy().tobytes(),
-        "top_weights": quantise_weights(strong, most).cpu().numpy().tobytes(),
+        "top_weights": quantise_weights(strong, max_weight).cpu().numpy().tobytes(),
         "top_k": k,
     }

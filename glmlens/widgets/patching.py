@@ -1,4 +1,4 @@
-"""Patching: two prompts, a grid of effects, and what one cell of it does to the logits and to attention."""
+"""Patching: two prompts, a grid of effects, and the change of logits and attention by one cell of it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -38,7 +38,7 @@ LogitsFunction = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class RunOutputs:
-    """What a run said: the last logits, and the pattern of every layer."""
+    """Outputs of a run: the logits at the last position, and the attention patterns of every layer."""
 
     logits: Float[Tensor, "vocab"]
     patterns: Float[Tensor, "layer head query key"]
@@ -46,7 +46,10 @@ class RunOutputs:
 
 @dataclass(frozen=True, eq=False)
 class PatchResult:
-    """A sweep of one pair of prompts, its two plain runs by name, and what a cell puts in."""
+    """A sweep of one pair of prompts, and the unpatched runs "clean" and "corrupt".
+
+    A cell patches activations of `source` into a run of `base` (token ids). `grid` holds the places along each axis.
+    """
 
     sweep: Sweep
     plain_runs: Mapping[str, RunOutputs]
@@ -57,7 +60,7 @@ class PatchResult:
     answers: tuple[int, int]
 
     def intervention_at(self, row: int, column: int) -> Intervention:
-        """The change that stands at a cell of the grid."""
+        """Return the intervention of a cell of the grid."""
         where = {
             site_field(self.site, axis): here[i]
             for (axis, here), i in zip(self.grid.items(), (row, column), strict=True)
@@ -66,12 +69,13 @@ class PatchResult:
 
 
 class PatchExplorer(Explorer):
-    """Where a difference between two prompts lives: a grid of effects, each cell of which can be run again.
+    """Explore activation patching between two prompts: a grid of effects, and the outputs of the run of any cell.
 
-    `clean` and `corrupt` are texts of as many tokens, and `answers` the right and the wrong next token; or `clean` are
-    a task's Examples and `corrupt` the name of a counterfactual, and a slider chooses among them. `metrics` are more
-    metrics by name, functions of logits [row, vocab] to a number per row. Places: row and column of the grid, view
-    ("logits", "heads", "head"), layer and head whose attention is shown, example.
+    `clean` and `corrupt` are texts of equally many tokens, and `answers` the right and the wrong next token. Or `clean`
+    is a task's Examples and `corrupt` the name of a counterfactual (by default the first), and a slider selects the
+    example. `metrics` are further metrics by name: functions of logits [row, vocab] that return a number per row.
+    Places: row and column of the grid, view ("logits", "heads", "head"), layer and head whose attention is shown,
+    example. Raises PatchError for other arguments.
     """
 
     def __init__(
@@ -96,7 +100,7 @@ class PatchExplorer(Explorer):
         inputs = {
             **boxes,
             "site": W.Dropdown(options=sites, description="site"),
-            "over": W.Dropdown(options=GRID_AXES, description="layer by"),
+            "over": W.Dropdown(options=GRID_AXES, description="grid: layer ×", style={"description_width": "initial"}),
             "direction": W.Dropdown(options=["denoise", "noise"], description="direction"),
             "metric": W.Dropdown(
                 options=[DIFFERENCE_METRIC, PROBABILITY_METRIC, *self.extra_metrics], description="metric"
@@ -114,57 +118,68 @@ class PatchExplorer(Explorer):
         self.grid_chart = Chart(lambda row, column: self.select_safely(row=row, column=column))
         self.detail_chart = Chart(self.on_detail_click)
         given = texts | {name: control.value for name, control in inputs.items() if name not in texts}
-        super().__init__(lens, inputs, places, [self.grid_chart, self.detail_chart], given)
+        charts = [self.grid_chart, self.detail_chart]
+        super().__init__(lens, inputs, places, views=charts, initial_state=given)
         self.run_first()
 
     def example_texts(self, i: int) -> dict[str, str]:
-        """The prompts and answers of an example of the task."""
+        """Return the prompts and answers of an example of the task."""
         assert self.examples is not None
-        example, task = self.examples[i], self.examples.task
+        example = self.examples[i]
+        task = self.examples.task
         name = self.counterfactual or next(iter(task.counterfactuals))
         if name not in example.item.counterfactuals:
             raise PatchError(f"{task.name} has no counterfactual {name!r}; it has {', '.join(task.counterfactuals)}")
-        other, item = example.item.counterfactuals[name], example.item
+        other = example.item.counterfactuals[name]
+        item = example.item
         return {"clean": item.text, "corrupt": other.text, "right": item.correct[0], "wrong": item.wrong[0]}
 
     def compute(self, inputs: Mapping[str, Any]) -> PatchResult:
-        lens, where, over = self.lens, Site(inputs["site"]), inputs["over"]
-        (one,), (other,) = to_token_ids(lens, inputs["clean"]), to_token_ids(lens, inputs["corrupt"])
+        """Sweep the grid, and run both prompts unpatched."""
+        lens = self.lens
+        site = Site(inputs["site"])
+        (clean,) = to_token_ids(lens, inputs["clean"])
+        (corrupt,) = to_token_ids(lens, inputs["corrupt"])
         answers = lens.to_single_token(inputs["right"]), lens.to_single_token(inputs["wrong"])
         metric, direction = inputs["metric"], inputs["direction"]
-        axes = ("layer", over)
-        grid = {axis: list_places(SiteResolver(lens), where, axis, [one]) for axis in axes}
-        watched = self.report_metric(
+        axes = ("layer", inputs["over"])
+        grid = {axis: list_places(SiteResolver(lens), site, axis, [clean]) for axis in axes}
+        reporting = self.report_metric(
             self.make_metric(metric, answers), int(np.prod([len(here) for here in grid.values()]))
         )
-        grids = sweep(lens, [list(one)], [list(other)], where, over=axes, metric=watched, direction=direction,
+        swept = sweep(lens, [list(clean)], [list(corrupt)], site, over=axes, metric=reporting, direction=direction,
                       normalise=metric not in self.extra_metrics, progress=False)  # fmt: skip
-        runs = {"clean": self.run_prompt(one), "corrupt": self.run_prompt(other)}
-        base, source = (other, one) if direction == "denoise" else (one, other)
-        return PatchResult(grids, runs, base, source, where, grid, answers)
+        runs = {"clean": self.run_prompt(clean), "corrupt": self.run_prompt(corrupt)}
+        base, source = (corrupt, clean) if direction == "denoise" else (clean, corrupt)
+        return PatchResult(
+            sweep=swept, plain_runs=runs, base=base, source=source, site=site, grid=grid, answers=answers
+        )
 
     def make_metric(self, name: str, answers: tuple[int, int]) -> Metric:
-        """The metric of this name."""
+        """Return the metric of this name."""
         if name == DIFFERENCE_METRIC:
             return as_metric(answers, self.lens, 1)
-        of = self.extra_metrics.get(name, lambda logits: logits.softmax(-1)[:, answers[0]])
-        return Metric(name, lambda logits, _: of(logits[:, -1]))
+        measure = self.extra_metrics.get(name, lambda logits: logits.softmax(-1)[:, answers[0]])
+        return Metric(name, lambda logits, _: measure(logits[:, -1]))
 
     def report_metric(self, metric: Metric, total: int) -> Metric:
-        """The metric, that says how many cells are done and can be stopped."""
+        """Return the metric, reporting progress at every call: how a sweep is followed and stopped."""
         done = 0
 
-        def of(logits: Tensor, example: Tensor) -> Tensor:
+        def measure(logits: Tensor, example: Tensor) -> Tensor:
             nonlocal done
+            # Two plain runs are measured too, so more rows come than there are cells.
             self.report_progress(min(done, total), total, "cells")
             done += len(logits)
             return metric.of(logits, example)
 
-        return replace(metric, of=of)
+        return replace(metric, of=measure)
 
     def run_prompt(self, tokens: tuple[int, ...], change: Intervention | None = None) -> RunOutputs:
-        """A run of these tokens, with a change."""
-        lens, n = self.lens, len(tokens)
+        """Run these tokens, with an intervention or without."""
+        lens = self.lens
+        n = len(tokens)
+        # `end` is the position name that a site may use for the last token.
         hooks = [] if change is None else AppliedInterventions.compile(lens, [change], n, {"end": n - 1}).hooks
         row = torch.tensor([tokens], device=lens.device)
         logits, acts = lens.run_with_cache(row, pattern_points(lens), hooks, attention_mask=torch.ones_like(row))
@@ -174,11 +189,12 @@ class PatchExplorer(Explorer):
         return RunOutputs(logits[0, -1].float(), torch.stack(patterns))
 
     def select(self, **places: Any) -> None:
-        """Look at another cell (row, column), at it in another way (view, layer, head), or at another example.
+        """Select a cell (row, column), what to show of it (view, layer, head), or an example.
 
-        Another example is run, and a cell given with it is one of its grid. ValueError for a place that is not there.
+        Another example is run; a cell given with it is a cell of its grid. Raises ValueError for a value out of range.
         """
         before = self._state.get("example")
+        # Select row and column after the run: the grid of the other example may be larger.
         later = ("row", "column") if places.get("example", before) != before else ()
         cell = {name: places.pop(name) for name in later if name in places}
         super().select(**places)
@@ -187,16 +203,19 @@ class PatchExplorer(Explorer):
             super().select(**cell)
 
     def on_place_change(self, name: str, value: Any) -> None:
+        """Select the value of a place's control; another example is run in a thread."""
         if name != "example" or self.quiet:
             super().on_place_change(name, value)
             return
-        self.wanted |= self.example_texts(value)
+        self.pending_inputs |= self.example_texts(value)
         self._state["example"] = value
-        self.start()  # of its own, so that it can be stopped
+        self.start()  # in a thread, so that the Stop button works
 
     def show(self, result: PatchResult | None = None) -> None:
+        """Draw the grid and the details of the selected cell; after a run, select the cell of largest effect."""
         if result is not None:
-            self.result, self.changed_run = result, None
+            self.result = result
+            self.changed_run = None
             for name, size in zip(("row", "column"), result.sweep.shape, strict=True):
                 self.places[name].max = size - 1
             best = np.nanargmax(np.abs(np.nan_to_num(result.sweep.values)))
@@ -206,67 +225,72 @@ class PatchExplorer(Explorer):
         if self.result is None:
             return
         cell = self._state["row"], self._state["column"]
-        if self.changed_run is None or self.changed_run[0] != cell:
+        if self.changed_run is None or self.changed_run[0] != cell:  # run the cell once per selection
             self.changed_run = cell, self.run_prompt(self.result.base, self.result.intervention_at(*cell))
         if result is not None:
             self.grid_chart.draw(self.grid_figure(), cell)
         else:
-            self.grid_chart.mark(cell)
+            self.grid_chart.mark(cell)  # the grid is the same: move the frame alone
         self.detail_chart.draw(self.detail_figure())
 
     def grid_figure(self) -> go.Figure:
+        """Return the grid of effects as a figure."""
         swept = self.require_result().sweep
         note = "" if swept.finished else "stopped: the cells without a colour were not run · "
-        said = f"{note}{swept.about['metric']} · {swept.about['direction']} · {swept.about['baselines']}"
+        subtitle = f"{note}{swept.about['metric']} · {swept.about['direction']} · {swept.about['baselines']}"
         labels = {axis: [show_control_characters(label) for label in swept.labels[axis]] for axis in swept.axes}
-        return patch_grid(Labelled(swept.values, swept.axes, labels, swept.about), subtitle=said)
+        return patch_grid(Labelled(swept.values, swept.axes, labels, swept.about), subtitle=subtitle)
 
     def require_result(self) -> PatchResult:
+        """Return the result; raise ValueError before the first run."""
         if self.result is None:
             raise ValueError("nothing has been run yet: run()")
         return self.result
 
     def detail_figure(self) -> go.Figure:
-        """What the chosen cell does, in the chosen view."""
-        return {"logits": self.logits_figure, "heads": self.heads_figure, "head": self.head_figure}[
-            self._state["view"]
-        ]()
+        """Return what the selected cell changes, in the selected view."""
+        views = {"logits": self.logits_figure, "heads": self.heads_figure, "head": self.head_figure}
+        return views[self._state["view"]]()
 
     def describe_cell(self) -> str:
-        """The chosen cell in words."""
-        swept, cell = self.require_result().sweep, (self._state["row"], self._state["column"])
+        """Return the selected cell as text: "layer 2, pos 5 ·John"."""
+        swept = self.require_result().sweep
+        cell = (self._state["row"], self._state["column"])
         return ", ".join(f"{axis} {label}" for axis, label in zip(swept.axes, swept.labels_at(cell), strict=True))
 
     def base_and_changed_run(self) -> tuple[RunOutputs, RunOutputs]:
-        """The run that is changed, and the changed run."""
-        found = self.require_result()
+        """Return the run that is patched, and the patched run of the selected cell."""
+        result = self.require_result()
         assert self.changed_run is not None
-        return found.plain_runs["corrupt" if self._state["direction"] == "denoise" else "clean"], self.changed_run[1]
+        base = "corrupt" if self._state["direction"] == "denoise" else "clean"
+        return result.plain_runs[base], self.changed_run[1]
 
     def logits_figure(self) -> go.Figure:
-        """The change of the logits of the answers and of the tokens that the changed run says."""
-        found, (base, changed) = self.require_result(), self.base_and_changed_run()
-        tokens = list(dict.fromkeys([*found.answers, *changed.logits.topk(4).indices.tolist(),
+        """Return the change of the logits of the answers and of both runs' four top tokens."""
+        result = self.require_result()
+        base, changed = self.base_and_changed_run()
+        tokens = list(dict.fromkeys([*result.answers, *changed.logits.topk(4).indices.tolist(),
                                      *base.logits.topk(4).indices.tolist()]))  # fmt: skip
         names = self.lens.to_labels(torch.tensor([tokens]))
-        chances = [run.logits.softmax(-1)[tokens].tolist() for run in (base, changed)]
+        probabilities = [run.logits.softmax(-1)[tokens].tolist() for run in (base, changed)]
         labels = [
-            f"{show_control_characters(name)} {a:.1%} → {b:.1%}" for name, a, b in zip(names, *chances, strict=True)
+            f"{show_control_characters(name)} {a:.1%} → {b:.1%}"
+            for name, a, b in zip(names, *probabilities, strict=True)
         ]
         change = (changed.logits - base.logits)[tokens]
-        title = f"What {found.site.point} at {self.describe_cell()} does to the logits"
+        title = f"Change of logits from patching {result.site.point} at {self.describe_cell()}"
         return bars(change, {"part": labels}, what="logits", title=title, subtitle="token, probability before → after")
 
     def heads_figure(self) -> go.Figure:
-        """How much of its attention each head moves elsewhere: half the summed differences, mean over queries."""
+        """Return the change of each head's attention: total variation distance to the base run, mean over queries."""
         base, changed = self.base_and_changed_run()
-        moved = (changed.patterns - base.patterns).abs().sum(-1).mean(-1) / 2
-        title = f"Attention moved elsewhere by {self.require_result().site.point} at {self.describe_cell()}"
-        return heatmap(moved, axes=("layer", "head"), what="share moved", signed=False, title=title,
+        distance = (changed.patterns - base.patterns).abs().sum(-1).mean(-1) / 2
+        title = f"Attention changed by patching {self.require_result().site.point} at {self.describe_cell()}"
+        return heatmap(distance, axes=("layer", "head"), what="total variation", signed=False, title=title,
                        subtitle="mean over queries; a click shows that head")  # fmt: skip
 
     def head_figure(self) -> go.Figure:
-        """How one head's attention changes, query by key."""
+        """Return the change of the selected head's attention [query, key]."""
         base, changed = self.base_and_changed_run()
         layer, head = self._state["layer"], self._state["head"]
         change = (changed.patterns - base.patterns)[layer, head]
@@ -274,21 +298,24 @@ class PatchExplorer(Explorer):
             f"{i} {show_control_characters(t)}"
             for i, t in enumerate(self.lens.to_labels(torch.tensor([self.require_result().base])))
         ]
-        title = f"Change of attention of head {layer}.{head} by {self.require_result().site.point} at {self.describe_cell()}"
+        cell = f"{self.require_result().site.point} at {self.describe_cell()}"
+        title = f"Change of attention of head {layer}.{head} from patching {cell}"
+        axes = ("query", "key")
         named = {"query": labels, "key": labels}
-        return heatmap(change, named, axes=("query", "key"), what="change", signed=True, down=True, title=title)
+        return heatmap(change, named, axes=axes, what="change", signed=True, down=True, title=title)
 
     def on_detail_click(self, *place: int) -> None:
         if self._state["view"] == "heads" and len(place) == 2:
             self.select_safely(layer=place[0], head=place[1], view="head")
 
     def figure(self) -> go.Figure:
-        """The grid of effects."""
+        """Return the grid of effects as a figure."""
         self.require_open()
         return self.grid_figure()
 
 
 def check_texts(clean: Any, corrupt: Any, answers: Any) -> dict[str, str]:
+    """Return the texts of the four boxes; raise PatchError if they are not texts and answers."""
     if not isinstance(clean, str) or not isinstance(corrupt, str) or answers is None:
         raise PatchError(
             "a PatchExplorer takes two texts and answers=(right, wrong), or a task's Examples; "
