@@ -197,7 +197,7 @@ def test_a_quote_is_what_the_file_says():
         said = [line.strip() for line in file[quote.first - 1 : quote.last]]
         assert [line.strip() for line in quote.text.splitlines()] == said
     assert source(Block.forward, "resid_pre = hook").text == 'resid_pre = hook("resid_pre", resid)'
-    assert "```python\ndef turn(" in source(apply_rotary)._repr_markdown_()
+    assert "```python\ndef apply_rotary(" in source(apply_rotary)._repr_markdown_()
 
 
 def test_a_passage_that_is_gone_is_an_error():

@@ -139,7 +139,7 @@ assert per_token * 131_072 * 16 == 80 * 2**30
 # %% [markdown]
 # ## 3. Who reads what
 #
-# The step that says "Paris" reads seven entries, its own among them. How? `who_reads` gives for each head the
+# The step that says "Paris" reads seven entries, its own among them. How? `cache_reads` gives for each head the
 # attention, and the length of what it writes for each entry (`weighted`). Here is the attention, summed over the heads
 # of each layer.
 
@@ -318,8 +318,8 @@ assert sure[1][0] != " Paris"
 #
 # ## 7. Forgetting on purpose
 #
-# A memory that grows with every token is full one day. What can go? First a single answer. `droppable` leaves out each
-# entry alone, and then drops the cheapest first, more and more of them. How far does the answer move?
+# A memory that grows with every token is full one day. What can go? First a single answer. `eviction_curve` leaves out
+# each entry alone, and then drops the cheapest first, more and more of them. How far does the answer move?
 
 # %%
 john_gives = "When Mary and John went to the store, John gave a drink to"  # to Mary
@@ -422,7 +422,7 @@ check.exercise_5_3(kept)
 # <summary>A wrong turn: what is looked at most</summary>
 #
 # ```python
-# seen = analysis.attended(lens, john_gives)[:, :, :14].sum((0, 1))
+# seen = analysis.sum_attention(lens, john_gives)[:, :, :14].sum((0, 1))
 # kept = [14, *seen.topk(5).indices.tolist()]
 # ```
 #
@@ -444,9 +444,9 @@ assert cost["Mary"].argmax() == 11
 assert cost["Mary"][11] > 2
 
 # %% [markdown]
-# In practice nobody knows the question beforehand. Then one keeps what is newest (`cache.window`), or what was attended
-# to most in sum, as H2O does (`cache.heavy_hitters`; Zhang et al. 2023). How many entries must each keep, until both
-# stories are told right?
+# In practice nobody knows the question beforehand. Then one keeps what is newest (`cache.keep_window`), or what was
+# attended to most in sum, as H2O does (`cache.keep_heavy_hitters`; Zhang et al. 2023). How many entries must each keep,
+# until both stories are told right?
 
 # %%
 sizes = range(4, 16)
@@ -456,15 +456,15 @@ policies = {
     "the newest": cache.keep_window,
     "heavy hitters, and the newest": lambda n: cache.keep_heavy_hitters(seen, n - 1, recent=1),
 }
-told = np.array(
+probabilities = np.array(
     [[min(right(policy(n)(memory)[0].nonzero()[:, 0].tolist())) for n in sizes] for policy in policies.values()]
 )
 names = {"policy": list(policies), "entries kept": [str(n) for n in sizes]}
 what = "right, in the worse story"
-plot.lines(told, names, axes=("policy", "entries kept"), what=what, title="How much must be kept?")
+plot.lines(probabilities, names, axes=("policy", "entries kept"), what=what, title="How much must be kept?")
 
 # %%
-newest, hitters = (dict(zip(sizes, row, strict=True)) for row in told)
+newest, hitters = (dict(zip(sizes, row, strict=True)) for row in probabilities)
 assert max(newest[n] for n in range(4, 12)) < 0.2
 assert newest[12] > 0.95
 assert max(hitters[n] for n in range(4, 11)) < 0.2
@@ -500,12 +500,12 @@ def listen(forget, chunk=6):
 
 window = cache.evict(cache.keep_window(16))
 sinks = cache.evict(cache.keep_window(14, sinks=2))
-close_up = cache.close_gaps(lens)
+close_gaps = cache.close_gaps(lens)
 ways = {
     "everything is kept": lambda kv: kv,
     "the last 16": window,
     "the first 2 and the last 14": sinks,
-    "the same, closed up": lambda kv: close_up(sinks(kv)),
+    "the same, gaps closed": lambda kv: close_gaps(sinks(kv)),
 }
 heard = {way: listen(forget) for way, forget in ways.items()}
 for way, (share, most) in heard.items():
@@ -524,7 +524,7 @@ assert latest[1:].max() < 0.6
 assert with_sinks[:4].min() > 0.85
 assert with_sinks[-1] < 0.7
 assert closed.min() > 0.85
-assert heard["the same, closed up"][1] == 22  # 16, and the six that are being read
+assert heard["the same, gaps closed"][1] == 22  # 16, and the six that are being read
 
 # %% [markdown]
 # Four lines, four lessons.
@@ -534,7 +534,7 @@ assert heard["the same, closed up"][1] == 22  # 16, and the six that are being r
 #   these two tokens. Without them it must go elsewhere, and the heads write what they never wrote in training. Xiao et
 #   al. (2023) call such tokens **sinks**.
 # - **The first 2 and the last 14**: that is mended. But the prefix is ever further away, and fails at last.
-# - **Closed up**: entries are moved together, so that positions count inside the cache. Now nothing is ever far. It
+# - **Gaps closed**: entries are moved together, so that positions count inside the cache. Now nothing is ever far. It
 #   goes on for as long as you like, with 22 entries where the whole would be 194.
 #
 # So a model that forgets well can hear more than one that forgets nothing.

@@ -257,26 +257,26 @@ assert eap.top(1)[0][0] == ("3.mlp", "logits")
 # %% [markdown]
 # A score is a tangent again, so it is blind where attention is certain. EAP-IG takes the gradient at several points
 # between the two prompts and averages (Hanna et al. 2024). The truth is cheap here: leave out one edge, run
-# the model, and look. `Exact` does that with masks.
+# the model, and look. A `CircuitEvaluator` does that with masks.
 
 # %%
 ig = circuits.attribute_edges(lens, examples, "flip", method="eap-ig")
 run = circuits.CircuitEvaluator(lens, examples, "flip")
 
 
-def left_out(edge):
+def without_edge(edge):
     """What is really lost when the corrupt value goes along this one edge."""
     without = circuits.full_circuit(run.graph).remove_edge(edge)
     return float(run.measure_circuit(without).mean()) - run.full_metric
 
 
 for edge in [("3.mlp", "logits"), ("1.head3", "3.mlp"), ("embed", "0.q6")]:
-    print(f"{edge[0]} → {edge[1]}: EAP {eap[edge]:+.2f}, EAP-IG {ig[edge]:+.2f}, exact {left_out(edge):+.2f}")
+    print(f"{edge[0]} → {edge[1]}: EAP {eap[edge]:+.2f}, EAP-IG {ig[edge]:+.2f}, exact {without_edge(edge):+.2f}")
 
-assert left_out(("embed", "0.q6")) < -2
+assert without_edge(("embed", "0.q6")) < -2
 assert abs(eap["embed", "0.q6"]) < 0.5  # blind
-assert ig["embed", "0.q6"] < 1.5 * left_out(("embed", "0.q6"))  # seen, but overrated
-assert abs(ig["1.head3", "3.mlp"] - left_out(("1.head3", "3.mlp"))) < 0.5
+assert ig["embed", "0.q6"] < 1.5 * without_edge(("embed", "0.q6"))  # seen, but overrated
+assert abs(ig["1.head3", "3.mlp"] - without_edge(("1.head3", "3.mlp"))) < 0.5
 
 # %% [markdown]
 # The edge into the query of head 0.6 is the saturated one of section 2. EAP is blind to it. EAP-IG sees it and rates it
@@ -308,8 +308,8 @@ assert {("0.mlp", "1.v1"), ("0.mlp", "1.v3")} <= set(drawn)
 #
 # $$f(C) = \frac{m(C) - m(\varnothing)}{m(M) - m(\varnothing)}$$
 #
-# $M$ is the whole model, $\varnothing$ no edge at all. There are two simple ways to choose. `top` takes the largest
-# scores. `greedy` grows the circuit from the logits backwards, so that every edge leads somewhere.
+# $M$ is the whole model, $\varnothing$ no edge at all. There are two simple ways to choose. `top_edges` takes the
+# largest scores. `greedy_circuit` grows the circuit from the logits backwards, so that every edge leads somewhere.
 
 # %%
 small = circuits.greedy_circuit(ig, 106)  # a tenth of all edges
@@ -346,7 +346,7 @@ plot.compare(curves, what="faithfulness", title="Faithfulness by share of edges"
 # ### Exercise 8.3 · A small circuit
 #
 # Find a circuit of at most 80 of the 1,055 edges that keeps more than 80 % of the logit difference, measured by `run`.
-# You may use `eap`, `ig`, `patch.top` and `patch.greedy`, or choose by hand.
+# You may use `eap`, `ig`, `circuits.top_edges` and `circuits.greedy_circuit`, or choose by hand.
 
 # %%
 circuit = ...  # a Circuit
@@ -357,7 +357,7 @@ check.exercise_8_3(circuit)
 # <summary>Solution</summary>
 #
 # ```python
-# circuit = patch.greedy(ig, 80)
+# circuit = circuits.greedy_circuit(ig, 80)
 # ```
 #
 # </details>
@@ -366,7 +366,7 @@ check.exercise_8_3(circuit)
 # <summary>A wrong turn: by tangents alone</summary>
 #
 # ```python
-# circuit = patch.greedy(eap, 80)
+# circuit = circuits.greedy_circuit(eap, 80)
 # ```
 #
 # The saturated edges of layer 0 are missing.
@@ -377,7 +377,7 @@ check.exercise_8_3(circuit)
 # <summary>A wrong turn: more edges</summary>
 #
 # ```python
-# circuit = patch.greedy(ig, 211)
+# circuit = circuits.greedy_circuit(ig, 211)
 # ```
 #
 # It is faithful. So is the whole model.
@@ -427,7 +427,7 @@ print(f"flip {run.faithfulness(small):.2f}, abc {three.faithfulness(small):.2f}"
 assert three.faithfulness(small) < run.faithfulness(small) - 0.2
 
 # %% [markdown]
-# A faithfulness says something only with its choices (Miller et al. 2024). `choices()` lists them.
+# A faithfulness says something only with its choices (Miller et al. 2024). `describe_choices()` lists them.
 
 # %%
 three.describe_choices()
@@ -495,7 +495,7 @@ assert abs((first - whole) + (second - whole) - (both - whole)) < 0.8
 #   completeness, minimality; path patching.
 # - Goldowsky-Dill et al. 2023, *Localizing Model Behavior with Path Patching*, arXiv 2304.05969.
 # - Syed, Rager and Conmy 2023, *Attribution Patching Outperforms Automated Circuit Discovery*, arXiv 2310.10348: EAP.
-# - Hanna, Pezzelle and Belinkov 2024, *Have Faith in Faithfulness*, arXiv 2403.17806: EAP-IG, greedy.
+# - Hanna, Pezzelle and Belinkov 2024, *Have Faith in Faithfulness*, arXiv 2403.17806: EAP-IG, greedy circuits.
 # - Mueller et al. 2025, *MIB*, arXiv 2504.13151: CPR and CMD.
 # - Miller et al. 2024, *Transformer Circuit Faithfulness Metrics Are Not Robust*, arXiv 2407.08734: what
 #   faithfulness depends on.

@@ -40,7 +40,7 @@ plot.generation(steps, lens.tokenizer.label)
 # Move the slider. The first step is wide open: Nora may see any of 15 things, and the model has no favourite. (The 16th
 # thing of its world is the apple, and nobody sees *a apple*.) After that nearly everything is settled.
 #
-# `patch.timeline` makes the same run and keeps more of it: what each step said, and what it began with.
+# `record_timeline` makes the same run and keeps more of it: what each step said, and what it began with.
 
 # %%
 line = timeline.record_timeline(lens, prompt, 9, stop_ids=line_end)
@@ -127,8 +127,9 @@ print(who.text)
 assert who.text.strip() == "ball. Emma took the ball home."
 
 # %% [markdown]
-# `parting` says where two runs part and what each gave to both words there. Here is a run in which no word is forced.
-# Only a head is silenced: 1.3, which [tutorial 2](02_hooks.ipynb) found to matter for who receives.
+# `find_divergence` finds the first step at which two runs choose different words, and what each gave to both words
+# there. Here is a run in which no word is forced. Only a head is silenced: 1.3, which [tutorial 2](02_hooks.ipynb) found
+# to matter for who receives.
 
 # %%
 giving = "When Mary and John went to the store, John gave a drink to"
@@ -349,8 +350,8 @@ assert felt(-v, layer=2) < -2
 # %% [markdown]
 # ## 6. When it works
 #
-# Let the model tell the story itself. `interventions` of a `Steering` are plain data that a timeline takes, and the
-# timeline keeps a list of the edits as they were applied.
+# Let the model tell the story itself. `interventions` of a `SteeringVector` are plain data that a timeline takes, and
+# the timeline keeps a list of the edits as they were applied.
 
 # %%
 story = "The hat was tall."
@@ -427,7 +428,7 @@ assert forgot.text.strip() == "ball. Paul took the basket home."
 # A schedule says at which steps, or at which positions, a hook holds. Give hooks for `lens.generate("The hat was", 9)`,
 # such that the hat is said to be something bad (*terrible*, *awful*, ...) and makes somebody feel **happy**. Edit
 # `blocks.1.resid_post` alone, with multiples of `v`. Hooks are a list of pairs, each with `only(..., steps=...)` or
-# `only(..., positions=...)`. `patch.scheduled` makes such lists of a `Steering` too.
+# `only(..., positions=...)`. `timeline.schedule_edits` makes such lists of a `SteeringVector` too.
 
 # %%
 hooks = ...  # [("blocks.1.resid_post", only(..., steps=...)), ...]
@@ -445,8 +446,8 @@ check.exercise_9_3(hooks)
 # ```
 #
 # In step 0 the word is chosen: down. It stands at position 5 then, and when it is run, in step 1, it is remembered as
-# something good: up. With `patch`: `patch.scheduled(lens, valence.interventions(-1), steps=0)` and
-# `patch.scheduled(lens, valence.interventions(1.5), steps=1)`.
+# something good: up. With steering vectors: `timeline.schedule_edits(lens, valence.interventions(-1), steps=0)` and
+# `timeline.schedule_edits(lens, valence.interventions(1.5), steps=1)`.
 #
 # </details>
 #
