@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Workbench · The KV cache
 #
-# The keys and values that a prompt leaves for the next token: which heads read which entry, how far the prediction moves
-# without it, and which entries can be evicted.
+# The keys and values that a prompt leaves for the next token: which heads read which entry, how far the prediction
+# moves without it, and which entries can be evicted.
 
 # %% tags=["parameters"]
 model = None  # a folder or a hub id, "zai-org/glm-4-9b-chat-hf"; None is the small GLM inside the package

@@ -45,7 +45,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def run_workbench(path, **parameters):
-    """The world after running a workbench's notebook in order, what it shows, and the seconds of this process that it took.
+    """Run a workbench in order; return its variables, its figures and the seconds of this process that it took.
 
     Parameters are set as papermill does it, in a cell of their own after the one that is tagged.
     """

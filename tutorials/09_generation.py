@@ -128,8 +128,8 @@ assert who.text.strip() == "ball. Emma took the ball home."
 
 # %% [markdown]
 # `find_divergence` finds the first step at which two runs choose different words, and what each gave to both words
-# there. Here is a run in which no word is forced. Only a head is silenced: 1.3, which [tutorial 2](02_hooks.ipynb) found
-# to matter for who receives.
+# there. Here is a run in which no word is forced. Only a head is silenced: 1.3, which [tutorial 2](02_hooks.ipynb)
+# found to matter for who receives.
 
 # %%
 giving = "When Mary and John went to the store, John gave a drink to"

@@ -26,7 +26,7 @@ def sources(folder: Path = HERE) -> list[Path]:
 
 
 def notebook(source: Path) -> str:
-    """Return the text of the notebook built from a source; the id of a cell is the hash of its text; only tags are stored."""
+    """Return the text of the notebook built from a source; a cell id is the hash of its text; only tags are stored."""
     book = jupytext.reads(source.read_text(encoding="utf-8"), fmt="py:percent")
     book.metadata = METADATA
     seen = Counter()
