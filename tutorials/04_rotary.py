@@ -182,23 +182,23 @@ prefix = len(lens.tokenizer.prefix)
 ids = torch.tensor(lens.tokenizer.list_word_ids())
 
 
-def said_twice(n, rows=4):
-    """Rows of n random words, each list said twice: [row, pos]."""
+def repeat_words(n, rows=4):
+    """Return rows of n random words, each list twice: [row, pos]."""
     draw = torch.Generator().manual_seed(0)
     words = torch.stack([ids[torch.randperm(len(ids), generator=draw)[:n]] for _ in range(rows)])
     return torch.cat([torch.tensor(lens.tokenizer.prefix).expand(rows, -1), words, words], 1)
 
 
-tokens = said_twice(20)
+tokens = repeat_words(20)
 profile = analysis.distance_profile(lens, tokens, distances=24)
 height, phase = profile.amplitude.values[1, 7], profile.phase.values[1, 7]
 distance = np.arange(24)
 waves = height[:, None] * np.cos(phase[:, None] + frequency.numpy()[:, None] * distance)  # pair distance
-whole = waves.sum(0) + profile.content.values[1, 7]
-assert np.allclose(whole, profile.score.values[1, 7], rtol=1e-3, atol=0.1)
+score_by_distance = waves.sum(0) + profile.content.values[1, 7]
+assert np.allclose(score_by_distance, profile.score.values[1, 7], rtol=1e-3, atol=0.1)
 
 names = {"series": ["pair 0", "pairs 1 to 7 and content", "all: the score"], "distance": [str(d) for d in distance]}
-series = np.stack([waves[0], whole - waves[0], whole])
+series = np.stack([waves[0], score_by_distance - waves[0], score_by_distance])
 plot.lines(series, names, axes=("series", "distance"), what="score", title="Head 1.7: its waves over distance")
 
 # %% [markdown]
@@ -209,8 +209,8 @@ plot.lines(series, names, axes=("series", "distance"), what="score", title="Head
 # %%
 assert all(waves[0, d] > 0.75 * waves[0, 1] for d in (7, 14, 20))
 assert waves[0, 20] > 0.98 * waves[0, 1]
-assert whole.argmax() == 1
-assert whole[1] - whole[[7, 14, 20]].max() > 50
+assert score_by_distance.argmax() == 1
+assert score_by_distance[1] - score_by_distance[[7, 14, 20]].max() > 50
 
 # %% [markdown]
 # If this is so, we can say what happens without the slower pairs. The head will confuse the token before with those one
@@ -218,18 +218,18 @@ assert whole[1] - whole[[7, 14, 20]].max() > 50
 
 
 # %%
-def looks_back(hooks, layer=1, head=7, far=24):
-    """The mean attention of a head to each distance: [distance]."""
+def attention_by_distance(hooks, layer=1, head=7, far=24):
+    """Return the mean attention of a head to each distance: [distance]."""
     _, acts = lens.run_with_cache(tokens, "attn.pattern", hooks)
     i = torch.arange(far, tokens.shape[1])
     return torch.stack([acts["attn.pattern", layer][:, head, i, i - d].mean() for d in range(far)])
 
 
-one_hand = looks_back(rotary.silence(lens, layer=1, head=7, pair=[1, 2, 3]))
+one_hand = attention_by_distance(rotary.silence(lens, layer=1, head=7, pair=[1, 2, 3]))
 for d in one_hand.argsort(descending=True)[:4].tolist():
     print(f"{d:2} tokens back: {one_hand[d]:.0%}")
 
-assert looks_back([])[1] > 0.99
+assert attention_by_distance([])[1] > 0.99
 assert set(one_hand.argsort(descending=True)[:4].tolist()) == {1, 7, 14, 20}
 assert one_hand[1] < 0.6
 assert one_hand[20] > 0.15
@@ -326,7 +326,7 @@ plot.pair_use(use, "induction", top=10)
 
 # %%
 assert use.induction.values[1, 7, 0] > 100  # three turns of pair 0
-assert looks_back([])[19] < 0.01  # and yet nothing of its attention
+assert attention_by_distance([])[19] < 0.01  # and yet nothing of its attention
 induction = use.induction.values[3]  # head part
 good = [0, 1, 2, 3, 4, 5, 7]
 share = induction[good].sum(0) / induction[good].sum()
@@ -351,7 +351,7 @@ assert previous[:4].sum() > 0.99 * previous.sum()  # and head 1.7 uses fast pair
 
 
 def nothing(x, point):
-    """Zero, in place of whatever was there."""
+    """Replace the tensor by zeros."""
     return torch.zeros_like(x)
 
 
@@ -388,17 +388,17 @@ assert kl["no content, layers 1 and 2"] < 0.01
 
 
 # %%
-def again(n, hooks, rows=2):
-    """The share of the words of a list of n that are predicted when it is said for the second time."""
-    tokens = said_twice(n, rows)
+def share_repeated(n, hooks, rows=2):
+    """Return the share of words that are predicted in the second half of a repeated list of n."""
+    tokens = repeat_words(n, rows)
     logits = lens.run_with_hooks(tokens, hooks)
     return float((logits[:, prefix + n : -1].argmax(-1) == tokens[:, prefix + n + 1 :]).float().mean())
 
 
 for n in (20, 40, 60, 80):
-    print(f"lists of {n}: {again(n, []):.0%}")
-assert again(20, []) > 0.95
-assert again(60, []) < 0.15
+    print(f"lists of {n}: {share_repeated(n, []):.0%}")
+assert share_repeated(20, []) > 0.95
+assert share_repeated(60, []) < 0.15
 
 # %% [markdown]
 # Of lists of 60 nearly nothing is left. In its training no list was longer than 23 words. Is it the *words* that are
@@ -469,7 +469,7 @@ ways = {
     "layer 3: pairs 2 and 3 frozen": rotary.freeze(lens, layer=3, pair=[2, 3]),
     "layer 3: stretched by three": rotary.stretch(lens, "linear", 3, layer=3),
 }
-shares = np.array([[again(n, hooks) for n in lengths] for hooks in ways.values()])
+shares = np.array([[share_repeated(n, hooks) for n in lengths] for hooks in ways.values()])
 labelled = {"way": list(ways), "length of the list": [str(n) for n in lengths]}
 plot.lines(
     shares, labelled, axes=("way", "length of the list"), what="said again", title="Lists longer than in training"
@@ -489,7 +489,7 @@ assert shares[2, at[60]] > 0.8
 # %%
 assert shares[0, at[120]] < 0.1
 assert shares[0, at[200]] > 0.15
-frozen = again(200, rotary.freeze(lens, layer=3, pair=3))
+frozen = share_repeated(200, rotary.freeze(lens, layer=3, pair=3))
 print(f"lists of 200: {shares[0, at[200]]:.0%}, with pair 3 of layer 3 frozen {frozen:.0%}")
 assert frozen < 0.5 * shares[0, at[200]]
 

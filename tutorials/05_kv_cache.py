@@ -61,10 +61,10 @@ assert acts["kv.k_new", 1].shape == (1, 1, 4, 32)  # one token: batch pos kv d
 assert acts["kv.k", 1].shape == (1, 7, 4, 32)  # all seven: batch key kv d
 assert acts["attn.pattern", 1].shape == (1, 8, 1, 7)  # one query, seven keys
 
-_, whole = lens.run_with_cache(prompt)
-assert torch.allclose(kv.keys[1, :, :6], whole["kv.k_new", 1][:, :6], atol=1e-4)
-assert torch.allclose(kv.values[1, :, :6], whole["attn.v", 1][:, :6], atol=1e-4)
-assert not torch.allclose(kv.keys[1, :, :6], whole["attn.k", 1][:, :6], atol=1e-4)  # before they turn
+_, full = lens.run_with_cache(prompt)
+assert torch.allclose(kv.keys[1, :, :6], full["kv.k_new", 1][:, :6], atol=1e-4)
+assert torch.allclose(kv.values[1, :, :6], full["attn.v", 1][:, :6], atol=1e-4)
+assert not torch.allclose(kv.keys[1, :, :6], full["attn.k", 1][:, :6], atol=1e-4)  # before they turn
 
 # %% [markdown]
 # ## 2. What it weighs
@@ -184,7 +184,7 @@ assert np.delete(whole_position.kl.values, france)[:5].max() < 0.1
 
 # %%
 def answer(kv, text=" is"):
-    """The most probable token after a memory and one more token, and its probability."""
+    """Return the most probable token after a cache and one more token, and its probability."""
     p = lens(lens.to_tokens(text, prefix=False), kv=kv.fork())[0, -1].softmax(-1)
     return lens.to_str_tokens(p.argmax()[None, None])[0], float(p.max())
 
@@ -345,21 +345,21 @@ assert best.alone.labels["entry"][-2:] == ["4 ·and", "3 ·Mary"]
 
 
 # %%
-def memory_of(text):
-    """What is remembered of all tokens but the last, and the last."""
+def run_to_cache(text):
+    """Return the cache of all tokens but the last, and the last token."""
     tokens, kv = lens.to_tokens(text), lens.new_kv()
     lens(tokens[:, :-1], kv=kv)
     return kv, tokens[:, -1:]
 
 
 stories = {
-    name: memory_of(f"When Mary and John went to the store, {giver} gave a drink to")
+    name: run_to_cache(f"When Mary and John went to the store, {giver} gave a drink to")
     for giver, name in (("John", " Mary"), ("Mary", " John"))
 }
 
 
 def right(keep):
-    """The probability of the right name in either story, with these positions kept: of Mary, and of John."""
+    """Return the probability of the right name in both stories, Mary and John, with these positions kept."""
     kept = cache.evict(lambda kv: torch.isin(kv.positions[:, : kv.length], torch.tensor(keep)))
     p = {name: lens(last, kv=kept(kv))[0, -1].softmax(-1) for name, (kv, last) in stories.items()}
     return [float(p[name][lens.to_single_token(name)]) for name in p]
@@ -488,14 +488,14 @@ stream = words.view(rows, lists, 1, n).expand(rows, lists, 2, n).reshape(rows, -
 stream = torch.cat([torch.tensor(lens.tokenizer.prefix).expand(rows, -1), stream], 1)
 
 
-def listen(forget, chunk=6):
-    """Read the stream, and forget after every few tokens: how many of each list are right, and the largest memory."""
-    kv, right, most = lens.new_kv(rows), [], 0
+def read_stream(evict, chunk=6):
+    """Read the stream and evict after every chunk; return the accuracy on each list and the largest cache length."""
+    kv, right, largest = lens.new_kv(rows), [], 0
     for i in range(0, stream.shape[1], chunk):
         right.append(lens(stream[:, i : i + chunk], kv=kv).argmax(-1))
-        most, kv = max(most, kv.length), forget(kv)
+        largest, kv = max(largest, kv.length), evict(kv)
     right = (torch.cat(right, 1)[:, 1:-1] == stream[:, 2:]).float()  # the first word of the lists is at 2
-    return right.view(rows, lists, 2, n)[:, :, 1, 1:].mean((0, 2)), most
+    return right.view(rows, lists, 2, n)[:, :, 1, 1:].mean((0, 2)), largest
 
 
 window = cache.evict(cache.keep_window(16))
@@ -507,13 +507,13 @@ ways = {
     "the first 2 and the last 14": sinks,
     "the same, gaps closed": lambda kv: close_gaps(sinks(kv)),
 }
-heard = {way: listen(forget) for way, forget in ways.items()}
-for way, (share, most) in heard.items():
-    print(f"{way:28} {most:3} entries  " + "  ".join(f"{x:4.0%}" for x in share))
+results = {way: read_stream(evict) for way, evict in ways.items()}
+for way, (share, largest) in results.items():
+    print(f"{way:28} {largest:3} entries  " + "  ".join(f"{x:4.0%}" for x in share))
 
 # %%
-table = np.stack([share.numpy() for share, _ in heard.values()])
-names = {"memory": list(heard), "list": [str(i + 1) for i in range(lists)]}
+table = np.stack([share.numpy() for share, _ in results.values()])
+names = {"memory": list(results), "list": [str(i + 1) for i in range(lists)]}
 plot.lines(table, names, axes=("memory", "list"), what="said again", title="A stream of lists, and four ways to forget")
 
 # %%
@@ -524,7 +524,7 @@ assert latest[1:].max() < 0.6
 assert with_sinks[:4].min() > 0.85
 assert with_sinks[-1] < 0.7
 assert closed.min() > 0.85
-assert heard["the same, gaps closed"][1] == 22  # 16, and the six that are being read
+assert results["the same, gaps closed"][1] == 22  # 16, and the six that are being read
 
 # %% [markdown]
 # Four lines, four lessons.

@@ -42,13 +42,13 @@ estimated = patch.attribution_patch(lens, examples, "flip", "attn.z", over=("lay
 asked = {"direction": "noise", "normalise": False, **quiet}
 
 
-def exact(point):
-    """What each patch really changes."""
-    found = patch.sweep(lens, examples, "flip", point, over=("layer", "head"), **asked)
-    return Labelled(found.values - found.clean.mean(), found.axes, found.labels, found.about)
+def measure_heads(point):
+    """Return the change of the metric by patching each head."""
+    result = patch.sweep(lens, examples, "flip", point, over=("layer", "head"), **asked)
+    return Labelled(result.values - result.clean.mean(), result.axes, result.labels, result.about)
 
 
-patched = exact("attn.z")
+patched = measure_heads("attn.z")
 plot.compare({"estimated": estimated, "exact": patched}, what="change")
 
 # %%
@@ -67,13 +67,13 @@ assert patched.at(layer=1, head=3) < estimated.at(layer=1, head=3) < -4
 # We patch queries instead, `attn.q`.
 
 # %%
-queries = exact("attn.q")
+queries = measure_heads("attn.q")
 tangent = patch.attribution_patch(lens, examples, "flip", "attn.q", over=("layer", "head"))
 corrected = patch.attribution_patch(lens, examples, "flip", "attn.q", over=("layer", "head"), method="atp*")
 plot.compare({"estimated": tangent, "corrected": corrected, "exact": queries}, what="change")
 
 # %%
-good, better = (np.corrcoef(found.values.ravel(), queries.values.ravel())[0, 1] for found in (tangent, corrected))
+good, better = (np.corrcoef(result.values.ravel(), queries.values.ravel())[0, 1] for result in (tangent, corrected))
 print(f"head 0.6: estimated {tangent.at(layer=0, head=6):+.2f}, exact {queries.at(layer=0, head=6):+.2f}")
 print(f"correlation: estimated {good:.2f}, corrected {better:.2f}")
 assert queries.at(layer=0, head=6) < -2
@@ -265,7 +265,7 @@ run = circuits.CircuitEvaluator(lens, examples, "flip")
 
 
 def without_edge(edge):
-    """What is really lost when the corrupt value goes along this one edge."""
+    """Return the change of the metric when the corrupt value goes along this one edge."""
     without = circuits.full_circuit(run.graph).remove_edge(edge)
     return float(run.measure_circuit(without).mean()) - run.full_metric
 
@@ -295,10 +295,10 @@ plot.circuit(ig, top=24, title="The strongest edges by EAP-IG")
 # nothing but the last MLP ends in the logits.
 
 # %%
-drawn = [edge for edge, _ in ig.top(24)]
-assert {writer for writer, reader in drawn if reader == "logits"} == {"3.mlp"}
-assert ("1.head7", "2.v1") in drawn
-assert {("0.mlp", "1.v1"), ("0.mlp", "1.v3")} <= set(drawn)
+strongest = [edge for edge, _ in ig.top(24)]
+assert {writer for writer, reader in strongest if reader == "logits"} == {"3.mlp"}
+assert ("1.head7", "2.v1") in strongest
+assert {("0.mlp", "1.v1"), ("0.mlp", "1.v3")} <= set(strongest)
 
 # %% [markdown]
 # ## 5. A circuit, and how faithful it is
@@ -445,14 +445,12 @@ print(repeats.task.counterfactuals["copied"])
 copying = [(3, head) for head in (0, 1, 2, 3, 4, 5, 7)]
 single = [[patch.Intervention(Site("attn.z", layer=i, head=h), patch.Swap())] for i, h in copying]
 variants = [[], *single, [one for (one,) in single]]
-whole, *alone, together = patch.evaluate(lens, repeats, variants, repeats, sources=sources, **quiet).mean(1).tolist()
-lost = [value - whole for value in alone]
-print(
-    f"one by one {', '.join(f'{x:+.1f}' for x in lost)}; their sum {sum(lost):+.1f}, together {together - whole:+.1f}"
-)
+full, *alone, together = patch.evaluate(lens, repeats, variants, repeats, sources=sources, **quiet).mean(1).tolist()
+lost = [value - full for value in alone]
+print(f"one by one {', '.join(f'{x:+.1f}' for x in lost)}; their sum {sum(lost):+.1f}, together {together - full:+.1f}")
 assert min(lost) > -2.5
-assert together - whole < 2 * sum(lost)
-assert whole > 10 > 1 > together
+assert together - full < 2 * sum(lost)
+assert full > 10 > 1 > together
 
 # %% [markdown]
 # Each of them seems to be worth little. Together they are worth more than twice the sum, and the answer is gone: what
@@ -467,11 +465,11 @@ assert whole > 10 > 1 > together
 ways = [[patch.Intervention(Site("attn.z", layer=i, head=3), patch.Swap())] for i in (1, 2)]
 variants = [[], *ways, ways[0] + ways[1]]
 corrupt = examples.counterfactual("flip")
-whole, first, second, both = (
+full, first, second, both = (
     patch.evaluate(lens, examples, variants, examples, sources=corrupt, **quiet).mean(1).tolist()
 )
-print(f"1.3 {first - whole:+.2f}, 2.3 {second - whole:+.2f}, both {both - whole:+.2f}")
-assert abs((first - whole) + (second - whole) - (both - whole)) < 0.8
+print(f"1.3 {first - full:+.2f}, 2.3 {second - full:+.2f}, both {both - full:+.2f}")
+assert abs((first - full) + (second - full) - (both - full)) < 0.8
 
 # %% [markdown]
 # They simply add. Nobody steps in. Here the parts can be taken one at a time; in the words said again they cannot. You

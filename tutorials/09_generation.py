@@ -76,7 +76,7 @@ attention = line.attention(3, 4)
 plot.heatmap(attention, what="attention", signed=False, title="Where head 3.4 looks at each step")
 
 # %%
-ball = len(lens.to_labels(prompt))  # the first token that was said stands right behind the prompt
+ball = len(lens.to_labels(prompt))  # the first generated token stands right behind the prompt
 assert ball == 14
 names_and_things = by_layer.values[:, [2, 5]]  # Paul, ball
 assert names_and_things[:3].max() < 0.1 < 0.9 < names_and_things[3].min()
@@ -100,8 +100,8 @@ assert run.acts["resid_post"].shape == (4, 1, 22, 192)  # layer batch pos model
 # inside. The second run shows a model that was never changed. Below we add a direction while the model speaks.
 
 # %%
-_, again = lens.run_with_cache(run.tokens[:, :-1], "resid_post")
-assert torch.allclose(run.acts["resid_post"], again["resid_post"], rtol=1e-3, atol=0.5)
+_, replay = lens.run_with_cache(run.tokens[:, :-1], "resid_post")
+assert torch.allclose(run.acts["resid_post"], replay["resid_post"], rtol=1e-3, atol=0.5)
 
 push = {"blocks.1.resid_post": lambda x, point: x + 100}
 pushed = lens.generate(prompt, 9, names="resid_post", hooks=push, stop_ids=line_end)
@@ -142,9 +142,9 @@ def without_head_3(z, point):
 
 
 silenced = given.rerun(0, hooks={"blocks.1.attn.z": without_head_3})
-found = timeline.find_divergence(given, silenced)
-print(repr(given.text), repr(silenced.text), found.step, found.words)
-print(found.probability.values.round(3), found.kl.values.round(3))
+divergence = timeline.find_divergence(given, silenced)
+print(repr(given.text), repr(silenced.text), divergence.step, divergence.words)
+print(divergence.probability.values.round(3), divergence.kl.values.round(3))
 assert given.text.strip() == "Mary. She took the drink home."
 assert silenced.text.strip() == "Mary."
 
@@ -155,9 +155,9 @@ assert silenced.text.strip() == "Mary."
 # probabilities.
 
 # %%
-assert found.step == 2
-assert abs(found.probability.values - 0.5).max() < 0.02
-assert found.kl.at(step=2) < 0.01  # nats
+assert divergence.step == 2
+assert abs(divergence.probability.values - 0.5).max() < 0.02
+assert divergence.kl.at(step=2) < 0.01  # nats
 
 # %% [markdown]
 # ### Exercise 9.1 · A tired man
@@ -287,15 +287,15 @@ happy, sad = lens.to_single_token(" happy"), lens.to_single_token(" sad")
 assert tokens.shape == (36, 11)
 
 
-def felt(vector, position=adjective, layer=1):
-    """The mean of logit(happy) - logit(sad) with this vector added to the stream."""
+def measure_feeling(vector, position=adjective, layer=1):
+    """Return the mean of logit(happy) - logit(sad) with this vector added to the stream."""
     hooks = {f"blocks.{layer}.resid_post": only(lambda x, point: x + vector, positions=position)}
     last = lens.run_with_hooks(tokens, hooks, logits_to_keep=1)[:, -1]
     return float((last[:, happy] - last[:, sad]).mean())
 
 
 strengths = (-4, -2, -1, -0.5, 0, 0.5, 1, 2, 4)
-dose = [felt(k * v) for k in strengths]
+dose = [measure_feeling(k * v) for k in strengths]
 plot.lines(
     torch.tensor([dose]),
     {"series": ["difference of means"], "times": [f"{k:+g}" for k in strengths]},
@@ -319,7 +319,7 @@ assert by[4] < by[1]  # more is not more
 # %%
 draw = torch.Generator().manual_seed(0)
 random = torch.nn.functional.normalize(torch.randn(12, len(v), generator=draw), dim=-1) * v.norm()
-by_chance = [felt(r) - by[0] for r in random]
+by_chance = [measure_feeling(r) - by[0] for r in random]
 print(f"v: {by[1] - by[0]:+.2f}; random: {min(by_chance):+.2f} to {max(by_chance):+.2f}")
 assert max(map(abs, by_chance)) < 0.5 * (by[1] - by[0])
 
@@ -330,7 +330,7 @@ assert max(map(abs, by_chance)) < 0.5 * (by[1] - by[0])
 
 # %%
 labels = lens.to_labels(neutral[0])
-effect = torch.tensor([felt(-v, position) - by[0] for position in range(2, 11)])
+effect = torch.tensor([measure_feeling(-v, position) - by[0] for position in range(2, 11)])
 places = {"part": [f"{i} {labels[i]}" for i in range(2, 11)]}
 plot.bars(effect, places, what="change of logit(happy) - logit(sad)", title="-v at one position")
 
@@ -344,8 +344,8 @@ assert others.abs().max() < 0.5
 # does it? In the last layer it is too late to write anything at the adjective, because nobody will read it any more:
 
 # %%
-assert felt(-v, layer=3) == by[0]  # not one bit
-assert felt(-v, layer=2) < -2
+assert measure_feeling(-v, layer=3) == by[0]  # not one bit
+assert measure_feeling(-v, layer=2) < -2
 
 # %% [markdown]
 # ## 6. When it works
@@ -370,10 +370,10 @@ assert steered.text.strip() == "It made Nora feel sad."
 # %%
 assert [event.step for event in steered.events] == [0]
 feel = 4  # the step that says how she feels
-said = [float(run.probability(" sad").at(step=feel)) for run in (clean, steered)]
-print(f"probability of sad in step {feel}: {said[0]:.2f} without, {said[1]:.2f} with")
-assert said[0] < 0.5
-assert said[1] > 0.9
+p_sad = [float(run.probability(" sad").at(step=feel)) for run in (clean, steered)]
+print(f"probability of sad in step {feel}: {p_sad[0]:.2f} without, {p_sad[1]:.2f} with")
+assert p_sad[0] < 0.5
+assert p_sad[1] > 0.9
 
 # %% [markdown]
 # So the feeling has been kept. The only thing that goes from step to step, beside the words, is the KV cache. To prove
@@ -381,8 +381,8 @@ assert said[1] > 0.9
 # run's memory. `at={step: operation}` does something to the cache right before a step.
 
 # %%
-remembered = clean.restore_state(feel).kv
-forgiven = steered.rerun(feel, at={feel: cache.swap(remembered, position=adjective)})
+clean_cache = clean.restore_state(feel).kv
+forgiven = steered.rerun(feel, at={feel: cache.swap(clean_cache, position=adjective)})
 print(forgiven.text)
 assert forgiven.text.strip() == "It made Nora feel happy."
 
@@ -401,12 +401,12 @@ assert torch.allclose(poisoned.logits[feel], steered.logits[feel], atol=0.2)
 
 # %%
 for layer in range(4):
-    only_there = steered.rerun(feel, at={feel: cache.swap(remembered, position=adjective, layer=layer)})
+    only_there = steered.rerun(feel, at={feel: cache.swap(clean_cache, position=adjective, layer=layer)})
     p = float(only_there.probability(" sad").at(step=feel))
     print(f"layer {layer} clean: probability of sad {p:.2f}")
     if layer < 3:
-        assert abs(p - said[1]) < 0.02
-assert abs(p - said[0]) < 0.1
+        assert abs(p - p_sad[1]) < 0.02
+assert abs(p - p_sad[0]) < 0.1
 
 # %% [markdown]
 # This is what to remember of steering: it acts on *positions*, and what is written there stays in memory when the
@@ -524,11 +524,11 @@ assert ((share - p).abs() <= 4 * error + 1e-3).all()
 first = timeline.record_timeline(lens, prompt, 18, temperature=1.0, seed=2, stop_ids=())
 other = first.rerun(0, token=" cake")
 print(first.text, other.text, sep="\n---")
-assert first.rerun(0).tokens == first.rerun(4).tokens == first.tokens  # nothing changed: the same again
+assert first.rerun(0).tokens == first.rerun(4).tokens == first.tokens  # nothing changed: the same tokens
 
 changed = [a != b for a, b in zip(first.tokens, other.tokens, strict=True)]
 print("steps that say something else:", [i for i, c in enumerate(changed) if c])
-assert [i for i, c in enumerate(changed) if c] == [0, 5]  # the word, and where it is said again
+assert [i for i, c in enumerate(changed) if c] == [0, 5]  # the word, and where it is named again
 
 # %% [markdown]
 # With the same luck, the word changes one other word: the one that names it again. With another seed the whole line
