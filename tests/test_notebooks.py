@@ -66,7 +66,7 @@ def run_workbench(path, **parameters):
 
 @pytest.fixture(scope="module")
 def stranger(tmp_path_factory):
-    """A glm4 with random weights, of another shape, that reads text as the small GLM does."""
+    """Write a glm4 with random weights, another shape and the tokenizer of the small GLM; return its folder."""
     folder, cfg = tmp_path_factory.mktemp("stranger"), glmlens.load().cfg
     shape = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 2}
     write_checkpoint(folder, 5, glm4=True, vocab_size=cfg.d_vocab, tie_word_embeddings=False, **shape)

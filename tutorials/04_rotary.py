@@ -51,7 +51,7 @@ source(apply_rotary)
 #
 # $$\tilde k_p = k_p\, e^{\mathrm{i}\, p\, \omega}$$
 #
-# The keys before they turn are at `attn.k`, those that are remembered at `kv.k_new`.
+# The keys before they turn are at `attn.k`, those that go to the KV cache at `kv.k_new`.
 
 # %%
 _, acts = lens.run_with_cache(prompt, ["attn.q", "attn.k", "kv.k_new", "attn.scores", "attn.pattern"])
@@ -506,7 +506,7 @@ assert frozen < 0.5 * shares[0, at[200]]
 # - What hardly turns is content, whatever it is called.
 # - Distances that never occurred in training do not work by themselves.
 #
-# Next: [5 · The KV cache](05_kv_cache.ipynb), where turned keys are remembered.
+# Next: [5 · The KV cache](05_kv_cache.ipynb), where turned keys are stored.
 #
 # ## Sources
 #

@@ -1,12 +1,12 @@
 # %% [markdown]
 # # 5 · The KV cache
 #
-# A model that generates reads its text token by token. It does not read it again for each new one: it remembers. This
-# tutorial is about what it remembers. We look at a memory, ask who reads it, and edit it, until the capital of France
-# is Tokyo. Then we make the model forget on purpose, and it becomes better.
+# A model that generates reads its text token by token. It does not read it again for each new one: it keeps keys and
+# values of all earlier tokens, the **KV cache**. We look at a cache, find out which heads read which entry, and edit it,
+# until the capital of France is Tokyo. Then we evict entries on purpose, and the model becomes better.
 #
 # - **You need**: [tutorial 4](04_rotary.ipynb), or to know that keys are turned.
-# - **You get**: remember and recall, memories edited, moved and thrown away, and what they weigh.
+# - **You get**: how a KV cache is written and read, what it weighs, and how its entries are edited, moved and evicted.
 # - **Time**: about 50 minutes.
 
 # %%
@@ -24,20 +24,20 @@ prompt = "The capital of France is"
 lens.test_prompt(prompt, " Paris", top=3)
 
 # %% [markdown]
-# ## 1. Remember and recall
+# ## 1. Write and read
 #
 # Attention needs of all earlier tokens their keys and their values, and nothing else:
 #
 # $$z_i = \sum_{j \le i} a_{ij}\, v_j \qquad a_{ij} \propto e^{q_i \cdot k_j / \sqrt{d}}$$
 #
-# And $k_j$ and $v_j$ never change. Token $j$ does not see what comes after it. So a layer writes them down once. This
-# is all the code:
+# And $k_j$ and $v_j$ never change. Token $j$ does not see what comes after it. So a layer stores them once. This is
+# all the code:
 
 # %%
 source(LayerKV.update)
 
 # %% [markdown]
-# Let us run the prompt in two calls. The first leaves its memory in `kv`. The second gets the last token alone.
+# Let us run the prompt in two calls. The first writes its entries to `kv`. The second gets the last token alone.
 
 # %%
 tokens = lens.to_tokens(prompt)
@@ -52,8 +52,8 @@ assert torch.allclose(step[0, -1], lens(prompt)[0, -1], atol=1e-3)
 assert kv.length == 6
 
 # %% [markdown]
-# Two points tell the two sides apart. `kv.k_new` is what a call **remembers**, `kv.k` all that it **recalls**. Keys are
-# remembered *after* they have turned. So each entry belongs to its position.
+# Two points tell the two sides apart. `kv.k_new` is what a call **writes** to the cache, `kv.k` all that it **reads**
+# from it. Keys are stored *after* they have turned. So each entry belongs to its position.
 
 # %%
 _, acts = lens.run_with_cache(tokens[:, -1:], kv=kv.fork())
@@ -74,7 +74,7 @@ assert not torch.allclose(kv.keys[1, :, :6], full["attn.k", 1][:, :6], atol=1e-4
 # $$2 \cdot n_\text{layers} \cdot n_\text{kv heads} \cdot d_\text{head} \cdot \text{bytes per number}$$
 #
 # Our model has 8 query heads, but only 4 key-value heads. Heads 0 and 1 read the first, 2 and 3 the second. So each
-# memory is shared by a **group** of heads (Ainslie et al. 2023).
+# entry is shared by a **group** of heads (Ainslie et al. 2023).
 
 # %%
 assert lens.cfg.n_heads == 2 * lens.cfg.n_kv_heads
@@ -82,7 +82,7 @@ assert kv.bytes == 2 * 4 * 4 * 32 * 4 * kv.length
 print(f"{kv.bytes // kv.length:,} bytes per token")
 
 # %% [markdown]
-# ### Exercise 5.1 · A long memory
+# ### Exercise 5.1 · A long text
 #
 # Write a function that gives the bytes of a cache from a config (`cfg.n_layers`, `cfg.n_kv_heads`, `cfg.d_head`,
 # `cfg.n_heads`, ...), the number of tokens, and the bytes of one number. The check asks it about GLM-4-9B too.
@@ -122,12 +122,12 @@ check.exercise_5_1(kv_bytes)
 #     return cfg.n_layers * cfg.n_kv_heads * cfg.d_head * tokens * number
 # ```
 #
-# Values are remembered too.
+# Values are cached too.
 #
 # </details>
 
 # %% [markdown]
-# GLM-4-9B has 40 layers and 2 key-value heads of 128 channels, and reads up to 131,072 tokens. In bfloat16 its memory
+# GLM-4-9B has 40 layers and 2 key-value heads of 128 channels, and reads up to 131,072 tokens. In bfloat16 its cache
 # of so long a text weighs 5 GiB. With 32 key-value heads it would be 80 GiB, more than four times the model.
 
 # %%
@@ -176,10 +176,10 @@ assert np.delete(whole_position.kl.values, france)[:5].max() < 0.1
 # answer is gone. It was read several times, and each reading can stand in for the others. You know this from the
 # induction heads of tutorial 3.
 #
-# ## 4. Editing memories
+# ## 4. Editing entries
 #
-# An operation of `glmlens.cache` is a function from a cache to a new one. The old one stays as it was. First we make
-# the model forget France.
+# An operation of `glmlens.cache` is a function from a cache to a new one. The old one stays as it was. First we ablate
+# the entry of France.
 
 
 # %%
@@ -202,8 +202,8 @@ assert answer(blank(kv))[1] > 0.9
 #
 # ### A graft
 #
-# Now we do not take a memory away. We bring another. A second run reads about Japan. We put what it remembers of Japan
-# in the place of France.
+# Now we do not take an entry away. We bring another. A second run reads about Japan. We replace France's keys and values
+# with Japan's.
 
 # %%
 japan = lens.new_kv()
@@ -212,7 +212,7 @@ lens(lens.to_tokens("The capital of Japan is")[:, :-1], kv=japan)
 grafted = cache.graft(lens, japan, of=" Japan", at=" France")(kv)
 print("the capital of France is", answer(grafted))
 assert answer(grafted)[0] == " Tokyo"
-assert answer(kv)[0] == " Paris"  # the first memory is as it was
+assert answer(kv)[0] == " Paris"  # the first cache is as it was
 
 # %% [markdown]
 # "The", "capital" and "of" are still those of the text about France. (They came before the country, so they are the
@@ -233,8 +233,8 @@ assert answer(values_only(kv))[0] == " Tokyo"
 # That is QK and OV once more. Keys say where to look, and both countries are countries at the same place. Values say
 # what is there.
 #
-# Every operation is also a hook. Then the memory stays as it is, and what a run *recalls* is changed, at all steps or
-# at some.
+# Every operation is also a hook. Then the cache stays as it is, and what a run *reads* from it is changed, at all steps
+# or at some.
 
 # %%
 swap = cache.swap(japan, position=5)
@@ -288,7 +288,7 @@ check.exercise_5_2(layers)
 # %% [markdown]
 # ## 5. Two futures
 #
-# A memory can be forked. Both copies go on from the same past, and the past is run once. Here a story splits in two.
+# A cache can be forked. Both copies go on from the same past, and the past is run once. Here a story splits in two.
 
 # %%
 story = lens.new_kv()
@@ -302,7 +302,7 @@ assert futures == {" John gave a drink to": " Mary", " Mary gave a drink to": " 
 # %% [markdown]
 # ## 6. Smaller numbers
 #
-# How exactly must one remember? `quantise(bits)` rounds every number to one of $2^\text{bits}$ levels: keys by channel,
+# How exact must an entry be? `quantise(bits)` rounds every number to one of $2^\text{bits}$ levels: keys by channel,
 # values by token (Liu et al. 2024, KIVI). We go down to one bit.
 
 # %%
@@ -316,9 +316,9 @@ assert sure[1][0] != " Paris"
 # Two bits will do here, an eighth of the usual sixteen (and the two ends of each range, which must be stored too). But
 # this is a short text, and small groups are easy to round. Measure it on yours.
 #
-# ## 7. Forgetting on purpose
+# ## 7. Eviction
 #
-# A memory that grows with every token is full one day. What can go? First a single answer. `eviction_curve` leaves out
+# A cache that grows with every token is full one day. What can go? First a single answer. `eviction_curve` leaves out
 # each entry alone, and then drops the cheapest first, more and more of them. How far does the answer move?
 
 # %%
@@ -339,7 +339,7 @@ print(best.alone.labels["entry"][-2:])
 assert best.alone.labels["entry"][-2:] == ["4 ·and", "3 ·Mary"]
 
 # %% [markdown]
-# The one who gives is not among them. So how can the model know who receives? Let us ask the same memory about the
+# The one who gives is not among them. So how can the model know who receives? Let us keep the same entries of the
 # other story, in which Mary gives and the answer is John. (The newest entry, 14, stays in both: the next token stands
 # behind it.) `cache.evict` takes a policy: a function of a cache that says which entries stay, `[batch, key]`.
 
@@ -371,7 +371,7 @@ assert right([3, 4, 14])[0] > 0.9  # Mary receives
 assert right([3, 4, 14])[1] < 0.01  # and she receives when she gives, too
 
 # %% [markdown]
-# It says Mary in both. With one name in memory there is nothing else to say. The first answer was right, and for the
+# It says Mary in both. With one name in the cache there is nothing else to say. The first answer was right, and for the
 # wrong reason. A measure on one example cannot see that. A counterfactual can.
 #
 # ### Exercise 5.3 · Keep six
@@ -450,14 +450,14 @@ assert cost["Mary"][11] > 2
 
 # %%
 sizes = range(4, 16)
-memory, _ = stories[" Mary"]
+mary_kv, _ = stories[" Mary"]
 seen = analysis.sum_attention(lens, john_gives)[:, :, :-1].sum((0, 1))[None]  # batch key
 policies = {
     "the newest": cache.keep_window,
     "heavy hitters, and the newest": lambda n: cache.keep_heavy_hitters(seen, n - 1, recent=1),
 }
 probabilities = np.array(
-    [[min(right(policy(n)(memory)[0].nonzero()[:, 0].tolist())) for n in sizes] for policy in policies.values()]
+    [[min(right(policy(n)(mary_kv)[0].nonzero()[:, 0].tolist())) for n in sizes] for policy in policies.values()]
 )
 names = {"policy": list(policies), "entries kept": [str(n) for n in sizes]}
 what = "right, in the worse story"
@@ -513,8 +513,8 @@ for way, (share, largest) in results.items():
 
 # %%
 table = np.stack([share.numpy() for share, _ in results.values()])
-names = {"memory": list(results), "list": [str(i + 1) for i in range(lists)]}
-plot.lines(table, names, axes=("memory", "list"), what="said again", title="A stream of lists, and four ways to forget")
+names = {"policy": list(results), "list": [str(i + 1) for i in range(lists)]}
+plot.lines(table, names, axes=("policy", "list"), what="said again", title="A stream of lists, and four ways to evict")
 
 # %%
 everything, latest, with_sinks, closed = table
@@ -537,7 +537,7 @@ assert results["the same, gaps closed"][1] == 22  # 16, and the six that are bei
 # - **Gaps closed**: entries are moved together, so that positions count inside the cache. Now nothing is ever far. It
 #   goes on for as long as you like, with 22 entries where the whole would be 194.
 #
-# So a model that forgets well can hear more than one that forgets nothing.
+# So a model whose cache is evicted well can read longer texts than one that keeps everything.
 
 # %%
 _, acts = lens.run_with_cache(stream[:, :26], "blocks.0.attn.pattern")
@@ -552,15 +552,15 @@ assert resting > 0.25
 # $$k\,e^{\mathrm{i} p \omega} \cdot e^{\mathrm{i} \Delta \omega} = k\,e^{\mathrm{i} (p + \Delta) \omega}$$
 
 # %%
-memory, last = stories[" Mary"]
-moved = cache.reposition(lens, 7)(memory)
+mary_kv, last = stories[" Mary"]
+moved = cache.reposition(lens, 7)(mary_kv)
 assert moved.positions[0, : moved.length].tolist() == list(range(7, 22))
-assert torch.allclose(lens(last, kv=moved)[0, -1], lens(last, kv=memory.fork())[0, -1], atol=0.01)
+assert torch.allclose(lens(last, kv=moved)[0, -1], lens(last, kv=mary_kv.fork())[0, -1], atol=0.01)
 
 # %% [markdown]
 # ## What to keep
 #
-# - A memory is a turned key and a value, for each layer and each group of heads. It never changes by itself.
+# - An entry is a turned key and a value, for each layer and each group of heads. It never changes by itself.
 # - Values say what, keys say where.
 # - Read most is not needed most. Take it away and see.
 # - What is missing leaves no hole: the model is nearly as certain as before.

@@ -2,7 +2,7 @@
 # # 9 · Generation under intervention
 #
 # So far we mostly asked for one token. Now the model writes on, and what it has written becomes what it reads. So a
-# change can come back: through the words that it made the model say, and through what the model remembers. In this
+# change can come back: through the words that it made the model say, and through the KV cache. In this
 # tutorial we steer a feeling, take it away again while the model speaks, and find out where it had been kept.
 #
 # - **You need**: [tutorial 2](02_hooks.ipynb) for hooks and [tutorial 5](05_kv_cache.ipynb) for the cache.
@@ -114,7 +114,7 @@ assert gap[1] > 90  # from there on: another run
 # %% [markdown]
 # ## 3. Branches
 #
-# A timeline can be run again from any step, with another word, another hook or another memory. What came before that
+# A timeline can be run again from any step, with another word, another hook or another cache. What came before that
 # step is kept and not computed again.
 
 # %%
@@ -378,7 +378,7 @@ assert p_sad[1] > 0.9
 # %% [markdown]
 # So the feeling has been kept. The only thing that goes from step to step, beside the words, is the KV cache. To prove
 # that it is there we go to step 4, take the entries of the adjective from the clean run, and put them in the steered
-# run's memory. `at={step: operation}` does something to the cache right before a step.
+# run's cache. `at={step: operation}` does something to the cache right before a step.
 
 # %%
 clean_cache = clean.restore_state(feel).kv
@@ -387,7 +387,7 @@ print(forgiven.text)
 assert forgiven.text.strip() == "It made Nora feel happy."
 
 # %% [markdown]
-# And the other way round: nothing is ever steered, but the memory of one word is.
+# And the other way round: nothing is ever steered, but the cached entries of one word are replaced.
 
 # %%
 poisoned = clean.rerun(feel, at={feel: cache.swap(steered.restore_state(feel).kv, position=adjective)})
@@ -397,7 +397,7 @@ assert torch.allclose(poisoned.logits[feel], steered.logits[feel], atol=0.2)
 
 # %% [markdown]
 # In which layer is it? We exchange the entries of one layer at a time. In layers 0 and 1 there is nothing to find: the
-# edit came after them. What is read is what layer 3 remembers, and it alone.
+# edit came after them. What is read are the entries of layer 3, and they alone.
 
 # %%
 for layer in range(4):
@@ -409,18 +409,18 @@ for layer in range(4):
 assert abs(p - p_sad[0]) < 0.1
 
 # %% [markdown]
-# This is what to remember of steering: it acts on *positions*, and what is written there stays in memory when the
+# This is what to keep of steering: it acts on *positions*, and what is written there stays in the cache when the
 # steering ends. To switch a hook off is not to undo it.
 #
-# The same operation shows how a word and its memory come apart. The text says `ball`. We exchange what is remembered of
-# it before step 5, or make the model forget it.
+# The same operation shows how a word and its entries come apart. The text says `ball`. We exchange its entries before
+# step 5, or evict them.
 
 # %%
 swapped = line.rerun(5, at={5: cache.swap(branch.restore_state(5).kv, position=ball)})
-forgot = line.rerun(5, at={5: cache.evict(position=ball)})
-print(swapped.text, forgot.text)
+without_ball = line.rerun(5, at={5: cache.evict(position=ball)})
+print(swapped.text, without_ball.text)
 assert swapped.text.strip() == "ball. Paul took the cake home."
-assert forgot.text.strip() == "ball. Paul took the basket home."
+assert without_ball.text.strip() == "ball. Paul took the basket home."
 
 # %% [markdown]
 # ### Exercise 9.3 · Happy in spite of it
@@ -445,7 +445,7 @@ check.exercise_9_3(hooks)
 # ]
 # ```
 #
-# In step 0 the word is chosen: down. It stands at position 5 then, and when it is run, in step 1, it is remembered as
+# In step 0 the word is chosen: down. It stands at position 5 then, and when it is run, in step 1, it is cached as
 # something good: up. With steering vectors: `timeline.schedule_edits(lens, valence.interventions(-1), steps=0)` and
 # `timeline.schedule_edits(lens, valence.interventions(1.5), steps=1)`.
 #
@@ -473,7 +473,7 @@ check.exercise_9_3(hooks)
 # ```
 #
 # In the step that says how she feels, the stream of layer 1 does not hold the feeling yet. It is fetched from the
-# memory of the word, and that is bad.
+# cached entries of the word, and those are bad.
 #
 # </details>
 

@@ -193,7 +193,7 @@ assert 4_500 < parameters / sum(p.numel() for p in demo.model.parameters()) < 4_
 #
 # Beside the weights a model that generates needs room for its cache: a key and a value for every layer and every
 # key-value head ([tutorial 5](05_kv_cache.ipynb)). Write a function of a config, the bytes of the weights, the bytes of
-# the `memory` and those of one number (2 in bfloat16), that gives how many tokens can be remembered. A config has
+# the `memory` and those of one number (2 in bfloat16), that gives how many tokens can be cached. A config has
 # `n_layers`, `n_heads`, `n_kv_heads` and `d_head`. It is 0 where not even the weights fit.
 
 # %%
@@ -223,7 +223,7 @@ check.exercise_10_1(longest)
 #     return max(0, memory - weights) // per_token
 # ```
 #
-# Queries are not remembered, and 16 query heads share one head of keys and values.
+# Queries are not cached, and 16 query heads share one head of keys and values.
 #
 # </details>
 #
