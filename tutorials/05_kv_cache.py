@@ -2,8 +2,8 @@
 # # 5 · The KV cache
 #
 # A model that generates reads its text token by token. It does not read it again for each new one: it keeps keys and
-# values of all earlier tokens, the **KV cache**. We look at a cache, find out which heads read which entry, and edit it,
-# until the capital of France is Tokyo. Then we evict entries on purpose, and the model becomes better.
+# values of all earlier tokens, the **KV cache**. We look at a cache, find out which heads read which entry, and edit
+# it, until the capital of France is Tokyo. Then we evict entries on purpose, and the model becomes better.
 #
 # - **You need**: [tutorial 4](04_rotary.ipynb), or to know that keys are turned.
 # - **You get**: how a KV cache is written and read, what it weighs, and how its entries are edited, moved and evicted.
@@ -202,8 +202,8 @@ assert answer(blank(kv))[1] > 0.9
 #
 # ### A graft
 #
-# Now we do not take an entry away. We bring another. A second run reads about Japan. We replace France's keys and values
-# with Japan's.
+# Now we do not take an entry away. We bring another. A second run reads about Japan. We replace France's keys and
+# values with Japan's.
 
 # %%
 japan = lens.new_kv()
