@@ -1,6 +1,6 @@
-"""Write the API reference as HTML, from docstrings and signatures, with pdoc: python -m tutorials.reference FOLDER.
+"""The API reference as HTML, of docstrings and signatures, by pdoc: python -m tutorials.reference FOLDER.
 
-Warnings are errors: an annotation that cannot be resolved, or an exported name that does not exist.
+A warning is an error: an annotation that cannot be read, or a name that is exported and not there.
 """
 
 import sys
@@ -15,7 +15,7 @@ MODULES = ("glmlens", "glmlens.hooks", *(f"glmlens.{part}" for part in glmlens.L
 
 
 def reference(folder: Path, modules: tuple[str, ...] = MODULES) -> Path:
-    """Write a page for each module, the index and its search data; return the path of the index."""
+    """Write a page for each of these modules, their index and what a search in it needs; returns the index."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pdoc.pdoc(*modules, output_directory=folder)
