@@ -1,9 +1,9 @@
-"""A checkpoint of GLM-4-9B's shapes, written, opened and run: `python -m benchmarks.size`.
+"""Write, load and run a checkpoint with the shapes of GLM-4-9B: `python -m benchmarks.size`.
 
-Random weights in bfloat16 and in shards, at a quarter of the depth. A process of its own loads them, records one point
-of a forward and generates three tokens. Peak memory is the kernel's high-water mark of that process (VmHWM), in which
-every page of the mapped file that was touched counts; of it, what is the process's own and not the file's is RssAnon,
-which is looked at a hundred times a second. `--depth 40` is the whole model; `--scale 4` divides every width.
+The weights are random, in bfloat16 and in shards, at a quarter of the depth. A process of its own loads them, records
+one point of a forward and generates three tokens. Peak memory is the kernel's high-water mark of that process (VmHWM),
+which includes every touched page of the mapped file. Its private memory without the file is RssAnon, sampled a hundred
+times a second. `--depth 40` is the whole model; `--scale 4` divides every width by 4.
 """
 
 import argparse
@@ -36,25 +36,26 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
-        return print(json.dumps(run(args.run, args.tokens, args.threads)))
+        return print(json.dumps(measure(args.run, args.tokens, args.threads)))
     with tempfile.TemporaryDirectory() as name:
-        begin, folder = time.perf_counter(), Path(name)
-        weights = write(folder, shapes(args.depth, args.scale), int(args.shard * 1e9))
+        folder = Path(name)
+        begin = time.perf_counter()
+        weights = write_checkpoint(folder, make_config(args.depth, args.scale), int(args.shard * 1e9))
         print(f"{weights / 1e9:.2f} GB in {len(list(folder.glob('*.safetensors')))} files, "
               f"written in {time.perf_counter() - begin:.0f} s", flush=True)  # fmt: skip
         command = [sys.executable, "-m", "benchmarks.size", "--run", name]
         options = ["--tokens", str(args.tokens), "--threads", str(args.threads)]
         done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout)
+    measured = json.loads(done.stdout)
     for what in ("load", "forward", "generate"):
-        print(f"{what:9}{found[what]['seconds']:8.1f} s   peak {found[what]['peak'] / 1e9:.2f} GB "
-              f"({found[what]['peak'] / weights:.3f} of the weights; "
-              f"its own {found[what]['own'] / 1e9:.2f} GB)")  # fmt: skip
-    print(json.dumps(found | {"weights": weights}))
+        print(f"{what:9}{measured[what]['seconds']:8.1f} s   peak {measured[what]['peak'] / 1e9:.2f} GB "
+              f"({measured[what]['peak'] / weights:.3f} of the weights; "
+              f"private {measured[what]['own'] / 1e9:.2f} GB)")  # fmt: skip
+    print(json.dumps(measured | {"weights": weights}))
 
 
-def shapes(depth: int, scale: int) -> dict[str, Any]:
-    """The config.json of GLM-4-9B, of another depth and every width but the head's divided."""
+def make_config(depth: int, scale: int) -> dict[str, Any]:
+    """Return the config.json of GLM-4-9B with another depth, and every width except the head's divided by `scale`."""
     return {
         "model_type": "glm", "architectures": ["GlmForCausalLM"], "dtype": "bfloat16", "head_dim": 128,
         "vocab_size": 151552 // scale, "hidden_size": 4096 // scale, "intermediate_size": 13696 // scale,
@@ -64,8 +65,8 @@ def shapes(depth: int, scale: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write(folder: Path, raw: dict[str, Any], shard_bytes: int) -> int:
-    """Random weights of these shapes, a shard in memory at a time; how many bytes they are."""
+def write_checkpoint(folder: Path, raw: dict[str, Any], shard_bytes: int) -> int:
+    """Write random weights of these shapes, holding one shard in memory at a time; return their bytes."""
     (folder / "config.json").write_text(json.dumps(raw))
     model = build_meta_model(GLMConfig.from_dict(raw), "eager", torch.bfloat16)
     draw = torch.Generator().manual_seed(0)
@@ -81,27 +82,28 @@ def write(folder: Path, raw: dict[str, Any], shard_bytes: int) -> int:
     weight_map = {}
     for i, shard in enumerate(shards):
         file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        save_file({name: random(name, shape, draw) for name, shape in shard.items()}, folder / file)
+        save_file({name: draw_weight(name, shape, draw) for name, shape in shard.items()}, folder / file)
         weight_map |= dict.fromkeys(shard, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return sum(size.values())
 
 
-def random(name: str, shape: tuple[int, ...], draw: torch.Generator) -> torch.Tensor:
+def draw_weight(name: str, shape: tuple[int, ...], draw: torch.Generator) -> torch.Tensor:
+    """Return ones for a norm, else normal numbers with a standard deviation of 0.02."""
     x = torch.empty(shape, dtype=torch.bfloat16)
     return x.fill_(1) if "norm" in name else x.normal_(std=0.02, generator=draw)
 
 
-def run(folder: Path, tokens: int, threads: int) -> dict[str, Any]:
-    """Load, a forward with one point recorded, three tokens: seconds, and the peak memory until then."""
+def measure(folder: Path, tokens: int, threads: int) -> dict[str, Any]:
+    """Load, run a forward with one recorded point, generate three tokens; return seconds and peak memory of each."""
     torch.set_num_threads(threads)
-    own = Own()
-    found: dict[str, Any] = {"import": {"seconds": 0.0, "peak": status("VmHWM"), "own": own.peak()}}
+    own = PrivateMemory()
+    measured: dict[str, Any] = {"import": {"seconds": 0.0, "peak": read_status("VmHWM"), "own": own.peak()}}
 
     def timed(what: str, job: Any) -> Any:
         begin = time.perf_counter()
         result = job()
-        found[what] = {"seconds": time.perf_counter() - begin, "peak": status("VmHWM"), "own": own.peak()}
+        measured[what] = {"seconds": time.perf_counter() - begin, "peak": read_status("VmHWM"), "own": own.peak()}
         return result
 
     lens = timed("load", lambda: glmlens.load(folder))
@@ -110,32 +112,33 @@ def run(folder: Path, tokens: int, threads: int) -> dict[str, Any]:
     logits, acts = timed("forward", lambda: lens.run_with_cache(prompt, point))
     assert bool(torch.isfinite(logits).all())
     assert acts[point].shape == (1, tokens, lens.cfg.d_model)
-    said = timed("generate", lambda: lens.generate(prompt, 3, stop_ids=()))
-    assert said.tokens.shape == (1, tokens + 3)
-    own.going = False
-    return found
+    run = timed("generate", lambda: lens.generate(prompt, 3, stop_ids=()))
+    assert run.tokens.shape == (1, tokens + 3)
+    own.running = False
+    return measured
 
 
-class Own(threading.Thread):
-    """Looks at RssAnon until it is told to stop."""
+class PrivateMemory(threading.Thread):
+    """A thread that samples RssAnon until `running` is set to False."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.going, self.most = True, 0
+        self.running = True
+        self.highest = 0
         self.start()
 
     def run(self) -> None:
-        while self.going:
+        while self.running:
             self.peak()
             time.sleep(0.01)
 
     def peak(self) -> int:
-        self.most = max(self.most, status("RssAnon"))
-        return self.most
+        self.highest = max(self.highest, read_status("RssAnon"))
+        return self.highest
 
 
-def status(name: str) -> int:
-    """Bytes of a line of /proc/self/status."""
+def read_status(name: str) -> int:
+    """Return the bytes of a line of /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
 

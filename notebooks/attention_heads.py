@@ -1,7 +1,7 @@
 # %% [markdown]
-# # Bench · Attention heads
+# # Workbench · Attention heads
 #
-# Which heads do what, where they look in your prompt, what is lost without them, and what they would write.
+# Head scores, attention in your prompt, the effect of ablating each head, and the logits that a head writes to.
 
 # %% tags=["parameters"]
 model = None  # a folder or a hub id, "zai-org/glm-4-9b-chat-hf"; None is the small GLM inside the package
@@ -22,9 +22,9 @@ labels = lens.to_labels(prompt)
 lens
 
 # %% [markdown]
-# ## What heads do
+# ## Head scores
 #
-# Measured on random words said again. `chance` is a head that attends alike to all that it sees.
+# Measured on repeated random words. `chance` is the score of uniform causal attention.
 
 # %%
 scores = analysis.head_scores(lens)
@@ -39,7 +39,7 @@ plot.head_scores(scores, "previous", n_kv_heads=lens.cfg.n_kv_heads)
 plot.head_scores(scores, "induction", n_kv_heads=lens.cfg.n_kv_heads)
 
 # %% [markdown]
-# ## Where they look in this prompt
+# ## Attention in this prompt
 
 # %%
 points = [f"blocks.{layer}.{name}" for name in ("attn.pattern", "kv.v")]
@@ -52,40 +52,42 @@ plot.attention_heads(patterns, labels, n_kv_heads=lens.cfg.n_kv_heads, title=f"A
 plot.attention_pattern(patterns[number], labels, title=f"Head {layer}.{number}")
 
 # %%
-plot.attention_pattern(patterns[number], labels, value_norms=norms, title=f"Head {layer}.{number}, by length of value")
+plot.attention_pattern(
+    patterns[number], labels, value_norms=norms, title=f"Head {layer}.{number}, weighted by value norm"
+)
 
 # %% [markdown]
-# ## What is lost without each head
+# ## Ablation of each head
 #
-# A head's mixture becomes zero everywhere. The number is how far the next token's probabilities move, in nats: the
+# The head's output is set to zero at all positions. The number is the KL divergence of the next token, in nats, for the
 # layers of the chosen head and of the best heads above.
 
 # %%
 full = lens(prompt, logits_to_keep=1)[0, -1].float().log_softmax(-1)
 
 
-def without(i, h):
-    """KL(with ‖ without) of the next token, for one head."""
+def ablation_kl(i, h):
+    """KL(full ‖ ablated) of the next token, for one head."""
 
     def zero(z, point):
         z[:, :, h] = 0
         return z
 
-    found = lens.run_with_hooks(prompt, {f"blocks.{i}.attn.z": zero})[0, -1].float().log_softmax(-1)
-    return float((full.exp() * (full - found)).sum())
+    ablated = lens.run_with_hooks(prompt, {f"blocks.{i}.attn.z": zero})[0, -1].float().log_softmax(-1)
+    return float((full.exp() * (full - ablated)).sum())
 
 
 layers = sorted({layer, *(i for name in ("previous", "induction") for i, *_ in scores.best(name, 1))})
-lost = torch.tensor([[without(i, h) for h in range(lens.cfg.n_heads)] for i in layers])
+kl = torch.tensor([[ablation_kl(i, h) for h in range(lens.cfg.n_heads)] for i in layers])
 named = {"layer": [str(i) for i in layers], "head": [str(h) for h in range(lens.cfg.n_heads)]}
-plot.heatmap(lost, named, axes=("layer", "head"), what="KL, nats", title="What the next token loses without a head")
+plot.heatmap(kl, named, axes=("layer", "head"), what="KL, nats", title="KL when a head is ablated")
 
 # %% [markdown]
-# ## What the head would write
+# ## The head's OV circuit
 #
-# If all of its attention went to one token: the tokens whose logits it would raise most, through the final norm's
-# weight. Many heads write for later layers to read and not for the unembedding. Of those this table says nothing. In
-# the small GLM they are nearly all.
+# The tokens whose logits it would raise most if all of its attention went to one token, through the final norm's
+# weight. Many heads write for later layers and not for the unembedding. The table tells nothing about those. In the
+# small GLM they are nearly all.
 
 # %%
 _, read = lens.run_with_cache(prompt, f"blocks.{layer}.ln1.normalized", logits=False)
@@ -94,14 +96,14 @@ kv = number // lens.cfg.n_groups
 value = x @ lens.W_V[layer, kv].float()
 if lens.cfg.qkv_bias:
     value = value + lens.b_V[layer, kv].float()
-said = (value @ lens.W_O[layer, number].float() * lens.model.ln_final.weight.float()) @ lens.W_U.float()
-rows = [[lens.to_labels(torch.tensor([[int(t)]]))[0] for t in row.topk(5).indices] for row in said]
+logits = (value @ lens.W_O[layer, number].float() * lens.model.ln_final.weight.float()) @ lens.W_U.float()
+rows = [[lens.to_labels(torch.tensor([[int(t)]]))[0] for t in row.topk(5).indices] for row in logits]
 pd.DataFrame(rows, index=[f"{i} {label}" for i, label in enumerate(labels)], columns=[f"{n}." for n in range(1, 6)])
 
 # %% [markdown]
-# ## By hand
+# ## Interactive
 #
-# Point at a token to see what it reads and what reads it; click a head to see it whole.
+# Point at a token to see the keys it attends to and the queries that attend to it; click a head to enlarge it.
 
 # %%
 from glmlens.widgets import AttentionExplorer

@@ -1,14 +1,14 @@
 # %% [markdown]
-# # Bench · Attribution
+# # Workbench · Attribution
 #
-# What each part adds to an answer, exactly; and what changing each part would do, estimated from one gradient.
+# The exact contribution of each part to an answer, and the effect of patching each part, estimated from one gradient.
 
 # %% tags=["parameters"]
 model = None  # a folder or a hub id, "zai-org/glm-4-9b-chat-hf"; None is the small GLM inside the package
 dtype = None  # None: the checkpoint's own
 device = "cpu"
 clean = "When Mary and John went to the store, John gave a drink to"
-corrupt = "When Mary and John went to the store, Mary gave a drink to"  # as many tokens
+corrupt = "When Mary and John went to the store, Mary gave a drink to"  # the same number of tokens
 answers = [" Mary", " John"]  # right and wrong, of one token each
 edges = None  # whether to score all edges between parts; None: in models of up to 12 layers
 
@@ -22,22 +22,22 @@ from glmlens import analysis, circuits, patch, plot
 
 lens = glmlens.load(model, dtype=dtype or (None if model else "float32"), device=device)
 right, wrong = answers
-assert len(lens.to_labels(clean)) == len(lens.to_labels(corrupt)), "give two prompts of as many tokens"
+assert len(lens.to_labels(clean)) == len(lens.to_labels(corrupt)), "give two prompts with the same number of tokens"
 lens.test_prompt(clean, answers)
 
 # %% [markdown]
-# ## When the answer is there
+# ## The logit lens
 #
-# The residual stream after every layer, read as if it were the last.
+# The residual stream after every layer, decoded as if it were the last.
 
 # %%
 plot.logit_lens(analysis.logit_lens(lens, clean, target=right))
 
 # %% [markdown]
-# ## What each part adds
+# ## Direct logit attribution
 #
-# To the logit of the right answer less that of the wrong one. The parts, the rest and what rounding leaves are the
-# model's own difference.
+# Contributions to the logit of the right answer minus that of the wrong one. The parts, the rest and the rounding error
+# sum to the model's own difference.
 
 # %%
 parts = analysis.logit_attribution(lens, clean, right, wrong, by="component")
@@ -48,7 +48,7 @@ plot.logit_attribution(parts)
 
 # %%
 by_head = analysis.logit_attribution(lens, clean, right, wrong, by="head")
-plot.head_scores(by_head, what="logits", n_kv_heads=lens.cfg.n_kv_heads, title="What each head adds")
+plot.head_scores(by_head, what="logits", n_kv_heads=lens.cfg.n_kv_heads, title="Direct logit attribution by head")
 
 # %%
 by_source = analysis.logit_attribution(lens, clean, right, wrong, by="source")
@@ -59,11 +59,11 @@ by_neuron = analysis.logit_attribution(lens, clean, right, wrong, by="neuron")
 plot.logit_attribution(by_neuron, top=15)
 
 # %% [markdown]
-# ## What changing each part would do
+# ## Attribution patching
 #
-# Attribution patching (Nanda 2023; Kramár et al. 2024, arXiv 2403.00745): the change that the corrupt run's value
-# makes, times the gradient. It takes one pass back instead of a run per place, and it is an estimate. Beside it, the
-# same as it is.
+# The difference between the corrupt and the clean activation, times the gradient (Nanda 2023; Kramár et al. 2024,
+# arXiv 2403.00745). It takes one backward pass instead of one run per place, and it is an estimate. Beside it, the
+# effect measured by a sweep.
 
 # %%
 estimate = patch.attribution_patch(lens, clean, corrupt, "resid_pre", over=("layer", "pos"), metric=(right, wrong))
@@ -94,12 +94,12 @@ plot.head_scores(heads, what="logits", n_kv_heads=lens.cfg.n_kv_heads, title="Es
 # %% [markdown]
 # ## Edges
 #
-# The same for every edge from what writes to what reads (EAP-IG: Hanna et al. 2024, arXiv 2403.17806). How far
-# they are from accounting for the whole difference is their `completeness`: 0 is all of it.
+# Attribution of every edge from a writer to a reader (EAP-IG: Hanna et al. 2024, arXiv 2403.17806). `completeness` is
+# the share of the whole difference that the scores miss: 0 is best.
 
 # %%
-found = None
+scores = None
 if edges or (edges is None and lens.cfg.n_layers <= 12):
-    found = circuits.attribute_edges(lens, clean, corrupt, metric=(right, wrong), method="eap-ig")
-    print(f"{found.graph.n_edges} edges, completeness {found.completeness:.2f}")
-plot.circuit(found.top(25)) if found else "edges were not asked for"
+    scores = circuits.attribute_edges(lens, clean, corrupt, metric=(right, wrong), method="eap-ig")
+    print(f"{scores.graph.n_edges} edges, completeness {scores.completeness:.2f}")
+plot.circuit(scores.top(25)) if scores else "edges were not requested"

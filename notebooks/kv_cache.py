@@ -1,7 +1,8 @@
 # %% [markdown]
-# # Bench · The KV cache
+# # Workbench · The KV cache
 #
-# What a prompt leaves behind for the next token: who reads which entry, what is lost without it, and what may go.
+# The keys and values that a prompt leaves for the next token: which heads read which entry, how far the prediction
+# moves without it, and which entries can be evicted.
 
 # %% tags=["parameters"]
 model = None  # a folder or a hub id, "zai-org/glm-4-9b-chat-hf"; None is the small GLM inside the package
@@ -17,16 +18,16 @@ from glmlens import analysis, cache, plot
 lens = glmlens.load(model, dtype=dtype or (None if model else "float32"), device=device)
 tokens = lens.to_tokens(prompt)
 kv = lens.new_kv()
-lens(tokens[:, :-1], kv=kv)  # all but the last token, which asks
+lens(tokens[:, :-1], kv=kv)  # all but the last token, whose query reads them
 last = tokens[:, -1:]
 full = lens(last, kv=kv.fork())[0, -1].float().log_softmax(-1)
-print("it says", lens.generate(last, 1, kv=kv).text)
+print("predicted:", lens.generate(last, 1, kv=kv).text)
 kv
 
 # %% [markdown]
-# ## What is held
+# ## Norms
 #
-# The length of every entry's key and value, over its key-value heads.
+# The norm of every entry's key and value, over its key-value heads.
 
 # %%
 plot.cache_norms(kv, lens.to_labels(prompt)[:-1])
@@ -35,9 +36,9 @@ plot.cache_norms(kv, lens.to_labels(prompt)[:-1])
 plot.cache_norms(kv, lens.to_labels(prompt)[:-1], of="values")
 
 # %% [markdown]
-# ## Who reads it
+# ## Which entries are read
 #
-# The length of what the heads write for each entry, when the next token is said.
+# The norm of what the heads write for each entry (attention times value) when the next token is predicted.
 
 # %%
 reads = analysis.cache_reads(lens, prompt)
@@ -49,51 +50,51 @@ chosen = int(past.argmax()) if layer is None else layer
 plot.cache_reads(reads, "direct", layer=chosen)
 
 # %% [markdown]
-# ## What is lost without an entry
+# ## Leave one out
 #
-# The step that says the next token lacks one entry at a time. In nats.
+# KL divergence of the next token, in nats, when the decoding step cannot read one entry.
 
 # %%
-lost = analysis.leave_one_out(lens, prompt)
-plot.leave_one_out(lost)
+left_out = analysis.leave_one_out(lens, prompt)
+plot.leave_one_out(left_out)
 
 # %%
 plot.leave_one_out(analysis.leave_one_out(lens, prompt, by="position"))
 
 # %% [markdown]
-# ## What may go
+# ## Eviction
 #
-# Entries from the most to the least dispensable, and what it costs to drop the first n of them at once.
+# Entries from the most to the least dispensable, and the KL divergence when the first n of them are removed at once.
 
 # %%
-spare = analysis.eviction_curve(lens, prompt, by="entry")
-plot.eviction(spare)
+curve = analysis.eviction_curve(lens, prompt, by="entry")
+plot.eviction(curve)
 
 # %% [markdown]
-# ## Operations on the whole
+# ## Operations on the whole cache
 #
-# What the next token loses with each, in nats. Moving all of it together with the question should cost nothing: scores
-# know distances alone.
+# KL divergence of the next token after each, in nats. Moving all entries together with the query should cost nothing:
+# scores depend on distances alone.
 
 # %%
 operations = {
     "8 bits": cache.quantise(8),
     "4 bits": cache.quantise(4),
     "2 bits": cache.quantise(2),
-    "the last 3 and two sinks": cache.evict(cache.keep_window(3, sinks=2)),
-    "all 100 later, the question too": cache.reposition(lens, 100),
+    "the last 3 entries and two sinks": cache.evict(cache.keep_window(3, sinks=2)),
+    "all positions 100 later, the query too": cache.reposition(lens, 100),
     f"values of layer {chosen} zero": cache.ablate(layer=chosen),
 }
 costs = {}
 for name, operation in operations.items():
-    said = lens(last, kv=operation(kv))[0, -1].float().log_softmax(-1)
-    costs[name] = float((full.exp() * (full - said)).sum())
-plot.bars(list(costs.values()), {"part": list(costs)}, what="KL, nats", title="What each operation costs")
+    logprobs = lens(last, kv=operation(kv))[0, -1].float().log_softmax(-1)
+    costs[name] = float((full.exp() * (full - logprobs)).sum())
+plot.bars(list(costs.values()), {"part": list(costs)}, what="KL, nats", title="KL after each operation")
 
 # %% [markdown]
-# ## By hand
+# ## Interactive
 #
-# Entries by layer and position at every step of a generation: who reads them, and what is said without one.
+# Entries by layer and position at every step of a generation: which heads read them, and what is generated without one.
 
 # %%
 from glmlens.widgets import CacheInspector

@@ -1,7 +1,7 @@
 # %% [markdown]
-# # Bench · Activation patching
+# # Workbench · Activation patching
 #
-# Where two prompts part: put what one run has into another, place by place, and see what becomes of the answer.
+# Put activations of one run into another, place by place, and measure how far the answer changes.
 
 # %% tags=["parameters"]
 model = None  # a folder or a hub id, "zai-org/glm-4-9b-chat-hf"; None is the small GLM inside the package
@@ -9,7 +9,7 @@ dtype = None  # None: the checkpoint's own
 device = "cpu"
 task = "ioi"  # one of glmlens.tasks.TASKS ...
 counterfactual = "flip"
-n = 20  # of which those of the commonest length are taken
+n = 20  # examples; those of the most common length are used
 clean, corrupt, answers = None, None, None  # ... or two prompts of one length, and [right, wrong] next tokens
 
 # %%
@@ -22,14 +22,14 @@ if clean is None:
     other, metric, where = counterfactual, None, tuple(pairs[0].positions)
 else:
     pairs, other, metric, where = [clean], [corrupt], tuple(answers), None
-    assert len(lens.to_labels(clean)) == len(lens.to_labels(corrupt)), "give two prompts of as many tokens"
+    assert len(lens.to_labels(clean)) == len(lens.to_labels(corrupt)), "give two prompts with the same number of tokens"
 lens
 
 # %%
 if clean is None:
     print(tasks.TASKS[task].counterfactuals)
     print(f"accuracy {pairs.accuracy(lens(pairs)):.0%} of {len(pairs)}; the first: {pairs.texts[0]!r}")
-    print(f"places with names: {', '.join(where)}")
+    print(f"named positions: {', '.join(where)}")
 else:
     lens.test_prompt(clean, answers)
     lens.test_prompt(corrupt, answers)
@@ -37,8 +37,8 @@ else:
 # %% [markdown]
 # ## Where and when
 #
-# The residual stream that enters each layer. 0: as in the corrupt run; 1: as in the clean one. What it takes, before it
-# is run:
+# The residual stream that enters each layer. 0: as in the corrupt run; 1: as in the clean one. First the cost of the
+# sweep, before it is run:
 
 # %%
 site = patch.Site("resid_pre", pos=where)
@@ -51,7 +51,7 @@ plot.patch_grid(stream)
 # %% [markdown]
 # ## Which heads, and which MLPs
 #
-# What each head mixes, at all positions.
+# The output of each head before W_O (`attn.z`), at all positions.
 
 # %%
 heads = patch.sweep(lens, pairs, other, "attn.z", over=("layer", "head"), metric=metric, progress=False)
@@ -64,10 +64,10 @@ mlps = patch.sweep(
 plot.patch_grid(mlps)
 
 # %% [markdown]
-# ## The other way round
+# ## Noising
 #
-# Denoising asks what is enough to bring the answer back. Noising asks what it cannot do without. They differ where
-# parts stand in for one another.
+# Denoising finds the parts that are sufficient to restore the answer. Noising finds the parts that are necessary for
+# it. The two differ where parts are redundant.
 
 # %%
 noised = patch.sweep(
@@ -76,13 +76,13 @@ noised = patch.sweep(
 plot.compare({"denoise": heads, "noise": noised})
 
 # %%
-for said, found in (("most is brought back by", heads), ("most is lost with", noised)):
-    print(f"{said:23}", ", ".join(f"{layer}.{head} {effect:+.2f}" for (layer, head), effect in found.top(5)))
+for title, effects in (("largest when denoised", heads), ("largest when noised", noised)):
+    print(f"{title:22}", ", ".join(f"{layer}.{head} {effect:+.2f}" for (layer, head), effect in effects.top(5)))
 
 # %% [markdown]
-# ## By hand
+# ## Interactive
 #
-# Other prompts, sites and metrics. Click a cell to see what it does to the logits and to attention.
+# Other prompts, sites and metrics. Click a cell to see its effect on the logits and on attention.
 
 # %%
 from glmlens.widgets import PatchExplorer

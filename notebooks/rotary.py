@@ -1,8 +1,8 @@
 # %% [markdown]
-# # Bench · Rotary positions
+# # Workbench · Rotary positions
 #
-# A score is a sum of waves over distance, one for each pair of channels that turns, and a part that knows no position.
-# Take a head's apart, and see what breaks when some of them turn otherwise.
+# An attention score is a sum of waves over distance, one for each rotated pair of channels, plus a part that does not
+# depend on position. Split the scores of a head, and measure the effect of other rotary angles.
 
 # %% tags=["parameters"]
 model = None  # a folder or a hub id, "zai-org/glm-4-9b-chat-hf"; None is the small GLM inside the package
@@ -10,7 +10,7 @@ dtype = None  # None: the checkpoint's own
 device = "cpu"
 prompt = "When Mary and John went to the store, John gave a drink to"
 head = None  # [layer, head]; None: the best previous-token head
-query = -1  # the position whose scores are taken apart
+query = -1  # the position whose scores are split
 
 # %%
 import pandas as pd
@@ -21,13 +21,13 @@ from glmlens.patch import rotary
 
 lens = glmlens.load(model, dtype=dtype or (None if model else "float32"), device=device)
 layer, number = head or analysis.head_scores(lens).best("previous", 1)[0][:2]
-print(f"{lens.cfg.d_rotary} of {lens.cfg.d_head} channels turn; below: head {layer}.{number}")
+print(f"{lens.cfg.d_rotary} of {lens.cfg.d_head} channels are rotated; below: head {layer}.{number}")
 lens
 
 # %% [markdown]
-# ## One score, taken apart
+# ## The parts of a score
 #
-# Part by part; they add up to the score.
+# They sum to the score exactly.
 
 # %%
 waves = analysis.score_parts(lens, prompt, layer, number)
@@ -39,9 +39,10 @@ plot.score_by_pair(waves, query)
 plot.rotary_angles(waves, query)
 
 # %% [markdown]
-# ## The pattern by each of its reasons
+# ## The attention pattern by its parts
 #
-# As it is; by the channels that turn alone; by those that do not; and by distance alone, with the mean query and key.
+# The full pattern; from rotated channels alone; from the other channels alone; and from distance alone, with the mean
+# query and key.
 
 # %%
 plot.rotary_patterns(waves)
@@ -49,16 +50,17 @@ plot.rotary_patterns(waves)
 # %% [markdown]
 # ## By distance
 #
-# What every head of this layer would attend to if tokens did not matter.
+# The attention of every head of this layer with its mean query and mean key, so that only distance matters.
 
 # %%
 profile = analysis.distance_profile(lens, prompt)
 plot.attention_by_distance(profile, layer)
 
 # %% [markdown]
-# ## Which pairs do which work
+# ## Which pairs matter for which head
 #
-# By how much each pair lifts the score of the previous token, and of what followed the same word before.
+# How much each pair raises the score of the previous token, and of the token after an earlier occurrence of the same
+# word.
 
 # %%
 use = analysis.pair_use(lens)
@@ -68,15 +70,15 @@ plot.pair_use(use, "previous")
 plot.pair_use(use, "induction")
 
 # %% [markdown]
-# ## Surgery
+# ## Rotary edits
 #
-# A change of what turns, and what it breaks on this prompt.
+# Other angles, and their effect on this prompt.
 
 # %%
 fast = list(range(lens.cfg.d_rotary // 4))  # the first half of the pairs
 slow = list(range(lens.cfg.d_rotary // 4, lens.cfg.d_rotary // 2))
-surgeries = {
-    "nothing turns": rotary.freeze(lens),
+edits = {
+    "all pairs frozen": rotary.freeze(lens),
     "fast pairs frozen": rotary.freeze(lens, pair=fast),
     "slow pairs frozen": rotary.freeze(lens, pair=slow),
     f"layer {layer} frozen": rotary.freeze(lens, layer=layer),
@@ -84,16 +86,16 @@ surgeries = {
     "all tokens 100 later": rotary.shift(lens, 100),
     "half the distance": rotary.stretch(lens, "linear", 2),
 }
-broken = rotary.breakage(lens, prompt, surgeries)
+broken = rotary.breakage(lens, prompt, edits)
 plot.breakage(broken, "kl")
 
 # %%
 broken.to_dataframe()
 
 # %% [markdown]
-# ## By hand
+# ## Interactive
 #
-# Switch pairs of channels on and off, and see what a head would attend to.
+# Switch pairs of channels on and off, and see where a head would attend.
 
 # %%
 from glmlens.widgets import RotaryExplorer

@@ -1,4 +1,4 @@
-"""The benches: each runs as it is, with another model by one line, and with parameters from outside."""
+"""The workbenches: each runs as it is, with another model by one line, and with parameters from outside."""
 
 import json
 import re
@@ -16,9 +16,9 @@ from glmlens.widgets import Explorer
 from tutorials.build import notebook, sources
 
 ROOT = Path(__file__).parents[1]
-BENCHES = sources(ROOT / "notebooks")
-each = pytest.mark.parametrize("path", BENCHES, ids=lambda path: path.stem)
-MEANT = "patching attribution rotary kv_cache generation compare_models attention_heads".split()
+WORKBENCHES = sources(ROOT / "notebooks")
+each = pytest.mark.parametrize("path", WORKBENCHES, ids=lambda path: path.stem)
+EXPECTED = "patching attribution rotary kv_cache generation compare_models attention_heads".split()
 EXPLORERS = {
     "attention_heads": ["AttentionExplorer"],
     "patching": ["PatchExplorer"],
@@ -44,8 +44,8 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def worked_through(path, **parameters):
-    """The world after running a bench's notebook in order, what it shows, and the seconds of this process that it took.
+def run_workbench(path, **parameters):
+    """Run a workbench in order; return its variables, its figures and the seconds of this process that it took.
 
     Parameters are set as papermill does it, in a cell of their own after the one that is tagged.
     """
@@ -66,7 +66,7 @@ def worked_through(path, **parameters):
 
 @pytest.fixture(scope="module")
 def stranger(tmp_path_factory):
-    """A glm4 with random weights, of another shape, that reads text as the small GLM does."""
+    """Write a glm4 with random weights, another shape and the tokenizer of the small GLM; return its folder."""
     folder, cfg = tmp_path_factory.mktemp("stranger"), glmlens.load().cfg
     shape = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 2}
     write_checkpoint(folder, 5, glm4=True, vocab_size=cfg.d_vocab, tie_word_embeddings=False, **shape)
@@ -77,15 +77,15 @@ def stranger(tmp_path_factory):
     return str(folder)
 
 
-def test_every_bench_is_there():
-    assert sorted(path.stem for path in BENCHES) == sorted(MEANT)
+def test_every_workbench_is_there():
+    assert sorted(path.stem for path in WORKBENCHES) == sorted(EXPECTED)
     index = (ROOT / "notebooks" / "README.md").read_text(encoding="utf-8")
-    assert re.findall(r"\]\((\w+)\.ipynb\)", index) == ["attention_heads", *MEANT[:-1]]
+    assert re.findall(r"\]\((\w+)\.ipynb\)", index) == ["attention_heads", *EXPECTED[:-1]]
 
 
 @each
-def test_a_bench_runs_as_it_is(path):
-    world, figures, seconds = worked_through(path)
+def test_a_workbench_runs_as_it_is(path):
+    world, figures, seconds = run_workbench(path)
     assert world["model"] is None
     assert len(figures) >= 4
     assert seconds < 20
@@ -93,7 +93,7 @@ def test_a_bench_runs_as_it_is(path):
 
 @each
 def test_another_checkpoint_is_one_line_and_parameters_are_set_from_outside(path, stranger):
-    world, figures, _ = worked_through(path, model=stranger, **OTHER[path.stem])
+    world, figures, _ = run_workbench(path, model=stranger, **OTHER[path.stem])
     lens = world["lens"]
     assert (lens.cfg.n_layers, lens.cfg.n_heads, lens.cfg.sandwich) == (2, 6, True)
     assert len(figures) >= 3

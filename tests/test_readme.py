@@ -1,4 +1,4 @@
-"""The five-minute tour does what it says."""
+"""The README: its tour runs, and the names and links in it exist."""
 
 import re
 from pathlib import Path
@@ -38,9 +38,9 @@ def test_every_name_in_the_page_for_transformerlens_users_is_answered():
     rows = [line.split("|")[1:3] for line in page.splitlines() if line.startswith("| `")]
     assert len(rows) >= 12
     for theirs, ours in rows:
-        said = re.findall(r"`([\w.]+)`", theirs)
-        prefixes = {name.split(".")[0] + "." for name in said if "." in name} | {""}
-        for name in said:
+        names = re.findall(r"`([\w.]+)`", theirs)
+        prefixes = {name.split(".")[0] + "." for name in names if "." in name} | {""}
+        for name in names:
             assert any(prefix + name in TRANSFORMERLENS_NAMES for prefix in prefixes), name
         for name in re.findall(r"`([\w.]+)`", ours):
             assert name in POINTS, name

@@ -1,4 +1,4 @@
-"""The course: every tutorial runs from top to bottom, says nothing that is not so, and knows right from wrong."""
+"""The course: every tutorial runs, its claims hold, and its checks accept right answers and reject wrong ones."""
 
 import importlib
 import json
@@ -34,30 +34,30 @@ each = pytest.mark.parametrize("path", COURSE, ids=lambda path: path.stem)
 
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory, request):
-    """What working through a tutorial came to; its notebook alone in a folder elsewhere, in a process of its own."""
-    asked = {item.callspec.params["path"] for item in request.session.items if "studied" in item.fixturenames}
+    """Return a function that gives the results of a tutorial, run in a process of its own in another folder."""
+    paths = {item.callspec.params["path"] for item in request.session.items if "studied" in item.fixturenames}
     copies = []
-    for path in sorted(asked):
+    for path in sorted(paths):
         copies.append(tmp_path_factory.mktemp(path.stem) / f"{path.stem}.ipynb")
         copies[-1].write_bytes(path.with_suffix(".ipynb").read_bytes())
     argv = [sys.executable, "-W", "error", ROOT / "tests" / "study.py", "--apart", *copies]
     env = os.environ | {"OMP_NUM_THREADS": "1"}  # threads that wait for each other count as work
     done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+    results = json.loads(done.stdout)
 
     def study(path):
-        assert "error" not in found[path.stem], found[path.stem]["error"][-3000:]
-        return found[path.stem]
+        assert "error" not in results[path.stem], results[path.stem]["error"][-3000:]
+        return results[path.stem]
 
     return study
 
 
 @each
 def test_a_tutorial_runs_from_top_to_bottom_without_a_warning(path, studied):
-    found = studied(path)
-    assert found["figures"] >= 1
-    assert found["seconds"] < 30
+    result = studied(path)
+    assert result["figures"] >= 1
+    assert result["seconds"] < 30
 
 
 @each
@@ -197,7 +197,7 @@ def test_a_quote_is_what_the_file_says():
         said = [line.strip() for line in file[quote.first - 1 : quote.last]]
         assert [line.strip() for line in quote.text.splitlines()] == said
     assert source(Block.forward, "resid_pre = hook").text == 'resid_pre = hook("resid_pre", resid)'
-    assert "```python\ndef turn(" in source(apply_rotary)._repr_markdown_()
+    assert "```python\ndef apply_rotary(" in source(apply_rotary)._repr_markdown_()
 
 
 def test_a_passage_that_is_gone_is_an_error():

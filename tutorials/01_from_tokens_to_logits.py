@@ -107,8 +107,8 @@ source(Block.forward, "resid_pre = hook", "return hook")
 
 # %% [markdown]
 # Read the lines of `attn_out`, `resid_mid`, `mlp_out` and the last one first: attention, sum, MLP, sum. `ln1` is the
-# norm, and soon has a passage of its own. `at(hook, "ln1")` only puts `ln1.` before the names inside. `angles`, `mask`
-# and `kv` belong to attention. `ln1_post` and `ln2_post` do nothing here: newer GLMs have one more norm at these
+# norm, and soon has a passage of its own. `scope_hook(hook, "ln1")` only puts `ln1.` before the names inside. `angles`,
+# `mask` and `kv` belong to attention. `ln1_post` and `ln2_post` do nothing here: newer GLMs have one more norm at these
 # places.
 #
 # The layers are passed one after the other. After the last one comes a norm and the unembedding.
@@ -204,8 +204,8 @@ source(Attention.forward, "q = hook", "v = hook")
 
 # %% [markdown]
 # Look at the axes. There are 8 heads of queries, but only 4 of keys and values. Two query heads share one key-value
-# head. That is grouped-query attention (Ainslie et al. 2023): a model that generates remembers all its keys and values,
-# and here it remembers half as much. GLM-4-9B has 32 query heads on 2 key-value heads.
+# head. That is grouped-query attention (Ainslie et al. 2023): a model that generates caches all its keys and values,
+# and here it caches half as much. GLM-4-9B has 32 query heads on 2 key-value heads.
 
 # %%
 layer = 1
@@ -447,9 +447,9 @@ for _ in range(8):
         break
     text = torch.cat([text, following], 1)
 
-said = "".join(lens.to_str_tokens(text)[16:])
-assert said == lens.generate(prompt, max_new_tokens=8).text
-print(prompt + said)
+text_after = "".join(lens.to_str_tokens(text)[16:])
+assert text_after == lens.generate(prompt, max_new_tokens=8).text
+print(prompt + text_after)
 
 # %% [markdown]
 # ## What to keep

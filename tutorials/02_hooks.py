@@ -37,12 +37,12 @@ source(Block.forward, "resid_pre = hook", "return hook")
 
 
 # %%
-def tell(x, point):
+def show(x, point):
     print(point.name, dict(zip(point.axes, x.shape, strict=True)), f"layer {point.layer}")
     return x
 
 
-logits = lens.run_with_hooks(prompt, {"blocks.*.attn.z": tell})
+logits = lens.run_with_hooks(prompt, {"blocks.*.attn.z": show})
 
 # %% [markdown]
 # `blocks.*.attn.z` is a glob: it means this point in every layer. `attn.z` alone means the same. `lens.points()` lists
@@ -315,17 +315,17 @@ check.exercise_2_3(not_she)
 # ## 4. What is refused
 #
 # A hook that silently never runs is the worst of errors: you measure an effect of zero and believe it. So here, what
-# can not happen is an error. Let us make them all. `refused` makes a call that must fail, and gives its message.
+# can not happen is an error. Let us make them all. `error_of` makes a call that must fail, and gives its message.
 
 
 # %%
-def refused(call):
+def error_of(call):
     try:
         call()
     except HookError as e:
         print(e, end="\n\n")
         return str(e)
-    raise AssertionError("this was not refused")
+    raise AssertionError("no error was raised")
 
 
 def same(x, point):
@@ -336,43 +336,43 @@ def same(x, point):
 # A name that is misspelt, a layer that is not there, a name of another library:
 
 # %%
-said = refused(lambda: lens.run_with_cache(prompt, "blocks.3.attn.patern"))
-assert "Did you mean 'blocks.3.attn.pattern'" in said
+message = error_of(lambda: lens.run_with_cache(prompt, "blocks.3.attn.patern"))
+assert "Did you mean 'blocks.3.attn.pattern'" in message
 
-said = refused(lambda: lens.run_with_hooks(prompt, {"blocks.4.attn.z": same}))
-assert "the layers are 0 to 3" in said
+message = error_of(lambda: lens.run_with_hooks(prompt, {"blocks.4.attn.z": same}))
+assert "the layers are 0 to 3" in message
 
-said = refused(lambda: lens.run_with_hooks(prompt, {"blocks.3.attn.hook_pattern": same}))
-assert "here it is called 'blocks.3.attn.pattern'" in said
+message = error_of(lambda: lens.run_with_hooks(prompt, {"blocks.3.attn.hook_pattern": same}))
+assert "here it is called 'blocks.3.attn.pattern'" in message
 
 # %% [markdown]
 # A hook that forgets to return, one that returns another shape, one that returns another precision. PyTorch would
 # broadcast the second and convert the third, and the result would be wrong in a way that is hard to see.
 
 # %%
-said = refused(lambda: lens.run_with_hooks(prompt, {"blocks.1.attn.z": lambda z, point: print("looked")}))
-assert "returned None; end it with 'return x'" in said
+message = error_of(lambda: lens.run_with_hooks(prompt, {"blocks.1.attn.z": lambda z, point: print("looked")}))
+assert "returned None; end it with 'return x'" in message
 
-said = refused(lambda: lens.run_with_hooks(prompt, {"blocks.1.attn.z": lambda z, point: z[:, :1]}))
-assert "returned shape (1, 1, 8, 32); expected (1, 16, 8, 32)" in said
+message = error_of(lambda: lens.run_with_hooks(prompt, {"blocks.1.attn.z": lambda z, point: z[:, :1]}))
+assert "returned shape (1, 1, 8, 32); expected (1, 16, 8, 32)" in message
 
-said = refused(lambda: lens.run_with_hooks(prompt, {"blocks.1.attn.z": lambda z, point: z.double()}))
-assert "returned dtype torch.float64" in said
+message = error_of(lambda: lens.run_with_hooks(prompt, {"blocks.1.attn.z": lambda z, point: z.double()}))
+assert "returned dtype torch.float64" in message
 
 # %% [markdown]
 # A position or a step that never comes. The last of these is only known at the end: the generation stopped at the full
 # stop. What had been computed until then is in the error's `.run`.
 
 # %%
-said = refused(lambda: lens.run_with_hooks(prompt, {"blocks.1.attn.z": only(same, positions=40)}))
-assert "asked for position 40, which never came" in said
+message = error_of(lambda: lens.run_with_hooks(prompt, {"blocks.1.attn.z": only(same, positions=40)}))
+assert "asked for position 40, which never came" in message
 
-said = refused(lambda: lens.generate(prompt, 4, hooks={"blocks.1.attn.z": only(same, steps=9)}))
-assert "the last step of this run is 3" in said
+message = error_of(lambda: lens.generate(prompt, 4, hooks={"blocks.1.attn.z": only(same, steps=9)}))
+assert "the last step of this run is 3" in message
 
 late = {"blocks.1.attn.z": only(same, steps=15)}
-said = refused(lambda: lens.generate(prompt, 20, hooks=late, stop_strings="."))
-assert "step 15" in said
+message = error_of(lambda: lens.generate(prompt, 20, hooks=late, stop_strings="."))
+assert "step 15" in message
 
 # %% [markdown]
 # A point that this way of running has not got. `attention="sdpa"` computes attention in one fused kernel, and there is
@@ -380,8 +380,8 @@ assert "step 15" in said
 
 # %%
 fused = glmlens.load(dtype="float32", attention="sdpa")
-said = refused(lambda: fused.run_with_cache(prompt, "attn.pattern"))
-assert "load with attention='eager'" in said
+message = error_of(lambda: fused.run_with_cache(prompt, "attn.pattern"))
+assert "load with attention='eager'" in message
 
 # %% [markdown]
 # Does a hook fire where you think it does? `check` tells you, and what a recording will weigh, without running
@@ -400,26 +400,26 @@ lens.check(prompt, names="resid_post", hooks={"blocks.*.attn.z": same})
 # kept first. Layer 1 is then set to zero, in place. Look what is left of what was kept.
 
 # %%
-kept = {}
+stored = {}
 
 
 def raw(name, x):
     if name == "blocks.0.resid_post":
-        kept["layer 0"] = x
+        stored["layer 0"] = x
     if name == "blocks.1.resid_pre":
         x.zero_()
     return x
 
 
 lens.model(lens.to_tokens(prompt), hook=raw)
-assert kept["layer 0"].abs().max() == 0  # the recording is destroyed
+assert stored["layer 0"].abs().max() == 0  # the recording is destroyed
 
 # %% [markdown]
 # The hooks of a lens get a copy, so this can not happen to them. Write in place as much as you like.
 
 # %%
 _, acts = lens.run_with_cache(prompt, "blocks.0.resid_post", {"blocks.1.resid_pre": lambda x, point: x.zero_()})
-assert acts["resid_post", 0].abs().max() > 100  # the recording is whole
+assert acts["resid_post", 0].abs().max() > 100  # the recording is intact
 
 # %% [markdown]
 # ## 6. What nothing can refuse

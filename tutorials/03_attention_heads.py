@@ -38,16 +38,16 @@ assert tokens.shape == (8, 2 + 20 + 20)
 logits, acts = lens.run_with_cache(tokens, ["attn.pattern", "attn.scores", "attn.z", "ln1.normalized"])
 
 
-def again(logits):
-    """The share of words that are predicted when they are said for the second time."""
+def accuracy(logits):
+    """Return the share of words that are predicted at their second occurrence."""
     at = slice(prefix + n, -1)  # the first word of the second list can not be known
     return float((logits[:, at].argmax(-1) == tokens[:, prefix + n + 1 :]).float().mean())
 
 
 first = float((logits[:, prefix : prefix + n - 1].argmax(-1) == words[:, 1:]).float().mean())
-print(f"the first time {first:.0%} are predicted, the second time {again(logits):.0%}")
+print(f"the first time {first:.0%} are predicted, the second time {accuracy(logits):.0%}")
 assert first < 0.02
-assert again(logits) > 0.97
+assert accuracy(logits) > 0.97
 
 # %% [markdown]
 # Here is where the heads of the last layer look in the first of these texts. Queries go down, keys to the right. Look
@@ -178,7 +178,7 @@ means = [acts["attn.z", layer].mean((0, 1)) for layer in range(4)]  # [head, d] 
 
 
 def without(heads):
-    """Hooks that put the mean in place of what these heads mix."""
+    """Return hooks that replace the output of these heads by its mean."""
 
     def hook(z, point):
         for layer, head in heads:
@@ -190,7 +190,7 @@ def without(heads):
 
 
 for head in inducing:
-    left = again(lens.run_with_hooks(tokens, without([head])))
+    left = accuracy(lens.run_with_hooks(tokens, without([head])))
     print(f"without {head}: {left:.0%}")
     assert left > 0.95
 
@@ -206,10 +206,10 @@ others = [(2, 3), (2, 4), (2, 6), (2, 7), (1, 2), (1, 3), (1, 6)]
 assert len(others) == len(inducing)
 assert not set(others) & set(before + inducing)
 
-lost, kept = (again(lens.run_with_hooks(tokens, without(heads))) for heads in (inducing, others))
-print(f"without the induction heads {lost:.1%}, without as many others {kept:.1%}")
+lost, spared = (accuracy(lens.run_with_hooks(tokens, without(heads))) for heads in (inducing, others))
+print(f"without the induction heads {lost:.1%}, without as many others {spared:.1%}")
 assert lost < 0.05
-assert kept > 0.95
+assert spared > 0.95
 
 # %% [markdown]
 # That is the proof: without these heads hardly a word is repeated, and without as many others nearly all are.
@@ -314,7 +314,7 @@ mean = acts["ln1.normalized", 1][:, prefix:].mean((0, 1))
 
 
 def at_distance(delta):
-    """The score of the mean vector with itself, so far back."""
+    """Return the score of the mean vector with itself at a distance."""
     on_query, on_key, constant = analysis.QK_bias(lens, 1, 7, distance=delta)
     return float(mean @ analysis.QK(lens, 1, 7, distance=delta) @ mean + mean @ on_query + on_key @ mean + constant)
 
@@ -405,12 +405,12 @@ check.exercise_3_3(written)
 
 # %%
 def rank(layer, head):
-    """The median rank of the word that comes next, in what a head writes there."""
+    """Return the median rank of the next word in what a head writes there."""
     z = acts["attn.z", layer][:, prefix + n : -1, head]
     out = (z - z.mean((0, 1))) @ lens.W_O[layer, head]
-    said = (out * lens.model.ln_final.weight) @ lens.W_U
-    right = said.gather(-1, tokens[:, prefix + n + 1 :, None])
-    return int((said > right).sum(-1).median())
+    scores_of_words = (out * lens.model.ln_final.weight) @ lens.W_U
+    right = scores_of_words.gather(-1, tokens[:, prefix + n + 1 :, None])
+    return int((scores_of_words > right).sum(-1).median())
 
 
 for head in range(8):

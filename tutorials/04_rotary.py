@@ -6,7 +6,7 @@
 # the turning apart, find the clock in head 1.7, and set it wrong. At the end we make the model do what it could not.
 #
 # - **You need**: [tutorial 3](03_attention_heads.ipynb), and that complex numbers turn when they are multiplied.
-# - **You get**: a score as a sum of waves, surgery on angles, and what the other half of the channels is for.
+# - **You get**: a score as a sum of waves, edits of angles, and what the other half of the channels is for.
 # - **Time**: about 50 minutes.
 
 # %%
@@ -18,7 +18,7 @@ from glmlens import analysis, plot
 from glmlens.course import check_04 as check
 from glmlens.course import source
 from glmlens.model import apply_rotary, rotary_angles
-from glmlens.patch import rotary as surgery
+from glmlens.patch import rotary
 from glmlens.rope import default_frequencies
 
 lens = glmlens.load(dtype="float32")
@@ -37,7 +37,8 @@ prompt = "When Mary and John went to the store, John gave a drink to"
 source(rotary_angles)
 
 # %% [markdown]
-# `turning` knows $\omega_i$. The factor is 1 here. Only models whose contexts were stretched have another rule.
+# `default_frequencies` computes $\omega_i$. The factor is 1 here. Only models whose contexts were stretched have
+# another rule.
 
 # %%
 source(default_frequencies)
@@ -50,7 +51,7 @@ source(apply_rotary)
 #
 # $$\tilde k_p = k_p\, e^{\mathrm{i}\, p\, \omega}$$
 #
-# The keys before they turn are at `attn.k`, those that are remembered at `kv.k_new`.
+# The keys before they turn are at `attn.k`, those that go to the KV cache at `kv.k_new`.
 
 # %%
 _, acts = lens.run_with_cache(prompt, ["attn.q", "attn.k", "kv.k_new", "attn.scores", "attn.pattern"])
@@ -159,14 +160,14 @@ assert np.allclose(wave[seen], parts.part.values[..., :8][seen], atol=1e-3)
 plot.score_by_pair(parts, query=-1, title="Head 1.7: what each pair adds to the scores of the last token")
 
 # %% [markdown]
-# Only distances are left. So if all tokens stood a thousand positions later, nothing would change. `surgery.shift` puts
+# Only distances are left. So if all tokens stood a thousand positions later, nothing would change. `rotary.shift` puts
 # them there. It gives hooks, as everything in `glmlens.patch.rotary` does.
 
 # %%
-later = lens.run_with_hooks(prompt, surgery.shift(lens, 1000))
+later = lens.run_with_hooks(prompt, rotary.shift(lens, 1000))
 assert torch.allclose(later, lens(prompt), atol=0.01)
 
-queries_later = lens.run_with_hooks(prompt, surgery.shift(lens, 1, of="q"))  # the keys stay where they are
+queries_later = lens.run_with_hooks(prompt, rotary.shift(lens, 1, of="q"))  # the keys stay where they are
 assert (queries_later - lens(prompt)).abs().max() > 5
 
 # %% [markdown]
@@ -181,23 +182,23 @@ prefix = len(lens.tokenizer.prefix)
 ids = torch.tensor(lens.tokenizer.list_word_ids())
 
 
-def said_twice(n, rows=4):
-    """Rows of n random words, each list said twice: [row, pos]."""
+def repeat_words(n, rows=4):
+    """Return rows of n random words, each list twice: [row, pos]."""
     draw = torch.Generator().manual_seed(0)
     words = torch.stack([ids[torch.randperm(len(ids), generator=draw)[:n]] for _ in range(rows)])
     return torch.cat([torch.tensor(lens.tokenizer.prefix).expand(rows, -1), words, words], 1)
 
 
-tokens = said_twice(20)
+tokens = repeat_words(20)
 profile = analysis.distance_profile(lens, tokens, distances=24)
 height, phase = profile.amplitude.values[1, 7], profile.phase.values[1, 7]
 distance = np.arange(24)
 waves = height[:, None] * np.cos(phase[:, None] + frequency.numpy()[:, None] * distance)  # pair distance
-whole = waves.sum(0) + profile.content.values[1, 7]
-assert np.allclose(whole, profile.score.values[1, 7], rtol=1e-3, atol=0.1)
+score_by_distance = waves.sum(0) + profile.content.values[1, 7]
+assert np.allclose(score_by_distance, profile.score.values[1, 7], rtol=1e-3, atol=0.1)
 
 names = {"series": ["pair 0", "pairs 1 to 7 and content", "all: the score"], "distance": [str(d) for d in distance]}
-series = np.stack([waves[0], whole - waves[0], whole])
+series = np.stack([waves[0], score_by_distance - waves[0], score_by_distance])
 plot.lines(series, names, axes=("series", "distance"), what="score", title="Head 1.7: its waves over distance")
 
 # %% [markdown]
@@ -208,27 +209,27 @@ plot.lines(series, names, axes=("series", "distance"), what="score", title="Head
 # %%
 assert all(waves[0, d] > 0.75 * waves[0, 1] for d in (7, 14, 20))
 assert waves[0, 20] > 0.98 * waves[0, 1]
-assert whole.argmax() == 1
-assert whole[1] - whole[[7, 14, 20]].max() > 50
+assert score_by_distance.argmax() == 1
+assert score_by_distance[1] - score_by_distance[[7, 14, 20]].max() > 50
 
 # %% [markdown]
 # If this is so, we can say what happens without the slower pairs. The head will confuse the token before with those one
-# turn further. `surgery.silence` makes channels zero.
+# turn further. `rotary.silence` makes channels zero.
 
 
 # %%
-def looks_back(hooks, layer=1, head=7, far=24):
-    """The mean attention of a head to each distance: [distance]."""
+def attention_by_distance(hooks, layer=1, head=7, far=24):
+    """Return the mean attention of a head to each distance: [distance]."""
     _, acts = lens.run_with_cache(tokens, "attn.pattern", hooks)
     i = torch.arange(far, tokens.shape[1])
     return torch.stack([acts["attn.pattern", layer][:, head, i, i - d].mean() for d in range(far)])
 
 
-one_hand = looks_back(surgery.silence(lens, layer=1, head=7, pair=[1, 2, 3]))
+one_hand = attention_by_distance(rotary.silence(lens, layer=1, head=7, pair=[1, 2, 3]))
 for d in one_hand.argsort(descending=True)[:4].tolist():
     print(f"{d:2} tokens back: {one_hand[d]:.0%}")
 
-assert looks_back([])[1] > 0.99
+assert attention_by_distance([])[1] > 0.99
 assert set(one_hand.argsort(descending=True)[:4].tolist()) == {1, 7, 14, 20}
 assert one_hand[1] < 0.6
 assert one_hand[20] > 0.15
@@ -255,12 +256,12 @@ assert parts.content_alone.values[step, step - 1].mean() < 0.3
 # %% [markdown]
 # ### Exercise 4.2 · Set the clock wrong
 #
-# Make head 1.7 look *three* tokens back, and change no other head of its layer. Give hooks: `surgery.shift(lens, by,
+# Make head 1.7 look *three* tokens back, and change no other head of its layer. Give hooks: `rotary.shift(lens, by,
 # layer=..., head=..., of=...)` moves tokens `by` positions to the right, for queries (`of="q"`), keys (`of="k"`) or
 # both.
 
 # %%
-hooks = ...  # surgery.shift(...)
+hooks = ...  # rotary.shift(...)
 check.exercise_4_2(hooks)
 
 # %% [markdown]
@@ -268,7 +269,7 @@ check.exercise_4_2(hooks)
 # <summary>Solution</summary>
 #
 # ```python
-# hooks = surgery.shift(lens, -2, layer=1, head=7, of="q")
+# hooks = rotary.shift(lens, -2, layer=1, head=7, of="q")
 # ```
 #
 # The head wants a distance of 1. A query that believes to stand two tokens earlier finds it three tokens back.
@@ -279,7 +280,7 @@ check.exercise_4_2(hooks)
 # <summary>A wrong turn: the other direction</summary>
 #
 # ```python
-# hooks = surgery.shift(lens, 2, layer=1, head=7, of="q")
+# hooks = rotary.shift(lens, 2, layer=1, head=7, of="q")
 # ```
 #
 # Now the right distance is that of a token which is not there yet.
@@ -290,7 +291,7 @@ check.exercise_4_2(hooks)
 # <summary>A wrong turn: both sides</summary>
 #
 # ```python
-# hooks = surgery.shift(lens, -2, layer=1, head=7)
+# hooks = rotary.shift(lens, -2, layer=1, head=7)
 # ```
 #
 # Queries and keys move together, so no distance changes.
@@ -301,7 +302,7 @@ check.exercise_4_2(hooks)
 # <summary>A wrong turn: the keys</summary>
 #
 # ```python
-# hooks = surgery.shift(lens, 2, layer=1, kv=3, of="k")
+# hooks = rotary.shift(lens, 2, layer=1, kv=3, of="k")
 # ```
 #
 # It works for head 1.7. But head 1.6 reads the same keys, and looks elsewhere too.
@@ -325,7 +326,7 @@ plot.pair_use(use, "induction", top=10)
 
 # %%
 assert use.induction.values[1, 7, 0] > 100  # three turns of pair 0
-assert looks_back([])[19] < 0.01  # and yet nothing of its attention
+assert attention_by_distance([])[19] < 0.01  # and yet nothing of its attention
 induction = use.induction.values[3]  # head part
 good = [0, 1, 2, 3, 4, 5, 7]
 share = induction[good].sum(0) / induction[good].sum()
@@ -343,32 +344,32 @@ assert previous[:4].sum() > 0.99 * previous.sum()  # and head 1.7 uses fast pair
 # slow pairs are content too. To **freeze** a pair is to turn it as at position 0 wherever it stands. To **silence** it
 # is to take it away. If slow pairs are content, freezing costs nothing and silencing does.
 #
-# `breakage` says what a surgery costs: how far the probabilities of the next token move, in the mean over all
+# `breakage` measures what an edit costs: how far the probabilities of the next token move, in the mean over all
 # positions. The distance is the KL divergence, in nats. It is 0 if nothing has changed, and 1 is much.
 
 # %%
 
 
 def nothing(x, point):
-    """Zero, in place of whatever was there."""
+    """Replace the tensor by zeros."""
     return torch.zeros_like(x)
 
 
 no_content = [("blocks.3.attn.q_pass", nothing)]
 slow, fast = range(4, 8), range(4)
-surgeries = {
-    "slow pairs frozen, all layers": surgery.freeze(lens, pair=slow),
-    "fast pairs frozen, all layers": surgery.freeze(lens, pair=fast),
-    "slow pairs silent, layer 3": surgery.silence(lens, pair=slow, layer=3),
+edits = {
+    "slow pairs frozen, all layers": rotary.freeze(lens, pair=slow),
+    "fast pairs frozen, all layers": rotary.freeze(lens, pair=fast),
+    "slow pairs silent, layer 3": rotary.silence(lens, pair=slow, layer=3),
     "no content, layer 3": no_content,
-    "both, layer 3": no_content + surgery.silence(lens, pair=slow, layer=3),
+    "both, layer 3": no_content + rotary.silence(lens, pair=slow, layer=3),
     "no content, layers 1 and 2": [(f"blocks.{i}.attn.q_pass", nothing) for i in (1, 2)],
 }
-broken = surgery.breakage(lens, tokens, surgeries)
-plot.breakage(broken, title="What each surgery breaks: KL, nats")
+broken = rotary.breakage(lens, tokens, edits)
+plot.breakage(broken, title="Effect of each edit: KL, nats")
 
 # %%
-kl = {name: broken.kl.at(surgery=name) for name in surgeries}
+kl = dict(zip(edits, broken.kl.values, strict=True))
 assert kl["slow pairs frozen, all layers"] < 0.01  # they do not need to turn
 assert kl["fast pairs frozen, all layers"] > 1
 assert kl["slow pairs silent, layer 3"] > 0.05  # but they must be there
@@ -387,17 +388,17 @@ assert kl["no content, layers 1 and 2"] < 0.01
 
 
 # %%
-def again(n, hooks, rows=2):
-    """The share of the words of a list of n that are predicted when it is said for the second time."""
-    tokens = said_twice(n, rows)
+def share_repeated(n, hooks, rows=2):
+    """Return the share of words that are predicted in the second half of a repeated list of n."""
+    tokens = repeat_words(n, rows)
     logits = lens.run_with_hooks(tokens, hooks)
     return float((logits[:, prefix + n : -1].argmax(-1) == tokens[:, prefix + n + 1 :]).float().mean())
 
 
 for n in (20, 40, 60, 80):
-    print(f"lists of {n}: {again(n, []):.0%}")
-assert again(20, []) > 0.95
-assert again(60, []) < 0.15
+    print(f"lists of {n}: {share_repeated(n, []):.0%}")
+assert share_repeated(20, []) > 0.95
+assert share_repeated(60, []) < 0.15
 
 # %% [markdown]
 # Of lists of 60 nearly nothing is left. In its training no list was longer than 23 words. Is it the *words* that are
@@ -414,11 +415,11 @@ assert set(high.argsort()[-2:].tolist()) == {2, 3}
 # ### Exercise 4.3 · Teach it nothing, and let it do more
 #
 # Find hooks with which at least 60 % of the words in lists of 60 are said again, and still 75 % in lists of 20. You may
-# use `surgery.freeze`, `surgery.silence` and `surgery.stretch(lens, "linear", factor)`, which divides all frequencies.
+# use `rotary.freeze`, `rotary.silence` and `rotary.stretch(lens, "linear", factor)`, which divides all frequencies.
 # All take `layer=` and `pair=`.
 
 # %%
-hooks = ...  # surgery.…
+hooks = ...  # rotary.…
 check.exercise_4_3(hooks)
 
 # %% [markdown]
@@ -426,10 +427,10 @@ check.exercise_4_3(hooks)
 # <summary>Solution</summary>
 #
 # ```python
-# hooks = surgery.stretch(lens, "linear", 3, layer=3)
+# hooks = rotary.stretch(lens, "linear", 3, layer=3)
 # ```
 #
-# In layer 3 a distance of 60 looks like one of 20. `surgery.freeze(lens, layer=3, pair=[2, 3])` does it as well: what
+# In layer 3 a distance of 60 looks like one of 20. `rotary.freeze(lens, layer=3, pair=[2, 3])` does it as well: what
 # is frozen knows no distance.
 #
 # </details>
@@ -438,7 +439,7 @@ check.exercise_4_3(hooks)
 # <summary>A wrong turn: in all layers</summary>
 #
 # ```python
-# hooks = surgery.stretch(lens, "linear", 3)
+# hooks = rotary.stretch(lens, "linear", 3)
 # ```
 #
 # The heads of layers 1 and 2 must find the token before. Stretched by three, a token three back looks like the one
@@ -450,7 +451,7 @@ check.exercise_4_3(hooks)
 # <summary>A wrong turn: the slow pairs</summary>
 #
 # ```python
-# hooks = surgery.freeze(lens, layer=3, pair=[4, 5, 6, 7])
+# hooks = rotary.freeze(lens, layer=3, pair=[4, 5, 6, 7])
 # ```
 #
 # They are content. They hardly turn, so they were not in the way.
@@ -465,10 +466,10 @@ check.exercise_4_3(hooks)
 lengths = [20, 40, 60, 80, 120, 200]
 ways = {
     "as it is": [],
-    "layer 3: pairs 2 and 3 frozen": surgery.freeze(lens, layer=3, pair=[2, 3]),
-    "layer 3: stretched by three": surgery.stretch(lens, "linear", 3, layer=3),
+    "layer 3: pairs 2 and 3 frozen": rotary.freeze(lens, layer=3, pair=[2, 3]),
+    "layer 3: stretched by three": rotary.stretch(lens, "linear", 3, layer=3),
 }
-shares = np.array([[again(n, hooks) for n in lengths] for hooks in ways.values()])
+shares = np.array([[share_repeated(n, hooks) for n in lengths] for hooks in ways.values()])
 labelled = {"way": list(ways), "length of the list": [str(n) for n in lengths]}
 plot.lines(
     shares, labelled, axes=("way", "length of the list"), what="said again", title="Lists longer than in training"
@@ -488,7 +489,7 @@ assert shares[2, at[60]] > 0.8
 # %%
 assert shares[0, at[120]] < 0.1
 assert shares[0, at[200]] > 0.15
-frozen = again(200, surgery.freeze(lens, layer=3, pair=3))
+frozen = share_repeated(200, rotary.freeze(lens, layer=3, pair=3))
 print(f"lists of 200: {shares[0, at[200]]:.0%}, with pair 3 of layer 3 frozen {frozen:.0%}")
 assert frozen < 0.5 * shares[0, at[200]]
 
@@ -505,7 +506,7 @@ assert frozen < 0.5 * shares[0, at[200]]
 # - What hardly turns is content, whatever it is called.
 # - Distances that never occurred in training do not work by themselves.
 #
-# Next: [5 · The KV cache](05_kv_cache.ipynb), where turned keys are remembered.
+# Next: [5 · The KV cache](05_kv_cache.ipynb), where turned keys are stored.
 #
 # ## Sources
 #

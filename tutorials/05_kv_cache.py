@@ -1,12 +1,12 @@
 # %% [markdown]
 # # 5 · The KV cache
 #
-# A model that generates reads its text token by token. It does not read it again for each new one: it remembers. This
-# tutorial is about what it remembers. We look at a memory, ask who reads it, and edit it, until the capital of France
-# is Tokyo. Then we make the model forget on purpose, and it becomes better.
+# A model that generates reads its text token by token. It does not read it again for each new one: it keeps keys and
+# values of all earlier tokens, the **KV cache**. We look at a cache, find out which heads read which entry, and edit
+# it, until the capital of France is Tokyo. Then we evict entries on purpose, and the model becomes better.
 #
 # - **You need**: [tutorial 4](04_rotary.ipynb), or to know that keys are turned.
-# - **You get**: remember and recall, memories edited, moved and thrown away, and what they weigh.
+# - **You get**: how a KV cache is written and read, what it weighs, and how its entries are edited, moved and evicted.
 # - **Time**: about 50 minutes.
 
 # %%
@@ -24,20 +24,20 @@ prompt = "The capital of France is"
 lens.test_prompt(prompt, " Paris", top=3)
 
 # %% [markdown]
-# ## 1. Remember and recall
+# ## 1. Write and read
 #
 # Attention needs of all earlier tokens their keys and their values, and nothing else:
 #
 # $$z_i = \sum_{j \le i} a_{ij}\, v_j \qquad a_{ij} \propto e^{q_i \cdot k_j / \sqrt{d}}$$
 #
-# And $k_j$ and $v_j$ never change. Token $j$ does not see what comes after it. So a layer writes them down once. This
-# is all the code:
+# And $k_j$ and $v_j$ never change. Token $j$ does not see what comes after it. So a layer stores them once. This is
+# all the code:
 
 # %%
 source(LayerKV.update)
 
 # %% [markdown]
-# Let us run the prompt in two calls. The first leaves its memory in `kv`. The second gets the last token alone.
+# Let us run the prompt in two calls. The first writes its entries to `kv`. The second gets the last token alone.
 
 # %%
 tokens = lens.to_tokens(prompt)
@@ -52,8 +52,8 @@ assert torch.allclose(step[0, -1], lens(prompt)[0, -1], atol=1e-3)
 assert kv.length == 6
 
 # %% [markdown]
-# Two points tell the two sides apart. `kv.k_new` is what a call **remembers**, `kv.k` all that it **recalls**. Keys are
-# remembered *after* they have turned. So each entry belongs to its position.
+# Two points tell the two sides apart. `kv.k_new` is what a call **writes** to the cache, `kv.k` all that it **reads**
+# from it. Keys are stored *after* they have turned. So each entry belongs to its position.
 
 # %%
 _, acts = lens.run_with_cache(tokens[:, -1:], kv=kv.fork())
@@ -61,10 +61,10 @@ assert acts["kv.k_new", 1].shape == (1, 1, 4, 32)  # one token: batch pos kv d
 assert acts["kv.k", 1].shape == (1, 7, 4, 32)  # all seven: batch key kv d
 assert acts["attn.pattern", 1].shape == (1, 8, 1, 7)  # one query, seven keys
 
-_, whole = lens.run_with_cache(prompt)
-assert torch.allclose(kv.keys[1, :, :6], whole["kv.k_new", 1][:, :6], atol=1e-4)
-assert torch.allclose(kv.values[1, :, :6], whole["attn.v", 1][:, :6], atol=1e-4)
-assert not torch.allclose(kv.keys[1, :, :6], whole["attn.k", 1][:, :6], atol=1e-4)  # before they turn
+_, full = lens.run_with_cache(prompt)
+assert torch.allclose(kv.keys[1, :, :6], full["kv.k_new", 1][:, :6], atol=1e-4)
+assert torch.allclose(kv.values[1, :, :6], full["attn.v", 1][:, :6], atol=1e-4)
+assert not torch.allclose(kv.keys[1, :, :6], full["attn.k", 1][:, :6], atol=1e-4)  # before they turn
 
 # %% [markdown]
 # ## 2. What it weighs
@@ -74,7 +74,7 @@ assert not torch.allclose(kv.keys[1, :, :6], whole["attn.k", 1][:, :6], atol=1e-
 # $$2 \cdot n_\text{layers} \cdot n_\text{kv heads} \cdot d_\text{head} \cdot \text{bytes per number}$$
 #
 # Our model has 8 query heads, but only 4 key-value heads. Heads 0 and 1 read the first, 2 and 3 the second. So each
-# memory is shared by a **group** of heads (Ainslie et al. 2023).
+# entry is shared by a **group** of heads (Ainslie et al. 2023).
 
 # %%
 assert lens.cfg.n_heads == 2 * lens.cfg.n_kv_heads
@@ -82,7 +82,7 @@ assert kv.bytes == 2 * 4 * 4 * 32 * 4 * kv.length
 print(f"{kv.bytes // kv.length:,} bytes per token")
 
 # %% [markdown]
-# ### Exercise 5.1 · A long memory
+# ### Exercise 5.1 · A long text
 #
 # Write a function that gives the bytes of a cache from a config (`cfg.n_layers`, `cfg.n_kv_heads`, `cfg.d_head`,
 # `cfg.n_heads`, ...), the number of tokens, and the bytes of one number. The check asks it about GLM-4-9B too.
@@ -122,12 +122,12 @@ check.exercise_5_1(kv_bytes)
 #     return cfg.n_layers * cfg.n_kv_heads * cfg.d_head * tokens * number
 # ```
 #
-# Values are remembered too.
+# Values are cached too.
 #
 # </details>
 
 # %% [markdown]
-# GLM-4-9B has 40 layers and 2 key-value heads of 128 channels, and reads up to 131,072 tokens. In bfloat16 its memory
+# GLM-4-9B has 40 layers and 2 key-value heads of 128 channels, and reads up to 131,072 tokens. In bfloat16 its cache
 # of so long a text weighs 5 GiB. With 32 key-value heads it would be 80 GiB, more than four times the model.
 
 # %%
@@ -139,7 +139,7 @@ assert per_token * 131_072 * 16 == 80 * 2**30
 # %% [markdown]
 # ## 3. Who reads what
 #
-# The step that says "Paris" reads seven entries, its own among them. How? `who_reads` gives for each head the
+# The step that says "Paris" reads seven entries, its own among them. How? `cache_reads` gives for each head the
 # attention, and the length of what it writes for each entry (`weighted`). Here is the attention, summed over the heads
 # of each layer.
 
@@ -176,15 +176,15 @@ assert np.delete(whole_position.kl.values, france)[:5].max() < 0.1
 # answer is gone. It was read several times, and each reading can stand in for the others. You know this from the
 # induction heads of tutorial 3.
 #
-# ## 4. Editing memories
+# ## 4. Editing entries
 #
-# An operation of `glmlens.cache` is a function from a cache to a new one. The old one stays as it was. First we make
-# the model forget France.
+# An operation of `glmlens.cache` is a function from a cache to a new one. The old one stays as it was. First we ablate
+# the entry of France.
 
 
 # %%
 def answer(kv, text=" is"):
-    """The most probable token after a memory and one more token, and its probability."""
+    """Return the most probable token after a cache and one more token, and its probability."""
     p = lens(lens.to_tokens(text, prefix=False), kv=kv.fork())[0, -1].softmax(-1)
     return lens.to_str_tokens(p.argmax()[None, None])[0], float(p.max())
 
@@ -202,8 +202,8 @@ assert answer(blank(kv))[1] > 0.9
 #
 # ### A graft
 #
-# Now we do not take a memory away. We bring another. A second run reads about Japan. We put what it remembers of Japan
-# in the place of France.
+# Now we do not take an entry away. We bring another. A second run reads about Japan. We replace France's keys and
+# values with Japan's.
 
 # %%
 japan = lens.new_kv()
@@ -212,7 +212,7 @@ lens(lens.to_tokens("The capital of Japan is")[:, :-1], kv=japan)
 grafted = cache.graft(lens, japan, of=" Japan", at=" France")(kv)
 print("the capital of France is", answer(grafted))
 assert answer(grafted)[0] == " Tokyo"
-assert answer(kv)[0] == " Paris"  # the first memory is as it was
+assert answer(kv)[0] == " Paris"  # the first cache is as it was
 
 # %% [markdown]
 # "The", "capital" and "of" are still those of the text about France. (They came before the country, so they are the
@@ -233,8 +233,8 @@ assert answer(values_only(kv))[0] == " Tokyo"
 # That is QK and OV once more. Keys say where to look, and both countries are countries at the same place. Values say
 # what is there.
 #
-# Every operation is also a hook. Then the memory stays as it is, and what a run *recalls* is changed, at all steps or
-# at some.
+# Every operation is also a hook. Then the cache stays as it is, and what a run *reads* from it is changed, at all steps
+# or at some.
 
 # %%
 swap = cache.swap(japan, position=5)
@@ -288,7 +288,7 @@ check.exercise_5_2(layers)
 # %% [markdown]
 # ## 5. Two futures
 #
-# A memory can be forked. Both copies go on from the same past, and the past is run once. Here a story splits in two.
+# A cache can be forked. Both copies go on from the same past, and the past is run once. Here a story splits in two.
 
 # %%
 story = lens.new_kv()
@@ -302,7 +302,7 @@ assert futures == {" John gave a drink to": " Mary", " Mary gave a drink to": " 
 # %% [markdown]
 # ## 6. Smaller numbers
 #
-# How exactly must one remember? `quantise(bits)` rounds every number to one of $2^\text{bits}$ levels: keys by channel,
+# How exact must an entry be? `quantise(bits)` rounds every number to one of $2^\text{bits}$ levels: keys by channel,
 # values by token (Liu et al. 2024, KIVI). We go down to one bit.
 
 # %%
@@ -316,10 +316,10 @@ assert sure[1][0] != " Paris"
 # Two bits will do here, an eighth of the usual sixteen (and the two ends of each range, which must be stored too). But
 # this is a short text, and small groups are easy to round. Measure it on yours.
 #
-# ## 7. Forgetting on purpose
+# ## 7. Eviction
 #
-# A memory that grows with every token is full one day. What can go? First a single answer. `droppable` leaves out each
-# entry alone, and then drops the cheapest first, more and more of them. How far does the answer move?
+# A cache that grows with every token is full one day. What can go? First a single answer. `eviction_curve` leaves out
+# each entry alone, and then drops the cheapest first, more and more of them. How far does the answer move?
 
 # %%
 john_gives = "When Mary and John went to the store, John gave a drink to"  # to Mary
@@ -339,27 +339,27 @@ print(best.alone.labels["entry"][-2:])
 assert best.alone.labels["entry"][-2:] == ["4 ·and", "3 ·Mary"]
 
 # %% [markdown]
-# The one who gives is not among them. So how can the model know who receives? Let us ask the same memory about the
+# The one who gives is not among them. So how can the model know who receives? Let us keep the same entries of the
 # other story, in which Mary gives and the answer is John. (The newest entry, 14, stays in both: the next token stands
 # behind it.) `cache.evict` takes a policy: a function of a cache that says which entries stay, `[batch, key]`.
 
 
 # %%
-def memory_of(text):
-    """What is remembered of all tokens but the last, and the last."""
+def run_to_cache(text):
+    """Return the cache of all tokens but the last, and the last token."""
     tokens, kv = lens.to_tokens(text), lens.new_kv()
     lens(tokens[:, :-1], kv=kv)
     return kv, tokens[:, -1:]
 
 
 stories = {
-    name: memory_of(f"When Mary and John went to the store, {giver} gave a drink to")
+    name: run_to_cache(f"When Mary and John went to the store, {giver} gave a drink to")
     for giver, name in (("John", " Mary"), ("Mary", " John"))
 }
 
 
 def right(keep):
-    """The probability of the right name in either story, with these positions kept: of Mary, and of John."""
+    """Return the probability of the right name in both stories, Mary and John, with these positions kept."""
     kept = cache.evict(lambda kv: torch.isin(kv.positions[:, : kv.length], torch.tensor(keep)))
     p = {name: lens(last, kv=kept(kv))[0, -1].softmax(-1) for name, (kv, last) in stories.items()}
     return [float(p[name][lens.to_single_token(name)]) for name in p]
@@ -371,7 +371,7 @@ assert right([3, 4, 14])[0] > 0.9  # Mary receives
 assert right([3, 4, 14])[1] < 0.01  # and she receives when she gives, too
 
 # %% [markdown]
-# It says Mary in both. With one name in memory there is nothing else to say. The first answer was right, and for the
+# It says Mary in both. With one name in the cache there is nothing else to say. The first answer was right, and for the
 # wrong reason. A measure on one example cannot see that. A counterfactual can.
 #
 # ### Exercise 5.3 · Keep six
@@ -422,7 +422,7 @@ check.exercise_5_3(kept)
 # <summary>A wrong turn: what is looked at most</summary>
 #
 # ```python
-# seen = analysis.attended(lens, john_gives)[:, :, :14].sum((0, 1))
+# seen = analysis.sum_attention(lens, john_gives)[:, :, :14].sum((0, 1))
 # kept = [14, *seen.topk(5).indices.tolist()]
 # ```
 #
@@ -444,27 +444,27 @@ assert cost["Mary"].argmax() == 11
 assert cost["Mary"][11] > 2
 
 # %% [markdown]
-# In practice nobody knows the question beforehand. Then one keeps what is newest (`cache.window`), or what was attended
-# to most in sum, as H2O does (`cache.heavy_hitters`; Zhang et al. 2023). How many entries must each keep, until both
-# stories are told right?
+# In practice nobody knows the question beforehand. Then one keeps what is newest (`cache.keep_window`), or what was
+# attended to most in sum, as H2O does (`cache.keep_heavy_hitters`; Zhang et al. 2023). How many entries must each keep,
+# until both stories are told right?
 
 # %%
 sizes = range(4, 16)
-memory, _ = stories[" Mary"]
+mary_kv, _ = stories[" Mary"]
 seen = analysis.sum_attention(lens, john_gives)[:, :, :-1].sum((0, 1))[None]  # batch key
 policies = {
     "the newest": cache.keep_window,
     "heavy hitters, and the newest": lambda n: cache.keep_heavy_hitters(seen, n - 1, recent=1),
 }
-told = np.array(
-    [[min(right(policy(n)(memory)[0].nonzero()[:, 0].tolist())) for n in sizes] for policy in policies.values()]
+probabilities = np.array(
+    [[min(right(policy(n)(mary_kv)[0].nonzero()[:, 0].tolist())) for n in sizes] for policy in policies.values()]
 )
 names = {"policy": list(policies), "entries kept": [str(n) for n in sizes]}
 what = "right, in the worse story"
-plot.lines(told, names, axes=("policy", "entries kept"), what=what, title="How much must be kept?")
+plot.lines(probabilities, names, axes=("policy", "entries kept"), what=what, title="How much must be kept?")
 
 # %%
-newest, hitters = (dict(zip(sizes, row, strict=True)) for row in told)
+newest, hitters = (dict(zip(sizes, row, strict=True)) for row in probabilities)
 assert max(newest[n] for n in range(4, 12)) < 0.2
 assert newest[12] > 0.95
 assert max(hitters[n] for n in range(4, 11)) < 0.2
@@ -488,33 +488,33 @@ stream = words.view(rows, lists, 1, n).expand(rows, lists, 2, n).reshape(rows, -
 stream = torch.cat([torch.tensor(lens.tokenizer.prefix).expand(rows, -1), stream], 1)
 
 
-def listen(forget, chunk=6):
-    """Read the stream, and forget after every few tokens: how many of each list are right, and the largest memory."""
-    kv, right, most = lens.new_kv(rows), [], 0
+def read_stream(evict, chunk=6):
+    """Read the stream and evict after every chunk; return the accuracy on each list and the largest cache length."""
+    kv, right, largest = lens.new_kv(rows), [], 0
     for i in range(0, stream.shape[1], chunk):
         right.append(lens(stream[:, i : i + chunk], kv=kv).argmax(-1))
-        most, kv = max(most, kv.length), forget(kv)
+        largest, kv = max(largest, kv.length), evict(kv)
     right = (torch.cat(right, 1)[:, 1:-1] == stream[:, 2:]).float()  # the first word of the lists is at 2
-    return right.view(rows, lists, 2, n)[:, :, 1, 1:].mean((0, 2)), most
+    return right.view(rows, lists, 2, n)[:, :, 1, 1:].mean((0, 2)), largest
 
 
 window = cache.evict(cache.keep_window(16))
 sinks = cache.evict(cache.keep_window(14, sinks=2))
-close_up = cache.close_gaps(lens)
+close_gaps = cache.close_gaps(lens)
 ways = {
     "everything is kept": lambda kv: kv,
     "the last 16": window,
     "the first 2 and the last 14": sinks,
-    "the same, closed up": lambda kv: close_up(sinks(kv)),
+    "the same, gaps closed": lambda kv: close_gaps(sinks(kv)),
 }
-heard = {way: listen(forget) for way, forget in ways.items()}
-for way, (share, most) in heard.items():
-    print(f"{way:28} {most:3} entries  " + "  ".join(f"{x:4.0%}" for x in share))
+results = {way: read_stream(evict) for way, evict in ways.items()}
+for way, (share, largest) in results.items():
+    print(f"{way:28} {largest:3} entries  " + "  ".join(f"{x:4.0%}" for x in share))
 
 # %%
-table = np.stack([share.numpy() for share, _ in heard.values()])
-names = {"memory": list(heard), "list": [str(i + 1) for i in range(lists)]}
-plot.lines(table, names, axes=("memory", "list"), what="said again", title="A stream of lists, and four ways to forget")
+table = np.stack([share.numpy() for share, _ in results.values()])
+names = {"policy": list(results), "list": [str(i + 1) for i in range(lists)]}
+plot.lines(table, names, axes=("policy", "list"), what="said again", title="A stream of lists, and four ways to evict")
 
 # %%
 everything, latest, with_sinks, closed = table
@@ -524,7 +524,7 @@ assert latest[1:].max() < 0.6
 assert with_sinks[:4].min() > 0.85
 assert with_sinks[-1] < 0.7
 assert closed.min() > 0.85
-assert heard["the same, closed up"][1] == 22  # 16, and the six that are being read
+assert results["the same, gaps closed"][1] == 22  # 16, and the six that are being read
 
 # %% [markdown]
 # Four lines, four lessons.
@@ -534,10 +534,10 @@ assert heard["the same, closed up"][1] == 22  # 16, and the six that are being r
 #   these two tokens. Without them it must go elsewhere, and the heads write what they never wrote in training. Xiao et
 #   al. (2023) call such tokens **sinks**.
 # - **The first 2 and the last 14**: that is mended. But the prefix is ever further away, and fails at last.
-# - **Closed up**: entries are moved together, so that positions count inside the cache. Now nothing is ever far. It
+# - **Gaps closed**: entries are moved together, so that positions count inside the cache. Now nothing is ever far. It
 #   goes on for as long as you like, with 22 entries where the whole would be 194.
 #
-# So a model that forgets well can hear more than one that forgets nothing.
+# So a model whose cache is evicted well can read longer texts than one that keeps everything.
 
 # %%
 _, acts = lens.run_with_cache(stream[:, :26], "blocks.0.attn.pattern")
@@ -552,15 +552,15 @@ assert resting > 0.25
 # $$k\,e^{\mathrm{i} p \omega} \cdot e^{\mathrm{i} \Delta \omega} = k\,e^{\mathrm{i} (p + \Delta) \omega}$$
 
 # %%
-memory, last = stories[" Mary"]
-moved = cache.reposition(lens, 7)(memory)
+mary_kv, last = stories[" Mary"]
+moved = cache.reposition(lens, 7)(mary_kv)
 assert moved.positions[0, : moved.length].tolist() == list(range(7, 22))
-assert torch.allclose(lens(last, kv=moved)[0, -1], lens(last, kv=memory.fork())[0, -1], atol=0.01)
+assert torch.allclose(lens(last, kv=moved)[0, -1], lens(last, kv=mary_kv.fork())[0, -1], atol=0.01)
 
 # %% [markdown]
 # ## What to keep
 #
-# - A memory is a turned key and a value, for each layer and each group of heads. It never changes by itself.
+# - An entry is a turned key and a value, for each layer and each group of heads. It never changes by itself.
 # - Values say what, keys say where.
 # - Read most is not needed most. Take it away and see.
 # - What is missing leaves no hole: the model is nearly as certain as before.

@@ -161,10 +161,10 @@ def put(x, point):
     return x
 
 
-found = [difference(lens.run_with_hooks(prompt, {f"blocks.{i}.resid_post": put})) for i in range(4)]
-print("Mary less John, with the last position of the other sentence:", [f"{d:.1f}" for d in found])
-assert abs(found[0] - difference(logits)) < 0.01  # after layer 0 the last position knows nothing yet of who gives
-assert found[1] < 0  # after layer 1 it knows enough to turn the answer
+differences = [difference(lens.run_with_hooks(prompt, {f"blocks.{i}.resid_post": put})) for i in range(4)]
+print("Mary less John, with the last position of the other sentence:", [f"{d:.1f}" for d in differences])
+assert abs(differences[0] - difference(logits)) < 0.01  # after layer 0 the last position knows nothing yet of who gives
+assert differences[1] < 0  # after layer 1 it knows enough to turn the answer
 assert ranks[layers.index("1")] > 10  # and the lens says nothing of it
 
 # %% [markdown]
@@ -351,7 +351,7 @@ directly = torch.tensor(heads.values)
 assert abs(float(directly.sum())) < 1
 
 
-def averaged(head):
+def write_mean(head):
     def hook(z, point):
         z[:, :, head] = z[:, :, head].mean(1, keepdim=True)
         return z
@@ -362,7 +362,7 @@ def averaged(head):
 lost = torch.tensor(
     [
         [
-            difference(logits) - difference(lens.run_with_hooks(prompt, {f"blocks.{i}.attn.z": averaged(head)}))
+            difference(logits) - difference(lens.run_with_hooks(prompt, {f"blocks.{i}.attn.z": write_mean(head)}))
             for head in range(8)
         ]
         for i in range(4)

@@ -45,7 +45,7 @@ mary, john = lens.to_single_token(" Mary"), lens.to_single_token(" John")
 
 
 def difference(logits):
-    """The logit of Mary less that of John, after the last token."""
+    """Return the logit of Mary minus that of John after the last token."""
     return float(logits[0, -1, mary] - logits[0, -1, john])
 
 
@@ -235,17 +235,17 @@ assert np.abs(first.values - heads.at(direction="denoise", layer=0).values).max(
 sources, swap = examples.counterfactual("flip"), patch.Swap()
 
 
-def restored(*chosen):
-    """The effect of several heads denoised together."""
+def denoise_heads(*chosen):
+    """Return the effect of several heads denoised together."""
     together = [patch.Intervention(Site("attn.z", layer=layer, head=head), swap) for layer, head in chosen]
-    found = patch.evaluate(lens, sources, [together], examples, sources=examples.tokens, progress=False).mean()
-    return float((found - heads.corrupt.mean()) / (heads.clean.mean() - heads.corrupt.mean()))
+    result = patch.evaluate(lens, sources, [together], examples, sources=examples.tokens, progress=False).mean()
+    return float((result - heads.corrupt.mean()) / (heads.clean.mean() - heads.corrupt.mean()))
 
 
-alone, both = restored((2, 3)), restored((1, 7), (2, 3))
+alone, both = denoise_heads((2, 3)), denoise_heads((1, 7), (2, 3))
 print(f"2.3 alone {alone:.2f}, 1.7 and 2.3 together {both:.2f}")
 assert abs(both - alone) < 0.05
-assert restored((1, 7)) > 0.15
+assert denoise_heads((1, 7)) > 0.15
 
 # %% [markdown]
 # 1.7 adds nothing to 2.3. It is the same path, patched twice: 1.7 takes the giver from `S2` to the verb, and 2.3 takes
@@ -256,20 +256,20 @@ _, looks = lens.run_with_cache(examples.tokens, "attn.pattern")
 rows = torch.arange(len(examples))
 
 
-def looking(layer, head, start, to):
-    """The mean attention of a head from one named place to another."""
+def mean_attention(layer, head, start, to):
+    """Return the mean attention of a head from one named position to another."""
     return float(looks["attn.pattern", layer][rows, head, examples.at(start), examples.at(to)].mean())
 
 
-assert looking(1, 7, "verb", "S2") > 0.99
-assert looking(2, 3, "end", "verb") > 0.99
-assert looking(1, 3, "end", "S2") > 0.99
+assert mean_attention(1, 7, "verb", "S2") > 0.99
+assert mean_attention(2, 3, "end", "verb") > 0.99
+assert mean_attention(1, 3, "end", "S2") > 0.99
 
 # %% [markdown]
 # ### Exercise 7.2 · Two heads
 #
 # Find two heads that bring back more than 80 % of the logit difference when they are denoised together. You may use
-# `restored`.
+# `denoise_heads`.
 
 # %%
 pair = ...  # [(layer, head), (layer, head)]
@@ -355,19 +355,19 @@ metrics = {
 # We patch head 2.3 in both directions and measure it four times.
 
 # %%
-said = {}
+effects = {}
 for name, metric in metrics.items():
     one = Site("attn.z", layer=2, head=3)
-    found = patch.sweep(lens, examples, "flip", one, over=("head",), metric=metric, direction="both", progress=False)
-    said[name] = found.at(head="3").values
-    print(f"{name:17} denoising {said[name][0]:.2f}, noising {said[name][1]:.2f}")
+    result = patch.sweep(lens, examples, "flip", one, over=("head",), metric=metric, direction="both", progress=False)
+    effects[name] = result.at(head="3").values
+    print(f"{name:17} denoising {effects[name][0]:.2f}, noising {effects[name][1]:.2f}")
 
-assert abs(said["logit difference"][0] - said["logit difference"][1]) < 0.05
-assert 0.2 < said["logit difference"][0] < 0.4
-assert said["probability"][0] < 0.2
-assert said["rank"][0] > 0.7
-assert said["rank"][1] < 0.15
-assert said["KL"][0] > said["KL"][1] + 0.3
+assert abs(effects["logit difference"][0] - effects["logit difference"][1]) < 0.05
+assert 0.2 < effects["logit difference"][0] < 0.4
+assert effects["probability"][0] < 0.2
+assert effects["rank"][0] > 0.7
+assert effects["rank"][1] < 0.15
+assert effects["KL"][0] > effects["KL"][1] + 0.3
 
 # %% [markdown]
 # One head, one patch: by probability it brings back less than a fifth, by rank most of it. And by rank and KL noising
@@ -410,7 +410,7 @@ wrong = torch.tensor([example.wrong[0] for example in examples])[:, None]
 
 
 def log_probability(tokens):
-    """A metric: the log probability of one token per example."""
+    """Return a metric, the log probability of one token per example."""
 
     def of(logits, example):
         return logits[:, -1].log_softmax(-1).gather(-1, tokens[example])[:, 0]
@@ -421,8 +421,8 @@ def log_probability(tokens):
 moved = {}
 for name, tokens in {"right": right, "wrong": wrong}.items():
     asked = {"metric": log_probability(tokens), "normalise": False, "progress": False}
-    found = patch.sweep(lens, examples, "names", s2, over=("pos",), **asked)
-    moved[name] = float(found.values[0] - found.corrupt.mean())
+    result = patch.sweep(lens, examples, "names", s2, over=("pos",), **asked)
+    moved[name] = float(result.values[0] - result.corrupt.mean())
     print(f"the log probability of the {name} answer moves by {moved[name]:+.2f}")
 
 assert moved["wrong"] < -2
@@ -515,9 +515,9 @@ two = {
 plot.compare(two, title="Heads of layer 3, noised with other names")
 
 # %%
-for name, found in two.items():
-    low, high = found.low.at(head=4), found.high.at(head=4)
-    print(f"head 3.4 by {name}: {found.at(head=4):+.2f}, between {low:+.2f} and {high:+.2f}")
+for name, result in two.items():
+    low, high = result.low.at(head=4), result.high.at(head=4)
+    print(f"head 3.4 by {name}: {result.at(head=4):+.2f}, between {low:+.2f} and {high:+.2f}")
 assert two["logit difference"].at(head=4) < -0.1
 assert two["logit difference"].low.at(head=4) < -0.5 < 0.2 < two["logit difference"].high.at(head=4)
 assert two["probability"].low.at(head=4) > 0.1

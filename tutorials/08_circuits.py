@@ -42,13 +42,13 @@ estimated = patch.attribution_patch(lens, examples, "flip", "attn.z", over=("lay
 asked = {"direction": "noise", "normalise": False, **quiet}
 
 
-def exact(point):
-    """What each patch really changes."""
-    found = patch.sweep(lens, examples, "flip", point, over=("layer", "head"), **asked)
-    return Labelled(found.values - found.clean.mean(), found.axes, found.labels, found.about)
+def measure_heads(point):
+    """Return the change of the metric by patching each head."""
+    result = patch.sweep(lens, examples, "flip", point, over=("layer", "head"), **asked)
+    return Labelled(result.values - result.clean.mean(), result.axes, result.labels, result.about)
 
 
-patched = exact("attn.z")
+patched = measure_heads("attn.z")
 plot.compare({"estimated": estimated, "exact": patched}, what="change")
 
 # %%
@@ -67,13 +67,13 @@ assert patched.at(layer=1, head=3) < estimated.at(layer=1, head=3) < -4
 # We patch queries instead, `attn.q`.
 
 # %%
-queries = exact("attn.q")
+queries = measure_heads("attn.q")
 tangent = patch.attribution_patch(lens, examples, "flip", "attn.q", over=("layer", "head"))
 corrected = patch.attribution_patch(lens, examples, "flip", "attn.q", over=("layer", "head"), method="atp*")
 plot.compare({"estimated": tangent, "corrected": corrected, "exact": queries}, what="change")
 
 # %%
-good, better = (np.corrcoef(found.values.ravel(), queries.values.ravel())[0, 1] for found in (tangent, corrected))
+good, better = (np.corrcoef(result.values.ravel(), queries.values.ravel())[0, 1] for result in (tangent, corrected))
 print(f"head 0.6: estimated {tangent.at(layer=0, head=6):+.2f}, exact {queries.at(layer=0, head=6):+.2f}")
 print(f"correlation: estimated {good:.2f}, corrected {better:.2f}")
 assert queries.at(layer=0, head=6) < -2
@@ -257,26 +257,26 @@ assert eap.top(1)[0][0] == ("3.mlp", "logits")
 # %% [markdown]
 # A score is a tangent again, so it is blind where attention is certain. EAP-IG takes the gradient at several points
 # between the two prompts and averages (Hanna et al. 2024). The truth is cheap here: leave out one edge, run
-# the model, and look. `Exact` does that with masks.
+# the model, and look. A `CircuitEvaluator` does that with masks.
 
 # %%
 ig = circuits.attribute_edges(lens, examples, "flip", method="eap-ig")
 run = circuits.CircuitEvaluator(lens, examples, "flip")
 
 
-def left_out(edge):
-    """What is really lost when the corrupt value goes along this one edge."""
+def without_edge(edge):
+    """Return the change of the metric when the corrupt value goes along this one edge."""
     without = circuits.full_circuit(run.graph).remove_edge(edge)
     return float(run.measure_circuit(without).mean()) - run.full_metric
 
 
 for edge in [("3.mlp", "logits"), ("1.head3", "3.mlp"), ("embed", "0.q6")]:
-    print(f"{edge[0]} → {edge[1]}: EAP {eap[edge]:+.2f}, EAP-IG {ig[edge]:+.2f}, exact {left_out(edge):+.2f}")
+    print(f"{edge[0]} → {edge[1]}: EAP {eap[edge]:+.2f}, EAP-IG {ig[edge]:+.2f}, exact {without_edge(edge):+.2f}")
 
-assert left_out(("embed", "0.q6")) < -2
+assert without_edge(("embed", "0.q6")) < -2
 assert abs(eap["embed", "0.q6"]) < 0.5  # blind
-assert ig["embed", "0.q6"] < 1.5 * left_out(("embed", "0.q6"))  # seen, but overrated
-assert abs(ig["1.head3", "3.mlp"] - left_out(("1.head3", "3.mlp"))) < 0.5
+assert ig["embed", "0.q6"] < 1.5 * without_edge(("embed", "0.q6"))  # seen, but overrated
+assert abs(ig["1.head3", "3.mlp"] - without_edge(("1.head3", "3.mlp"))) < 0.5
 
 # %% [markdown]
 # The edge into the query of head 0.6 is the saturated one of section 2. EAP is blind to it. EAP-IG sees it and rates it
@@ -295,10 +295,10 @@ plot.circuit(ig, top=24, title="The strongest edges by EAP-IG")
 # nothing but the last MLP ends in the logits.
 
 # %%
-drawn = [edge for edge, _ in ig.top(24)]
-assert {writer for writer, reader in drawn if reader == "logits"} == {"3.mlp"}
-assert ("1.head7", "2.v1") in drawn
-assert {("0.mlp", "1.v1"), ("0.mlp", "1.v3")} <= set(drawn)
+strongest = [edge for edge, _ in ig.top(24)]
+assert {writer for writer, reader in strongest if reader == "logits"} == {"3.mlp"}
+assert ("1.head7", "2.v1") in strongest
+assert {("0.mlp", "1.v1"), ("0.mlp", "1.v3")} <= set(strongest)
 
 # %% [markdown]
 # ## 5. A circuit, and how faithful it is
@@ -308,8 +308,8 @@ assert {("0.mlp", "1.v1"), ("0.mlp", "1.v3")} <= set(drawn)
 #
 # $$f(C) = \frac{m(C) - m(\varnothing)}{m(M) - m(\varnothing)}$$
 #
-# $M$ is the whole model, $\varnothing$ no edge at all. There are two simple ways to choose. `top` takes the largest
-# scores. `greedy` grows the circuit from the logits backwards, so that every edge leads somewhere.
+# $M$ is the whole model, $\varnothing$ no edge at all. There are two simple ways to choose. `top_edges` takes the
+# largest scores. `greedy_circuit` grows the circuit from the logits backwards, so that every edge leads somewhere.
 
 # %%
 small = circuits.greedy_circuit(ig, 106)  # a tenth of all edges
@@ -346,7 +346,7 @@ plot.compare(curves, what="faithfulness", title="Faithfulness by share of edges"
 # ### Exercise 8.3 · A small circuit
 #
 # Find a circuit of at most 80 of the 1,055 edges that keeps more than 80 % of the logit difference, measured by `run`.
-# You may use `eap`, `ig`, `patch.top` and `patch.greedy`, or choose by hand.
+# You may use `eap`, `ig`, `circuits.top_edges` and `circuits.greedy_circuit`, or choose by hand.
 
 # %%
 circuit = ...  # a Circuit
@@ -357,7 +357,7 @@ check.exercise_8_3(circuit)
 # <summary>Solution</summary>
 #
 # ```python
-# circuit = patch.greedy(ig, 80)
+# circuit = circuits.greedy_circuit(ig, 80)
 # ```
 #
 # </details>
@@ -366,7 +366,7 @@ check.exercise_8_3(circuit)
 # <summary>A wrong turn: by tangents alone</summary>
 #
 # ```python
-# circuit = patch.greedy(eap, 80)
+# circuit = circuits.greedy_circuit(eap, 80)
 # ```
 #
 # The saturated edges of layer 0 are missing.
@@ -377,7 +377,7 @@ check.exercise_8_3(circuit)
 # <summary>A wrong turn: more edges</summary>
 #
 # ```python
-# circuit = patch.greedy(ig, 211)
+# circuit = circuits.greedy_circuit(ig, 211)
 # ```
 #
 # It is faithful. So is the whole model.
@@ -427,7 +427,7 @@ print(f"flip {run.faithfulness(small):.2f}, abc {three.faithfulness(small):.2f}"
 assert three.faithfulness(small) < run.faithfulness(small) - 0.2
 
 # %% [markdown]
-# A faithfulness says something only with its choices (Miller et al. 2024). `choices()` lists them.
+# A faithfulness says something only with its choices (Miller et al. 2024). `describe_choices()` lists them.
 
 # %%
 three.describe_choices()
@@ -445,14 +445,12 @@ print(repeats.task.counterfactuals["copied"])
 copying = [(3, head) for head in (0, 1, 2, 3, 4, 5, 7)]
 single = [[patch.Intervention(Site("attn.z", layer=i, head=h), patch.Swap())] for i, h in copying]
 variants = [[], *single, [one for (one,) in single]]
-whole, *alone, together = patch.evaluate(lens, repeats, variants, repeats, sources=sources, **quiet).mean(1).tolist()
-lost = [value - whole for value in alone]
-print(
-    f"one by one {', '.join(f'{x:+.1f}' for x in lost)}; their sum {sum(lost):+.1f}, together {together - whole:+.1f}"
-)
+full, *alone, together = patch.evaluate(lens, repeats, variants, repeats, sources=sources, **quiet).mean(1).tolist()
+lost = [value - full for value in alone]
+print(f"one by one {', '.join(f'{x:+.1f}' for x in lost)}; their sum {sum(lost):+.1f}, together {together - full:+.1f}")
 assert min(lost) > -2.5
-assert together - whole < 2 * sum(lost)
-assert whole > 10 > 1 > together
+assert together - full < 2 * sum(lost)
+assert full > 10 > 1 > together
 
 # %% [markdown]
 # Each of them seems to be worth little. Together they are worth more than twice the sum, and the answer is gone: what
@@ -467,11 +465,11 @@ assert whole > 10 > 1 > together
 ways = [[patch.Intervention(Site("attn.z", layer=i, head=3), patch.Swap())] for i in (1, 2)]
 variants = [[], *ways, ways[0] + ways[1]]
 corrupt = examples.counterfactual("flip")
-whole, first, second, both = (
+full, first, second, both = (
     patch.evaluate(lens, examples, variants, examples, sources=corrupt, **quiet).mean(1).tolist()
 )
-print(f"1.3 {first - whole:+.2f}, 2.3 {second - whole:+.2f}, both {both - whole:+.2f}")
-assert abs((first - whole) + (second - whole) - (both - whole)) < 0.8
+print(f"1.3 {first - full:+.2f}, 2.3 {second - full:+.2f}, both {both - full:+.2f}")
+assert abs((first - full) + (second - full) - (both - full)) < 0.8
 
 # %% [markdown]
 # They simply add. Nobody steps in. Here the parts can be taken one at a time; in the words said again they cannot. You
@@ -495,7 +493,7 @@ assert abs((first - whole) + (second - whole) - (both - whole)) < 0.8
 #   completeness, minimality; path patching.
 # - Goldowsky-Dill et al. 2023, *Localizing Model Behavior with Path Patching*, arXiv 2304.05969.
 # - Syed, Rager and Conmy 2023, *Attribution Patching Outperforms Automated Circuit Discovery*, arXiv 2310.10348: EAP.
-# - Hanna, Pezzelle and Belinkov 2024, *Have Faith in Faithfulness*, arXiv 2403.17806: EAP-IG, greedy.
+# - Hanna, Pezzelle and Belinkov 2024, *Have Faith in Faithfulness*, arXiv 2403.17806: EAP-IG, greedy circuits.
 # - Mueller et al. 2025, *MIB*, arXiv 2504.13151: CPR and CMD.
 # - Miller et al. 2024, *Transformer Circuit Faithfulness Metrics Are Not Robust*, arXiv 2407.08734: what
 #   faithfulness depends on.

@@ -2,7 +2,7 @@
 # # 9 · Generation under intervention
 #
 # So far we mostly asked for one token. Now the model writes on, and what it has written becomes what it reads. So a
-# change can come back: through the words that it made the model say, and through what the model remembers. In this
+# change can come back: through the words that it made the model say, and through the KV cache. In this
 # tutorial we steer a feeling, take it away again while the model speaks, and find out where it had been kept.
 #
 # - **You need**: [tutorial 2](02_hooks.ipynb) for hooks and [tutorial 5](05_kv_cache.ipynb) for the cache.
@@ -40,7 +40,7 @@ plot.generation(steps, lens.tokenizer.label)
 # Move the slider. The first step is wide open: Nora may see any of 15 things, and the model has no favourite. (The 16th
 # thing of its world is the apple, and nobody sees *a apple*.) After that nearly everything is settled.
 #
-# `patch.timeline` makes the same run and keeps more of it: what each step said, and what it began with.
+# `record_timeline` makes the same run and keeps more of it: what each step said, and what it began with.
 
 # %%
 line = timeline.record_timeline(lens, prompt, 9, stop_ids=line_end)
@@ -76,7 +76,7 @@ attention = line.attention(3, 4)
 plot.heatmap(attention, what="attention", signed=False, title="Where head 3.4 looks at each step")
 
 # %%
-ball = len(lens.to_labels(prompt))  # the first token that was said stands right behind the prompt
+ball = len(lens.to_labels(prompt))  # the first generated token stands right behind the prompt
 assert ball == 14
 names_and_things = by_layer.values[:, [2, 5]]  # Paul, ball
 assert names_and_things[:3].max() < 0.1 < 0.9 < names_and_things[3].min()
@@ -100,8 +100,8 @@ assert run.acts["resid_post"].shape == (4, 1, 22, 192)  # layer batch pos model
 # inside. The second run shows a model that was never changed. Below we add a direction while the model speaks.
 
 # %%
-_, again = lens.run_with_cache(run.tokens[:, :-1], "resid_post")
-assert torch.allclose(run.acts["resid_post"], again["resid_post"], rtol=1e-3, atol=0.5)
+_, replay = lens.run_with_cache(run.tokens[:, :-1], "resid_post")
+assert torch.allclose(run.acts["resid_post"], replay["resid_post"], rtol=1e-3, atol=0.5)
 
 push = {"blocks.1.resid_post": lambda x, point: x + 100}
 pushed = lens.generate(prompt, 9, names="resid_post", hooks=push, stop_ids=line_end)
@@ -114,7 +114,7 @@ assert gap[1] > 90  # from there on: another run
 # %% [markdown]
 # ## 3. Branches
 #
-# A timeline can be run again from any step, with another word, another hook or another memory. What came before that
+# A timeline can be run again from any step, with another word, another hook or another cache. What came before that
 # step is kept and not computed again.
 
 # %%
@@ -127,8 +127,9 @@ print(who.text)
 assert who.text.strip() == "ball. Emma took the ball home."
 
 # %% [markdown]
-# `parting` says where two runs part and what each gave to both words there. Here is a run in which no word is forced.
-# Only a head is silenced: 1.3, which [tutorial 2](02_hooks.ipynb) found to matter for who receives.
+# `find_divergence` finds the first step at which two runs choose different words, and what each gave to both words
+# there. Here is a run in which no word is forced. Only a head is silenced: 1.3, which [tutorial 2](02_hooks.ipynb)
+# found to matter for who receives.
 
 # %%
 giving = "When Mary and John went to the store, John gave a drink to"
@@ -141,9 +142,9 @@ def without_head_3(z, point):
 
 
 silenced = given.rerun(0, hooks={"blocks.1.attn.z": without_head_3})
-found = timeline.find_divergence(given, silenced)
-print(repr(given.text), repr(silenced.text), found.step, found.words)
-print(found.probability.values.round(3), found.kl.values.round(3))
+divergence = timeline.find_divergence(given, silenced)
+print(repr(given.text), repr(silenced.text), divergence.step, divergence.words)
+print(divergence.probability.values.round(3), divergence.kl.values.round(3))
 assert given.text.strip() == "Mary. She took the drink home."
 assert silenced.text.strip() == "Mary."
 
@@ -154,9 +155,9 @@ assert silenced.text.strip() == "Mary."
 # probabilities.
 
 # %%
-assert found.step == 2
-assert abs(found.probability.values - 0.5).max() < 0.02
-assert found.kl.at(step=2) < 0.01  # nats
+assert divergence.step == 2
+assert abs(divergence.probability.values - 0.5).max() < 0.02
+assert divergence.kl.at(step=2) < 0.01  # nats
 
 # %% [markdown]
 # ### Exercise 9.1 · A tired man
@@ -286,15 +287,15 @@ happy, sad = lens.to_single_token(" happy"), lens.to_single_token(" sad")
 assert tokens.shape == (36, 11)
 
 
-def felt(vector, position=adjective, layer=1):
-    """The mean of logit(happy) - logit(sad) with this vector added to the stream."""
+def measure_feeling(vector, position=adjective, layer=1):
+    """Return the mean of logit(happy) - logit(sad) with this vector added to the stream."""
     hooks = {f"blocks.{layer}.resid_post": only(lambda x, point: x + vector, positions=position)}
     last = lens.run_with_hooks(tokens, hooks, logits_to_keep=1)[:, -1]
     return float((last[:, happy] - last[:, sad]).mean())
 
 
 strengths = (-4, -2, -1, -0.5, 0, 0.5, 1, 2, 4)
-dose = [felt(k * v) for k in strengths]
+dose = [measure_feeling(k * v) for k in strengths]
 plot.lines(
     torch.tensor([dose]),
     {"series": ["difference of means"], "times": [f"{k:+g}" for k in strengths]},
@@ -318,7 +319,7 @@ assert by[4] < by[1]  # more is not more
 # %%
 draw = torch.Generator().manual_seed(0)
 random = torch.nn.functional.normalize(torch.randn(12, len(v), generator=draw), dim=-1) * v.norm()
-by_chance = [felt(r) - by[0] for r in random]
+by_chance = [measure_feeling(r) - by[0] for r in random]
 print(f"v: {by[1] - by[0]:+.2f}; random: {min(by_chance):+.2f} to {max(by_chance):+.2f}")
 assert max(map(abs, by_chance)) < 0.5 * (by[1] - by[0])
 
@@ -329,7 +330,7 @@ assert max(map(abs, by_chance)) < 0.5 * (by[1] - by[0])
 
 # %%
 labels = lens.to_labels(neutral[0])
-effect = torch.tensor([felt(-v, position) - by[0] for position in range(2, 11)])
+effect = torch.tensor([measure_feeling(-v, position) - by[0] for position in range(2, 11)])
 places = {"part": [f"{i} {labels[i]}" for i in range(2, 11)]}
 plot.bars(effect, places, what="change of logit(happy) - logit(sad)", title="-v at one position")
 
@@ -343,14 +344,14 @@ assert others.abs().max() < 0.5
 # does it? In the last layer it is too late to write anything at the adjective, because nobody will read it any more:
 
 # %%
-assert felt(-v, layer=3) == by[0]  # not one bit
-assert felt(-v, layer=2) < -2
+assert measure_feeling(-v, layer=3) == by[0]  # not one bit
+assert measure_feeling(-v, layer=2) < -2
 
 # %% [markdown]
 # ## 6. When it works
 #
-# Let the model tell the story itself. `interventions` of a `Steering` are plain data that a timeline takes, and the
-# timeline keeps a list of the edits as they were applied.
+# Let the model tell the story itself. `interventions` of a `SteeringVector` are plain data that a timeline takes, and
+# the timeline keeps a list of the edits as they were applied.
 
 # %%
 story = "The hat was tall."
@@ -369,24 +370,24 @@ assert steered.text.strip() == "It made Nora feel sad."
 # %%
 assert [event.step for event in steered.events] == [0]
 feel = 4  # the step that says how she feels
-said = [float(run.probability(" sad").at(step=feel)) for run in (clean, steered)]
-print(f"probability of sad in step {feel}: {said[0]:.2f} without, {said[1]:.2f} with")
-assert said[0] < 0.5
-assert said[1] > 0.9
+p_sad = [float(run.probability(" sad").at(step=feel)) for run in (clean, steered)]
+print(f"probability of sad in step {feel}: {p_sad[0]:.2f} without, {p_sad[1]:.2f} with")
+assert p_sad[0] < 0.5
+assert p_sad[1] > 0.9
 
 # %% [markdown]
 # So the feeling has been kept. The only thing that goes from step to step, beside the words, is the KV cache. To prove
 # that it is there we go to step 4, take the entries of the adjective from the clean run, and put them in the steered
-# run's memory. `at={step: operation}` does something to the cache right before a step.
+# run's cache. `at={step: operation}` does something to the cache right before a step.
 
 # %%
-remembered = clean.restore_state(feel).kv
-forgiven = steered.rerun(feel, at={feel: cache.swap(remembered, position=adjective)})
+clean_cache = clean.restore_state(feel).kv
+forgiven = steered.rerun(feel, at={feel: cache.swap(clean_cache, position=adjective)})
 print(forgiven.text)
 assert forgiven.text.strip() == "It made Nora feel happy."
 
 # %% [markdown]
-# And the other way round: nothing is ever steered, but the memory of one word is.
+# And the other way round: nothing is ever steered, but the cached entries of one word are replaced.
 
 # %%
 poisoned = clean.rerun(feel, at={feel: cache.swap(steered.restore_state(feel).kv, position=adjective)})
@@ -396,30 +397,30 @@ assert torch.allclose(poisoned.logits[feel], steered.logits[feel], atol=0.2)
 
 # %% [markdown]
 # In which layer is it? We exchange the entries of one layer at a time. In layers 0 and 1 there is nothing to find: the
-# edit came after them. What is read is what layer 3 remembers, and it alone.
+# edit came after them. What is read are the entries of layer 3, and they alone.
 
 # %%
 for layer in range(4):
-    only_there = steered.rerun(feel, at={feel: cache.swap(remembered, position=adjective, layer=layer)})
+    only_there = steered.rerun(feel, at={feel: cache.swap(clean_cache, position=adjective, layer=layer)})
     p = float(only_there.probability(" sad").at(step=feel))
     print(f"layer {layer} clean: probability of sad {p:.2f}")
     if layer < 3:
-        assert abs(p - said[1]) < 0.02
-assert abs(p - said[0]) < 0.1
+        assert abs(p - p_sad[1]) < 0.02
+assert abs(p - p_sad[0]) < 0.1
 
 # %% [markdown]
-# This is what to remember of steering: it acts on *positions*, and what is written there stays in memory when the
+# This is what to keep of steering: it acts on *positions*, and what is written there stays in the cache when the
 # steering ends. To switch a hook off is not to undo it.
 #
-# The same operation shows how a word and its memory come apart. The text says `ball`. We exchange what is remembered of
-# it before step 5, or make the model forget it.
+# The same operation shows how a word and its entries come apart. The text says `ball`. We exchange its entries before
+# step 5, or evict them.
 
 # %%
 swapped = line.rerun(5, at={5: cache.swap(branch.restore_state(5).kv, position=ball)})
-forgot = line.rerun(5, at={5: cache.evict(position=ball)})
-print(swapped.text, forgot.text)
+without_ball = line.rerun(5, at={5: cache.evict(position=ball)})
+print(swapped.text, without_ball.text)
 assert swapped.text.strip() == "ball. Paul took the cake home."
-assert forgot.text.strip() == "ball. Paul took the basket home."
+assert without_ball.text.strip() == "ball. Paul took the basket home."
 
 # %% [markdown]
 # ### Exercise 9.3 · Happy in spite of it
@@ -427,7 +428,7 @@ assert forgot.text.strip() == "ball. Paul took the basket home."
 # A schedule says at which steps, or at which positions, a hook holds. Give hooks for `lens.generate("The hat was", 9)`,
 # such that the hat is said to be something bad (*terrible*, *awful*, ...) and makes somebody feel **happy**. Edit
 # `blocks.1.resid_post` alone, with multiples of `v`. Hooks are a list of pairs, each with `only(..., steps=...)` or
-# `only(..., positions=...)`. `patch.scheduled` makes such lists of a `Steering` too.
+# `only(..., positions=...)`. `timeline.schedule_edits` makes such lists of a `SteeringVector` too.
 
 # %%
 hooks = ...  # [("blocks.1.resid_post", only(..., steps=...)), ...]
@@ -444,9 +445,9 @@ check.exercise_9_3(hooks)
 # ]
 # ```
 #
-# In step 0 the word is chosen: down. It stands at position 5 then, and when it is run, in step 1, it is remembered as
-# something good: up. With `patch`: `patch.scheduled(lens, valence.interventions(-1), steps=0)` and
-# `patch.scheduled(lens, valence.interventions(1.5), steps=1)`.
+# In step 0 the word is chosen: down. It stands at position 5 then, and when it is run, in step 1, it is cached as
+# something good: up. With steering vectors: `timeline.schedule_edits(lens, valence.interventions(-1), steps=0)` and
+# `timeline.schedule_edits(lens, valence.interventions(1.5), steps=1)`.
 #
 # </details>
 #
@@ -472,7 +473,7 @@ check.exercise_9_3(hooks)
 # ```
 #
 # In the step that says how she feels, the stream of layer 1 does not hold the feeling yet. It is fetched from the
-# memory of the word, and that is bad.
+# cached entries of the word, and those are bad.
 #
 # </details>
 
@@ -523,11 +524,11 @@ assert ((share - p).abs() <= 4 * error + 1e-3).all()
 first = timeline.record_timeline(lens, prompt, 18, temperature=1.0, seed=2, stop_ids=())
 other = first.rerun(0, token=" cake")
 print(first.text, other.text, sep="\n---")
-assert first.rerun(0).tokens == first.rerun(4).tokens == first.tokens  # nothing changed: the same again
+assert first.rerun(0).tokens == first.rerun(4).tokens == first.tokens  # nothing changed: the same tokens
 
 changed = [a != b for a, b in zip(first.tokens, other.tokens, strict=True)]
 print("steps that say something else:", [i for i, c in enumerate(changed) if c])
-assert [i for i, c in enumerate(changed) if c] == [0, 5]  # the word, and where it is said again
+assert [i for i, c in enumerate(changed) if c] == [0, 5]  # the word, and where it is named again
 
 # %% [markdown]
 # With the same luck, the word changes one other word: the one that names it again. With another seed the whole line

@@ -53,22 +53,22 @@ vocab, d_model, layers, heads, kv_heads, d_head, d_mlp = 320, 64, 2, 16, 1, 16, 
 draw = torch.Generator().manual_seed(0)
 
 
-def drawn(*shape):
+def draw_tensor(*shape):
     return torch.randn(*shape, generator=draw) * 0.2
 
 
-tensors = {"model.embed_tokens.weight": drawn(vocab, d_model), "lm_head.weight": drawn(vocab, d_model)}
+tensors = {"model.embed_tokens.weight": draw_tensor(vocab, d_model), "lm_head.weight": draw_tensor(vocab, d_model)}
 tensors["model.norm.weight"] = torch.ones(d_model)
 for i in range(layers):
     layer, attention = f"model.layers.{i}", f"model.layers.{i}.self_attn"
     tensors[f"{layer}.input_layernorm.weight"] = torch.ones(d_model)
     tensors[f"{layer}.post_attention_layernorm.weight"] = torch.ones(d_model)
     for name, rows in (("q", heads * d_head), ("k", kv_heads * d_head), ("v", kv_heads * d_head)):
-        tensors[f"{attention}.{name}_proj.weight"] = drawn(rows, d_model)
-        tensors[f"{attention}.{name}_proj.bias"] = drawn(rows)
-    tensors[f"{attention}.o_proj.weight"] = drawn(d_model, heads * d_head)
-    tensors[f"{layer}.mlp.gate_up_proj.weight"] = drawn(2 * d_mlp, d_model)
-    tensors[f"{layer}.mlp.down_proj.weight"] = drawn(d_model, d_mlp)
+        tensors[f"{attention}.{name}_proj.weight"] = draw_tensor(rows, d_model)
+        tensors[f"{attention}.{name}_proj.bias"] = draw_tensor(rows)
+    tensors[f"{attention}.o_proj.weight"] = draw_tensor(d_model, heads * d_head)
+    tensors[f"{layer}.mlp.gate_up_proj.weight"] = draw_tensor(2 * d_mlp, d_model)
+    tensors[f"{layer}.mlp.down_proj.weight"] = draw_tensor(d_model, d_mlp)
 
 config = {
     "model_type": "glm", "architectures": ["GlmForCausalLM"], "dtype": "float32", "vocab_size": vocab,
@@ -79,8 +79,8 @@ config = {
 }  # fmt: skip
 
 
-def written(name, config, tensors):
-    """A folder with a config and tensors."""
+def write_folder(name, config, tensors):
+    """Write a folder with a config and tensors; return its path."""
     folder = home / name
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
@@ -88,7 +88,7 @@ def written(name, config, tensors):
     return folder
 
 
-small = glmlens.load(written("glm", config, tensors))
+small = glmlens.load(write_folder("glm", config, tensors))
 assert small.cfg.n_groups == 16  # query heads that share one key-value head
 assert small.cfg.d_rotary == 8  # half of 16, though the config does not say so: it is what its absence means
 small
@@ -128,7 +128,7 @@ for i in range(layers):
     for norm in ("input_layernorm", "post_attention_layernorm"):
         fused[f"{other}.{norm}.weight"] = tensors[f"{ours}.{norm}.weight"]
 
-original = glmlens.load(written("chatglm", theirs, fused))
+original = glmlens.load(write_folder("chatglm", theirs, fused))
 assert torch.allclose(original(ids), logits, atol=1e-4)
 assert original.cfg.rope_theta == small.cfg.rope_theta == 5e6  # 10,000 times the ratio
 
@@ -193,7 +193,7 @@ assert 4_500 < parameters / sum(p.numel() for p in demo.model.parameters()) < 4_
 #
 # Beside the weights a model that generates needs room for its cache: a key and a value for every layer and every
 # key-value head ([tutorial 5](05_kv_cache.ipynb)). Write a function of a config, the bytes of the weights, the bytes of
-# the `memory` and those of one number (2 in bfloat16), that gives how many tokens can be remembered. A config has
+# the `memory` and those of one number (2 in bfloat16), that gives how many tokens can be cached. A config has
 # `n_layers`, `n_heads`, `n_kv_heads` and `d_head`. It is 0 where not even the weights fit.
 
 # %%
@@ -223,7 +223,7 @@ check.exercise_10_1(longest)
 #     return max(0, memory - weights) // per_token
 # ```
 #
-# Queries are not remembered, and 16 query heads share one head of keys and values.
+# Queries are not cached, and 16 query heads share one head of keys and values.
 #
 # </details>
 #
@@ -257,22 +257,22 @@ big.check(thousand, names=["resid_post", "attn.z"])
 lengths = (128, 512, 2048, 8192, 32768)
 
 
-def recorded(names, n):
+def recording_gigabytes(names, n):
     return big.check(torch.zeros(1, n, dtype=torch.long), names).bytes / 1e9
 
 
-def remembered(n):
+def cache_gigabytes(n):
     kv = big.new_kv(1, n)
     return (kv.keys.nbytes + kv.values.nbytes) / 1e9
 
 
 costs = {
     "the weights": [weights / 1e9 for n in lengths],
-    "the KV cache": [remembered(n) for n in lengths],
-    "resid_post, one layer": [recorded("blocks.20.resid_post", n) for n in lengths],
-    "resid_post": [recorded("resid_post", n) for n in lengths],
-    "logits": [recorded("logits", n) for n in lengths],
-    "attn.pattern": [recorded("attn.pattern", n) for n in lengths],
+    "the KV cache": [cache_gigabytes(n) for n in lengths],
+    "resid_post, one layer": [recording_gigabytes("blocks.20.resid_post", n) for n in lengths],
+    "resid_post": [recording_gigabytes("resid_post", n) for n in lengths],
+    "logits": [recording_gigabytes("logits", n) for n in lengths],
+    "attn.pattern": [recording_gigabytes("attn.pattern", n) for n in lengths],
 }
 figure = plot.lines(
     torch.tensor(list(costs.values())),
@@ -289,7 +289,7 @@ figure.update_yaxes(type="log")
 # length. At 8,192 tokens they are 172 GB, nine times the model.
 
 # %%
-per_token = remembered(1024) * 1e9 / 1024
+per_token = cache_gigabytes(1024) * 1e9 / 1024
 assert per_token == 2 * 40 * 2 * 128 * 2 == 40_960
 assert 170 < costs["attn.pattern"][3] < 173
 assert costs["attn.pattern"][3] > 9 * weights / 1e9
@@ -462,14 +462,15 @@ fused_half = glmlens.load(dtype="bfloat16", attention="sdpa")
 exact, rounded, other = (lens(examples).float() for lens in (demo, half, fused_half))
 
 
-def apart(a, b):
-    """The share of positions at which two runs say different tokens, from the first word on."""
+def share_different(a, b):
+    """Return the share of positions at which two runs predict different tokens, from the first word on."""
     return float((a[:, 2:].argmax(-1) != b[:, 2:].argmax(-1)).float().mean())
 
 
-print(f"float32 and bfloat16 differ in {apart(exact, rounded):.1%}, eager and sdpa in {apart(rounded, other):.1%}")
-assert 0.01 < apart(exact, rounded) < 0.15
-assert 0.01 < apart(rounded, other) < 0.15
+by_dtype, by_kernel = share_different(exact, rounded), share_different(rounded, other)
+print(f"float32 and bfloat16 differ in {by_dtype:.1%}, eager and sdpa in {by_kernel:.1%}")
+assert 0.01 < by_dtype < 0.15
+assert 0.01 < by_kernel < 0.15
 assert examples.accuracy(exact) == examples.accuracy(rounded) == 1  # what is clear stays clear
 
 # %% [markdown]
@@ -489,12 +490,12 @@ assert examples.accuracy(exact) == examples.accuracy(rounded) == 1  # what is cl
 # %%
 (home / "suspect").mkdir()
 (home / "suspect" / "config.json").write_text(json.dumps({**big_config, "rope_theta": 10000.0}))
-with warnings.catch_warnings(record=True) as heard:
+with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     suspect = glmlens.load(home / "suspect", device="meta")
-print(heard[0].message)
+print(caught[0].message)
 assert suspect.cfg.rope_theta == 10000.0  # obeyed
-assert "rope_theta=5e6" in str(heard[0].message)
+assert "rope_theta=5e6" in str(caught[0].message)
 assert glmlens.load(home / "suspect", device="meta", rope_theta=5e6).cfg.rope_theta == 5e6
 
 # %% [markdown]
@@ -504,8 +505,8 @@ assert glmlens.load(home / "suspect", device="meta", rope_theta=5e6).cfg.rope_th
 # %%
 thetas = (500.0, 10_000.0, 5e6)
 asked = {name: tasks.TASKS[name].examples(demo, 30) for name in ("facts", "sentiment", "agreement", "induction", "ioi")}
-turned = [glmlens.load(home / "copy", rope_theta=theta) for theta in thetas]
-right = torch.tensor([[one.accuracy(lens(one)) for one in asked.values()] for lens in turned])
+lenses = [glmlens.load(home / "copy", rope_theta=theta) for theta in thetas]
+right = torch.tensor([[one.accuracy(lens(one)) for one in asked.values()] for lens in lenses])
 plot.heatmap(
     right,
     {"theta": [f"{theta:,.0f}" for theta in thetas], "task": list(asked)},
@@ -516,7 +517,7 @@ plot.heatmap(
 )
 
 # %%
-for lens in turned:
+for lens in lenses:
     goes_on = lens.generate(examples.texts[0], 9).text
     print(f"{lens.cfg.rope_theta:>11,.0f} {goes_on!r}")
 facts, who = right[:, 0], right[:, -1]
@@ -535,8 +536,10 @@ assert max(who[0], who[2]) < 0.8
 # one number, and 1.6 does not look wrong by itself.
 
 # %%
-told = [text + example.item.correct[0] + "." for text, example in zip(texts, tasks.ioi.examples(demo, 40), strict=True)]
-of_prompts, of_sentences = ([float(lens.loss(some)) for lens in turned] for some in (texts, told))
+sentences = [
+    text + example.item.correct[0] + "." for text, example in zip(texts, tasks.ioi.examples(demo, 40), strict=True)
+]
+of_prompts, of_sentences = ([float(lens.loss(some)) for lens in lenses] for some in (texts, sentences))
 print([round(x, 2) for x in of_prompts], [round(x, 2) for x in of_sentences])
 assert of_prompts[0] < of_prompts[1]
 assert of_sentences[1] + 0.1 < min(of_sentences[0], of_sentences[2])
@@ -545,7 +548,7 @@ assert of_sentences[1] + 0.1 < min(of_sentences[0], of_sentences[2])
 # And a check of the machinery can not see it, for the machinery is sound:
 
 # %%
-analysis.selfcheck(turned[0])  # it raises when something does not hold
+analysis.selfcheck(lenses[0])  # it raises when something does not hold
 
 # %% [markdown]
 # `analysis.selfcheck(lens)` is still the first thing to run on a new checkpoint: sums are sums, no attention goes to
@@ -588,7 +591,7 @@ check.exercise_10_4(find_theta)
 #     return min(candidates, key=loss)
 # ```
 #
-# These texts end before the answer. On whole sentences, as in `told`, the least loss does find it.
+# These texts end before the answer. On whole sentences, as in `sentences`, the least loss does find it.
 #
 # </details>
 #
@@ -612,10 +615,10 @@ check.exercise_10_4(find_theta)
 
 # %%
 messages = [{"role": "user", "content": "What is the capital of France?"}]
-said = "".join(demo.to_str_tokens(messages))
-print(said, demo.generate(messages, 4).text)
-assert said.count("[gMASK]<sop>") == 1
-assert said.endswith("<|assistant|>")
+message = "".join(demo.to_str_tokens(messages))
+print(message, demo.generate(messages, 4).text)
+assert message.count("[gMASK]<sop>") == 1
+assert message.endswith("<|assistant|>")
 assert demo.generate(messages, 4).text.strip().startswith("Paris")
 
 # %% [markdown]
@@ -625,24 +628,24 @@ assert demo.generate(messages, 4).text.strip().startswith("Paris")
 
 
 # %%
-def refused(kind, call):
-    """The message of a call that must fail."""
+def error_of(kind, call):
+    """Return the message of a call that must raise."""
     try:
         call()
     except kind as e:
         print(f"{kind.__name__}: {str(e).removeprefix(str(home))}\n")
         return str(e)
-    raise AssertionError("this was not refused")
+    raise AssertionError("no error was raised")
 
 
-said = refused(TemplateError, lambda: render_chat("{{ messages.__class__.__mro__ }}", messages))
-assert "SecurityError" in said
+message = error_of(TemplateError, lambda: render_chat("{{ messages.__class__.__mro__ }}", messages))
+assert "SecurityError" in message
 
 (home / "pickled").mkdir()
 (home / "pickled" / "config.json").write_text(json.dumps(config))
 torch.save({}, home / "pickled" / "pytorch_model.bin")
-said = refused(CheckpointError, lambda: glmlens.load(home / "pickled"))
-assert "never pickle" in said
+message = error_of(CheckpointError, lambda: glmlens.load(home / "pickled"))
+assert "never pickle" in message
 
 # %% [markdown]
 # What would open as something else is refused as well: quantised weights, a tensor of another shape, or one that is
@@ -651,12 +654,12 @@ assert "never pickle" in said
 # %%
 (home / "quantised").mkdir()
 (home / "quantised" / "config.json").write_text(json.dumps({**config, "quantization_config": {"bits": 4}}))
-said = refused(CheckpointError, lambda: glmlens.load(home / "quantised"))
-assert "quantised" in said
+message = error_of(CheckpointError, lambda: glmlens.load(home / "quantised"))
+assert "quantised" in message
 
 lacking = {name: x for name, x in tensors.items() if name != "model.layers.1.mlp.down_proj.weight"}
-said = refused(CheckpointError, lambda: glmlens.load(written("lacking", config, lacking)))
-assert "model.layers.1.mlp.down_proj.weight" in said
+message = error_of(CheckpointError, lambda: glmlens.load(write_folder("lacking", config, lacking)))
+assert "model.layers.1.mlp.down_proj.weight" in message
 
 shutil.rmtree(home)  # all that we wrote
 

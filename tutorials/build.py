@@ -1,6 +1,6 @@
-"""Every tutorial and every bench as a notebook: python -m tutorials.build [FOLDER ...].
+"""Build the notebooks of all tutorials and workbenches: python -m tutorials.build [FOLDER ...].
 
-Each is a .py in the percent format of jupytext, which is what people edit; the .ipynb beside it is made of it.
+Each source is a .py file in jupytext's percent format, which people edit; the .ipynb file beside it is built from it.
 The same source gives the same bytes.
 """
 
@@ -21,25 +21,28 @@ METADATA = {
 
 
 def sources(folder: Path = HERE) -> list[Path]:
-    """The percent-format files of a folder, in order: those with cells."""
+    """Return the percent-format files of a folder, those that begin with a cell, in order."""
     return sorted(path for path in folder.glob("*.py") if path.read_text(encoding="utf-8").startswith("# %%"))
 
 
 def notebook(source: Path) -> str:
-    """The text of the notebook that is made of a source; a cell is known by what it says; only tags are stored."""
-    made = jupytext.reads(source.read_text(encoding="utf-8"), fmt="py:percent")
-    made.metadata, seen = METADATA, Counter()
-    for cell in made.cells:
-        said = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()[:12]
-        seen[said] += 1
-        cell.metadata = {"tags": tags} if (tags := cell.metadata.get("tags")) else {}
-        cell.id = said if seen[said] == 1 else f"{said}-{seen[said]}"
-    nbformat.validate(made)
-    return nbformat.writes(made) + "\n"
+    """Return the text of the notebook built from a source; a cell id is the hash of its text; only tags are stored."""
+    book = jupytext.reads(source.read_text(encoding="utf-8"), fmt="py:percent")
+    book.metadata = METADATA
+    seen = Counter()
+    for cell in book.cells:
+        digest = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()[:12]
+        seen[digest] += 1
+        tags = cell.metadata.get("tags")
+        cell.metadata = {"tags": tags} if tags else {}
+        # cells with the same text are numbered, so that ids are unique
+        cell.id = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
+    nbformat.validate(book)
+    return nbformat.writes(book) + "\n"
 
 
 def main(*folders: str) -> None:
-    """Write the notebooks of all folders, by default of the course and the benches."""
+    """Write the notebooks of all folders, by default of the course and the workbenches."""
     for folder in map(Path, folders or FOLDERS):
         for source in sources(folder):
             source.with_suffix(".ipynb").write_text(notebook(source), encoding="utf-8")
