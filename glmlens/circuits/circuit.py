@@ -23,7 +23,7 @@ from glmlens.integers import Integer, read_integer
 from glmlens.lens import Lens
 from glmlens.model import Angles, Block, absolute_positions, additive_mask, apply_rotary, rotary_angles
 from glmlens.patch.gradients import record_gradients
-from glmlens.patch.pairs import prepare_pairs
+from glmlens.patch.pairs import PromptPairs
 from glmlens.patch.sites import PatchError
 from glmlens.results import Labelled
 from glmlens.tasks.task import Examples
@@ -144,10 +144,14 @@ class CircuitEvaluator:
     ):  # fmt: skip
         if ablation not in ABLATIONS:
             raise PatchError(f"ablation is {ablation!r}; choose from {', '.join(map(repr, ABLATIONS))}")
-        self.lens, self.graph, self.ablation = lens, Graph.from_config(lens.cfg), ablation
-        self.tokens, other, self.metric = prepare_pairs(lens, clean, corrupt, metric)
+        pairs = PromptPairs.build(lens, clean, corrupt, metric).require_one_length()
+        self.lens = lens
+        self.graph = Graph.from_config(lens.cfg)
+        self.ablation = ablation
+        self.tokens = pairs.clean
+        self.metric = pairs.metric
         names = [f"blocks.{i}.{local}" for i in range(lens.cfg.n_layers) for local in ("attn.z", "mlp_out")]
-        run = record_gradients(lens, other, self.metric, ["embed"], record_names=names)
+        run = record_gradients(lens, pairs.corrupt, self.metric, ["embed"], record_names=names)
         parts = rearrange(
             torch.cat(compute_writer_outputs(lens, run), 2), "batch pos writer model -> writer batch pos model"
         )
@@ -222,11 +226,9 @@ class CircuitEvaluator:
         return block.ln2_post(block.mlp(block.ln2(x), off))
 
     def measure_circuit(self, circuit: Circuit) -> Float[Tensor, "example"]:
-        """The metric of a circuit, per pair."""
-        logits, metric = self.run_circuit(circuit), self.metric
-        read = logits if metric.everywhere else logits[:, -1:]
-        read = read if metric.columns is None else read[..., metric.columns]
-        return metric(read, torch.arange(len(self.tokens), device=self.lens.device))
+        """Return the metric of a circuit's run, per pair."""
+        examples = torch.arange(len(self.tokens), device=self.lens.device)
+        return self.metric.measure(self.run_circuit(circuit), examples)
 
     # ---- how good it is ----
 

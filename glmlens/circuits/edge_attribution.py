@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from einops import einsum, rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from glmlens.circuits.graph import Edge, Graph
@@ -20,8 +20,7 @@ from glmlens.integers import Integer, read_integer
 from glmlens.lens import Lens
 from glmlens.model import RMSNorm
 from glmlens.patch.gradients import RecordedGradients, record_gradients
-from glmlens.patch.metrics import Metric
-from glmlens.patch.pairs import prepare_pairs
+from glmlens.patch.pairs import PromptPairs, TokenPairs
 from glmlens.patch.sites import PatchError
 from glmlens.tasks.task import Examples
 from glmlens.text.prompts import Prompt
@@ -78,32 +77,36 @@ def attribute_edges(
     if method not in ("eap", "eap-ig"):
         raise PatchError(f"method is {method!r}; choose 'eap' or 'eap-ig'")
     steps = read_integer(steps, "steps", least=1, error=PatchError)
-    one, other, read = prepare_pairs(lens, clean, corrupt, metric)
+    pairs = PromptPairs.build(lens, clean, corrupt, metric).require_one_length()
     graph = Graph.from_config(lens.cfg)
     names = [
         f"blocks.{i}.{local}" for i in range(lens.cfg.n_layers) for local in (*READER_INPUT_POINTS, *WRITER_POINTS)
     ]
     names += [f"blocks.{lens.cfg.n_layers - 1}.resid_post"]
-    runs = [record_gradients(lens, tokens, read, ["embed"], record_names=names) for tokens in (one, other)]
-    difference = [b - a for a, b in zip(*(compute_writer_outputs(lens, run) for run in runs), strict=True)]
+    clean_run, corrupt_run = (
+        record_gradients(lens, tokens, pairs.metric, ["embed"], record_names=names)
+        for tokens in (pairs.clean, pairs.corrupt)
+    )
+    clean_outputs, corrupt_outputs = (compute_writer_outputs(lens, run) for run in (clean_run, corrupt_run))
+    difference = [b - a for a, b in zip(clean_outputs, corrupt_outputs, strict=True)]
 
     path = [None] if method == "eap" else [(k + 0.5) / steps for k in range(steps)]
     scores = torch.zeros(len(graph.readers), len(graph.writers), dtype=score_dtype(lens), device=lens.device)
     for alpha in path:
-        hooks = (
-            None if alpha is None else interpolate_embeddings(runs[0].values["embed"], runs[1].values["embed"], alpha)
-        )
-        scores += compute_edge_scores(lens, graph, one, read, difference, hooks) / len(path)
-    scores /= len(one)
-    change = float((runs[1].metric - runs[0].metric).mean())
+        hooks = None
+        if alpha is not None:
+            hooks = interpolate_embeddings(clean_run.values["embed"], corrupt_run.values["embed"], alpha)
+        scores += compute_edge_scores(lens, graph, pairs, difference, hooks) / len(path)
+    scores /= len(pairs)
+    change = float((corrupt_run.metric - clean_run.metric).mean())
     missing = abs(float(scores[:, 0].sum()) - change) / max(abs(change), 1e-12)
     about = {
-        "metric": read.name,
+        "metric": pairs.metric.name,
         "method": method if method == "eap" else f"{method}, {steps} midpoints",
         "sign": "corrupt - clean: an edge that the task needs is negative",
         "heads": "queries by query head, keys and values by group",
-        "pairs": str(len(one)),
-        "baselines": f"clean {float(runs[0].metric.mean()):.4g}, corrupt {float(runs[1].metric.mean()):.4g}",
+        "pairs": str(len(pairs)),
+        "baselines": f"clean {float(clean_run.metric.mean()):.4g}, corrupt {float(corrupt_run.metric.mean()):.4g}",
         "completeness": f"{missing:.3g} of the difference is not accounted for by the embedding's edges",
         "model": lens.model_hash,
     }
@@ -156,16 +159,17 @@ def backpropagate_norm(norm: Any, x: Float[Tensor, "batch pos model"], gradient:
 def compute_edge_scores(
     lens: Lens,
     graph: Graph,
-    tokens: Int[Tensor, "example pos"],
-    metric: Metric,
+    pairs: TokenPairs,
     difference: list[Tensor],
     hooks: Hooks | None,
 ) -> Float[Tensor, "reader writer"]:
     """Δ written · gradient at what is read, for every edge, summed over examples and positions."""
     n = lens.cfg.n_layers
     names = [f"blocks.{i}.{local}" for i in range(n) for local in READER_GRADIENT_POINTS] + ["ln_final.normalized"]
-    also = [f"blocks.{i}.{local}" for i in range(n) for local in READER_INPUT_POINTS] + [f"blocks.{n - 1}.resid_post"]
-    run = record_gradients(lens, tokens, metric, names, hooks, also)
+    recorded = [f"blocks.{i}.{local}" for i in range(n) for local in READER_INPUT_POINTS] + [
+        f"blocks.{n - 1}.resid_post"
+    ]
+    run = record_gradients(lens, pairs.clean, pairs.metric, names, hooks, recorded)
     scores = torch.zeros(len(graph.readers), len(graph.writers), dtype=score_dtype(lens), device=lens.device)
     for i in range(n):
         norm, resid = lens.model.blocks[i].ln1, run.values[f"blocks.{i}.resid_pre"]

@@ -33,8 +33,8 @@ def record_gradients(
     found: list[Tensor] = []
 
     def measure_once(logits: Tensor) -> Tensor:
-        read = logits if metric.columns is None else logits[..., metric.columns]
-        found.append(metric(read, torch.arange(len(tokens), device=tokens.device)))
+        # With logits_to_keep=1 there is one position already, and selecting the last leaves it.
+        found.append(metric.measure(logits, torch.arange(len(tokens), device=tokens.device)))
         return found[0]
 
     last, asked = None if metric.everywhere else 1, list(dict.fromkeys((*names, *record_names)))

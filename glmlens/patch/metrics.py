@@ -64,6 +64,22 @@ class Metric:
             raise PatchError("no answers: give a pair (right, wrong) for every prompt")
         return logit_difference(pairs, lens)
 
+    def select(self, logits: Float[Tensor, "row pos vocab"]) -> Float[Tensor, "row read column"]:
+        """Return the logits that the metric reads, at its positions and of its tokens."""
+        return self.select_columns(self.select_positions(logits))
+
+    def select_positions(self, logits: Float[Tensor, "row pos column"]) -> Float[Tensor, "row read column"]:
+        """Return the logits of the last position alone, unless the metric reads everywhere."""
+        return logits if self.everywhere else logits[:, -1:]
+
+    def select_columns(self, logits: Float[Tensor, "row pos vocab"]) -> Float[Tensor, "row pos column"]:
+        """Return the logits of the metric's tokens alone, where it names some."""
+        return logits if self.columns is None else logits[..., self.columns]
+
+    def measure(self, logits: Float[Tensor, "row pos vocab"], example: Int[Tensor, "row"]) -> Float[Tensor, "row"]:
+        """Return the metric of every row from all its logits; `example` is the number of each row's prompt."""
+        return self(self.select(logits), example)
+
     def __call__(self, logits: Tensor, example: Tensor) -> Float[Tensor, "row"]:
         found: Any = self.of(logits, example)
         if not isinstance(found, Tensor) or found.shape != logits.shape[:1]:

@@ -12,7 +12,7 @@ from glmlens.hook_points import Point
 from glmlens.hooks import Edit, Hooks, list_edits
 from glmlens.lens import Lens, PointNames
 from glmlens.patch.apply import allowed, require_one_prompt
-from glmlens.patch.evaluate import describe_length_mismatch
+from glmlens.patch.pairs import describe_length_mismatch
 from glmlens.patch.sites import PatchError
 from glmlens.recording.activations import Activations
 from glmlens.text.prompts import Prompt
