@@ -111,7 +111,7 @@ RUNS = {
     "a sweep over a kind": (lambda lens: swept(lens, do=patch.Zero), "Zero is a kind of change"),
     "a sweep over one axis twice": (lambda lens: swept(lens, over=("layer", "layer")), "one axis is there twice"),
     "a sweep of no site": (lambda lens: swept(lens, site=3), "is no site"),
-    "nulls by halves": (lambda lens: swept(lens, null=0.5), "null is 0.5; expected a whole number"),
+    "nulls by halves": (lambda lens: swept(lens, null=0.5), "null is 0.5: give one whole number"),
     "unequal pairs": (lambda lens: circuits.attribute_edges(lens, TOKENS, OTHER.repeat(2, 1), metric=(5, 6)), "1 clean and 2"),
     "no other run": (lambda lens: circuits.attribute_edges(lens, TOKENS, None, metric=(5, 6)), "no corrupt prompts"),
     "no steps": (lambda lens: circuits.attribute_edges(lens, TOKENS, OTHER, metric=(5, 6), steps=0), "steps is 0"),

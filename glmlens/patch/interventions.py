@@ -263,8 +263,8 @@ def load_interventions(
     for number, one in enumerate(list_of(data, "interventions", dict, where, PatchError)):
         which = f"{path}: intervention {number}"
         site, do = (field_of(one, part, dict, which, PatchError) for part in ("site", "do"))
-        refuse_other_kinds(site, which)
-        refuse_other_kinds(do, which)
+        refuse_other_kinds(site, SITE_KINDS, which)
+        refuse_other_kinds(do, CHANGE_KINDS, which)
         try:
             loaded.append(Intervention(Site(**site), change_from_json(do, functions or {})))
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as e:
@@ -272,10 +272,14 @@ def load_interventions(
     return loaded
 
 
-def refuse_other_kinds(data: Mapping[str, Any], where: str) -> None:
+Kinds = Mapping[str, tuple[Callable[[Any], bool], str]]
+"""By field: whether a value from JSON may stand there, and what is expected."""
+
+
+def refuse_other_kinds(data: Mapping[str, Any], kinds: Kinds, where: str) -> None:
     """Raise PatchError for a field of a saved site or change whose value is of another kind than that field has."""
     for name, value in data.items():
-        fits, expected = KINDS.get(name, (is_places, "whole numbers or names of positions"))
+        fits, expected = kinds.get(name, (is_places, "whole numbers or names of positions"))
         if not fits(value):
             raise PatchError(f"{where}: expected {expected} as {name!r}, found {reprlib.repr(value)}")
 
@@ -297,9 +301,16 @@ def is_places(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(place, str) or is_ids([place]) for place in value)
 
 
-KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("point", "kind", "fn"), (lambda value: isinstance(value, str), "a name")),
-    **dict.fromkeys(("scale", "unit", "factor"), (is_number, "a number")),
+def is_name(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+SITE_KINDS: Kinds = {"point": (is_name, "a name")}
+CHANGE_KINDS: Kinds = {
+    **dict.fromkeys(("kind", "fn"), (is_name, "a name")),
+    **dict.fromkeys(("scale", "factor"), (is_number, "a number")),
+    "unit": (lambda value: value is None or is_number(value), "a number or null"),
+    "key": (lambda value: value is None or is_name(value), "a text or null"),
     "by_position": (lambda value: isinstance(value, bool), "true or false"),
     "seed": (lambda value: is_ids([value]), "a whole number"),
     "tokens": (is_ids, "token ids"),
