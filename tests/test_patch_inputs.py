@@ -120,22 +120,22 @@ RUNS = {
     "an axis twice": (
         lambda lens: patch.attribution_patch(lens, TOKENS, OTHER, "attn.z", over=("pos", "pos"), metric=(5, 6)), "twice",
     ),
-    "a world of two": (lambda lens: patch.run_side_by_side(lens, {"a": TOKENS.repeat(2, 1)}), "world 'a' is of 2 prompts"),
-    "worlds without names": (lambda lens: patch.run_side_by_side(lens, [TOKENS]), "worlds are prompts by name"),
+    "a world of two": (lambda lens: patch.run_side_by_side(lens, {"a": TOKENS.repeat(2, 1)}), "run 'a' is of 2 prompts"),
+    "worlds without names": (lambda lens: patch.run_side_by_side(lens, [TOKENS]), "runs are prompts by name"),
     "a world that returns nothing": (
         lambda lens: patch.run_side_by_side(lens, {"a": TOKENS}, {"blocks.0.attn.z": lambda here, point: None}),
-        "returned NoneType; expected the worlds that change",
+        "returned NoneType; expected the runs that change",
     ),
-    "a shift by a float": (lambda lens: rotary.shift(lens, 1.5), "shift: by is 1.5; expected a whole number"),
-    "a shift of nothing": (lambda lens: rotary.shift(lens, {}), "give {absolute position"),
-    "frozen at a text": (lambda lens: rotary.freeze(lens, at="3"), "freeze: at is '3'"),
+    "a shift by a float": (lambda lens: rotary.shift(lens, 1.5), "by is 1.5: give one whole number"),
+    "a shift of nothing": (lambda lens: rotary.shift(lens, {}), "by came out empty.*{4: 3}"),
+    "frozen at a text": (lambda lens: rotary.freeze(lens, at="3"), "at is '3': give one whole number"),
     "stretched by a text": (lambda lens: rotary.stretch(lens, "linear", "2"), "factor is '2'"),
-    "surgeries without names": (lambda lens: rotary.breakage(lens, TOKENS, [rotary.freeze(lens)]), "no surgery"),
+    "surgeries without names": (lambda lens: rotary.breakage(lens, TOKENS, [rotary.freeze(lens)]), "no rotary edit"),
     "neither hook nor intervention": (lambda lens: timeline.schedule_edits(lens, [Z]), "hooks are"),
     "ridge below 0": (lambda lens: patch.fit_steering(lens, TOKENS, OTHER, ridge=-1), "ridge is -1"),
-    "a steering times a vector": (lambda lens: patch.fit_steering(lens, TOKENS, OTHER) * torch.ones(3), "factor of a"),
-    "a steering of a layer": (lambda lens: patch.fit_steering(lens, TOKENS, OTHER, layers=0)[1], "no vector of layer 1"),
-    "a steering and a number": (lambda lens: patch.fit_steering(lens, TOKENS, OTHER) + 1, "do not add up"),
+    "a steering times a vector": (lambda lens: patch.fit_steering(lens, TOKENS, OTHER) * torch.ones(3), "factor of a steering vector"),
+    "a steering of a layer": (lambda lens: patch.fit_steering(lens, TOKENS, OTHER, layers=0)[1], "no vector for layer 1"),
+    "a steering and a number": (lambda lens: patch.fit_steering(lens, TOKENS, OTHER) + 1, "cannot be added"),
 }  # fmt: skip
 
 

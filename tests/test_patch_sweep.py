@@ -439,7 +439,7 @@ def test_a_checkpoint_of_an_older_version_is_of_another_sweep(lens, tmp_path):
     clean, corrupt = pair((0,))
     with (tmp_path / "cells.npz").open("wb") as file:
         np.savez(file, key=np.array("ab" * 32), denoise=np.zeros((3, 1)), **{"denoise moved": np.ones((3, 1), bool)})
-    with pytest.raises(PatchError, match="not a whole safetensors file.*give another file"):
+    with pytest.raises(PatchError, match=r"not a whole safetensors file.*give another file"):
         patch.sweep(lens, clean, corrupt, "mlp_out", over=("layer",), metric=(5, 9), checkpoint=tmp_path / "cells.npz")
 
 
