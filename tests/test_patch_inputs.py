@@ -83,9 +83,9 @@ def test_changes_take_numbers_and_ids_of_every_library():
 RUNS = {
     "a site": (lambda lens: patch.run_with_interventions(lens, TOKENS, Z), "is no intervention"),
     "a hook": (lambda lens: patch.run_with_interventions(lens, TOKENS, [("blocks.0.attn.z", abs)]), "is no intervention"),
-    "names that are numbers": (lambda lens: run_at(lens, position_names={"S": 40}), "names: 'S' is 40; .* positions 0 to 8"),
-    "names from the end": (lambda lens: run_at(lens, position_names={"S": -1}), "names: 'S' is -1"),
-    "names that are none": (lambda lens: run_at(lens, position_names=["S"]), "names are positions by name"),
+    "names that are numbers": (lambda lens: run_at(lens, position_names={"S": 40}), "position_names: 'S' is 40; .* positions 0 to 8"),
+    "names from the end": (lambda lens: run_at(lens, position_names={"S": -1}), "position_names: 'S' is -1"),
+    "names that are none": (lambda lens: run_at(lens, position_names=["S"]), "position_names are positions by name"),
     "allow": (lambda lens: run_at(lens, allow="no chang"), "allow='no chang'; what can be allowed is"),
     "nothing returned": (lambda lens: run_at(lens, lambda x: None), "returned NoneType; expected a tensor"),
     "another shape": (lambda lens: run_at(lens, lambda x: x[:1]), "made torch.float32 .* expected"),

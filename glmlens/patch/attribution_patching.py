@@ -197,7 +197,7 @@ def label_estimate(
 
 
 def concatenate_query_channels(acts: Mapping[str, Any], layer: int) -> Float[Tensor, "batch pos head d"]:
-    """Return the query after rotary: the rotated channels, then those that are not, where the model has some."""
+    """Return queries after rotary: the rotated channels, then the others, where there are any."""
     names = [f"blocks.{layer}.{p}" for p in ("attn.q_rot", "attn.q_pass")]
     return torch.cat([acts[name] for name in names if name in acts], -1)
 

@@ -213,7 +213,7 @@ def assign_slots(
 def build_segment_mask(
     position: Int[Tensor, "row slot"], cell: Int[Tensor, "row slot"], batch: PackedBatch, dtype: torch.dtype
 ) -> Float[Tensor, "row one slot key"]:
-    """Return the additive mask: 0 at the past before the cell's first position and at the cell itself up to the slot."""
+    """Return the additive mask: 0 at the past before the cell's first position, and at the cell up to the slot."""
     # Slots without a cell have number -1, which reads the 0 appended: they may attend to nothing of the past.
     first = torch.tensor([c.first_position for c in batch.cells] + [0], device=position.device)[cell]
     past = torch.arange(batch.past_length, device=position.device) < first[:, :, None]

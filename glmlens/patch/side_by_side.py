@@ -25,7 +25,7 @@ SideBySideHook = Callable[[dict[str, Tensor], Point], Mapping[str, Tensor] | Any
 
 @dataclass(frozen=True, eq=False)
 class SideBySideRuns:
-    """Runs side by side: `logits[name]` [pos, vocab], and `acts`, whose rows are the runs in the order of `run_names`."""
+    """Runs side by side: `logits[name]` [pos, vocab], and `acts` with a row per run, in the order of `run_names`."""
 
     run_names: tuple[str, ...]
     logits: Mapping[str, Float[Tensor, "pos vocab"]] = field(repr=False)

@@ -193,7 +193,7 @@ def logistic_direction(plus: Tensor, minus: Tensor, ridge: int | float) -> Float
 
 
 def logistic_loss(weights: Tensor, x: Tensor, n_positive: int, ridge: int | float) -> Float[Tensor, ""]:
-    """Return the mean cross-entropy in nats, the first rows being positive and the others negative, plus the ridge term."""
+    """Return the mean cross-entropy in nats, the first rows positive and the others negative, plus the ridge term."""
     sign = torch.ones(len(x), dtype=x.dtype, device=x.device)
     sign[n_positive:] = -1
     log_odds = x @ weights[:-1] + weights[-1]
