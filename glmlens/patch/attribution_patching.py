@@ -197,7 +197,7 @@ def label_estimate(
 
 
 def concatenate_query_channels(acts: Mapping[str, Any], layer: int) -> Float[Tensor, "batch pos head d"]:
-    """Return queries after rotary: the rotated channels, then the others, where there are any."""
+    """Return queries after rotary: the rotated channels, then the others."""
     names = [f"blocks.{layer}.{p}" for p in ("attn.q_rot", "attn.q_pass")]
     return torch.cat([acts[name] for name in names if name in acts], -1)
 
