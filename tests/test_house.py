@@ -20,7 +20,7 @@ cache.graft cache tasks.words tasks.task tasks.language tasks.formal tasks analy
 analysis.logit_lens analysis.residual analysis.splits analysis.attribution analysis.factored analysis.circuits
 analysis.heads analysis.chunks analysis.rotary analysis.distance analysis.cache_reads analysis.leave_one_out
 analysis.probes analysis.selfcheck analysis patch.sites patch.checkpoint_keys patch.values patch.interventions
-patch.apply patch.metrics patch.packing patch.engine patch.evaluate patch.pairs patch.checkpoints patch.grid patch.sweep
+patch.apply patch.metrics patch.pairs patch.packing patch.engine patch.evaluate patch.checkpoints patch.grid patch.sweep
 patch.side_by_side patch.steering_vectors patch.gradients patch.attribution_patching patch.rotary patch
 circuits.graph circuits.edge_attribution circuits.circuit circuits.path_patching circuits timeline.recording
 timeline.pickled_lens timeline.timeline timeline plot.style plot.arrays plot.heatmaps plot.heads plot.bars plot.lines plot.rotary

@@ -91,7 +91,7 @@ def by_head_and_by_group(interventions):
     for one in interventions:
         if one.site.point in ("kv.k", "kv.v"):
             at = {(one.site.point, layer) for layer in one.site.layer or range(3)}
-            layers.setdefault(one.site.ungrouped, set()).update(at)
+            layers.setdefault(one.site.by_query_head, set()).update(at)
     return bool(layers.get(True, set()) & layers.get(False, set()))
 
 

@@ -9,6 +9,7 @@ import glmlens
 from glmlens import patch
 from glmlens.patch import PatchError, Site
 from glmlens.patch.evaluate import EvaluationJob
+from glmlens.patch.pairs import PromptPairs
 from glmlens.recording.recorder import trace_points
 
 POINTS = sorted({p.local for p in trace_points(small_lens("glm4").model).values()})
@@ -438,7 +439,7 @@ def test_a_checkpoint_of_an_older_version_is_of_another_sweep(lens, tmp_path):
     clean, corrupt = pair((0,))
     with (tmp_path / "cells.npz").open("wb") as file:
         np.savez(file, key=np.array("ab" * 32), denoise=np.zeros((3, 1)), **{"denoise moved": np.ones((3, 1), bool)})
-    with pytest.raises(PatchError, match="another sweep"):
+    with pytest.raises(PatchError, match=r"not a whole safetensors file.*give another file"):
         patch.sweep(lens, clean, corrupt, "mlp_out", over=("layer",), metric=(5, 9), checkpoint=tmp_path / "cells.npz")
 
 
@@ -476,7 +477,8 @@ def test_a_cell_starts_at_its_layer_and_position(lens):
     for i, block in enumerate(lens.model.blocks):
         block.register_forward_hook(lambda m, args, out, i=i: passed.append((i, args[0].shape[0] * args[0].shape[1])))
     rows = [tuple(p[0].tolist()) for p in (corrupt, clean)]
-    job = EvaluationJob(lens, rows[:1], patch.Metric("first", lambda logits, _: logits[:, -1, 0]), rows[1:])
+    metric = patch.Metric("first", lambda logits, _: logits[:, -1, 0])
+    job = EvaluationJob(PromptPairs.build(lens, [rows[0]], [rows[1]], metric))
     variants = [[patch.Intervention(Site("resid_pre", layer=2, pos=p), patch.Swap())] for p in range(9)]
     todo = torch.ones(9, 1, dtype=torch.bool)
     list(job.run_variants(variants, todo))

@@ -49,7 +49,7 @@ def test_worlds_refuse_what_cannot_be_meant(lens):
     two = {"clean": CLEAN, "corrupt": CORRUPT}
     with pytest.raises(PatchError, match="differ from token"):
         patch.run_side_by_side(lens, {"clean": CLEAN, "corrupt": CORRUPT[:, :5]})
-    with pytest.raises(PatchError, match="no world is called 'x'; there are clean, corrupt"):
+    with pytest.raises(PatchError, match="no run is called 'x'; there are clean, corrupt"):
         patch.run_side_by_side(lens, two, {"embed": lambda here, point: {"x": here["clean"]}})
     with pytest.raises(PatchError, match="changed nothing"):
         patch.run_side_by_side(lens, two, {"embed": lambda here, point: {"clean": here["clean"]}})

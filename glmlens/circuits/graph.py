@@ -1,8 +1,8 @@
-"""A GLM as a graph: who writes to the residual stream, who reads it, and the edges between them.
+"""A GLM as a graph: components that write to the residual stream, components that read it, edges between them.
 
 Writers, in the order in which they write: the embedding, and of every layer its heads and its MLP. Readers: of every
-layer the query of each head, the key and the value of each group, and the MLP; at last the logits. A reader reads all
-that was written before it, so its edges come from the first writers and are counted by one number.
+layer the query of each head, the key and the value of each group, and the MLP; last the logits. A reader reads all that
+has been written before it, so its edges come from the first n writers, and n alone describes them.
 """
 
 from collections.abc import Iterator
@@ -28,33 +28,36 @@ class Graph:
 
     @staticmethod
     def from_config(cfg: GLMConfig) -> "Graph":
+        """Return the graph of a model with this configuration."""
         return Graph(cfg.n_layers, cfg.n_heads, cfg.n_kv_heads)
 
     @cached_property
     def writers(self) -> list[str]:
+        """Names of writers in the order in which they write: embed, 0.head0, ..., 0.mlp, 1.head0, ..."""
         layers = ([*(f"{i}.head{h}" for h in range(self.n_heads)), f"{i}.mlp"] for i in range(self.n_layers))
         return ["embed", *(name for layer in layers for name in layer)]
 
     @cached_property
     def readers(self) -> list[str]:
+        """Names of readers in order: 0.q0, ..., 0.k0, ..., 0.v0, ..., 0.mlp, 1.q0, ..., logits."""
         return [name for i in range(self.n_layers) for name in (*self.attention_readers(i), f"{i}.mlp")] + ["logits"]
 
     def attention_readers(self, layer: int) -> list[str]:
-        """The readers of a layer's attention: queries by head, keys and values by group."""
+        """Return the readers of a layer's attention: queries by head, keys and values by group."""
         kinds = (("q", self.n_heads), ("k", self.n_kv_heads), ("v", self.n_kv_heads))
         return [f"{layer}.{kind}{n}" for kind, many in kinds for n in range(many)]
 
     @property
     def readers_per_layer(self) -> int:
-        """Readers of one layer."""
+        """How many readers one layer has."""
         return self.n_heads + 2 * self.n_kv_heads + 1
 
     def attention_reader_slice(self, layer: int) -> slice:
-        """Where the readers of a layer's attention are among all readers; its MLP follows."""
+        """Return the rows of a layer's attention readers among all readers; the row of its MLP follows."""
         return slice(layer * self.readers_per_layer, (layer + 1) * self.readers_per_layer - 1)
 
     def n_writers_before(self, layer: int) -> int:
-        """How many writers have written when a layer begins."""
+        """Return how many writers have written when a layer starts."""
         return 1 + layer * (self.n_heads + 1)
 
     @cached_property
@@ -62,7 +65,7 @@ class Graph:
         return sum(self.count_writers_by_reader())
 
     def count_writers_by_reader(self) -> Iterator[int]:
-        """For every reader, of how many first writers it has edges."""
+        """Yield for every reader from how many of the first writers it has edges."""
         for i in range(self.n_layers):
             yield from [self.n_writers_before(i)] * (self.readers_per_layer - 1)
             yield self.n_writers_before(i) + self.n_heads
@@ -70,25 +73,25 @@ class Graph:
 
     @cached_property
     def mask(self) -> Bool[Tensor, "reader writer"]:
-        """Where there is an edge."""
+        """True where there is an edge."""
         reads = torch.tensor(list(self.count_writers_by_reader()))
         return torch.arange(len(self.writers)) < reads[:, None]
 
     def edges(self) -> Iterator[Edge]:
-        """Every edge as (writer, reader)."""
+        """Yield every edge as (writer, reader)."""
         for reader, many in zip(self.readers, self.count_writers_by_reader(), strict=True):
             for writer in self.writers[:many]:
                 yield writer, reader
 
     def writer_input_mask(self) -> Bool[Tensor, "writer reader"]:
-        """Which readers a writer is computed from: a head from its query and its group's key and value."""
-        found = torch.zeros(len(self.writers), len(self.readers), dtype=torch.bool)
+        """Return which readers a writer is computed from: a head from its query and its group's key and value."""
+        mask = torch.zeros(len(self.writers), len(self.readers), dtype=torch.bool)
         group, at = self.n_heads // self.n_kv_heads, {name: i for i, name in enumerate(self.readers)}
         for w, name in enumerate(self.writers[1:], 1):
             layer, part = name.split(".")
             if part == "mlp":
-                found[w, at[name]] = True
+                mask[w, at[name]] = True
             else:
                 h = int(part.removeprefix("head"))
-                found[w, [at[f"{layer}.q{h}"], at[f"{layer}.k{h // group}"], at[f"{layer}.v{h // group}"]]] = True
-        return found
+                mask[w, [at[f"{layer}.q{h}"], at[f"{layer}.k{h // group}"], at[f"{layer}.v{h // group}"]]] = True
+        return mask

@@ -1,4 +1,4 @@
-"""Interventions as ordinary hooks: one prompt, or a generation, and an error for what came to nothing."""
+"""Run interventions as ordinary hooks, on one prompt or in a generation; raise for one that had no effect."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from glmlens.deprecated import rename_keyword
 from glmlens.hook_points import Point
 from glmlens.hooks import Edit, list_edits
 from glmlens.integers import Integer
@@ -30,17 +31,21 @@ ALLOWED = ("never fired", "no change")
 
 
 def allowed(allow: str | Sequence[str]) -> tuple[str, ...]:
-    """What is allowed, as a tuple; PatchError for what cannot be."""
-    found = (allow,) if isinstance(allow, str) else tuple(allow)
-    unknown = [word for word in found if word not in ALLOWED]
+    """Return the effects that may be missing, as a tuple; raise PatchError for an unknown one."""
+    listed = (allow,) if isinstance(allow, str) else tuple(allow)
+    unknown = [word for word in listed if word not in ALLOWED]
     if unknown:
         raise PatchError(f"allow={unknown[0]!r}; what can be allowed is {' and '.join(map(repr, ALLOWED))}")
-    return found
+    return listed
 
 
 @dataclass
 class AppliedInterventions:
-    """Interventions as ordinary hooks, which note whether they came to anything."""
+    """Interventions compiled to ordinary hooks, which note which of them ran and which changed a number.
+
+    `fired` and `changed` hold indices of interventions. `ends` is the last prompt position of every row, known once the
+    prompt has been run; `late` holds the writes of interventions that name it, by intervention and end.
+    """
 
     lens: Lens
     interventions: Sequence[Intervention]
@@ -48,7 +53,7 @@ class AppliedInterventions:
     hooks: list[tuple[str, Edit]] = field(default_factory=list)
     fired: set[int] = field(default_factory=set)
     changed: set[int] = field(default_factory=set)
-    ends: list[int] | None = None  # of every row the last position of its prompt, once that has been run
+    ends: list[int] | None = None
     late: dict[tuple[int, int], dict[str, Write]] = field(default_factory=dict)
 
     @staticmethod
@@ -60,14 +65,15 @@ class AppliedInterventions:
         *,
         end_when_run: bool = False,
     ) -> "AppliedInterventions":
-        """Hooks for `run_with_hooks` or, without a length, for `generate`.
+        """Compile interventions to hooks for `run_with_hooks` or, without a length, for `generate`.
 
-        With `end_when_run`, "end" is the last position of every row of the first call, whatever stands before it.
+        With `end_when_run`, "end" is the last position of every row of the first call, which is known only when it runs.
         """
         applied = AppliedInterventions(lens, interventions, InterventionCompiler(lens))
         applied.compiler.record_sources(interventions, length)
         writes = []
         for i, one in enumerate(interventions):
+            # Position 0 stands for an end that is not known yet: the hook compiles its write again.
             named = [place for places in one.site.chosen_places().values() for place in places]
             late = end_when_run and "end" in named
             for write in applied.compiler.compile_writes(one, length, {"end": 0} if late else position_names or {}):
@@ -76,8 +82,8 @@ class AppliedInterventions:
         refuse_mixed(writes)
         return applied
 
-    def written(self, i: int, name: str, row: int) -> Write:
-        """The write of an intervention at the end of one row's prompt."""
+    def write_at_end(self, i: int, name: str, row: int) -> Write:
+        """Return the write of an intervention that names "end", in one row."""
         assert self.ends is not None
         end = self.ends[row]
         if (i, end) not in self.late:
@@ -94,35 +100,39 @@ class AppliedInterventions:
                 raise PatchError(f"{one}: changed nothing. If that is meant, allow='no change'")
 
     def make_cache(self, batch: int, capacity: int) -> KVCache | None:
-        """The cache that interventions by query head need."""
+        """Return the cache that interventions by query head need, or None where there are none."""
         if not any(one.site.by_query_head for one in self.interventions):
             return None
         kv = self.lens.new_kv(batch, capacity)
-        return UngroupedCache(**{f.name: getattr(kv, f.name) for f in fields(kv)}, group_size=self.lens.cfg.n_groups)
+        return UngroupedCache.from_cache(kv, self.lens.cfg.n_groups)
 
 
 @dataclass
 class InterventionHook:
-    """One write of an intervention as an edit, which notes whether it fired and whether it changed anything."""
+    """One write of an intervention as an edit; with `late`, its positions are known once the prompt has been run."""
 
     applied: AppliedInterventions
     index: int
     write: Write
-    late: bool = False  # it names the end of a prompt that has not been run yet
+    late: bool = False
 
     def __post_init__(self) -> None:
         self.__name__ = str(self.applied.interventions[self.index])
 
     def __call__(self, x: Tensor, point: Point) -> Tensor:
-        applied, cfg, split = self.applied, self.applied.lens.cfg, False
+        applied, cfg = self.applied, self.applied.lens.cfg
+        ungrouped = False  # whether keys or values are there as every query head reads them
         if self.write.uses_key_positions:
-            split = x.shape[2] == cfg.n_heads != cfg.n_kv_heads
-            if self.write.by_query_head and not split and cfg.n_groups > 1:
-                raise PatchError(f"{self.write.name} by query head needs a cache that is not grouped: use patch.run")
-        where, keys_of = self.positions_of(point), cast(Tensor, point.key_positions)
-        for i, (row, here, keys) in enumerate(zip(move_position_first(point.name, x), where, keys_of, strict=True)):
-            write = self.written(i, point)
-            slots = reached(write, here).nonzero().squeeze(1)
+            ungrouped = x.shape[2] == cfg.n_heads != cfg.n_kv_heads
+            if self.write.by_query_head and not ungrouped and cfg.n_groups > 1:
+                raise PatchError(
+                    f"{self.write.name} by query head needs a cache that is not grouped: use run_with_interventions"
+                )
+        rows = move_position_first(point.name, x)
+        positions, key_positions = self.positions_of(point), cast(Tensor, point.key_positions)
+        for i, (row, here, keys) in enumerate(zip(rows, positions, key_positions, strict=True)):
+            write = self.write_of_row(i, point)
+            slots = match_positions(write, here).nonzero().squeeze(1)
             if not len(slots):
                 continue
             column = lambda asked, keys=keys: find_key_columns(asked, keys)  # noqa: E731 - one of two
@@ -133,7 +143,7 @@ class InterventionHook:
                     lambda asked, real=real: real,
                 )
             applied.fired.add(self.index)
-            if split and not write.by_query_head:
+            if ungrouped and not write.by_query_head:
                 changed = write.into_group(row, slots, here[slots], column, cfg.n_groups)
             else:
                 changed = write.apply_to_row(row, slots, here[slots], column)
@@ -141,50 +151,55 @@ class InterventionHook:
                 applied.changed.add(self.index)
         return x
 
-    def written(self, row: int, point: Point) -> Write:
-        """This write in one row of a call."""
+    def write_of_row(self, row: int, point: Point) -> Write:
+        """Return this write in one row of a call; of the first call the last positions are the prompts' ends."""
         if not self.late:
             return self.write
         if self.applied.ends is None:
             self.applied.ends = cast(Tensor, point.positions).amax(1).tolist()
-        return self.applied.written(self.index, self.write.name, row)
+        return self.applied.write_at_end(self.index, self.write.name, row)
 
     def applies_at(self, point: Point) -> bool:
-        """Whether this call has any of the positions that are meant."""
+        """Whether this call has any of the write's positions."""
         rows = enumerate(self.positions_of(point))
-        return any(bool(reached(self.written(i, point), here).any()) for i, here in rows)
+        return any(bool(match_positions(self.write_of_row(i, point), here).any()) for i, here in rows)
 
     def positions_of(self, point: Point) -> Tensor:
+        """Return the absolute positions along the axis of the write, [row, slot]."""
         return cast(Tensor, point.key_positions if self.write.uses_key_positions else point.positions)
 
 
-def reached(write: Write, where: Tensor) -> Tensor:
-    """Which of these absolute positions a write is meant for; padding, at -1, is never."""
+def match_positions(write: Write, where: Tensor) -> Tensor:
+    """Return a mask of the absolute positions that a write is for; padding, at -1, never is."""
     return where >= 0 if write.positions is None else torch.isin(where, write.positions)
 
 
 def find_key_columns(positions: Tensor, keys: Tensor) -> Tensor:
-    """Where the keys at these positions stand."""
-    found = (keys[None] == positions[:, None]).int()
-    if not bool(found.any(1).all()):
+    """Return the columns of the keys at these positions; raise PatchError for one that this call does not attend to."""
+    matches = (keys[None] == positions[:, None]).int()
+    if not bool(matches.any(1).all()):
         raise PatchError(
-            f"key positions {positions[~found.any(1)].tolist()} asked for; this call can attend to {keys.tolist()}"
+            f"key positions {positions[~matches.any(1)].tolist()} asked for; this call can attend to {keys.tolist()}"
         )
-    return found.argmax(1)
+    return matches.argmax(1)
 
 
 @dataclass(eq=False, repr=False)
 class UngroupedCache(KVCache):
-    """A cache that is recalled as every query head reads it, [batch, key, head, d]."""
+    """A KV cache that returns keys and values as every query head reads them, [batch, key, head, d]."""
 
     group_size: int = 1
+
+    @staticmethod
+    def from_cache(kv: KVCache, group_size: int) -> "UngroupedCache":
+        """Return an ungrouped cache with the fields of `kv`."""
+        return UngroupedCache(**{f.name: getattr(kv, f.name) for f in fields(kv)}, group_size=group_size)
 
     def layer(self, index: int) -> LayerKV:
         return UngroupedLayerKV(self, index, self.group_size)
 
     def fork(self, room: Integer = 0) -> "UngroupedCache":
-        copy = super().fork(room)
-        return UngroupedCache(**{f.name: getattr(copy, f.name) for f in fields(copy)}, group_size=self.group_size)
+        return UngroupedCache.from_cache(super().fork(room), self.group_size)
 
 
 torch.serialization.add_safe_globals([UngroupedCache])  # a pickled generation may hold one
@@ -192,7 +207,7 @@ torch.serialization.add_safe_globals([UngroupedCache])  # a pickled generation m
 
 @dataclass(frozen=True)
 class UngroupedLayerKV(LayerKV):
-    """One layer's part of an ungrouped cache."""
+    """One layer of an ungrouped cache: entries are stored by key head and repeated when they are read."""
 
     group_size: int
 
@@ -201,6 +216,7 @@ class UngroupedLayerKV(LayerKV):
         return repeat_kv(k, self.group_size), repeat_kv(v, self.group_size)
 
 
+@rename_keyword("names", "position_names")
 def run_with_interventions(
     lens: Lens,
     prompt: Prompt,
@@ -209,11 +225,11 @@ def run_with_interventions(
     position_names: PositionNames | Any = None,
     allow: str | Sequence[str] = (),
 ) -> Tensor:
-    """Logits [batch, pos, vocab] of one prompt with interventions.
+    """Run one prompt with interventions and return its logits [batch, pos, vocab].
 
-    They hold in the order of the forward; at one point, in the order given. `names` are positions by name, {"S2": 9},
-    and "end" is the last. Raises PatchError for an intervention that "never fired" or made "no change", unless `allow`
-    says so.
+    Interventions hold in the order of the forward; at one point, in the order given. `position_names` are positions by
+    name, {"S2": 9}, and "end" is the last. Raise PatchError for an intervention that "never fired" or made "no change",
+    unless `allow` names that.
     """
     (tokens,) = require_one_prompt(lens, prompt)
     asked, allow = as_interventions(interventions), allowed(allow)
@@ -236,16 +252,18 @@ def generate_with_interventions(
     allow: str | Sequence[str] = (),
     **options: Any,
 ) -> GenerationResult:
-    """`lens.generate` with interventions at absolute positions, checked as in `run`; `options` are those of generate.
+    """Generate with interventions at absolute positions; `options` are those of `lens.generate`.
 
-    "end" is the last position of the prompt, of each by itself. A site without positions holds at every position, also
-    of what is generated.
+    "end" is the last position of each prompt. A site without positions holds at every position, generated ones too.
+    Raise PatchError as `run_with_interventions` does.
     """
     asked, allow = as_interventions(interventions), allowed(allow)
     applied = AppliedInterventions.compile(lens, asked, end_when_run=True)
     if options.get("kv") is None and any(one.site.by_query_head for one in asked):
         tokens, _ = lens.to_batch(prompt)
-        options["kv"] = applied.make_cache(tokens.shape[0], tokens.shape[1] + min(max_new_tokens, 256))  # it grows
+        options["kv"] = applied.make_cache(
+            tokens.shape[0], tokens.shape[1] + min(max_new_tokens, 256)
+        )  # a first capacity; it grows
     done = lens.generate(
         prompt, max_new_tokens, hooks=[*applied.hooks, *list_edits(options.pop("hooks", None))], **options
     )
@@ -254,7 +272,8 @@ def generate_with_interventions(
 
 
 def require_one_prompt(lens: Lens, prompt: Prompt) -> tuple[TokenIds, ...]:
-    found = to_token_ids(lens, prompt)
-    if len(found) != 1:
-        raise PatchError(f"one prompt at a time here, not {len(found)}; patch.sweep takes many")
-    return found
+    """Return the token ids of a prompt in a tuple of one; raise PatchError for several prompts."""
+    rows = to_token_ids(lens, prompt)
+    if len(rows) != 1:
+        raise PatchError(f"one prompt at a time here, not {len(rows)}; patch.sweep takes many")
+    return rows

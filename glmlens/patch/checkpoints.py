@@ -1,4 +1,4 @@
-"""Finished cells of a sweep on disk, so that it can go on where it was interrupted."""
+"""Store finished cells of a sweep on disk, so that it can continue where it was interrupted."""
 
 import json
 import os
@@ -17,7 +17,7 @@ FORMAT = "glmlens.Sweep"
 
 @dataclass
 class SweepCheckpoint:
-    """Finished cells on disk, under keys that say what they are cells of."""
+    """Finished cells on disk, with keys of everything that they depend on; without a path nothing is stored."""
 
     path: Path | None
     keys: Mapping[str, str]
@@ -25,7 +25,7 @@ class SweepCheckpoint:
 
     @staticmethod
     def open(path: str | Path | None, keys: Mapping[str, str]) -> "SweepCheckpoint":
-        """The store at a path, with what is in it; PatchError when that is of another sweep, saying what differs."""
+        """Open the file at a path and read its cells; raise PatchError for those of another sweep."""
         where = None if path is None else expand_path(path, PatchError)
         store = SweepCheckpoint(where, keys)
         if where is not None and os.path.lexists(where):
@@ -38,36 +38,41 @@ class SweepCheckpoint:
         return store
 
     def load_cells(self, name: str, values: Tensor, changed: Tensor) -> tuple[Tensor, Tensor]:
-        """The finished cells of this name, or those given where there are none."""
+        """Return the finished cells of this name, or those given where there are none.
+
+        Raise PatchError for cells of another shape or dtype.
+        """
         if name not in self.arrays:
             return values, changed
-        kept = self.arrays[name], self.arrays.get(f"{name} moved", values)
-        for found, expected in zip(kept, (values, changed), strict=True):
-            if found.shape != expected.shape or found.dtype != expected.dtype:
+        # "moved" is the name in files for `changed`
+        stored = self.arrays[name], self.arrays.get(f"{name} moved", values)
+        for array, expected in zip(stored, (values, changed), strict=True):
+            if array.shape != expected.shape or array.dtype != expected.dtype:
                 raise OtherFile(
-                    f"{self.path}: cells of {found.dtype} {tuple(found.shape)}, "
+                    f"{self.path}: cells of {array.dtype} {tuple(array.shape)}, "
                     f"expected {expected.dtype} {tuple(expected.shape)}"
                 )
-        return kept[0].clone(), kept[1].clone()
+        return stored[0].clone(), stored[1].clone()
 
     def save_cells(self, name: str, values: Tensor, changed: Tensor) -> None:
+        """Write all cells to the file, those of this name as given."""
         if self.path is None:
             return
         self.arrays |= {name: values, f"{name} moved": changed}
         metadata = {"format": FORMAT, "key": json.dumps(self.keys)}
-        # Without waiting for the disk: what a power cut takes is run again, and a sweep saves often.
+        # A sweep saves after every batch, so do not wait for the disk: cells lost in a power cut are run again.
         write_tensors(self.path, self.arrays, metadata, PatchError, sync=False)
 
 
 class OtherFile(PatchError):
-    """A checkpoint that cannot be gone on with."""
+    """A checkpoint that this sweep cannot continue."""
 
     def __init__(self, why: str):
         super().__init__(f"{why}: give another file, or remove it")
 
 
 def read_keys(text: str) -> dict[str, str]:
-    """The keys that a file was written under; none where they cannot be read."""
+    """Return the keys that a file was written with; none where they cannot be read."""
     try:
         keys = json.loads(text)
     except (ValueError, RecursionError):

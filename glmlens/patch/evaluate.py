@@ -1,4 +1,4 @@
-"""What interventions do to a metric, for many prompts and many variants at once."""
+"""Run many variants of many prompts, and measure each: which cells to run, in which batches, at what cost."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,252 +9,301 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from glmlens.deprecated import rename_attribute, rename_keyword
 from glmlens.lens import Lens
 from glmlens.patch.apply import allowed
 from glmlens.patch.engine import BaseRuns, make_unchanged_batch, run_packed
 from glmlens.patch.interventions import (
     Intervention,
     InterventionCompiler,
+    PositionNames,
     Write,
     as_interventions,
-    read_position_names,
     refuse_mixed,
 )
-from glmlens.patch.metrics import Metric, as_metric
 from glmlens.patch.packing import Cell, PackedBatch, estimate_row_bytes, pack_batches
+from glmlens.patch.pairs import PromptPairs
 from glmlens.patch.sites import PatchError, repeat_kv
-from glmlens.patch.values import Swap, TokenIds, to_token_ids
+from glmlens.patch.values import Swap, TokenIds
 from glmlens.tasks.task import Examples
 from glmlens.text.prompts import Prompt
 
-PositionNames = Mapping[str, int]
 Variant = Sequence[Intervention]
 DEFAULT_BATCH_BYTES = 2**28
-"""Bytes that the rows of one wave may weigh, unless told otherwise."""
+"""Bytes that the rows of one batch may take, unless `most_bytes` is given."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a job takes: cells to run, cells that nothing can change, passes of waves, and the largest wave's bytes.
+    """What a job takes: cells to run, cells that nothing can change, batches, and the largest batch's bytes.
 
     `flops` are multiplications and additions in the matrices of the layers and the unembedding, without attention's
-    own; `naive_flops` are those of a whole forward for every cell.
+    own; `naive_flops` are those of a whole forward for every cell. Costs add up.
     """
 
-    cells: int
-    unchanged: int
-    batches: int
-    bytes: int
-    flops: int
-    naive_flops: int
+    cells: int = 0
+    unchanged: int = 0
+    batches: int = 0
+    bytes: int = 0
+    flops: int = 0
+    naive_flops: int = 0
+
+    waves = rename_attribute("waves", "batches")
 
     def __add__(self, other: "Cost") -> "Cost":
         sums = {name: getattr(self, name) + getattr(other, name) for name in vars(self)}
+        # batches run one after the other, so memory is that of the largest
         return Cost(**sums | {"bytes": max(self.bytes, other.bytes)})
 
 
-NO_COST = Cost(0, 0, 0, 0, 0, 0)
+NO_COST = Cost()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class CompiledGroup:
+    """The cells of prompts of one length: those to run, and those that no write can change."""
+
+    base: BaseRuns
+    cells: list[Cell]
+    unchanged: list[Cell]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MeasuredCells:
+    """Cells that have been run, one batch of them: the metric of each, and whether its edits changed any number."""
+
+    variants: Int[Tensor, "cell"]
+    examples: Int[Tensor, "cell"]
+    metrics: Float[Tensor, "cell"]
+    changed: Bool[Tensor, "cell"]
+
+    @staticmethod
+    def from_cells(cells: Sequence[Cell], metrics: Tensor, changed: Tensor) -> "MeasuredCells":
+        indices = torch.tensor([(cell.variant, cell.example) for cell in cells], device=metrics.device)
+        return MeasuredCells(variants=indices[:, 0], examples=indices[:, 1], metrics=metrics, changed=changed)
+
+    def __len__(self) -> int:
+        return len(self.metrics)
 
 
 @dataclass
 class EvaluationJob:
-    """Variants of prompts to be measured: which prompts, against which other runs, and how.
+    """Variants of prompts to run and measure.
 
-    `names` are the named positions of every prompt, or of all when they are the same. Raises PatchError for other
-    numbers of prompts, sources and names, and for sources of another length.
+    Base runs are kept in `base_runs`, which several jobs may share; `recorded_points` are points that a later job with
+    the same `base_runs` needs.
     """
 
-    lens: Lens
-    prompts: Sequence[TokenIds]
-    metric: Metric
-    sources: Sequence[TokenIds] | None = None
-    position_names: Sequence[PositionNames] | PositionNames | Any = ()
+    pairs: PromptPairs
     most_bytes: int = DEFAULT_BATCH_BYTES
-    recorded_points: Sequence[str] = ()  # points that a later job with the same `bases` will ask for
+    recorded_points: Sequence[str] = ()
     base_runs: dict[tuple[TokenIds, ...], BaseRuns] = field(default_factory=dict)
     compiler: InterventionCompiler = field(init=False)
-    positions: list[dict[str, int]] = field(init=False)  # of every prompt by name
     order: dict[str, int] = field(init=False)  # of every point in a forward
     cost_so_far: Cost = NO_COST
 
     def __post_init__(self) -> None:
         self.compiler = InterventionCompiler(self.lens)
-        names = (
-            [self.position_names] * len(self.prompts)
-            if isinstance(self.position_names, Mapping)
-            else list(self.position_names)
-        )
-        for what, given in (("names of positions", names), ("sources", self.sources)):
-            if given and len(given) != len(self.prompts):
-                raise PatchError(f"{len(self.prompts)} prompts and {len(given)} {what}: give one for every prompt")
-        given = zip(names or [{}] * len(self.prompts), self.prompts, strict=True)
-        self.positions = [read_position_names(named, len(prompt)) for named, prompt in given]
-        for prompt, source in zip(self.prompts, self.sources or self.prompts, strict=True):
-            if len(prompt) != len(source):
-                raise PatchError(describe_length_mismatch(self.lens, prompt, source))
         self.order = {name: i for i, name in enumerate(self.compiler.resolver.points)}
 
+    @property
+    def lens(self) -> Lens:
+        return self.pairs.lens
+
     def measure_baseline(self) -> Float[Tensor, "example"]:
-        """The metric of the prompts as they are."""
-        out = torch.zeros(len(self.prompts), device=self.lens.device, dtype=torch.float64)
-        for group in self.group_by_length():
+        """Return the metric of the prompts without any edit."""
+        out = torch.zeros(len(self.pairs), device=self.lens.device, dtype=torch.float64)
+        for group in self.split_groups():
             base = self.run_base(group, [])
-            wave = make_unchanged_batch(base, self.lens.cfg.n_layers)
-            out[base.example_indices] = self.run_batch(base, wave)[0].double()
+            out[base.example_indices] = self.measure_unchanged(base).double()
         return out
 
+    def measure_unchanged(self, base: BaseRuns) -> Float[Tensor, "example"]:
+        """Return the metric of base runs without any edit."""
+        return self.run_batch(base, make_unchanged_batch(base, self.lens.cfg.n_layers))[0]
+
     def run_batch(self, base: BaseRuns, batch: PackedBatch) -> tuple[Float[Tensor, "cell"], Bool[Tensor, "cell"]]:
-        """As of the engine; CheckpointError where it comes to no number because a weight is none."""
-        values, changed = run_packed(self.lens.model, base, batch, self.metric)
-        self.lens.check_weights_finite(values)
-        return values, changed
+        """Run a batch as the engine does; raise CheckpointError for a metric that is nan because a weight is."""
+        metrics, changed = run_packed(self.lens.model, base=base, batch=batch, metric=self.pairs.metric)
+        self.lens.check_weights_finite(metrics)
+        return metrics, changed
 
     def run_variants(
         self, variants: Sequence[Variant], todo: Bool[Tensor, "variant example"]
-    ) -> Iterator[tuple[Int[Tensor, "done"], Int[Tensor, "done"], Float[Tensor, "done"], Bool[Tensor, "done"]]]:
-        """Wave after wave: variant and example of what is done, its metric, and whether anything was changed."""
-        for base, cells, where, still in self.compile_cells(variants, todo):
-            if len(still):
-                plain = self.run_batch(base, make_unchanged_batch(base, self.lens.cfg.n_layers))[0]
-                self.cost_so_far += self.cost_of_unchanged(len(still), base)
-                local = torch.tensor(
-                    [base.example_indices.tolist().index(e) for _, e in still], device=self.lens.device
-                )
-                yield *self.to_index_tensors(still), plain[local], torch.zeros_like(local, dtype=torch.bool)
-            for wave in self.pack_cells(base, cells):
-                values, changed = self.run_batch(base, wave)
-                self.cost_so_far += self.cost_of_batch(wave, base.tokens.shape[1])
-                yield *self.to_index_tensors([where[id(cell)] for cell in wave.cells]), values, changed
+    ) -> Iterator[MeasuredCells]:
+        """Run the cells that are True in `todo`, batch after batch."""
+        for group in self.compile_cells(variants, todo):
+            base = group.base
+            if group.unchanged:
+                # Cells that no write can change have the metric of their base run.
+                metrics = self.measure_unchanged(base)
+                self.cost_so_far += self.cost_of_unchanged(len(group.unchanged), base)
+                rows = torch.tensor([cell.row for cell in group.unchanged], device=self.lens.device)
+                yield MeasuredCells.from_cells(group.unchanged, metrics[rows], torch.zeros_like(rows, dtype=torch.bool))
+            for batch in self.pack_cells(base, group.cells):
+                metrics, changed = self.run_batch(base, batch)
+                self.cost_so_far += self.cost_of_batch(batch, base.tokens.shape[1])
+                yield MeasuredCells.from_cells(batch.cells, metrics, changed)
 
     def estimate_cost(self, variants: Sequence[Variant]) -> Cost:
-        """What `run` would take, found without running more than the prompts themselves."""
-        total, everything = NO_COST, torch.ones(len(variants), len(self.prompts), dtype=torch.bool)
-        for base, cells, _, still in self.compile_cells(variants, everything):
-            total += self.cost_of_unchanged(len(still), base)
-            for wave in self.pack_cells(base, cells):
-                total += self.cost_of_batch(wave, base.tokens.shape[1])
+        """Return what `run_variants` would take; only the prompts themselves are run."""
+        total = NO_COST
+        everything = torch.ones(len(variants), len(self.pairs), dtype=torch.bool)
+        for group in self.compile_cells(variants, everything):
+            total += self.cost_of_unchanged(len(group.unchanged), group.base)
+            for batch in self.pack_cells(group.base, group.cells):
+                total += self.cost_of_batch(batch, group.base.tokens.shape[1])
         return total
 
     def cost_of_unchanged(self, n: int, base: BaseRuns) -> Cost:
-        """What n cells take that nothing can change."""
-        return Cost(0, n, 0, 0, 0, n * self.count_flops(0, base.tokens.shape[1], True))
+        """Return the cost of n cells that nothing can change: none, beside a whole forward for each."""
+        return Cost(unchanged=n, naive_flops=n * self.count_flops(0, base.tokens.shape[1], all_logits=True))
 
     def cost_of_batch(self, batch: PackedBatch, length: int) -> Cost:
-        needed = sum(self.count_flops(cell.start_layer, length - cell.first_position) for cell in batch.cells)
-        weight = len(batch.row_start_layers) * estimate_row_bytes(
-            self.lens.model, batch.width, batch.past_length, self.lens.dtype
+        """Return the cost of one batch of prompts of this length."""
+        flops = sum(self.count_flops(cell.start_layer, length - cell.first_position) for cell in batch.cells)
+        row_bytes = estimate_row_bytes(self.lens.model, batch.width, batch.past_length, self.lens.dtype)
+        return Cost(
+            cells=len(batch.cells),
+            batches=1,
+            bytes=len(batch.row_start_layers) * row_bytes,
+            flops=flops,
+            naive_flops=len(batch.cells) * self.count_flops(0, length, all_logits=True),
         )
-        return Cost(len(batch.cells), 0, 1, weight, needed, len(batch.cells) * self.count_flops(0, length, True))
 
-    def count_flops(self, start: int, positions: int, all_logits: bool = False) -> int:
-        """Of one run from a layer on over so many positions; of the last layer's, only what the metric can see."""
+    def count_flops(self, start: int, positions: int, *, all_logits: bool = False) -> int:
+        """Return the flops of one run from a layer on over so many positions; by default of the logits read alone."""
+        cfg, metric = self.lens.cfg, self.pairs.metric
         layer = sum(p.numel() for p in self.lens.model.blocks[0].parameters() if p.ndim == 2)
-        cfg, everywhere = self.lens.cfg, all_logits or self.metric.everywhere
-        columns = cfg.d_logits if all_logits or self.metric.columns is None else len(self.metric.columns)
+        everywhere = all_logits or metric.everywhere
+        columns = cfg.d_logits if all_logits or metric.columns is None else len(metric.columns)
         read = positions if everywhere else 1
+        # In the last layer, positions that the metric does not read need keys and values alone.
         kv_only = 2 * cfg.d_model * cfg.n_kv_heads * cfg.d_head
-        unseen = 0 if everywhere or start == cfg.n_layers else (positions - 1) * (layer - kv_only)
-        return 2 * ((cfg.n_layers - start) * positions * layer - unseen + read * columns * cfg.d_model)
+        unread = 0 if everywhere or start == cfg.n_layers else (positions - 1) * (layer - kv_only)
+        return 2 * ((cfg.n_layers - start) * positions * layer - unread + read * columns * cfg.d_model)
 
-    # ---- how ----
+    # ---- compile: from variants to cells ----
 
-    def group_by_length(self) -> list[list[int]]:
-        """Numbers of examples of one length, as many together as the budget lets be recorded."""
-        cfg, found = self.lens.cfg, list[list[int]]()
-        for length in sorted(set(map(len, self.prompts))):
-            same = [i for i, prompt in enumerate(self.prompts) if len(prompt) == length]
-            one = length * cfg.n_layers * (2 * cfg.n_kv_heads * cfg.d_head + 3 * cfg.d_model) * self.lens.dtype.itemsize
-            many = max(1, self.most_bytes // one)
-            found += [same[i : i + many] for i in range(0, len(same), many)]
-        return found
+    def split_groups(self) -> list[list[int]]:
+        """Return the indices of prompts of one length, as many together as `most_bytes` lets be recorded."""
+        cfg, groups = self.lens.cfg, list[list[int]]()
+        for length, same in self.pairs.group_by_length().items():
+            # per layer and position: keys and values, and the residual streams
+            entry = 2 * cfg.n_kv_heads * cfg.d_head + 3 * cfg.d_model
+            example_bytes = length * cfg.n_layers * entry * self.lens.dtype.itemsize
+            group_size = max(1, self.most_bytes // example_bytes)
+            groups += [same[i : i + group_size] for i in range(0, len(same), group_size)]
+        return groups
 
     def run_base(
         self, group: Sequence[int], names: Sequence[str], prompts: Sequence[TokenIds] | None = None
     ) -> BaseRuns:
-        """The runs of a group of prompts; kept, where all prompts are one group, for whoever asks again."""
-        rows = tuple((self.prompts if prompts is None else prompts)[i] for i in group)
+        """Run a group of prompts (by default those to be changed) and record the points `names`.
+
+        The runs are kept for later calls where all prompts are one group.
+        """
+        rows = tuple((self.pairs.prompts if prompts is None else prompts)[i] for i in group)
         if rows in self.base_runs and set(names) <= self.base_runs[rows].values.keys():
             return self.base_runs[rows]
         names = list(dict.fromkeys([*names, *self.recorded_points]))
         tokens = torch.tensor(rows, device=self.lens.device)
         base = BaseRuns.record(self.lens, tokens, torch.tensor(group, device=self.lens.device), names)
-        if len(group) == len(self.prompts):
+        if len(group) == len(self.pairs):
             self.base_runs[rows] = base
         return base
 
     def compile_cells(
         self, variants: Sequence[Variant], todo: Bool[Tensor, "variant example"]
-    ) -> Iterator[tuple[BaseRuns, list[Cell], dict[int, tuple[int, int]], list[tuple[int, int]]]]:
-        """For prompts of one length: the base, the cells to run, which each is, and those that nothing changes."""
+    ) -> Iterator[CompiledGroup]:
+        """Run the base runs of prompts of one length and compile their cells, group after group."""
         everything = dict.fromkeys(one for variant in variants for one in variant)
         swaps = [one.site for one in everything if one.do == Swap()]
-        if swaps and self.sources is None:
+        if swaps and self.pairs.sources is None:
             raise PatchError("Swap() is the value of the other run: give source prompts, or Swap.of_prompt")
         names = list(dict.fromkeys(name for site in swaps for name in self.compiler.resolver.resolve_names(site)))
-        for group in self.group_by_length():
-            wanted = [(v, i) for v in range(len(variants)) for i in range(len(group)) if bool(todo[v, group[i]])]
-            if not wanted:
-                continue
-            self.compiler.record_sources(everything, len(self.prompts[group[0]]))
-            base = self.run_base(group, names)
-            others = self.record_sources(base, group, names)
-            cells, where, still = list[Cell](), dict[int, tuple[int, int]](), list[tuple[int, int]]()
-            compiled: dict[tuple[Intervention, tuple], list[Write]] = {}
-            for v, i in wanted:
-                found = [
-                    pair
-                    for one in variants[v]
-                    for pair in self.compile_writes(one, group[i], i, base, others, compiled)
-                ]
-                writes = self.needed(found)
-                if writes:
-                    cells.append(Cell.from_writes(i, writes, self.lens.cfg.n_layers))
-                    where[id(cells[-1])] = (v, group[i])
-                else:
-                    still.append((v, group[i]))
-            yield base, cells, where, still
+        for group in self.split_groups():
+            wanted = [(v, row) for v in range(len(variants)) for row in range(len(group)) if bool(todo[v, group[row]])]
+            if wanted:
+                yield self.compile_group(variants, group, wanted, everything, names)
 
-    def record_sources(self, base: BaseRuns, group: Sequence[int], names: Sequence[str]) -> dict[str, Tensor]:
-        """What the other runs have at the points named; before their first different token, the base's own."""
+    def compile_group(
+        self,
+        variants: Sequence[Variant],
+        group: Sequence[int],
+        wanted: Sequence[tuple[int, int]],
+        interventions: Sequence[Intervention] | dict[Intervention, None],
+        names: Sequence[str],
+    ) -> CompiledGroup:
+        """Return the cells of a group for the (variant, row of the group) wanted; `names` are points of Swap()."""
+        n_layers, length = self.lens.cfg.n_layers, len(self.pairs.prompts[group[0]])
+        self.compiler.record_sources(interventions, length)
+        base = self.run_base(group, names)
+        source_values = self.record_source_values(base, group, names)
+        cells, unchanged = list[Cell](), list[Cell]()
+        compiled: dict[tuple[Intervention, tuple[tuple[str, int], ...]], list[Write]] = {}
+        for v, row in wanted:
+            example = group[row]
+            writes = self.drop_idle_positions(
+                [
+                    bound
+                    for one in variants[v]
+                    for write in self.compile_once(one, example, length, compiled)
+                    for bound in [self.bind_source(one, write, row, base, source_values)]
+                ]
+            )
+            cell = Cell.from_writes(
+                variant=v, example=example, row=row, writes=writes, n_layers=n_layers, length=length
+            )
+            (cells if writes else unchanged).append(cell)
+        return CompiledGroup(base=base, cells=cells, unchanged=unchanged)
+
+    def record_source_values(self, base: BaseRuns, group: Sequence[int], names: Sequence[str]) -> dict[str, Tensor]:
+        """Return what the source runs have at the points named; before their first different token, the base's own."""
         if not names:
             return {}
-        assert self.sources is not None
-        other = self.run_base(group, names, self.sources)
-        same = (other.tokens == base.tokens).int().cumprod(1).bool()  # causality: equal there but for rounding
-        return {name: keep_shared_prefix(other.values[name], base.values[name], same) for name in names}
+        assert self.pairs.sources is not None
+        source = self.run_base(group, names, self.pairs.sources)
+        # By causality values are equal over the shared prefix but for rounding; taken from the base run they are
+        # equal bit for bit, so that positions there count as unchanged.
+        same = (source.tokens == base.tokens).int().cumprod(1).bool()
+        return {name: keep_shared_prefix(source.values[name], base.values[name], same) for name in names}
 
-    def compile_writes(
+    def compile_once(
         self,
         intervention: Intervention,
-        example_index: int,
-        i: int,
-        base: BaseRuns,
-        others: Mapping[str, Tensor],
-        compiled: dict,
-    ) -> list[tuple[Write, Tensor]]:
-        """The writes of an intervention in an example, each with the positions at which it may change the base run."""
-        key = (intervention, tuple(self.positions[example_index].items()))
+        example: int,
+        length: int,
+        compiled: dict[tuple[Intervention, tuple[tuple[str, int], ...]], list[Write]],
+    ) -> list[Write]:
+        """Return the writes of an intervention in an example; examples with equal named positions share them."""
+        position_names = self.pairs.position_names[example]
+        key = (intervention, tuple(position_names.items()))
         if key not in compiled:
-            compiled[key] = self.compiler.compile_writes(
-                intervention, base.tokens.shape[1], self.positions[example_index]
-            )
-        if intervention.do != Swap():
-            return [(write, write.positions) for write in compiled[key]]
-        return [self.bind_swap_source(write, i, base, others) for write in compiled[key]]
+            compiled[key] = self.compiler.compile_writes(intervention, length, position_names)
+        return compiled[key]
 
-    def bind_swap_source(
-        self, write: Write, i: int, base: BaseRuns, others: Mapping[str, Tensor]
+    def bind_source(
+        self, intervention: Intervention, write: Write, row: int, base: BaseRuns, source_values: Mapping[str, Tensor]
     ) -> tuple[Write, Tensor]:
-        value, here, at = others[write.name][i], base.values[write.name][i], write.positions
-        assert at is not None
-        kept = repeat_kv(value[None], self.lens.cfg.n_groups)[0] if write.by_query_head else value
-        return replace(write, source=kept), at[(value[at] != here[at]).flatten(1).any(1)]
+        """Return the write with its source value, and the positions at which it may change the base run.
 
-    def needed(self, writes: Sequence[tuple[Write, Tensor]]) -> list[Write]:
-        """The writes without the positions at which they put what is there already.
+        Of `Swap()` these are the positions at which the source run has another value; of other changes all of them.
+        """
+        positions = write.positions
+        assert positions is not None
+        if intervention.do != Swap():
+            return write, positions
+        value, base_value = source_values[write.name][row], base.values[write.name][row]
+        source = repeat_kv(value[None], self.lens.cfg.n_groups)[0] if write.by_query_head else value
+        differs = (value[positions] != base_value[positions]).flatten(1).any(1)
+        return replace(write, source=source), positions[differs]
 
-        A value of the base run is there as long as no write before it has changed anything: not before the first
-        position of any, nor, at any position, before the first point of any.
+    def drop_idle_positions(self, writes: Sequence[tuple[Write, Tensor]]) -> list[Write]:
+        """Return the writes without the positions at which they put in what is there already.
+
+        A base run's value is there as long as no write before it has changed anything: that is, before the first
+        position of any write, and, at every position, before the first point of any write.
         """
         if len(writes) == 1:  # nothing can have been changed before it
             return [write.with_positions(at) for write, at in writes if len(at)]
@@ -262,63 +311,40 @@ class EvaluationJob:
         effective = [(self.order[write.name], int(at[0])) for write, at in writes if len(at)]
         if not effective:
             return []
-        point, first = min(order for order, _ in effective), min(at for _, at in effective)
-        kept = []
+        first_point = min(order for order, _ in effective)
+        first_position = min(position for _, position in effective)
+        needed = []
         for write, at in writes:
-            if write.do == Swap():
+            if write.do == Swap() and self.order[write.name] >= first_point:
+                # The value there may have been changed by an earlier write, so Swap() must put its own in again.
                 assert write.positions is not None
-                later = self.order[write.name] >= point
-                at = write.positions[write.positions >= first] if later else at
+                at = write.positions[write.positions >= first_position]
             if len(at):
-                kept.append(write.with_positions(at))
-        return kept
+                needed.append(write.with_positions(at))
+        return needed
 
     def pack_cells(self, base: BaseRuns, cells: Sequence[Cell]) -> Iterator[PackedBatch]:
-        def weight(width: int, past: int) -> int:
-            return estimate_row_bytes(self.lens.model, width, past, self.lens.dtype)
+        """Pack cells of one group into batches of at most `most_bytes`."""
 
-        return pack_batches(cells, base.tokens.shape[1], self.lens.cfg.n_layers, self.most_bytes, weight)
+        def row_bytes(width: int, past_length: int) -> int:
+            return estimate_row_bytes(self.lens.model, width, past_length, self.lens.dtype)
 
-    def to_index_tensors(self, pairs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        both = torch.tensor(pairs, device=self.lens.device)
-        return both[:, 0], both[:, 1]
+        return pack_batches(cells, base.tokens.shape[1], self.lens.cfg.n_layers, self.most_bytes, row_bytes)
 
 
 def keep_shared_prefix(value: Tensor, base: Tensor, same: Bool[Tensor, "example pos"]) -> Tensor:
+    """Return `value` [example, pos, rest] with the base's numbers where tokens so far are the same."""
     return torch.where(same.view(*same.shape, *[1] * (value.ndim - 2)), base, value)
 
 
-def describe_length_mismatch(lens: Lens, first_ids: TokenIds, second_ids: TokenIds) -> str:
-    """Both tokenisations under each other, for prompts of different length."""
-    rows = [lens.to_labels(torch.tensor([row], device=lens.device)) for row in (first_ids, second_ids)]
-    longest = max(map(len, rows))
-    padded = [row + [""] * (longest - len(row)) for row in rows]
-    widths = [max(map(len, pair)) for pair in zip(*padded, strict=True)]
-    lines = ["  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in padded]
-    differ = next((i for i, (a, b) in enumerate(zip(*padded, strict=True)) if a != b), 0)
-    return (
-        f"the two prompts have {len(first_ids)} and {len(second_ids)} tokens, and differ from token {differ} on; a value is put "
-        f"at its own position, so they must be as long:\n  {lines[0]}\n  {lines[1]}"
-    )
-
-
-def of_task(prompts: Any, others: Any, metric: Any, names: Any) -> tuple[Any, Any, Any, Any]:
-    """Prompts, others, metric and names of positions, where a task's Examples bring those that are not given."""
-    if isinstance(prompts, Examples):
-        names = names or [{**example.positions} for example in prompts]
-        metric = prompts if metric is None else metric
-        others = prompts.counterfactual(others) if isinstance(others, str) else others
-        prompts = prompts.tokens
-    return prompts, others, metric, names
-
-
 def as_variants(variants: Any) -> list[list[Intervention]]:
-    """Variants as lists; PatchError for interventions that are not in a list of their own."""
+    """Return variants as lists; raise PatchError for interventions that are not in a list of their own."""
     if isinstance(variants, Intervention | str | bytes | Mapping) or any(isinstance(v, Intervention) for v in variants):
         raise PatchError("variants are lists of interventions that hold together: [[one], [another], [one, another]]")
     return [as_interventions(variant) for variant in variants]
 
 
+@rename_keyword("names", "position_names")
 def evaluate(
     lens: Lens,
     prompts: Prompt | Examples,
@@ -331,28 +357,28 @@ def evaluate(
     most_bytes: int = DEFAULT_BATCH_BYTES,
     progress: bool = True,
 ) -> Float[Tensor, "variant example"]:
-    """The metric of every prompt under every variant, a list of interventions that hold together.
+    """Return the metric of every prompt under every variant, a list of interventions that hold together.
 
-    They hold as in `run`: in the order of the forward, and at one point in the order given. `sources` are the runs that
-    `Swap()` takes values from. With a task's Examples as `prompts`, the metric is theirs, positions have their names
-    and `sources` may name a counterfactual. `metric` is (right, wrong), Examples, a Metric or a function of the last
-    logits, fn(logits [row, vocab]) -> [row]. Raises PatchError for a variant that changes nothing in any prompt, unless
-    allow="no change".
+    Interventions hold as in `run_with_interventions`: in the order of the forward, and at one point in the order given.
+    `sources` are the runs that `Swap()` takes values from. With a task's Examples as `prompts`, the metric is theirs,
+    positions have their names and `sources` may name a counterfactual. `metric` is (right, wrong), Examples, a Metric
+    or a function of the last logits, fn(logits [row, vocab]) -> [row]. Raise PatchError for a variant that changes
+    nothing in any prompt, unless allow="no change".
     """
-    prompts, sources, metric, position_names = of_task(prompts, sources, metric, position_names)
-    rows, variants = to_token_ids(lens, prompts), as_variants(variants)
-    allow = allowed(allow)
-    others = None if sources is None else to_token_ids(lens, sources)
-    job = EvaluationJob(lens, rows, as_metric(metric, lens, len(rows)), others, position_names, most_bytes)
-    out = torch.full((len(variants), len(rows)), torch.nan, dtype=torch.float64, device=lens.device)
-    moved = torch.zeros_like(out, dtype=torch.bool)
+    variants, allow = as_variants(variants), allowed(allow)
+    pairs = PromptPairs.build(
+        lens, prompts, sources, metric, position_names=position_names, nouns=("prompts", "sources")
+    )
+    job = EvaluationJob(pairs, most_bytes)
+    out = torch.full((len(variants), len(pairs)), torch.nan, dtype=torch.float64, device=lens.device)
+    changed = torch.zeros_like(out, dtype=torch.bool)
+    todo = torch.ones(out.shape, dtype=torch.bool)
     with tqdm(total=out.numel(), disable=not progress, unit="cell", leave=False) as bar:
-        for variant, example, values, changed in job.run_variants(
-            variants, torch.ones_like(out, dtype=torch.bool).cpu()
-        ):
-            out[variant, example], moved[variant, example] = values.double(), changed
-            bar.update(len(values))
-    require_effect(variants, moved, allow)
+        for done in job.run_variants(variants, todo):
+            out[done.variants, done.examples] = done.metrics.double()
+            changed[done.variants, done.examples] = done.changed
+            bar.update(len(done))
+    require_effect(variants, changed, allow)
     return out
 
 
@@ -362,7 +388,7 @@ def require_effect(
     """Raise PatchError for variants that changed nothing in any example, unless "no change" is allowed."""
     idle = [v for v in range(len(variants)) if variants[v] and not bool(changed[v].any())]
     if idle and "no change" not in allowed(allow):
-        said = "; ".join(map(str, variants[idle[0]]))
+        first = "; ".join(map(str, variants[idle[0]]))
         raise PatchError(
-            f"{len(idle)} of {len(variants)} variants changed nothing: {said}. If meant, allow='no change'"
+            f"{len(idle)} of {len(variants)} variants changed nothing: {first}. If meant, allow='no change'"
         )

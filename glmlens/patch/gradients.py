@@ -1,4 +1,4 @@
-"""Values and gradients of named tensors in one forward and one backward."""
+"""Record values and gradients of named tensors in one forward and one backward pass."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from glmlens.patch.metrics import Metric
 
 @dataclass(frozen=True)
 class RecordedGradients:
-    """What a run had at named points, and how its summed metric changes with it; `metric` is per example."""
+    """Values of a run at named points, gradients of its summed metric there, and the metric per example."""
 
     values: dict[str, Tensor]
     gradients: dict[str, Tensor]
@@ -29,17 +29,25 @@ def record_gradients(
     hooks: Hooks | None = None,
     record_names: Sequence[str] = (),
 ) -> RecordedGradients:
-    """Run with a backward pass to the points `names`, whose gradient is 0 where hooks cut the graph; `also` record."""
-    found: list[Tensor] = []
+    """Run forward and backward; return values and gradients at `names`, and values alone at `record_names`.
+
+    The gradient is 0 at a point from which hooks let none pass to the metric. Tokens are of one length.
+    """
+    measured: list[Tensor] = []
 
     def measure_once(logits: Tensor) -> Tensor:
-        read = logits if metric.columns is None else logits[..., metric.columns]
-        found.append(metric(read, torch.arange(len(tokens), device=tokens.device)))
-        return found[0]
+        # With logits_to_keep=1 there is one position already, and selecting the last leaves it.
+        measured.append(metric.measure(logits, torch.arange(len(tokens), device=tokens.device)))
+        return measured[0]
 
-    last, asked = None if metric.everywhere else 1, list(dict.fromkeys((*names, *record_names)))
-    every = torch.ones_like(tokens)  # prompts of one length
+    recorded = list(dict.fromkeys((*names, *record_names)))
     _, acts = lens.run_with_cache(
-        tokens, asked, hooks, gradients_of=measure_once, logits_to_keep=last, attention_mask=every
+        tokens,
+        recorded,
+        hooks,
+        gradients_of=measure_once,
+        logits_to_keep=None if metric.everywhere else 1,
+        attention_mask=torch.ones_like(tokens),
     )
-    return RecordedGradients(dict(acts), {name: acts.gradients[name] for name in names}, found[0].detach())
+    gradients = {name: acts.gradients[name] for name in names}
+    return RecordedGradients(values=dict(acts), gradients=gradients, metric=measured[0].detach())

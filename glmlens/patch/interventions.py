@@ -1,4 +1,4 @@
-"""Interventions: a site and a change, as data; compiled to writes, run as hooks, saved as JSON."""
+"""Interventions: a site and a change, as data; compiled to writes, and saved as JSON."""
 
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,9 +20,9 @@ PositionNames = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Intervention:
-    """One change at one site: plain data, which prints, compares and saves.
+    """One change at one site, as plain data that can be printed, compared and saved.
 
-    `site` may be the name of a point. Raises PatchError for what is no site or no change.
+    `site` may be the name of a point. Raise PatchError for what is no site or no change.
     """
 
     site: Site | Any
@@ -40,7 +40,7 @@ class Intervention:
 
 
 def as_interventions(asked: Any) -> list[Intervention]:
-    """One intervention or several as a list; PatchError for anything else."""
+    """Return one intervention or several as a list; raise PatchError for anything else."""
     listed = [asked] if isinstance(asked, Intervention) else asked
     if isinstance(listed, str | bytes | Mapping | Site) or not isinstance(listed, Iterable):
         raise PatchError(f"{asked!r:.60} is no intervention: give Intervention(site, change), or several in a list")
@@ -52,12 +52,12 @@ def as_interventions(asked: Any) -> list[Intervention]:
 
 
 def read_position_names(names: Any, length: int) -> dict[str, int]:
-    """Positions by name in a prompt of this length, with "end"; PatchError for what is no position of it."""
+    """Return positions by name in a prompt of this length, with "end"; raise PatchError for one outside it."""
     if not isinstance(names, Mapping):
-        raise PatchError(f"names are positions by name, {{'S2': 9}}, not {names!r:.60}")
+        raise PatchError(f"position_names are positions by name, {{'S2': 9}}, not {names!r:.60}")
     for name, place in names.items():
         if not isinstance(name, str) or not is_whole(place) or not 0 <= place < length:
-            raise PatchError(f"names: {name!r} is {place!r:.60}; the prompt has positions 0 to {length - 1}")
+            raise PatchError(f"position_names: {name!r} is {place!r:.60}; the prompt has positions 0 to {length - 1}")
     return {"end": length - 1, **{name: int(place) for name, place in names.items()}}
 
 
@@ -65,8 +65,8 @@ def read_position_names(names: Any, length: int) -> dict[str, int]:
 class Write:
     """An intervention at one tensor: the positions and the indices along the axes after them.
 
-    `kept` is what its change keeps of other runs, [pos or 1, the whole rest]. `origin` is the point that the
-    intervention names, where its numbers are those of another tensor.
+    None means all positions or all indices. `source` is what its change takes from other runs, [pos or 1, rest].
+    `origin` is the point that the intervention names, where the write was moved to another tensor of equal numbers.
     """
 
     name: str
@@ -88,27 +88,34 @@ class Write:
         return "query" in axes_of(self.name)
 
     def with_positions(self, positions: Tensor) -> "Write":
+        """Return the same write at other positions."""
         return replace(self, positions=positions)
 
     def apply_to_row(self, x: Tensor, slots: Tensor, positions: Tensor, column: Callable[[Tensor], Tensor]) -> Tensor:
-        """Change one row [position, rest] of a tensor in place; whether any number in it is another now.
+        """Change one row [position, rest] of a tensor in place; return whether any number changed.
 
-        `slots` is where `positions` stand in the row, `column` where keys stand.
+        `slots` are the indices of `positions` in the row; `column` maps key positions to columns. Raise PatchError for
+        a change that returns another shape, dtype or device.
         """
-        here, rest, keys = list(self.rest_indices), list(self.rest_indices), None
-        if self.by_query:  # head key: in which column a key stands depends on the call
+        here = list(self.rest_indices)  # indices in this row
+        rest = list(self.rest_indices)  # indices in what a change makes for these positions and keys alone
+        keys = None
+        if self.by_query:  # the axes are head, key; in which column a key is depends on the call
             keys = self.rest_indices[1]
             assert keys is not None, "the keys of a call are known before it is changed"
             here[1], rest[1] = column(keys), None
         places = broadcast_indices(slots, here, x.shape[1:])
         widths = tuple(x.shape[1:2] if self.by_query else x.shape[1:])
-        at = ChangeTarget(
-            self.origin or self.name, positions, widths, keys,
-            select=lambda whole: self.picked(whole, positions, keys),
+        target = ChangeTarget(
+            name=self.origin or self.name,
+            positions=positions,
+            widths=widths,
+            keys=keys,
+            select=lambda source: self.select_source(source, positions, keys),
             choose=lambda part: part[broadcast_indices(torch.arange(len(part), device=part.device), rest, part.shape[1:])],
         )  # fmt: skip
         old = x[places]
-        new: Any = self.do.replace_values(old.clone(), at, self.source)
+        new: Any = self.do.replace_values(old.clone(), target, self.source)
         if not isinstance(new, Tensor):
             raise PatchError(f"{self.name}: {self.do} returned {type(new).__name__}; expected a tensor")
         if (new.shape, new.dtype, new.device) != (old.shape, old.dtype, old.device):
@@ -117,20 +124,21 @@ class Write:
         x[places] = new
         return (new != old).any()
 
-    def picked(self, whole: Tensor, positions: Tensor, keys: Tensor | None) -> Tensor:
-        """These places of a tensor over all positions of another run; PatchError for a position it has not got."""
+    def select_source(self, source: Tensor, positions: Tensor, keys: Tensor | None) -> Tensor:
+        """Return these places of another run's tensor [pos, rest]; raise PatchError for a position it has not got."""
         last = max(int(positions.max()), -1 if keys is None else int(keys.max()))
-        if last >= len(whole):
+        if last >= len(source):
             raise PatchError(
-                f"{self.name}: {self.do} has positions 0 to {len(whole) - 1}, and position {last} is to be changed: "
+                f"{self.name}: {self.do} has positions 0 to {len(source) - 1}, and position {last} is to be changed: "
                 "name the positions that are meant, Site(..., pos=)"
             )
-        return whole[broadcast_indices(positions, self.rest_indices, whole.shape[1:])]
+        return source[broadcast_indices(positions, self.rest_indices, source.shape[1:])]
 
     def into_group(
         self, x: Tensor, slots: Tensor, positions: Tensor, column: Callable[[Tensor], Tensor], group: int
     ) -> Tensor:
-        """As `into`, of keys or values by group in a row that has them as every query head reads them."""
+        """Change keys or values by group in a row that has them as every query head reads them."""
+        # The query heads of a group hold equal numbers: change one of each, and repeat it.
         grouped = x[:, ::group].clone()
         changed = self.apply_to_row(grouped, slots, positions, column)
         x.copy_(repeat_kv(grouped[None], group)[0])
@@ -146,7 +154,10 @@ def refuse_mixed(writes: Sequence[Write]) -> None:
 
 
 def broadcast_indices(slots: Tensor, rest: Sequence[Tensor | None], sizes: Sequence[int]) -> tuple[Tensor, ...]:
-    """Indices that select slots along the first axis and, each by each, what is chosen along the next ones."""
+    """Return index tensors that select slots along the first axis and, combined, the choices along the next ones.
+
+    Each is shaped to broadcast along an axis of its own, so that indexing gives the outer product of the choices.
+    """
     last = max((i for i, chosen in enumerate(rest) if chosen is not None), default=-1)
     full = [slots]
     for chosen, size in zip(rest[: last + 1], sizes, strict=False):
@@ -156,7 +167,10 @@ def broadcast_indices(slots: Tensor, rest: Sequence[Tensor | None], sizes: Seque
 
 @dataclass
 class InterventionCompiler:
-    """Turns interventions into writes, running each other prompt that they need once."""
+    """Compile interventions to writes; record each prompt that their changes take values from once.
+
+    `sources` holds these values by change, point and whether they are by query head.
+    """
 
     lens: Lens
     resolver: SiteResolver = field(init=False)
@@ -167,7 +181,7 @@ class InterventionCompiler:
         self.resolver = SiteResolver(self.lens)
 
     def record_sources(self, interventions: Iterable[Intervention], length: int | None) -> None:
-        """Run the prompts of all these changes, recording what they put where."""
+        """Run the prompts of all these changes and record the points that they are put in at."""
         wanted: dict[Change, set[tuple[str, bool]]] = {}
         for one in interventions:
             if one.do.prompts:
@@ -179,6 +193,7 @@ class InterventionCompiler:
                 self.record_source(change, missing, length)
 
     def record_source(self, change: Change, places: set[tuple[str, bool]], length: int | None) -> None:
+        """Run the prompts of one change; raise PatchError for prompts of lengths that it cannot combine."""
         lengths = sorted(set(map(len, change.prompts)))
         aligned = change.needs_same_length or any("query" in axes_of(name) for name, _ in places)
         if aligned and (len(lengths) > 1 or length not in (None, lengths[0])):
@@ -193,13 +208,14 @@ class InterventionCompiler:
                 x = move_position_first(name, acts[name])[0]
                 values[name, split].append(repeat_kv(x[None], self.lens.cfg.n_groups)[0] if split else x)
         for place, rows in values.items():
+            # Rows of several lengths can only be averaged over all positions: one after the other, as one prompt.
             same = len({len(row) for row in rows}) == 1
             self.sources[(change, *place)] = change.reduce_source(torch.stack(rows) if same else torch.cat(rows)[None])
 
     def compile_writes(
         self, intervention: Intervention, length: int | None, position_names: PositionNames
     ) -> list[Write]:
-        """The writes of an intervention in a prompt of this length whose positions have these names."""
+        """Return the writes of an intervention in a prompt of this length whose positions have these names."""
         chosen = self.resolver.resolve(intervention.site, length, position_names)
         at = None if chosen.positions is None else torch.tensor(chosen.positions, device=self.lens.device)
         split = chosen.by_query_head
@@ -207,7 +223,14 @@ class InterventionCompiler:
             self.changes[intervention.do] = intervention.do.in_lens(self.lens)
         do = self.changes[intervention.do]
         return [
-            Write(name, at, chosen.rest_indices, do, self.sources.get((intervention.do, name, split)), split)
+            Write(
+                name=name,
+                positions=at,
+                rest_indices=chosen.rest_indices,
+                do=do,
+                source=self.sources.get((intervention.do, name, split)),
+                by_query_head=split,
+            )
             for name in chosen.names
         ]
 
@@ -221,7 +244,7 @@ def save_interventions(
     """Write interventions to a JSON file, with the hashes of the model and tokenizer that they are for.
 
     Of `Apply(fn)` the file holds a name and never code: that in `functions`, {"halve": fn}, or else the function's own.
-    It is written whole or not at all. Raises PatchError for a function without a name, for two functions of one name,
+    On an error no file is left half written. Raise PatchError for a function without a name, for two functions of one name,
     and for what cannot be saved.
     """
     interventions, functions = as_interventions(interventions), functions or {}
@@ -230,7 +253,9 @@ def save_interventions(
     named = {data["fn"]: one.do for one, data in zip(interventions, changes, strict=True) if "fn" in data}
     for one, data in zip(interventions, changes, strict=True):
         if "fn" in data and vars(named[data["fn"]])["fn"] is not vars(one.do)["fn"]:
-            raise PatchError(f"two functions are called {data['fn']!r}: name them apart, save(..., functions={{...}})")
+            raise PatchError(
+                f"two functions are called {data['fn']!r}: name them apart, save_interventions(..., functions={{...}})"
+            )
     data = {
         "format": INTERVENTIONS_FORMAT,
         "model": lens.model_hash,
@@ -246,25 +271,25 @@ def save_interventions(
 def load_interventions(
     path: str | Path, lens: Lens, *, other_model: bool = False, functions: Functions | None = None
 ) -> list[Intervention]:
-    """The interventions that `save` wrote; PatchError on another model or tokenizer, unless `other_model`.
+    """Read the interventions that `save_interventions` wrote.
 
-    A file runs nothing: the functions of `Apply` come from `functions`, {"halve": fn}, by the names that the file has
-    for them. Raises FileNotFoundError, and PatchError for a file that holds no such interventions or names a function
+    No code is read from a file: the functions of `Apply` come from `functions`, {"halve": fn}, by the names in the
+    file. Raise PatchError on another model or tokenizer unless `other_model`, FileNotFoundError, and PatchError for a file that holds no such interventions or names a function
     that is not there.
     """
     data, where = read_json(expand_path(path, PatchError), error=PatchError), str(path)
     if data.get("format") != INTERVENTIONS_FORMAT:
         raise PatchError(f"{path} holds no interventions that glmlens saved")
     for what, here in (("model", lens.model_hash), ("tokenizer", lens.tokenizer_hash)):
-        found = field_of(data, what, str, where, PatchError)
-        if found != here and not other_model:
-            raise PatchError(f"{path} is for {what} {found}, this is {here}. If that is meant, other_model=True")
+        saved_hash = field_of(data, what, str, where, PatchError)
+        if saved_hash != here and not other_model:
+            raise PatchError(f"{path} is for {what} {saved_hash}, this is {here}. If that is meant, other_model=True")
     loaded = []
     for number, one in enumerate(list_of(data, "interventions", dict, where, PatchError)):
         which = f"{path}: intervention {number}"
         site, do = (field_of(one, part, dict, which, PatchError) for part in ("site", "do"))
-        refuse_other_kinds(site, which)
-        refuse_other_kinds(do, which)
+        refuse_other_kinds(site, SITE_KINDS, which)
+        refuse_other_kinds(do, CHANGE_KINDS, which)
         try:
             loaded.append(Intervention(Site(**site), change_from_json(do, functions or {})))
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as e:
@@ -272,10 +297,14 @@ def load_interventions(
     return loaded
 
 
-def refuse_other_kinds(data: Mapping[str, Any], where: str) -> None:
-    """Raise PatchError for a field of a saved site or change whose value is of another kind than that field has."""
+Kinds = Mapping[str, tuple[Callable[[Any], bool], str]]
+"""By field: whether a value from JSON may stand there, and what is expected."""
+
+
+def refuse_other_kinds(data: Mapping[str, Any], kinds: Kinds, where: str) -> None:
+    """Raise PatchError for a field of a saved site or change whose value cannot stand there."""
     for name, value in data.items():
-        fits, expected = KINDS.get(name, (is_places, "whole numbers or names of positions"))
+        fits, expected = kinds.get(name, (is_places, "whole numbers or names of positions"))
         if not fits(value):
             raise PatchError(f"{where}: expected {expected} as {name!r}, found {reprlib.repr(value)}")
 
@@ -297,9 +326,16 @@ def is_places(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(place, str) or is_ids([place]) for place in value)
 
 
-KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("point", "kind", "fn"), (lambda value: isinstance(value, str), "a name")),
-    **dict.fromkeys(("scale", "unit", "factor"), (is_number, "a number")),
+def is_name(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+SITE_KINDS: Kinds = {"point": (is_name, "a name")}
+CHANGE_KINDS: Kinds = {
+    **dict.fromkeys(("kind", "fn"), (is_name, "a name")),
+    **dict.fromkeys(("scale", "factor"), (is_number, "a number")),
+    "unit": (lambda value: value is None or is_number(value), "a number or null"),
+    "key": (lambda value: value is None or is_name(value), "a text or null"),
     "by_position": (lambda value: isinstance(value, bool), "true or false"),
     "seed": (lambda value: is_ids([value]), "a whole number"),
     "tokens": (is_ids, "token ids"),

@@ -1,4 +1,4 @@
-"""How well a run did: a number per row, from no more logits than it takes."""
+"""Metrics: one number per row of logits, computed from the positions and tokens that it needs alone."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from glmlens.analysis.batch import upcast
 from glmlens.lens import Lens
 from glmlens.patch.checkpoint_keys import key_of, key_or_refuse
 from glmlens.patch.sites import PatchError
@@ -26,10 +27,11 @@ KINDS = (
 class Metric:
     """A number per row of `of(logits [row, read, vocab], example [row])`, higher where the task is done.
 
-    `of` gets the logits of `row` changed runs at the positions read, and for every row the number of the prompt that it
-    is of; it returns a tensor [row]. `everywhere`: logits of all positions are read, not of the last alone (read is 1).
-    With `columns` only the logits of those tokens exist: [row, read, column]. `key` tells the metric from others in a
-    sweep's checkpoint, where the code, closure and globals of `of` cannot.
+    `of` receives the logits of `row` changed runs at the positions read, and for every row the number of its prompt; it
+    returns a tensor [row]. With `everywhere`, the logits of all positions are read, not of the last alone (read is 1).
+    With `columns` only the logits of those tokens are computed: [row, read, column]. `key` identifies the metric in a
+    sweep's checkpoint, where the code, closure and globals of `of` cannot. `n_answers` is for how many prompts it has
+    answers; None for any number.
     """
 
     name: str | Any
@@ -37,7 +39,7 @@ class Metric:
     everywhere: bool = False
     columns: Int[Tensor, "column"] | None = None
     key: str | None = None
-    n_answers: int | None = None  # for how many prompts it has answers; None: for any
+    n_answers: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not callable(self.of):
@@ -48,7 +50,10 @@ class Metric:
 
     @staticmethod
     def of_answers(lens: Lens, answers: Sequence[tuple[Any, Any]] | Any) -> "Metric":
-        """The logit difference of a (right, wrong) pair per prompt, each the text of one token, its id, or several."""
+        """Return the logit difference of a (right, wrong) pair per prompt.
+
+        Each side is the text of one token, its id, or a list of several. Raise PatchError for what is no pair.
+        """
         pairs = []
         for pair in answers:
             if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
@@ -64,18 +69,35 @@ class Metric:
             raise PatchError("no answers: give a pair (right, wrong) for every prompt")
         return logit_difference(pairs, lens)
 
+    def select(self, logits: Float[Tensor, "row pos vocab"]) -> Float[Tensor, "row read column"]:
+        """Return the logits that the metric reads, at its positions and of its tokens."""
+        return self.select_columns(self.select_positions(logits))
+
+    def select_positions(self, logits: Float[Tensor, "row pos column"]) -> Float[Tensor, "row read column"]:
+        """Return the logits of the last position alone, unless the metric reads everywhere."""
+        return logits if self.everywhere else logits[:, -1:]
+
+    def select_columns(self, logits: Float[Tensor, "row pos vocab"]) -> Float[Tensor, "row pos column"]:
+        """Return the logits of the metric's tokens alone, where it names some."""
+        return logits if self.columns is None else logits[..., self.columns]
+
+    def measure(self, logits: Float[Tensor, "row pos vocab"], example: Int[Tensor, "row"]) -> Float[Tensor, "row"]:
+        """Return the metric of every row from all its logits; `example` is the number of each row's prompt."""
+        return self(self.select(logits), example)
+
     def __call__(self, logits: Tensor, example: Tensor) -> Float[Tensor, "row"]:
-        found: Any = self.of(logits, example)
-        if not isinstance(found, Tensor) or found.shape != logits.shape[:1]:
-            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        """Return the metric of every row from the logits selected; raise PatchError for another shape than [row]."""
+        values: Any = self.of(logits, example)
+        if not isinstance(values, Tensor) or values.shape != logits.shape[:1]:
+            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise PatchError(
                 f"the metric {self.name} made {got} of logits of {len(logits)} rows; expected a tensor with one "
                 "number per row, [row]"
             )
-        return found
+        return values
 
     def digest(self) -> str:
-        """The key that tells this metric from others; PatchError when there is none."""
+        """Return a key that differs from those of other metrics; raise PatchError where there is none."""
         if self.key is not None:
             return key_of(("given", self.name, self.key, self.everywhere, self.columns))
         return key_or_refuse(
@@ -87,9 +109,9 @@ class Metric:
 
 
 def as_metric(metric: Any, lens: Lens, n_examples: int) -> Metric:
-    """A metric from a pair of tokens, a task's examples, or a function of the last logits [row, vocab] to [row].
+    """Return a metric from a pair of tokens, a task's examples, or a function of the last logits [row, vocab] to [row].
 
-    A pair is (right, wrong), ids or texts of one token, or labels of a class head: the logit difference. Raises
+    A pair is (right, wrong), ids or texts of one token, or labels of a class head: the logit difference. Raise
     PatchError for anything else.
     """
     if metric is None:
@@ -100,7 +122,7 @@ def as_metric(metric: Any, lens: Lens, n_examples: int) -> Metric:
         return metric
     owner = getattr(metric, "__self__", None)
     if isinstance(owner, Examples) and getattr(metric, "__name__", "") == "measure":
-        metric = owner  # what examples.measure would say of whole logits
+        metric = owner  # the bound method examples.measure: the metric of these examples
     if isinstance(metric, Examples):
         return metric_of_examples(metric, n_examples, lens)
     if callable(metric) and not isinstance(metric, type):
@@ -116,7 +138,7 @@ def as_metric(metric: Any, lens: Lens, n_examples: int) -> Metric:
 
 
 def answer_id(lens: Lens, answer: Any) -> int:
-    """Which logit an answer is; PatchError for what is neither the text of one token nor an id of this model."""
+    """Return the index of an answer's logit; raise PatchError for what is no single token and no id of this model."""
     if not isinstance(answer, str) and not is_whole(answer):
         raise PatchError(f"{answer!r:.60} is no answer: {KINDS}")
     try:
@@ -126,30 +148,31 @@ def answer_id(lens: Lens, answer: Any) -> int:
 
 
 def logit_difference(answers: Sequence[tuple[Sequence[int], Sequence[int]]], lens: Lens) -> Metric:
-    """Per example the best right logit less the best wrong one, from (right, wrong) token ids."""
+    """Return the metric: per example the best right logit less the best wrong one, from (right, wrong) token ids."""
     columns = sorted({token for pair in answers for side in pair for token in side})
+    # For right and wrong answers a mask [example, column] to add: 0 at the example's tokens, -inf at the others.
     sides = [
         torch.stack([column_mask(columns, side).to(lens.device) for side in which])
         for which in zip(*answers, strict=True)
     ]
 
     def measure_difference(logits: Tensor, example: Tensor) -> Tensor:
-        last = logits[:, -1].to(torch.promote_types(logits.dtype, torch.float32))
+        last = upcast(logits[:, -1])
         right, wrong = ((last + side[example]).amax(-1) for side in sides)
         return right - wrong
 
     key = repr([tuple(map(tuple, pair)) for pair in answers])
-    columns_there = torch.tensor(columns, device=lens.device)
-    return Metric("logit difference", measure_difference, columns=columns_there, key=key, n_answers=len(answers))
+    column_ids = torch.tensor(columns, device=lens.device)
+    return Metric("logit difference", measure_difference, columns=column_ids, key=key, n_answers=len(answers))
 
 
 def column_mask(columns: list[int], side: Sequence[int]) -> Tensor:
-    """0 at the columns of a side and -inf elsewhere."""
+    """Return a mask to add: 0 at the columns of a side and -inf elsewhere."""
     return torch.tensor([0.0 if token in side else -torch.inf for token in columns])
 
 
 def metric_of_examples(examples: Examples, n_examples: int, lens: Lens) -> Metric:
-    """The task's own metric for every example."""
+    """Return the task's own metric as a function of logits and example; raise PatchError for another number of prompts."""
     if len(examples) != n_examples:
         raise PatchError(f"{n_examples} prompts, but the metric is of {len(examples)} examples")
     if examples.task.metric == LOGIT_DIFFERENCE:

@@ -1,4 +1,4 @@
-"""Several worlds in one forward: runs as rows of one batch, each able to read the others at every point."""
+"""Run several prompts side by side in one batch, with hooks that see every run at a point and can exchange values."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,26 +8,30 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from glmlens.deprecated import rename_attribute
 from glmlens.hook_points import Point
 from glmlens.hooks import Edit, Hooks, list_edits
 from glmlens.lens import Lens, PointNames
-from glmlens.patch.apply import allowed, require_one_prompt
-from glmlens.patch.evaluate import describe_length_mismatch
+from glmlens.patch.apply import allowed
+from glmlens.patch.pairs import describe_length_mismatch
 from glmlens.patch.sites import PatchError
+from glmlens.patch.values import TokenIds, to_token_ids
 from glmlens.recording.activations import Activations
 from glmlens.text.prompts import Prompt
 
 SideBySideHook = Callable[[dict[str, Tensor], Point], Mapping[str, Tensor] | Any]
-"""From what every world has at a point, [pos, rest] each, to what some of them should have instead."""
+"""From what every run has at a point, [pos, rest] each, to what some of them should have instead."""
 
 
 @dataclass(frozen=True, eq=False)
 class SideBySideRuns:
-    """What happened in worlds that ran together: `logits[name]` [pos, vocab], and `acts` with a row per world."""
+    """Runs side by side: `logits[name]` [pos, vocab], and `acts` with a row per run, in the order of `run_names`."""
 
     run_names: tuple[str, ...]
     logits: Mapping[str, Float[Tensor, "pos vocab"]] = field(repr=False)
     acts: Activations = field(repr=False)
+
+    names = rename_attribute("names", "run_names")
 
     def __getitem__(self, name: str) -> Float[Tensor, "pos vocab"]:
         return self.logits[name]
@@ -43,26 +47,31 @@ def run_side_by_side(
 ) -> SideBySideRuns:
     """Run prompts of one length side by side, with hooks that see all of them at once.
 
-    `hooks` are {"blocks.3.attn.z": fn}, where `fn(here, point)` gets {world: tensor [pos, rest]} and returns what
-    worlds should have instead, {"patched": here["clean"]}; the others stay. They run in the order given, so a later
-    one sees what an earlier one did. `names` are recorded, as by `run_with_cache`. Raises PatchError for prompts of
-    different lengths, for a world that is not there, and for a hook that changed nothing unless allow="no change".
+    `hooks` are {"blocks.3.attn.z": fn}, where `fn(here, point)` gets {run: tensor [pos, rest]} and returns what
+    runs should have instead, {"patched": here["clean"]}; the others stay. They run in the order given, so a later
+    one sees the changes of an earlier one. `names` are recorded, as by `run_with_cache`. Raise PatchError for prompts of
+    different lengths, for a run that is not there, and for a hook that changed nothing unless allow="no change".
     """
     if not isinstance(prompts, Mapping) or not prompts:
-        raise PatchError('worlds are prompts by name, {"clean": prompt, "patched": prompt}')
-    rows = {name: require_one_prompt(lens, prompt)[0] for name, prompt in prompts.items()}
+        raise PatchError('runs are prompts by name, {"clean": prompt, "patched": prompt}')
+    rows: dict[str, TokenIds] = {}
+    for name, prompt in prompts.items():
+        tokenised = to_token_ids(lens, prompt)
+        if len(tokenised) != 1:
+            raise PatchError(f"run {name!r} is of {len(tokenised)} prompts: give one prompt for every run")
+        rows[name] = tokenised[0]
     first = next(iter(rows.values()))
     for row in rows.values():
         if len(row) != len(first):
             raise PatchError(describe_length_mismatch(lens, first, row))
     tokens = torch.tensor(list(rows.values()), device=lens.device)
-    moved: set[str] = set()
+    changed: set[str] = set()  # patterns whose hook changed a number
     listed, allow = list_edits(cast(Hooks, hooks)), allowed(allow)
     ordinary = [
-        (pattern, wrap_exchange(pattern, cast(SideBySideHook, fn), list(rows), moved)) for pattern, fn in listed
+        (pattern, wrap_exchange(pattern, cast(SideBySideHook, fn), list(rows), changed)) for pattern, fn in listed
     ]
     logits, acts = lens.run_with_cache(tokens, names, ordinary, attention_mask=torch.ones_like(tokens))
-    idle = [pattern for pattern, _ in listed if pattern not in moved]
+    idle = [pattern for pattern, _ in listed if pattern not in changed]
     if idle and "no change" not in allow:
         raise PatchError(f"the hook at {idle[0]!r} changed nothing. If that is meant, allow='no change'")
     assert logits is not None
@@ -70,19 +79,19 @@ def run_side_by_side(
 
 
 def wrap_exchange(pattern: str, fn: SideBySideHook, run_names: list[str], changed: set[str]) -> Edit:
-    """An ordinary hook that hands every world's row to `fn`; `moved` learns whether a number changed."""
+    """Return an ordinary hook that passes every run's row to `fn`, and adds to `changed` if a number changed."""
 
     def hook(x: Tensor, point: Point) -> Tensor:
         rows = dict(zip(run_names, x.clone(), strict=True))
-        made: Any = fn(rows, point)
-        if not isinstance(made, Mapping):
+        replacements: Any = fn(rows, point)
+        if not isinstance(replacements, Mapping):
             raise PatchError(
-                f"{point.name}: the hook returned {type(made).__name__}; expected the worlds that change, "
+                f"{point.name}: the hook returned {type(replacements).__name__}; expected the runs that change, "
                 "{name: tensor}, or {} for none"
             )
-        for name, new in made.items():
+        for name, new in replacements.items():
             if name not in run_names:
-                raise PatchError(f"no world is called {name!r}; there are {', '.join(run_names)}")
+                raise PatchError(f"no run is called {name!r}; there are {', '.join(run_names)}")
             row = x[run_names.index(name)]
             if not isinstance(new, Tensor):
                 raise PatchError(f"{point.name}: {type(new).__name__} for {name!r}; expected a tensor")
@@ -94,5 +103,5 @@ def wrap_exchange(pattern: str, fn: SideBySideHook, run_names: list[str], change
             row.copy_(new)
         return x
 
-    hook.__name__ = getattr(fn, "__name__", "exchange")
+    hook.__name__ = getattr(fn, "__name__", "side-by-side hook")
     return hook

@@ -1,4 +1,4 @@
-"""Steering: directions fitted to pairs of prompts that differ in one thing, added while a model runs."""
+"""Steering vectors: directions fitted to pairs of prompts that differ in one thing, added while a model runs."""
 
 import json
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from glmlens.deprecated import rename_method
 from glmlens.hook_points import POINTS
 from glmlens.integers import Integer, read_integer
 from glmlens.lens import Lens
@@ -26,7 +27,7 @@ STEERING_FORMAT = "glmlens.Steering"
 class SteeringVector:
     """A direction per layer at a point of the residual stream: `vectors` [layer, model].
 
-    They add, subtract and scale. `about` says how they were found.
+    They can be added, subtracted and scaled. `model` is the model's hash and `about` how they were fitted.
     """
 
     point: str
@@ -35,8 +36,10 @@ class SteeringVector:
     model: str
     about: str = ""
 
+    normalized = rename_method("normalized", "normalize")
+
     def interventions(self, scale: int | float = 1.0, pos: PlaceSelection = None) -> list[Intervention]:
-        """The vectors times `scale` added at absolute positions, by default at all: for `patch.generate` and others."""
+        """Return interventions that add `scale` times each vector at absolute positions, by default at all."""
         return [
             Intervention(
                 Site(self.point, layer=layer, pos=pos), Add(to_float_tuple(vector, "a steering vector"), scale)
@@ -52,13 +55,13 @@ class SteeringVector:
 
     def __add__(self, other: "SteeringVector | Any") -> "SteeringVector":
         if not isinstance(other, SteeringVector):
-            raise PatchError(f"a steering and {other!r:.60} do not add up: another Steering does")
+            raise PatchError(f"a steering vector and {other!r:.60} cannot be added: give another SteeringVector")
         if (self.point, self.layers, self.model) != (other.point, other.layers, other.model):
             raise PatchError(f"{self} and {other} are not of one model, point and layers")
         return replace(self, vectors=self.vectors + other.vectors, about=f"{self.about} + {other.about}")
 
     def __mul__(self, factor: int | float | Any) -> "SteeringVector":
-        factor = number(factor, "the factor of a steering")
+        factor = number(factor, "the factor of a steering vector")
         return replace(self, vectors=self.vectors * factor, about=f"{factor} ({self.about})")
 
     __rmul__ = __mul__
@@ -70,11 +73,11 @@ class SteeringVector:
         return self + -other
 
     def normalize(self) -> "SteeringVector":
-        """The same directions, each of length 1."""
+        """Return the same directions, each of length 1."""
         return replace(self, vectors=torch.nn.functional.normalize(self.vectors, dim=-1))
 
     def save(self, path: str | Path) -> None:
-        """Write the vectors to one safetensors file, whole or not at all."""
+        """Write the vectors to one safetensors file; on an error, no file is left half written."""
         about = {"point": self.point, "layers": list(self.layers), "model": self.model, "about": self.about}
         write_tensors(
             path, {"vectors": self.vectors}, {"format": STEERING_FORMAT, "about": json.dumps(about)}, PatchError
@@ -82,9 +85,9 @@ class SteeringVector:
 
     @staticmethod
     def load(path: str | Path, lens: Lens, *, other_model: bool = False) -> "SteeringVector":
-        """The vectors that `save` wrote; PatchError for those of another model, unless `other_model`.
+        """Read the vectors that `save` wrote; raise PatchError for those of another model, unless `other_model`.
 
-        Raises FileNotFoundError, and PatchError for a file that holds no such vectors.
+        Raise FileNotFoundError, and PatchError for a file that holds no such vectors.
         """
         where = str(path)
         file = TensorFile(expand_path(path, PatchError), PatchError)
@@ -114,13 +117,13 @@ def fit_steering(
     method: str = "mean",
     ridge: int | float | Any = 0.01,
 ) -> SteeringVector:
-    """Directions from negative to positive prompts, from what their last positions have at a point.
+    """Fit directions from negative to positive prompts, from the activations of their last positions at a point.
 
     "mean": the difference of means (Turner et al. 2023, arXiv 2308.10248; Rimsky et al. 2023, arXiv 2312.06681,
     section 2). "pca": the first right singular vector of the differences of pairs (Zou et al. 2023, arXiv 2310.01405,
     section 3.1). "logistic": the weights of a logistic regression on both sides, of the standardised numbers and with
-    `ridge`/2 times their squared length. The last two are as long as the mean difference along them, so that 1 is the
-    same step for all methods.
+    `ridge`/2 times their squared length. The last two are scaled to the mean difference along them, so that scale 1
+    is the same step for all methods. Raise PatchError for unequal counts and for a point outside the residual stream.
     """
     if method not in STEERING_METHODS:
         raise PatchError(f"method is {method!r}; choose from {', '.join(map(repr, STEERING_METHODS))}")
@@ -135,36 +138,44 @@ def fit_steering(
     if site.axes != ("batch", "pos", "model"):
         raise PatchError(f"{point} has axes {' '.join(site.axes[1:])}; steer at one with pos model")
     plus, minus = (record_last_positions(lens, rows, names) for rows in sides)
-    found = [STEERING_METHODS[method](a, b, ridge) for a, b in zip(plus, minus, strict=True)]
-    numbered = tuple(int(name.split(".")[1]) for name in names)
-    said = f"{method} of {len(sides[0])} pairs"
-    return SteeringVector(site.point, numbered, torch.stack(found).to(lens.dtype), lens.model_hash, said)
+    # plus and minus are [layer, prompt, model]: one direction per layer
+    vectors = torch.stack([STEERING_METHODS[method](a, b, ridge) for a, b in zip(plus, minus, strict=True)])
+    return SteeringVector(
+        point=site.point,
+        layers=tuple(int(name.split(".")[1]) for name in names),
+        vectors=vectors.to(lens.dtype),
+        model=lens.model_hash,
+        about=f"{method} of {len(sides[0])} pairs",
+    )
 
 
 def record_last_positions(
     lens: Lens, rows: Sequence[TokenIds], names: Sequence[str]
 ) -> Float[Tensor, "layer prompt model"]:
-    """What the last position of every prompt has at these points, in float64."""
-    found = []
+    """Return the activations of the last position of every prompt at these points, in float64."""
+    by_prompt = []
     for row in rows:
         tokens = torch.tensor([row], device=lens.device)
         _, acts = lens.run_with_cache(tokens, list(names), logits=False, attention_mask=torch.ones_like(tokens))
-        found.append(torch.stack([acts[name][0, -1] for name in names]))
-    return torch.stack(found, 1).double()
+        by_prompt.append(torch.stack([acts[name][0, -1] for name in names]))
+    return torch.stack(by_prompt, 1).double()
 
 
 def mean_direction(plus: Tensor, minus: Tensor, ridge: int | float) -> Float[Tensor, "model"]:
+    """Return the difference of means."""
     return (plus - minus).mean(0)
 
 
 def pca_direction(plus: Tensor, minus: Tensor, ridge: int | float) -> Float[Tensor, "model"]:
-    return rescale_direction(
-        mean_direction(plus, minus, ridge), torch.linalg.svd(plus - minus, full_matrices=False).Vh[0]
-    )
+    """Return the first right singular vector of the differences of pairs, scaled to the mean difference along it."""
+    first = torch.linalg.svd(plus - minus, full_matrices=False).Vh[0]
+    return rescale_direction(mean_direction(plus, minus, ridge), first)
 
 
 def logistic_direction(plus: Tensor, minus: Tensor, ridge: int | float) -> Float[Tensor, "model"]:
+    """Return the weights of a logistic regression, scaled to the mean difference along them."""
     both = torch.cat([plus, minus])
+    # Standardise, so that the ridge weighs every channel alike; a constant channel stays at 0.
     spread = both.std(0).clamp(min=1e-12)
     x = (both - both.mean(0)) / spread
     weights = torch.zeros(x.shape[1] + 1, dtype=x.dtype, device=x.device, requires_grad=True)
@@ -178,19 +189,19 @@ def logistic_direction(plus: Tensor, minus: Tensor, ridge: int | float) -> Float
 
     with torch.enable_grad():
         optimizer.step(evaluate_loss)  # pyright: ignore[reportArgumentType]
-    return rescale_direction(mean_direction(plus, minus, ridge), weights.detach()[:-1] / spread)
+    return rescale_direction(mean_direction(plus, minus, ridge), weights.detach()[:-1] / spread)  # without the bias
 
 
 def logistic_loss(weights: Tensor, x: Tensor, n_positive: int, ridge: int | float) -> Float[Tensor, ""]:
-    """The mean cross-entropy in nats of "positive" for the first rows and not for the others, and the ridge."""
+    """Return the mean cross-entropy in nats, the first rows positive and the others negative, plus the ridge term."""
     sign = torch.ones(len(x), dtype=x.dtype, device=x.device)
     sign[n_positive:] = -1
-    said = x @ weights[:-1] + weights[-1]
-    return torch.nn.functional.softplus(-sign * said).mean() + ridge / 2 * weights[:-1].square().sum()
+    log_odds = x @ weights[:-1] + weights[-1]
+    return torch.nn.functional.softplus(-sign * log_odds).mean() + ridge / 2 * weights[:-1].square().sum()
 
 
 def rescale_direction(difference: Tensor, direction: Tensor) -> Float[Tensor, "model"]:
-    """The direction, as long as the difference along it and pointing the same way."""
+    """Return the projection of the difference on the direction: as long as the difference along it, of its sign."""
     unit = torch.nn.functional.normalize(direction, dim=0)
     return difference.dot(unit) * unit
 
