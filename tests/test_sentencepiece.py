@@ -159,9 +159,9 @@ def test_a_single_token_is_the_one_that_is_written(text):
     assert lens.tokenizer.decode_each([i]) == [" Mary"]
     assert lens.to_single_token("a") != lens.to_single_token(" a")
     assert lens.tokenizer.decode_each([lens.to_single_token("a")]) == ["a"]
-    assert len(text.words()) > 30
+    assert len(text.list_words()) > 30
     for word in ("Mary", "John", "Paris", "she"):
-        assert f" {word}" in text.words()
+        assert f" {word}" in text.list_words()
         assert lens.tokenizer.decode_each([lens.to_single_token(f" {word}")]) == [f" {word}"]
 
 

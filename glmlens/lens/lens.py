@@ -1,10 +1,10 @@
 """Lens: a GLM, its tokenizer, and what a notebook does with them."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -17,11 +17,20 @@ from glmlens.deprecated import rename_method
 from glmlens.foreign_keywords import NoKeywords, refuse_keywords
 from glmlens.hook_points import HookError
 from glmlens.hooks import Hook, Hooks
-from glmlens.integers import Integer, Integers, read_integer, read_integers
+from glmlens.integers import Integer, Integers, read_integer
 from glmlens.kv_cache import KVCache
 from glmlens.lens.forward import ForwardMixin, ForwardOptions, PointNames, count_positions
-from glmlens.lens.generation import ActiveGeneration, GenerationResult
-from glmlens.lens.sampling import GenerationStep, Sampling, StepHookFactory, TokenChooser, generate_steps
+from glmlens.lens.generation import ActiveGeneration, GenerationResult, StopCondition
+from glmlens.lens.sampling import (
+    GenerationConfig,
+    GenerationStep,
+    StepHookFactory,
+    TokenChooser,
+    generate_steps,
+    read_stop_ids,
+    read_stop_strings,
+    show_generation_options,
+)
 from glmlens.lens.weights import WeightsMixin, stamp_of
 from glmlens.loading import checkpoint, hub, saving
 from glmlens.model import GLM
@@ -33,22 +42,7 @@ from glmlens.text.prompts import Prompt
 from glmlens.text.tokenizer import Tokenizer
 
 BUNDLED_MODEL = Path(__file__).parents[1] / "demo" / "model"
-
-
-class GenerationOptions(TypedDict, total=False):
-    """What a generation takes besides its prompt; see `Lens.generate`."""
-
-    hooks: Hooks | None
-    kv: KVCache | None
-    attention_mask: Tensor | None
-    stop_ids: Integers
-    stop_strings: str | Sequence[str] | None
-    temperature: float | None
-    top_k: Integer | None
-    top_p: float | None
-    min_p: float | None
-    repetition_penalty: float | None
-    seed: Integer | torch.Generator | None
+GENERATION_KEYWORDS = ("hooks", "names", "kv", "attention_mask", "config")  # of generate, besides GenerationConfig's
 
 
 def load(
@@ -142,159 +136,182 @@ class Lens(ForwardMixin, WeightsMixin):
 
     # ---- generating ----
 
+    @show_generation_options
     def generate(
         self,
         prompt: Prompt,
-        max_new_tokens: Integer = 20,
+        max_new_tokens: Integer | None = None,
         *,
         hooks: Hooks | None = None,
         names: PointNames = (),
         kv: KVCache | None = None,
         attention_mask: Tensor | None = None,
-        stop_ids: Integers = None,
-        stop_strings: str | Sequence[str] | None = None,
-        temperature: float | None = None,
-        top_k: Integer | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: Integer | torch.Generator | None = None,
-        **unknown: Unpack[NoKeywords],
+        config: GenerationConfig | None = None,
+        **options: Any,
     ) -> GenerationResult:
-        """Continue the prompt, greedily unless a temperature is given, until every row has said a stop id or string.
+        """Continue the prompt until every row has produced a stop id or string, or `max_new_tokens` tokens.
 
-        The stop ids are by default the checkpoint's. Sampling is transformers' own, drawn from a generator of this
-        run: the same seed gives the same tokens. A torch.Generator in its place is drawn from and moves on. With `kv`,
-        a repetition penalty is on what is remembered too.
+        The options are those of `GenerationConfig`, as keywords or in a `config`; keywords override the config.
+        Decoding is greedy unless a temperature is given. Sampling is that of transformers, from a generator of this
+        run: the same seed gives the same tokens. A torch.Generator as the seed is sampled from, and its state advances.
+        The stop ids default to the checkpoint's. With `kv`, a repetition penalty covers the cached tokens too.
 
-        `hooks` work at every step: `point.step` is 0 for the prompt, `point.positions` are absolute. `names` records
-        what really happened, joined over the steps. With `kv`, the prompt is what comes after the cache, which stays
-        as it was: a text or the next message of a chat, behind the token that was chosen last (it is run first), or of
-        a whole chat what the cache does not hold yet. Interrupting returns what there is. Raises HookError (with what
-        there is as its `.run`) for an edit at a step or position that was never reached, ValueError for a chat that
-        the cache does not hold the beginning of.
+        `hooks` run at every step: `point.step` is 0 for the prompt, `point.positions` are absolute. `names` are the
+        points to record, joined over the steps. With `kv`, the prompt follows the cache, which is copied and not
+        changed: a text, or the next message of a chat, after the token that was chosen last (which is run first); of a
+        whole chat, the part that is not cached yet. Interrupting returns the result so far.
+
+        Raises HookError (with the result so far as its `.run`) for an edit at a step or position that was never
+        reached, ValueError for a chat that does not begin as the cache does, TypeError for an unknown option.
         """
-        refuse_keywords("generate", unknown, ["max_new_tokens", "names", *GenerationOptions.__annotations__])
         return self.start_generation(
             prompt,
             max_new_tokens,
-            names,
             hooks=hooks,
+            names=names,
             kv=kv,
             attention_mask=attention_mask,
-            stop_ids=stop_ids,
-            stop_strings=stop_strings,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
+            config=GenerationConfig.from_options("generate", config, options, GENERATION_KEYWORDS),
         ).run_to_end()
 
+    @show_generation_options
     def stream(
-        self, prompt: Prompt, max_new_tokens: Integer = 20, **options: Unpack[GenerationOptions]
-    ) -> Iterator[GenerationStep]:
-        """The steps of `generate`, which has the same options, as they happen, each with the text that it completes."""
-        refuse_keywords(
-            "stream", options.keys() - GenerationOptions.__annotations__.keys(), GenerationOptions.__annotations__
-        )
-        return self._stream_steps(self.start_generation(prompt, max_new_tokens, (), **options))
-
-    def _stream_steps(self, generation: ActiveGeneration) -> Iterator[GenerationStep]:
-        shown = [""] * generation.tokens.shape[0]
-        for step in generation:
-            now = generation.decode_texts(final=False) or shown
-            pieces = [new[len(old) :] for new, old in zip(now, shown, strict=True)]
-            shown = now
-            yield replace(step, text=pieces[0] if len(pieces) == 1 else pieces)
-
-    def start_generation(
         self,
         prompt: Prompt,
-        max_new_tokens: Integer,
-        names: PointNames,
+        max_new_tokens: Integer | None = None,
         *,
         hooks: Hooks | None = None,
         kv: KVCache | None = None,
         attention_mask: Tensor | None = None,
-        stop_ids: Integers = None,
-        stop_strings: str | Sequence[str] | None = None,
-        **sampling: Any,
+        config: GenerationConfig | None = None,
+        **options: Any,
+    ) -> Iterator[GenerationStep]:
+        """Yield the steps of `generate`, which has the same options, each with the text that it completes."""
+        takes = [name for name in GENERATION_KEYWORDS if name != "names"]
+        generation = self.start_generation(
+            prompt,
+            max_new_tokens,
+            hooks=hooks,
+            kv=kv,
+            attention_mask=attention_mask,
+            config=GenerationConfig.from_options("stream", config, options, takes),
+        )
+        return self._stream_steps(generation)
+
+    def _stream_steps(self, generation: ActiveGeneration) -> Iterator[GenerationStep]:
+        shown = [""] * generation.tokens.shape[0]
+        for step in generation:
+            texts = generation.decode_texts(final=False) or shown
+            pieces = [new[len(old) :] for new, old in zip(texts, shown, strict=True)]
+            shown = texts
+            yield replace(step, text=pieces[0] if len(pieces) == 1 else pieces)
+
+    @show_generation_options
+    def start_generation(
+        self,
+        prompt: Prompt,
+        max_new_tokens: Integer | None = None,
+        *,
+        hooks: Hooks | None = None,
+        names: PointNames = (),
+        kv: KVCache | None = None,
+        attention_mask: Tensor | None = None,
+        preceding_tokens: Sequence[int] = (),
+        config: GenerationConfig | None = None,
+        **options: Any,
     ) -> ActiveGeneration:
+        """Return a generation of which no step has run yet; `generate` has the same options and runs it to its end.
+
+        Iterate over it for its steps; `make_result` returns the result so far. `preceding_tokens` are those of the one
+        row before the prompt, in which a stop string may begin. Raises the errors of `generate` that do not take a run.
+        """
+        if max_new_tokens is not None:
+            options["max_new_tokens"] = max_new_tokens
+        config = GenerationConfig.from_options("start_generation", config, options, GENERATION_KEYWORDS)
         self._require_language_model("generate")
-        how = Sampling(**sampling)
-        max_new_tokens = read_integer(max_new_tokens, "max_new_tokens", least=1)
+        n_new = int(config.max_new_tokens)
         forward: ForwardOptions = {"kv": kv, "attention_mask": attention_mask}
         self.before_run(forward)
         tokens = cast(Tensor, self.prepare_inputs(prompt, forward))
         self.check_token_ids(tokens)
-        if kv is not None:
-            kv.fits_model(self.cfg, tokens.shape[0], self.dtype, self.device)
-        room, before = tokens.shape[1] + max_new_tokens - 1, kv
-        begin = min(room, tokens.shape[1] + 256)  # the cache grows by itself: what is never said takes no memory
-        kv = self.new_kv(tokens.shape[0], begin) if kv is None else kv.fork(begin)
+        mask = forward.get("attention_mask")
+        n_positions = count_positions(tokens, kv, mask)
+        batch, n_prompt = tokens.shape
+        max_run = n_prompt + n_new - 1  # the last token is chosen and not run
+        capacity = min(max_run, n_prompt + 256)  # the cache grows by itself: tokens after a stop take no memory
+        if kv is None:
+            kv = self.new_kv(batch, capacity)
+        else:
+            kv.fits_model(self.cfg, batch, self.dtype, self.device)
+            kv = kv.fork(capacity)
         plan = RunPlan.from_request(self.list_passed_points(tokens, {}), names, hooks)
-        plan.check_reachable(max_new_tokens - 1, int(kv.next_positions().max()) + room - 1)
-        stop_ids, strings = self.resolve_stops(stop_ids, stop_strings)
-        mask, recorder = forward.get("attention_mask"), GenerationRecorder(plan)
+        plan.check_reachable(n_new - 1, int(kv.next_positions().max()) + max_run - 1)
+        stop_ids, stop_strings = self.resolve_stops(config.stop_ids, config.stop_strings)
         if mask is not None and not bool(mask[:, -1].all()):
             raise ValueError("a prompt is padded on the left: the last column of attention_mask must be all 1")
-        going = ActiveGeneration(
-            iter(()), recorder, kv, kv.length, tokens, tokens.shape[1], stop_ids, strings, self.tokenizer
-        )
-        going.max_length = tokens.shape[1] + max_new_tokens
-        going.run_info = self.make_run_info(prompt, None, kv, kv.positions[:, :0], kv.positions[:, :0])
-        going.steps = generate_steps(
+        recorder = GenerationRecorder(plan)
+        stop = StopCondition(stop_ids, stop_strings, self.tokenizer, n_prompt, tuple(preceding_tokens))
+        choose = self._make_chooser(config, kv, None if mask is None else mask == 0)
+        steps = generate_steps(
             self.model,
             tokens,
             mask,
             kv,
-            self._watch_context(self.make_step_hooks(recorder), count_positions(tokens, before, mask)),
-            max_new_tokens=max_new_tokens,
-            choose=self._check_before_choosing(
-                self._make_chooser(how, kv, None if mask is None else mask == 0), bool(plan.edits_by_point)
-            ),
+            self._warn_at_context(self.make_step_hooks(recorder), n_positions),
+            max_new_tokens=n_new,
+            choose=self._check_before_choosing(choose, edited=bool(plan.edits_by_point)),
             stop_ids=stop_ids,
-            should_stop=going.has_stop_string if strings else None,
+            should_stop=stop.find_stop_strings if stop_strings else None,
             pad_id=self.pad_id,
         )
-        return going
+        nothing = kv.positions[:, :0]  # the positions follow with every step
+        return ActiveGeneration(
+            steps=steps,
+            recorder=recorder,
+            kv=kv,
+            cached_length=kv.length,
+            tokens=tokens,
+            max_length=n_prompt + n_new,
+            stop=stop,
+            run_info=self.make_run_info(prompt, None, kv, nothing, nothing),
+        )
 
-    def _watch_context(self, hook_at: StepHookFactory, positions: int) -> StepHookFactory:
-        """`hook_at`, with a warning at the step that passes the model's context; the prompt ends at `positions`."""
+    def _warn_at_context(self, make_step_hook: StepHookFactory, n_positions: int) -> StepHookFactory:
+        """Return `make_step_hook` with a warning at the first step beyond the context."""
 
-        def hook_of_step(step: int, at: Tensor, keys: Tensor) -> Hook:
-            self.warn_beyond_context(positions + step)
-            return hook_at(step, at, keys)
+        def make_warning_hook(step: int, positions: Tensor, key_positions: Tensor) -> Hook:
+            self.warn_beyond_context(n_positions + step)
+            return make_step_hook(step, positions, key_positions)
 
-        return hook_of_step
+        return make_warning_hook
 
     def resolve_stops(
         self, stop_ids: Integers = None, stop_strings: str | Sequence[str] | None = None
     ) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        """The stop ids and strings of a generation that is asked for with these; ValueError for an empty string."""
-        strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings or ()
-        if strings:
-            self.require_tokenizer()  # raises without a tokenizer
-        if not all(strings):
-            raise ValueError("an empty stop string would stop everything at once")
-        none = stop_ids is None or (isinstance(stop_ids, Sized) and not len(stop_ids))
-        asked = () if none else read_integers(stop_ids, "stop_ids")
-        return self.stop_ids if stop_ids is None else asked, tuple(strings)
+        """Return the stop ids and strings of a generation with these options: by default the checkpoint's ids.
 
-    def _make_chooser(self, sampling: Sampling, kv: KVCache, padding: Tensor | None) -> TokenChooser:
-        """What chooses the next tokens, which may depend on those that the cache is of."""
-        at, said = kv.positions[:, : kv.length], kv.tokens[:, : kv.length]
-        if sampling.repetition_penalty is not None and bool(((said < 0) & (at >= 0)).any()):
+        Raises ValueError for an empty string, and for strings without a tokenizer.
+        """
+        strings = read_stop_strings(stop_strings)
+        if strings:
+            self.require_tokenizer()
+        ids = read_stop_ids(stop_ids)
+        return self.stop_ids if ids is None else ids, strings
+
+    def _make_chooser(self, config: GenerationConfig, kv: KVCache, padding: Tensor | None) -> TokenChooser:
+        """Return the function that chooses tokens; a repetition penalty covers those of the cache."""
+        cached_positions = kv.positions[:, : kv.length]
+        cached_tokens = kv.tokens[:, : kv.length]
+        if config.repetition_penalty is not None and bool(((cached_tokens < 0) & (cached_positions >= 0)).any()):
             raise ValueError("repetition_penalty: this cache does not know its tokens; it was filled from embeddings")
-        if padding is not None or bool((at < 0).any()):
-            now = torch.zeros(len(at), 0, dtype=torch.bool, device=at.device) if padding is None else padding
-            padding = torch.cat([at < 0, now], 1)
-        return sampling.make_chooser(at.device, said, padding)
+        if padding is not None or bool((cached_positions < 0).any()):
+            if padding is None:
+                padding = torch.zeros(kv.batch, 0, dtype=torch.bool, device=kv.positions.device)
+            padding = torch.cat([cached_positions < 0, padding], 1)
+        return config.make_chooser(kv.positions.device, cached_tokens, padding)
 
     def _check_before_choosing(self, choose: TokenChooser, edited: bool = False) -> TokenChooser:
-        """Choosing, which asks for numbers to choose by."""
+        """Return `choose` with a check that the logits are not nan."""
 
         def choose_checked(logits: Tensor, tokens: Tensor) -> Tensor:
             self.refuse_nan(logits, edited)

@@ -150,8 +150,8 @@ class Tokenizer:
         return self._decode([*self._stem, *ids], special)[len(self._stem_text) :]
 
     @no_panic("at its vocabulary")
-    def settled(self, ids: Sequence[int]) -> Sequence[int]:
-        """The first of `ids`, whose text no later token changes: one bad byte makes all in a row unreadable."""
+    def drop_unfinished_bytes(self, ids: Sequence[int]) -> Sequence[int]:
+        """Return `ids` without byte tokens at their end: a later byte may change the character that they spell."""
         end = len(ids)
         while end and BYTE_TOKEN.fullmatch(self.engine.id_to_token(ids[end - 1]) or ""):
             end -= 1

@@ -16,7 +16,7 @@ from glmlens.integers import Integers, read_integer, read_integers
 from glmlens.kv_cache import KVCache
 from glmlens.lens import Lens
 from glmlens.lens.generation import GenerationResult
-from glmlens.lens.sampling import Sampling
+from glmlens.lens.sampling import GenerationConfig
 from glmlens.patch.apply import AppliedInterventions, InterventionHook
 from glmlens.patch.interventions import Intervention, as_interventions
 from glmlens.patch.sites import PatchError
@@ -165,11 +165,16 @@ class TimelineRecorder:
         edits = [*noted, *((name, watch) for name in [*points, "logits"])]
         options = {**self.options, **({} if self.generator is None else {"seed": self.generator})}
         names, every = options.pop("names", ()), torch.ones_like(tokens)
-        going = self.lens.start_generation(
-            tokens, until - start, names, hooks=edits, kv=kv, attention_mask=every, **options
-        )
-        going.preceding_tokens = tuple(moment.token for moment in self.steps)
-        run = going.run_to_end()
+        run = self.lens.start_generation(
+            tokens,
+            until - start,
+            hooks=edits,
+            names=names,
+            kv=kv,
+            attention_mask=every,
+            preceding_tokens=[step.token for step in self.steps],
+            **options,
+        ).run_to_end()
         self.collect_events(noted)
         self.runs.append(run)
         self.steps += build_step_records(self.lens, run, watch, start, tokens.shape[1], 0 if kv is None else kv.length)
@@ -206,7 +211,7 @@ class TimelineRecorder:
         """Draw as a moment drew or, at the start, by the seed that was given or any; greedy runs draw nothing."""
         if self.options.get("temperature") is None:
             return
-        how = Sampling(**{name: self.options[name] for name in ("temperature", "seed") if name in self.options})
+        how = GenerationConfig(**{name: self.options[name] for name in ("temperature", "seed") if name in self.options})
         state = how.make_generator(self.lens.device).get_state() if step is None else cast(Tensor, step.generator_state)
         self.generator = torch.Generator(self.lens.device)
         self.generator.set_state(state)
