@@ -22,10 +22,11 @@ from glmlens.lens.weights import ModelHash, Stamp, stamp_of
 from glmlens.loading.checkpoint import refuse_rewritten_files
 from glmlens.model import absolute_positions
 from glmlens.recording import recorder as record
-from glmlens.recording.activations import Activations, RunInfo
+from glmlens.recording.activations import Activations
 from glmlens.recording.check import MetaDeviceMode, Points, RunCheck
 from glmlens.recording.dictionaries import DictionaryHook, InsertedDictionary
 from glmlens.recording.recorder import ForwardStopped, GenerationRecorder, RecordingHook, RunPlan
+from glmlens.recording.run_info import RunInfo
 from glmlens.text.prompt_kinds import TokenizedPrompts
 from glmlens.text.prompts import Prompt, TextMixin
 
@@ -222,17 +223,20 @@ class ForwardMixin(TextMixin):
         key_positions: Tensor,
         edited: frozenset[str] = frozenset(),
     ) -> RunInfo:
-        """What a recording is of."""
-        stamp, found, model = stamp_of(self.model), self._hash, self.model
+        """Return the run info of a recording of the model as it is now."""
+        stamp = stamp_of(self.model)
+        model_hash = self._hash
+        model = self.model
         return RunInfo(
-            None if tokens is None or tokens.is_floating_point() else tokens,
-            positions,
-            key_positions,
-            model,
-            lambda: found.at(stamp, model),
-            self.tokenizer,
-            prompt.at if isinstance(prompt, TokenizedPrompts) else None,
-            edited,
+            # A residual stream or embeddings as the prompt are no tokens.
+            tokens=None if tokens is None or tokens.is_floating_point() else tokens,
+            positions=positions,
+            key_positions=key_positions,
+            model=model,
+            model_hash=lambda: model_hash.at(stamp, model),
+            tokenizer=self.tokenizer,
+            find_named_positions=prompt.at if isinstance(prompt, TokenizedPrompts) else None,
+            edited_points=edited,
             past_entries=kv is not None and kv.length > 0,
             unchanged=lambda: stamp == stamp_of(model),
         )

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from glmlens.kv_cache import KVCache
 from glmlens.lens.sampling import GenerationStep
-from glmlens.recording.activations import Activations, RunInfo
+from glmlens.recording.activations import Activations
 from glmlens.recording.recorder import GenerationRecorder
+from glmlens.recording.run_info import RunInfo
 from glmlens.text.tokenizer import Tokenizer
 
 

@@ -14,8 +14,9 @@ from glmlens.hooks import Edit, Hook, Hooks, Only, get_edit_name, list_edits, of
 from glmlens.kv_cache import KVCache
 from glmlens.loading.checkpoint import build_meta_model
 from glmlens.model import GLM, select_logit_positions
-from glmlens.recording.activations import Activations, RunInfo
+from glmlens.recording.activations import Activations
 from glmlens.recording.derive import make_underivable_check, select_points_to_store
+from glmlens.recording.run_info import RunInfo
 
 PointCatalogue = Mapping[str, Point]
 KV_VIEWS = frozenset({"kv.k", "kv.v"})  # what is recalled from a cache is a view of memory that later steps write
