@@ -121,6 +121,6 @@ def test_a_dictionary_where_none_can_stand_is_an_error(lens):
         with pytest.raises(HookError, match=message):
             lens.with_dictionary(writes, dictionary(), reads=reads)
     once = lens.with_dictionary("blocks.0.attn_out", dictionary())
-    with pytest.raises(HookError, match="its features could not be told apart"):
+    with pytest.raises(HookError, match="its features would have the same name"):
         once.with_dictionary("blocks.0.attn_out", dictionary())
     assert isinstance(once, glmlens.Lens)

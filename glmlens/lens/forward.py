@@ -1,5 +1,6 @@
 """Run a model: plain, recorded or edited, in one pass; and check such a run on the meta device."""
 
+import copy
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -10,7 +11,7 @@ from typing import Any, TypedDict, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Self, Unpack
 
 from glmlens.config import CheckpointError, GLMConfig
 from glmlens.foreign_keywords import refuse_keywords
@@ -32,7 +33,7 @@ from glmlens.text.prompts import Prompt, TextMixin
 
 PointNames = str | Sequence[str]
 LogitMetric = Callable[[Tensor], Tensor]
-FLOAT16_MAX = torch.finfo(torch.float16).max
+FP16_MAX = torch.finfo(torch.float16).max
 
 
 class ForwardOptions(TypedDict, total=False):
@@ -142,7 +143,7 @@ class ForwardMixin(TextMixin):
         return out if logits else None, Activations(values, plan.recorded_names, run_info)
 
     def check_weights_finite(self, out: Tensor) -> None:
-        """Raise CheckpointError naming a weight that is nan or infinite, if `out` is not finite either.
+        """Raise CheckpointError naming a weight that is nan or infinite, if `out` is not finite.
 
         Loading does not check the weights, which would read the whole file. The output at the last position shows nan
         and infinity at no cost. Where all weights are finite, an overflow or a hook is the cause: no error here.
@@ -156,12 +157,13 @@ class ForwardMixin(TextMixin):
             if (count := int((~p.isfinite()).sum())) > 0:
                 why = "the file is bad, or an edit made them so"
                 if p.dtype == torch.float16:
-                    why = f"float16 ends at {FLOAT16_MAX:,.0f}: load with dtype='bfloat16' or 'float32'; if they stay, {why}"
+                    hint = f"float16 ends at {FP16_MAX:,.0f}: load with dtype='bfloat16' or 'float32'"
+                    why = f"{hint}; if they stay, {why}"
                 raise CheckpointError(f"{name}: {count:,} of its {p.numel():,} numbers are nan or infinite: {why}")
         self._finite_at = stamp
 
     def refuse_nan(self, logits: Tensor, edited: bool) -> None:
-        """Raise HookError for logits that are nan although every weight is finite: no token can be chosen."""
+        """Raise HookError for logits that are nan although every weight is finite."""
         if not bool(logits.isnan().any()):
             return
         self.check_weights_finite(logits)
@@ -292,6 +294,13 @@ class ForwardMixin(TextMixin):
 
     # ---- dictionaries ----
 
+    def copy_with_dictionaries(self, dictionaries: tuple[InsertedDictionary, ...]) -> Self:
+        """Return a copy of this lens with these dictionaries; it shares the weights."""
+        other = copy.copy(self)
+        other.dictionaries = dictionaries
+        other._point_names = []  # traced anew, with the points of the dictionaries
+        return other
+
     def _insert_dictionaries(self, hook: Hook) -> Hook:
         return DictionaryHook(hook, self.dictionaries) if self.dictionaries and hook is not off else hook
 
@@ -330,9 +339,7 @@ class ForwardMixin(TextMixin):
         plan = RunPlan.from_request(order, names, hooks)
         recorder = self._make_recording_hook(plan, tokens, forward, real_device=self.device)
         past = kv.length if kv else 0
-        points = self._trace_points(
-            *recorder.positions.shape, past=past, logits_to_keep=forward.get("logits_to_keep")
-        )
+        points = self._trace_points(*recorder.positions.shape, past=past, logits_to_keep=forward.get("logits_to_keep"))
         plan.check_possible(recorder)
         plan.store_only_needed(self.model, self._find_edited_points(plan), bool(past))
         with MetaDeviceMode():

@@ -1,6 +1,5 @@
-"""Lens: a GLM, its tokenizer, and what a notebook does with them."""
+"""`Lens`: a GLM with its tokenizer. `load` opens a checkpoint as one."""
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -60,14 +59,14 @@ def load(
     Of a hub repository only config, tokenizer and safetensors are downloaded. The formats are `glm`, `glm4`, `chatglm`,
     `llama` and `qwen2`; no code of a checkpoint is ever run. `rope_theta` is used instead of the config's.
     `dtype` defaults to the checkpoint's own; `attention` is "eager" or "sdpa" (faster, without scores and pattern).
-    With `untie`, a tied embedding is parted from the unembedding: an edit of `W_E` leaves `W_U` as it is.
+    With `untie`, a tied unembedding becomes a copy of the embedding: an edit of `W_E` does not change `W_U`.
     With device="meta" only the config is read, for `check` and `points`. Raises CheckpointError.
     """
     if path_or_hub_id is None and revision is not None:
         raise CheckpointError(f"revision {revision!r} of what? Name a hub id; without one the model inside is opened")
     folder = BUNDLED_MODEL if path_or_hub_id is None else hub.find_checkpoint(path_or_hub_id, revision)
-    chosen = None if dtype is None else checkpoint.parse_dtype(dtype)
-    model = checkpoint.load_model(folder, chosen, device, attention, rope_theta=rope_theta, untie=untie)
+    dtype_to_load = None if dtype is None else checkpoint.parse_dtype(dtype)
+    model = checkpoint.load_model(folder, dtype_to_load, device, attention, rope_theta=rope_theta, untie=untie)
     cfg = folder / "generation_config.json"
     stated = ConfigReader(checkpoint.read_json(cfg), str(cfg)) if cfg.exists() else ConfigReader({}, str(cfg))
     stop, pad = stated.read_token_ids("eos_token_id"), stated.read_token_ids("pad_token_id")
@@ -83,9 +82,9 @@ def load(
 
 
 class Lens(ForwardMixin, WeightsMixin):
-    """A GLM to look into.
+    """A GLM with its tokenizer, to run, record, edit and generate with.
 
-    Its parameters are frozen; gradients flow to what a hook returns. No question that is asked of it changes it.
+    Its parameters are frozen; gradients flow to the tensors that hooks return. Only `to` changes a lens.
     """
 
     def __init__(
@@ -101,25 +100,23 @@ class Lens(ForwardMixin, WeightsMixin):
         self.model = model.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.stop_ids = model.cfg.eos_token_ids if stop_ids is None else tuple(stop_ids)
-        wishes = (pad_id, model.cfg.pad_token_id, *self.stop_ids, 0)
-        self.pad_id = next(i for i in wishes if i is not None and 0 <= i < model.cfg.d_vocab)
+        candidates = (pad_id, model.cfg.pad_token_id, *self.stop_ids, 0)
+        self.pad_id = next(i for i in candidates if i is not None and 0 <= i < model.cfg.d_vocab)
         super().__init__()
 
     spliced = rename_method("spliced", "with_dictionary")
 
     def with_dictionary(self, writes: str, coder: Coder, *, reads: str | None = None) -> "Lens":
-        """This lens with a sparse autoencoder at a point, or a transcoder from `reads` to `writes`, in its way.
+        """Return a copy of this lens with a sparse autoencoder at a point, or a transcoder from `reads` to `writes`.
 
-        Its features are a point of their own, "blocks.2.resid_post.features" [batch, pos, feature], and so is what the
-        reconstruction misses, "blocks.2.resid_post.error". The model says what it said before until a feature is
-        edited. The weights are shared; this lens stays as it is. Raises HookError for a point it cannot stand at.
+        Its features are a point, "blocks.2.resid_post.features" [batch, pos, feature], and so is the reconstruction
+        error, "blocks.2.resid_post.error". Logits are unchanged until a feature is edited: the error is added back.
+        The copy shares the weights. Raises HookError for a point where a dictionary cannot be.
         """
-        other = copy.copy(self)
-        splice = place_dictionary(coder, reads, writes, self.points(), self.device)
-        if any(splice.writes == known.writes for known in self.dictionaries):
-            raise HookError(f"there is a dictionary at {writes!r} already: its features could not be told apart")
-        other.dictionaries, other._point_names = (*self.dictionaries, splice), []
-        return other
+        dictionary = place_dictionary(coder, reads, writes, self.points(), self.device)
+        if any(dictionary.writes == other.writes for other in self.dictionaries):
+            raise HookError(f"there is a dictionary at {writes!r} already: its features would have the same name")
+        return self.copy_with_dictionaries((*self.dictionaries, dictionary))
 
     def harvest(
         self,
@@ -130,7 +127,7 @@ class Lens(ForwardMixin, WeightsMixin):
         batch: Integer = 16,
         shard_tokens: Integer = 16_384,
     ) -> Harvest:
-        """Write what is at the named points, a row per token, for any number of prompts; see `harvest.harvest`."""
+        """Write the activations of any number of prompts to disk, a row per token; see `harvest.harvest`."""
         hashes = {"model": self.model_hash, "tokenizer": self.tokenizer_hash}
         return harvest(self, prompts, names, out, hashes=hashes, batch=batch, shard_tokens=shard_tokens)
 
@@ -320,7 +317,7 @@ class Lens(ForwardMixin, WeightsMixin):
         return choose_checked
 
     def new_kv(self, batch: Integer = 1, capacity: Integer = 256) -> KVCache:
-        """An empty KV cache for this model; it grows when it is full."""
+        """Return an empty KV cache for this model; it grows when it is full."""
         batch, capacity = read_integer(batch, "batch", least=1), read_integer(capacity, "capacity", least=0)
         return KVCache.empty(self.cfg, batch, capacity, self.dtype, self.device)
 
@@ -337,7 +334,7 @@ class Lens(ForwardMixin, WeightsMixin):
     ) -> None:
         """Print the rank and probability of each token of the answer (or of each answer), and the top tokens there.
 
-        With `hooks`, those of a run that is edited.
+        `hooks` edit the run.
         """
         refuse_keywords("test_prompt", unknown, ["prompt", "answer", "top", "hooks"])
         self._require_language_model("test_prompt")
@@ -346,11 +343,11 @@ class Lens(ForwardMixin, WeightsMixin):
             ids, (tokens, mask) = self.require_tokenizer().encode_continuation(text), self.to_batch(prompt)
             if not ids or tokens.shape[0] != 1:
                 raise ValueError(f"one prompt and an answer of at least one token: got {tokens.shape[0]} and {text!r}")
-            whole = torch.cat([tokens, torch.tensor([ids], device=tokens.device)], 1)
-            real = torch.ones_like(whole)
+            full = torch.cat([tokens, torch.tensor([ids], device=tokens.device)], 1)
+            real = torch.ones_like(full)
             if mask is not None:
                 real[:, : mask.shape[1]] = mask
-            logits = self._edited_logits(whole, hooks, attention_mask=real, logits_to_keep=len(ids) + 1)
+            logits = self._edited_logits(full, hooks, attention_mask=real, logits_to_keep=len(ids) + 1)
             probs = logits[0, :-1].to(torch.float32).softmax(-1)
             print(f"{self.to_labels(tokens)[-1]!r} ← {text!r}")
             for i, p in zip(ids, probs, strict=True):
@@ -364,18 +361,18 @@ class Lens(ForwardMixin, WeightsMixin):
     def log_probs(
         self, prompt: Prompt, *, hooks: Hooks | None = None, **unknown: Unpack[NoKeywords]
     ) -> Float[Tensor, "batch next"]:
-        """The log-probability in nats of every token but the first, given those before it; nan at padding.
+        """Return the log-probability in nats of every token but the first, given those before it; nan at padding.
 
-        With `hooks`, those of a run that is edited.
+        `hooks` edit the run.
         """
         refuse_keywords("log_probs", unknown, ["prompt", "hooks"])
         tokens, mask = self.to_batch(prompt)
         self._require_language_model("log_probs")
-        found = losses.token_log_probs(self._edited_logits(tokens, hooks, attention_mask=mask), tokens)
-        return found if mask is None else found.masked_fill(mask[:, :-1] == 0, torch.nan)
+        log_probs = losses.token_log_probs(self._edited_logits(tokens, hooks, attention_mask=mask), tokens)
+        return log_probs if mask is None else log_probs.masked_fill(mask[:, :-1] == 0, torch.nan)
 
     def _edited_logits(self, tokens: Tensor, hooks: Hooks | None, **forward: Unpack[ForwardOptions]) -> Tensor:
-        """The logits of a run with hooks, or of the published model where there are none."""
+        """Return the logits of a run with hooks, or of the model without hooks."""
         return self(tokens, **forward) if hooks is None else self.run_with_hooks(tokens, hooks, **forward)
 
     def classify(
@@ -386,7 +383,7 @@ class Lens(ForwardMixin, WeightsMixin):
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Float[Tensor, "batch *pos label"]:
-        """What a class head says: logits [batch, label] of whole sequences, or [batch, pos, label] of tokens.
+        """Return the logits of a class head: [batch, label] for sequences, or [batch, pos, label] for tokens.
 
         A sequence is classified at its right-most token that is not the config's pad_token_id; see `losses.pooled`.
         """
@@ -394,7 +391,7 @@ class Lens(ForwardMixin, WeightsMixin):
             raise ValueError("this model has no class head: it was saved as a language model or without a head")
         forward: ForwardOptions = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         tokens = self.prepare_inputs(prompt, forward)
-        if forward.get("attention_mask") is None:  # it was looked at once: for the run below nothing is left open
+        if forward.get("attention_mask") is None:  # there is no padding: a mask of ones says so to the run below
             entering = cast(Tensor, forward.get("inputs_embeds") if tokens is None else tokens)
             forward["attention_mask"] = torch.ones(entering.shape[:2], dtype=torch.long, device=entering.device)
         logits = self.run_with_hooks(tokens, hooks, **forward)
@@ -409,11 +406,11 @@ class Lens(ForwardMixin, WeightsMixin):
         hooks: Hooks | None = None,
         **unknown: Unpack[NoKeywords],
     ) -> Float[Tensor, ""]:
-        """The mean next-token cross-entropy in nats; padding, what it predicts, and labels of -100 do not count.
+        """Return the mean next-token cross-entropy in nats, without padding, its predictions, and labels of -100.
 
-        `labels` [batch, pos] are the tokens themselves by default. With `num_items` it is the sum over that. For a
-        class head it is the loss of its labels, which must be given: [batch, pos] of tokens, without padding, or of
-        sequences [batch] or [batch, label]; see `losses.of_sequences`. With `hooks`, that of an edited run.
+        `labels` [batch, pos] default to the tokens themselves. With `num_items` the sum is divided by that number
+        instead. A class head needs its labels: [batch, pos] for tokens, without padding, or [batch] or [batch, label]
+        for sequences; see `losses.sequence_loss`. `hooks` edit the run.
         """
         refuse_keywords("loss", unknown, ["prompt", "labels", "num_items", "hooks"])
         tokens, mask = self.to_batch(prompt)
@@ -436,10 +433,10 @@ class Lens(ForwardMixin, WeightsMixin):
         return losses.next_token_loss(self._edited_logits(tokens, hooks, attention_mask=mask), labels, num_items)
 
     def _require_language_model(self, what: str) -> None:
-        """Raise ValueError for what takes a language model, in a model that is none."""
+        """Raise ValueError unless this is a language model; `what` was called."""
         if self.cfg.head != "vocab":
             has = f"a head of classes ({', '.join(self.cfg.labels)})" if self.cfg.labels else "no head"
-            raise ValueError(f"{what}: this checkpoint has {has}, and says no next token")
+            raise ValueError(f"{what}: this checkpoint has {has}, and predicts no next token")
 
     # ---- the model ----
 
@@ -452,11 +449,11 @@ class Lens(ForwardMixin, WeightsMixin):
         return self
 
     def save(self, folder: str | Path, *, shard_bytes: int = saving.MAX_SHARD_BYTES) -> Path:
-        """Write this model as a checkpoint that transformers opens, with its tokenizer; the folder.
+        """Write this model and its tokenizer as a checkpoint that transformers opens; return the folder.
 
-        It is of `glm` or, with sandwich norms, of `glm4`: what was opened as `chatglm`, `llama` or `qwen2` is a `glm`,
-        by the same maths. In this lens's dtype, in files of at most `shard_bytes`; dictionaries spliced in are not part
-        of it. The folder appears whole or not at all. Raises FileExistsError unless it is new or empty.
+        The format is `glm` or, with sandwich norms, `glm4`; a model opened as `chatglm`, `llama` or `qwen2` becomes a
+        `glm` with the same maths. Weights are in this lens's dtype, in files of at most `shard_bytes`. Inserted
+        dictionaries are not saved. The folder is written atomically. Raises FileExistsError unless it is new or empty.
         """
         if self.device.type == "meta":
             raise ValueError("on the meta device there are no numbers to save: load on the CPU")
@@ -464,9 +461,9 @@ class Lens(ForwardMixin, WeightsMixin):
         with saving.create_folder_atomically(folder) as new:
             saving.write_json(new / "config.json", saving.make_config_json(self.model))
             stated = self.folder / "generation_config.json" if self.folder else new
-            said = checkpoint.read_json(stated) if stated.is_file() else {}
+            config = checkpoint.read_json(stated) if stated.is_file() else {}
             stops = {"eos_token_id": [*self.stop_ids] or None, "pad_token_id": self.pad_id}
-            saving.write_json(new / "generation_config.json", said | stops)
+            saving.write_json(new / "generation_config.json", config | stops)
             if self.tokenizer is not None:
                 saving.write_tokenizer(new, self.tokenizer, self.folder)
             saving.write_weights(new, saving.collect_tensors(self.model), shard_bytes)
@@ -475,11 +472,11 @@ class Lens(ForwardMixin, WeightsMixin):
     def __repr__(self) -> str:
         c = self.cfg
         millions = sum(p.numel() for p in self.model.parameters()) / 1e6
-        said = f", labels {', '.join(c.labels)}" if c.labels else "" if c.d_logits else ", no unembedding"
-        said += ", W_U is W_E" if c.tied else ""
-        heads = f"{c.n_heads} heads on {c.n_kv_heads} kv heads of {c.d_head} ({c.d_rotary} of them turn)"
+        head = f", labels {', '.join(c.labels)}" if c.labels else "" if c.d_logits else ", no unembedding"
+        head += ", W_U is W_E" if c.tied else ""
+        heads = f"{c.n_heads} heads on {c.n_kv_heads} kv heads of {c.d_head} ({c.d_rotary} of them rotated)"
         return (
             f"Lens({c.model_type}: {c.n_layers} layers, d_model {c.d_model}, {heads}, d_mlp {c.d_mlp}, "
-            f"vocab {c.d_vocab:,}{said}; {millions:,.1f} M parameters, {self.dtype}, {self.device}, "
+            f"vocab {c.d_vocab:,}{head}; {millions:,.1f} M parameters, {self.dtype}, {self.device}, "
             f"{self.model.attention})"
         )
