@@ -274,7 +274,7 @@ def test_a_kept_tokenizer_that_was_harmed_is_made_again(model_file, harm):
 
 def test_what_is_kept_is_used(model_file, monkeypatch):
     first = Tokenizer.from_folder(model_file)
-    monkeypatch.setattr(tokenizers, "ask_child", lambda job: pytest.fail("it was made again"))
+    monkeypatch.setattr(tokenizers, "run_in_child", lambda job: pytest.fail("it was made again"))
     assert Tokenizer.from_folder(model_file).engine.to_str() == first.engine.to_str()
 
 

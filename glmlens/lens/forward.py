@@ -11,7 +11,7 @@ from typing import Any, TypedDict, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from typing_extensions import Self, Unpack
+from typing_extensions import Unpack
 
 from glmlens.config import CheckpointError, GLMConfig
 from glmlens.foreign_keywords import refuse_keywords
@@ -294,7 +294,7 @@ class ForwardMixin(TextMixin):
 
     # ---- dictionaries ----
 
-    def copy_with_dictionaries(self, dictionaries: tuple[InsertedDictionary, ...]) -> Self:
+    def copy_with_dictionaries(self, dictionaries: tuple[InsertedDictionary, ...]) -> "ForwardMixin":
         """Return a copy of this lens with these dictionaries; it shares the weights."""
         other = copy.copy(self)
         other.dictionaries = dictionaries

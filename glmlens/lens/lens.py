@@ -116,7 +116,7 @@ class Lens(ForwardMixin, WeightsMixin):
         dictionary = place_dictionary(coder, reads, writes, self.points(), self.device)
         if any(dictionary.writes == other.writes for other in self.dictionaries):
             raise HookError(f"there is a dictionary at {writes!r} already: its features would have the same name")
-        return self.copy_with_dictionaries((*self.dictionaries, dictionary))
+        return cast(Lens, self.copy_with_dictionaries((*self.dictionaries, dictionary)))
 
     def harvest(
         self,
