@@ -230,7 +230,7 @@ def test_a_panic_of_the_library_never_escapes():
     calls = [lambda: text.encode("a"), lambda: text.decode([0]), lambda: text.decode_each([0]), lambda: text.encode_single("a"),
              lambda: text.list_words(), lambda: text.label(0), lambda: text.roles([0]), lambda: text.fingerprint(),
              lambda: text.encode_with_offsets("a"), lambda: text.encode_continuation("a"),
-             lambda: text.settled([0])]  # fmt: skip
+             lambda: text.drop_unfinished_bytes([0])]  # fmt: skip
     for call in calls:
         with pytest.raises(ValueError, match="the tokenizer of this checkpoint broke down"):
             call()
@@ -274,7 +274,7 @@ def test_a_kept_tokenizer_that_was_harmed_is_made_again(model_file, harm):
 
 def test_what_is_kept_is_used(model_file, monkeypatch):
     first = Tokenizer.from_folder(model_file)
-    monkeypatch.setattr(tokenizers, "ask_child", lambda job: pytest.fail("it was made again"))
+    monkeypatch.setattr(tokenizers, "run_in_child", lambda job: pytest.fail("it was made again"))
     assert Tokenizer.from_folder(model_file).engine.to_str() == first.engine.to_str()
 
 

@@ -6,7 +6,7 @@ from test_text import tokenizer
 
 import glmlens
 from glmlens import cache
-from glmlens.text.conversation import CachedRow, cached_rows, continue_chat
+from glmlens.text.conversation import CachedRow, continue_chat, read_cached_rows
 from glmlens.text.tokenizer import Tokenizer
 
 A, B, C = (
@@ -168,7 +168,7 @@ def test_the_next_message_is_what_each_published_template_writes(templates, name
     expected = text.encode(here.render(told))
     assert expected[: len(held)] == held
     for cut in (0, 1):
-        row = CachedRow(held[: len(held) - cut], held[len(held) - cut :], whole=True)
+        row = CachedRow(held[: len(held) - cut], held[len(held) - cut :], is_complete=True)
         for messages in (told, told[-1:]):
             found = continue_chat(messages, row, text, here.render)
             assert [*row.tokens, *found] == expected
@@ -181,7 +181,7 @@ def test_thoughts_that_a_template_leaves_out_later_are_refused(templates):
     here = glmlens.Lens(glmlens.load().model, text)
     held = text.encode(here.render([{"role": "user", "content": "Mary"}]) + "\n<think>went</think>\nto", prefix=False)
     with pytest.raises(ValueError, match="in another way"):
-        continue_chat([{"role": "user", "content": "John"}], CachedRow(held, [], whole=True), text, here.render)
+        continue_chat([{"role": "user", "content": "John"}], CachedRow(held, [], is_complete=True), text, here.render)
 
 
 def test_an_unmarked_conversation_is_gone_on_with_as_a_whole_chat_alone(lens):
@@ -189,7 +189,7 @@ def test_an_unmarked_conversation_is_gone_on_with_as_a_whole_chat_alone(lens):
     other = glmlens.Lens(lens.model, Tokenizer(lens.tokenizer.engine, template), stop_ids=lens.stop_ids)
     kv = other.new_kv()
     other([A], kv=kv)
-    assert cached_rows(kv)[0].whole
+    assert read_cached_rows(kv)[0].is_complete
     with pytest.raises(ValueError, match="Pass the whole chat, with the answers"):
         other([B], kv=kv)
     whole = other([A, PARIS, B])

@@ -58,17 +58,17 @@ def test_a_memory_goes_on_as_the_prompt(lens, tokens):
 
 LONG = """
 import resource, torch, glmlens
-from glmlens import analysis, cache, patch
+from glmlens import analysis, cache, timeline
 lens = glmlens.load(dtype="float32", attention="eager")
-ids = torch.tensor(lens.tokenizer.word_ids())
+ids = torch.tensor(lens.tokenizer.list_word_ids())
 tokens = ids[torch.randint(len(ids), (1, 8192), generator=torch.Generator().manual_seed(0))]
-line = patch.timeline(lens, tokens, 3, stop_ids=())
+line = timeline.record_timeline(lens, tokens, 3, stop_ids=())
 assert line.attention(1, 0).shape == (3, 8194)
 line.rerun(2, hooks=cache.ablate(position=range(100)).hooks(lens))
-memory = line.memory(1)
+memory = line.restore_state(1)
 small = cache.close_up(lens)(cache.evict(cache.window(1024, sinks=4))(cache.quantise(4)(memory.kv)))
 assert small.length == 1028
-assert analysis.who_reads(lens, memory).attention.shape[2] == 8193
+assert analysis.cache_reads(lens, memory).attention.shape[2] == 8193
 analysis.leave_one_out(lens, memory, positions=range(0, 8192, 512))
 analysis.score_parts(lens, tokens, 1, 0, query=[4000, 8191])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

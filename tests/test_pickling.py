@@ -46,9 +46,9 @@ def test_a_recording_comes_back_with_all_that_was_named_and_where_it_stood(way, 
     assert all(equal(again[name], acts[name]) for name in acts)
     assert again.labels == acts.labels
     assert torch.equal(again.row(0).at(" Mary")["resid_post"], acts.row(0).at(" Mary")["resid_post"])
-    assert again.of.model is None
-    assert again.of.model_hash() == lens.model_hash
-    assert again.of.edited == acts.run_info.edited_points
+    assert again.run_info.model is None
+    assert again.run_info.model_hash() == lens.model_hash
+    assert again.run_info.edited_points == acts.run_info.edited_points
     assert "derived" not in repr(again)
     assert all(equal(by_pickle(again)[name], acts[name]) for name in acts)
 

@@ -195,7 +195,7 @@ def test_the_table_is_short_in_text_and_in_html(inside):
     assert len(repr(acts).splitlines()) < 40
     assert re.search(r"blocks\.0-3\.attn\.pattern +batch head query key +\(1, 8, 11, 11\) +derived", repr(acts))
     page = acts._repr_html_()
-    assert page.count("<tr>") == len(acts.rows()) + 1
+    assert page.count("<tr>") == len(acts.summary_table()) + 1
     assert f"{len(acts)} points" in page
 
 
@@ -207,7 +207,7 @@ def test_a_recording_can_be_moved_and_detached(lens, tokens):
     assert acts.to("cpu") is acts
     meta = acts.to("meta")
     assert meta["resid_post"].is_meta
-    assert meta.of.positions.is_meta
+    assert meta.run_info.positions.is_meta
     assert same(acts.detach(), dict(acts)) == []
 
 

@@ -159,9 +159,9 @@ def test_a_single_token_is_the_one_that_is_written(text):
     assert lens.tokenizer.decode_each([i]) == [" Mary"]
     assert lens.to_single_token("a") != lens.to_single_token(" a")
     assert lens.tokenizer.decode_each([lens.to_single_token("a")]) == ["a"]
-    assert len(text.words()) > 30
+    assert len(text.list_words()) > 30
     for word in ("Mary", "John", "Paris", "she"):
-        assert f" {word}" in text.words()
+        assert f" {word}" in text.list_words()
         assert lens.tokenizer.decode_each([lens.to_single_token(f" {word}")]) == [f" {word}"]
 
 
@@ -170,7 +170,7 @@ def test_tasks_can_be_asked_and_answers_keep_their_space(task, text):
     for example in TASKS[task].examples(text, 20, seed=1):
         assert example.tokens == text.encode(example.item.text)
         for ids, answers in ((example.correct, example.item.correct), (example.wrong, example.item.wrong)):
-            assert text.strings(ids) == list(answers)
+            assert text.decode_each(ids) == list(answers)
         for name, (start, end) in example.item.prompt.spans.items():
             assert text.decode(example.tokens[1 : example.at(name) + 1])[:end] == example.item.text[:end]
             assert example.item.text[start:end].strip()

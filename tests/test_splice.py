@@ -25,21 +25,21 @@ WAYS = [("blocks.1.resid_post", None), ("blocks.1.mlp_out", "blocks.1.ln2.normal
 
 @pytest.mark.parametrize(("writes", "reads"), WAYS)
 def test_a_dictionary_changes_nothing_until_a_feature_is_edited(any_lens, tokens, writes, reads):
-    spliced = any_lens.spliced(writes, dictionary(), reads=reads)
+    spliced = any_lens.with_dictionary(writes, dictionary(), reads=reads)
     logits, acts = spliced.run_with_cache(tokens)
     plain, before = any_lens.run_with_cache(tokens)
     assert torch.equal(logits, plain)
     assert all(torch.equal(acts[name], before[name]) for name in before)
     assert [name for name in acts if name not in before] == [f"{writes}.features", f"{writes}.error"]
     assert acts[f"{writes}.features"].shape == (2, 9, 20)
-    assert any_lens.splices == ()
+    assert any_lens.dictionaries == ()
     assert torch.equal(spliced.run_with_hooks(tokens, {f"{writes}.features": lambda x, point: x}), plain)
 
 
 @pytest.mark.parametrize(("writes", "reads"), WAYS)
 def test_features_and_error_make_what_was_there(lens, tokens, writes, reads):
     coder = dictionary()
-    _, acts = lens.spliced(writes, coder, reads=reads).run_with_cache(tokens)
+    _, acts = lens.with_dictionary(writes, coder, reads=reads).run_with_cache(tokens)
     said = acts[f"{writes}.features"] @ coder.W_dec + coder.b_dec
     assert torch.allclose(said + acts[f"{writes}.error"], acts[writes], atol=1e-5)
     x = acts[reads or writes]
@@ -51,7 +51,7 @@ def test_features_and_error_make_what_was_there(lens, tokens, writes, reads):
 @pytest.mark.parametrize(("writes", "reads"), WAYS)
 def test_an_edited_feature_moves_the_point_by_its_direction(lens, tokens, writes, reads):
     coder = dictionary()
-    spliced = lens.spliced(writes, coder, reads=reads)
+    spliced = lens.with_dictionary(writes, coder, reads=reads)
 
     def more(x, point):
         assert point.axes == ("batch", "pos", "feature")
@@ -73,7 +73,7 @@ def test_an_edited_feature_moves_the_point_by_its_direction(lens, tokens, writes
 
 def test_without_its_error_the_model_says_what_the_reconstruction_says(lens, tokens):
     coder = dictionary()
-    spliced = lens.spliced("blocks.1.resid_post", coder)
+    spliced = lens.with_dictionary("blocks.1.resid_post", coder)
     logits = spliced.run_with_hooks(tokens, {"blocks.1.resid_post.error": lambda x, point: x * 0})
     expected = lens.run_with_hooks(tokens, {"blocks.1.resid_post": lambda x, point: coder.decode(coder.encode(x))})
     assert torch.allclose(logits, expected, atol=1e-4)
@@ -92,7 +92,7 @@ def test_features_are_edited_at_every_step_of_a_generation(tokens):
 
 
 def test_check_and_points_know_the_features(lens, tokens):
-    spliced = lens.spliced("blocks.1.resid_post", dictionary())
+    spliced = lens.with_dictionary("blocks.1.resid_post", dictionary())
     point = next(p for p in spliced.points(tokens) if p.name.endswith("features"))
     assert point.shape == (2, 9, 20)
     check = spliced.check(tokens, "all", {"blocks.1.resid_post.features": lambda x, point: x + 1})
@@ -119,8 +119,8 @@ def test_a_dictionary_where_none_can_stand_is_an_error(lens):
         ("blocks.0.attn_out", "blocks.0.mlp_out", "comes after"),
     ):
         with pytest.raises(HookError, match=message):
-            lens.spliced(writes, dictionary(), reads=reads)
-    once = lens.spliced("blocks.0.attn_out", dictionary())
-    with pytest.raises(HookError, match="its features could not be told apart"):
-        once.spliced("blocks.0.attn_out", dictionary())
+            lens.with_dictionary(writes, dictionary(), reads=reads)
+    once = lens.with_dictionary("blocks.0.attn_out", dictionary())
+    with pytest.raises(HookError, match="its features would have the same name"):
+        once.with_dictionary("blocks.0.attn_out", dictionary())
     assert isinstance(once, glmlens.Lens)

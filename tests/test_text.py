@@ -158,8 +158,8 @@ def test_a_tokenizer_model_gives_the_known_ids(glm4):
     assert text.prefix == (151331, 151333)
     assert text.engine.get_vocab_size() == 151343
     assert len(json.loads(text.engine.to_str())["model"]["merges"]) == 318_088
-    assert text.single(" Paris") == 12089
-    assert text.single(" Mary") == 10239
+    assert text.encode_single(" Paris") == 12089
+    assert text.encode_single(" Mary") == 10239
 
 
 def test_labels_show_what_cannot_be_seen(glm4):
@@ -169,7 +169,7 @@ def test_labels_show_what_cannot_be_seen(glm4):
         "Hello", ",", "·", "↵", "⟨20 F0 9F⟩", "⟨9A⟩", "⟨80⟩", "[gMASK]", "⟨151343⟩", "⟨151551⟩", "你好",
     ]  # fmt: skip
     assert text.labels([9703, 151331], width=4) == ["Hel…", "[gM…"]
-    assert text.label(text.single("\t")) == "→"
+    assert text.label(text.encode_single("\t")) == "→"
 
 
 MESSAGES = [

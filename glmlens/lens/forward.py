@@ -1,5 +1,6 @@
-"""Running a model: plain, recorded and edited, in one pass; and what that would be, before it is paid for."""
+"""Run a model: plain, recorded or edited, in one pass; and check such a run on the meta device."""
 
+import copy
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -22,20 +23,21 @@ from glmlens.lens.weights import ModelHash, Stamp, stamp_of
 from glmlens.loading.checkpoint import refuse_rewritten_files
 from glmlens.model import absolute_positions
 from glmlens.recording import recorder as record
-from glmlens.recording.activations import Activations, RunInfo
+from glmlens.recording.activations import Activations
 from glmlens.recording.check import MetaDeviceMode, Points, RunCheck
 from glmlens.recording.dictionaries import DictionaryHook, InsertedDictionary
 from glmlens.recording.recorder import ForwardStopped, GenerationRecorder, RecordingHook, RunPlan
+from glmlens.recording.run_info import RunInfo
 from glmlens.text.prompt_kinds import TokenizedPrompts
 from glmlens.text.prompts import Prompt, TextMixin
 
 PointNames = str | Sequence[str]
 LogitMetric = Callable[[Tensor], Tensor]
-HALF = torch.finfo(torch.float16).max
+FP16_MAX = torch.finfo(torch.float16).max
 
 
 class ForwardOptions(TypedDict, total=False):
-    """What a forward takes besides its prompt and hook; see `GLM.forward`."""
+    """The keywords of a run, besides its prompt and hooks; see `GLM.forward`."""
 
     kv: KVCache | None
     start_layer: Any
@@ -47,29 +49,29 @@ class ForwardOptions(TypedDict, total=False):
 
 
 def read_positions_to_keep(asked: Any) -> int | Tensor:
-    """How many of the last positions logits are wanted for, or the indices of some in a tensor."""
+    """Return `logits_to_keep`: the number of last positions, or a tensor of indices or a mask of positions."""
     if isinstance(asked, Tensor) and asked.ndim == 1 and not asked.is_floating_point():
-        return asked  # indices, or a mask as long as the positions
+        return asked
     if isinstance(as_python(asked), Iterable | slice):
         return torch.tensor(read_integers(asked, "logits_to_keep", negative=True))
     return read_integer(asked, "logits_to_keep")
 
 
 class ForwardMixin(TextMixin):
-    """One pass of `self.model`: what it says, what is in it, and what it would say otherwise."""
+    """Single passes of `self.model`: logits, recordings, edited runs, gradients and checks."""
 
     dictionaries: tuple[InsertedDictionary, ...] = ()
 
     def __init__(self) -> None:
         self._point_names: list[str] = []
-        self._said_beyond_context = False
+        self._warned_beyond_context = False
         self._hash = ModelHash()
-        self._sound_at: Stamp | None = None  # the weights that were looked at, when a run gave cause, and are finite
+        self._finite_at: Stamp | None = None  # the stamp of the weights that were last found to be finite
 
     def __call__(
         self, prompt: Prompt | None = None, **forward: Unpack[ForwardOptions]
     ) -> Float[Tensor, "batch kept vocab"]:
-        """The logits of the published model; with stop_layer, the residual stream that enters that layer."""
+        """Return the logits of the model without hooks; with stop_layer, the residual stream that enters that layer."""
         self.before_run(forward)
         out = self.model(self.prepare_inputs(prompt, forward), **forward)
         self.check_weights_finite(out[:, -1:])
@@ -85,12 +87,12 @@ class ForwardMixin(TextMixin):
         gradients_of: LogitMetric | None = None,
         **forward: Unpack[ForwardOptions],
     ) -> tuple[Tensor | None, Activations]:
-        """The logits, and what was at the named points after all hooks.
+        """Return the logits and the activations at the named points, after all hooks.
 
         `names` are names ("blocks.3.attn.z"), globs ("blocks.*.resid_post"), layer-local names ("resid_post") or
-        "all". What follows from other points asked for is not stored but derived when it is read. With `logits=False`
-        the run ends after the last point asked for, and None stands for the logits. `gradients_of`, a function of the
-        logits to one number or one per row, also leaves its gradient at every point, `acts.gradients`.
+        "all". Points that follow from other named ones are not stored but derived on access. With `logits=False` the
+        run ends after the last named point and returns None for the logits. `gradients_of` is a function of the logits
+        to one number or one per row; its gradient at every named point is then `acts.gradients`.
         Raises HookError for a name that matches nothing.
         """
         return self._run_and_record(prompt, names, hooks, logits, forward, gradients_of)
@@ -98,9 +100,10 @@ class ForwardMixin(TextMixin):
     def run_with_hooks(
         self, prompt: Prompt | None = None, hooks: Hooks | None = None, **forward: Unpack[ForwardOptions]
     ) -> Float[Tensor, "batch kept vocab"]:
-        """Logits with `hooks`, {"blocks.3.attn.z": fn} or [("blocks.*.attn.z", fn), ...], run in the order given.
+        """Return the logits of a run with `hooks`, {"blocks.3.attn.z": fn} or [("blocks.*.attn.z", fn), ...].
 
-        `fn(x, point)` gets a copy of the tensor there and returns what the model should use instead.
+        `fn(x, point)` gets a copy of the activations at the point and returns the tensor to use instead. Hooks run in
+        the order given.
         """
         return cast(Tensor, self._run_and_record(prompt, (), hooks, True, forward)[0])
 
@@ -114,51 +117,53 @@ class ForwardMixin(TextMixin):
         metric: LogitMetric | None = None,
     ) -> tuple[Tensor | None, Activations]:
         self.before_run(forward)
-        tokens, kv = self.prepare_inputs(prompt, forward), forward.get("kv")
+        tokens = self.prepare_inputs(prompt, forward)
+        kv = forward.get("kv")
         plan = RunPlan.from_request(self.list_passed_points(tokens, forward), names, hooks)
-        if metric is None:
-            plan.store_only_needed(self.model, self._find_edited_points(plan), kv is not None and kv.length > 0)
-        watch = self._make_recording_hook(plan, tokens, forward)
-        of = self.make_run_info(
-            prompt, tokens, kv, watch.positions, watch.key_positions, self._find_edited_points(plan)
+        edited = self._find_edited_points(plan)
+        if metric is None:  # gradients are needed at every point, and do not follow from each other
+            plan.store_only_needed(self.model, edited, kv is not None and kv.length > 0)
+        # A run that fills a cache goes on to its end, whatever is recorded.
+        recorder = self._make_recording_hook(
+            plan, tokens, forward, stop_when_done=not logits and kv is None, with_gradients=metric is not None
         )
-        plan.check_possible(watch)
+        run_info = self.make_run_info(prompt, tokens, kv, recorder.positions, recorder.key_positions, edited)
+        plan.check_possible(recorder)
         if metric is not None:
-            return self._run_with_gradients(tokens, forward, watch, metric, of)
-        watch.stop_when_done = not logits and kv is None
+            return self._run_with_gradients(tokens, forward, recorder, metric, run_info)
         try:
-            out = self.model(tokens, hook=self._insert_dictionaries(watch), **forward)
+            out = self.model(tokens, hook=self._insert_dictionaries(recorder), **forward)
         except ForwardStopped:
             out = None
-        kept = watch.compact_values()
+        values = recorder.compact_values()
         if out is not None and out.shape[1]:
             self.check_weights_finite(out[:, -1:])
-        elif kept:  # the run ended early, or was asked for the logits of no position
-            self.check_weights_finite(next(reversed(kept.values())))
-        return out if logits else None, Activations(kept, plan.recorded_names, of)
+        elif values:  # the run ended early, or kept the logits of no position: check the last recorded value
+            self.check_weights_finite(next(reversed(values.values())))
+        return out if logits else None, Activations(values, plan.recorded_names, run_info)
 
     def check_weights_finite(self, out: Tensor) -> None:
-        """Raise CheckpointError naming a weight that is not finite, if there is one and `out` is not finite either.
+        """Raise CheckpointError naming a weight that is nan or infinite, if `out` is not finite.
 
-        A weight is a number for all that loading knows: looking at each would read the whole file. What a run comes to
-        at its last position, or the last that it records, shows it for nothing. Where the weights are sound, an
-        overflow or a hook did it.
+        Loading does not check the weights, which would read the whole file. The output at the last position shows nan
+        and infinity at no cost. Where all weights are finite, an overflow or a hook is the cause: no error here.
         """
         if out.is_meta or bool(out.isfinite().all()):
             return
         stamp = stamp_of(self.model)
-        if self._sound_at == stamp:
+        if self._finite_at == stamp:
             return
         for name, p in self.model.named_parameters():
             if (count := int((~p.isfinite()).sum())) > 0:
                 why = "the file is bad, or an edit made them so"
                 if p.dtype == torch.float16:
-                    why = f"float16 ends at {HALF:,.0f}: load with dtype='bfloat16' or 'float32'; if they stay, {why}"
+                    hint = f"float16 ends at {FP16_MAX:,.0f}: load with dtype='bfloat16' or 'float32'"
+                    why = f"{hint}; if they stay, {why}"
                 raise CheckpointError(f"{name}: {count:,} of its {p.numel():,} numbers are nan or infinite: {why}")
-        self._sound_at = stamp
+        self._finite_at = stamp
 
     def refuse_nan(self, logits: Tensor, edited: bool) -> None:
-        """Raise HookError for logits by which no token can be chosen, though every weight is a number."""
+        """Raise HookError for logits that are nan although every weight is finite."""
         if not bool(logits.isnan().any()):
             return
         self.check_weights_finite(logits)
@@ -170,7 +175,7 @@ class ForwardMixin(TextMixin):
         )
 
     def before_run(self, forward: ForwardOptions) -> None:
-        """Raise an error if this run cannot be right: another's KV cache, or a file of weights that was rewritten."""
+        """Raise an error for a KV cache of another model, and for weights whose file was rewritten since loading."""
         refuse_other_caches(forward.get("kv"), self.cfg, self.dtype, self.device)
         refuse_rewritten_files(self.model)
 
@@ -182,10 +187,9 @@ class ForwardMixin(TextMixin):
         metric: LogitMetric,
         run_info: RunInfo,
     ) -> tuple[Tensor, Activations]:
-        """A run whose graph begins at the embeddings, the metric of it, and the gradient at every kept point."""
+        """Run with an autograd graph that begins at the embeddings; record values and gradients of the metric."""
         if any(p.is_inference() for p in self.model.parameters()):
             raise HookError("no gradients here: this model was made under torch.inference_mode(); load it outside")
-        hook.with_gradients = True
         with torch.inference_mode(False), torch.enable_grad():
             entering = cast(Tensor, forward.pop("inputs_embeds", None) if tokens is None else tokens)
             if not entering.is_floating_point():
@@ -204,14 +208,17 @@ class ForwardMixin(TextMixin):
                     f"gradients_of must give one number, or one per row [{len(logits)}]; it gave {tuple(value.shape)}: "
                     f"end it with .sum() if the sum is meant"
                 )
-            kept = dict(hook.values)
-            found = torch.autograd.grad(value.sum(), list(kept.values()), allow_unused=True)
+            stored = dict(hook.values)
+            # The rows of a batch do not interact: the gradient of the sum is each row's own.
+            slopes = torch.autograd.grad(value.sum(), list(stored.values()), allow_unused=True)
         gradients = {
-            name: torch.zeros_like(x) if g is None else g for (name, x), g in zip(kept.items(), found, strict=True)
+            name: torch.zeros_like(x) if slope is None else slope  # None: the metric does not depend on the point
+            for (name, x), slope in zip(stored.items(), slopes, strict=True)
         }
-        run_info = replace(run_info, model=None)  # a gradient does not follow from others as a value does
-        values, named = {name: x.detach() for name, x in kept.items()}, hook.plan.recorded_names
-        return logits.detach(), Activations(values, named, run_info, Activations(gradients, named, run_info))
+        run_info = replace(run_info, model=None)  # gradients cannot be derived from each other as values can
+        names = hook.plan.recorded_names
+        values = {name: x.detach() for name, x in stored.items()}
+        return logits.detach(), Activations(values, names, run_info, Activations(gradients, names, run_info))
 
     def make_run_info(
         self,
@@ -222,34 +229,52 @@ class ForwardMixin(TextMixin):
         key_positions: Tensor,
         edited: frozenset[str] = frozenset(),
     ) -> RunInfo:
-        """What a recording is of."""
-        stamp, found, model = stamp_of(self.model), self._hash, self.model
+        """Return the run info of a recording of the model as it is now."""
+        stamp = stamp_of(self.model)
+        model_hash = self._hash
+        model = self.model
         return RunInfo(
-            None if tokens is None or tokens.is_floating_point() else tokens,
-            positions,
-            key_positions,
-            model,
-            lambda: found.at(stamp, model),
-            self.tokenizer,
-            prompt.at if isinstance(prompt, TokenizedPrompts) else None,
-            edited,
+            # A residual stream or embeddings as the prompt are no tokens.
+            tokens=None if tokens is None or tokens.is_floating_point() else tokens,
+            positions=positions,
+            key_positions=key_positions,
+            model=model,
+            model_hash=lambda: model_hash.at(stamp, model),
+            tokenizer=self.tokenizer,
+            find_named_positions=prompt.at if isinstance(prompt, TokenizedPrompts) else None,
+            edited_points=edited,
             past_entries=kv is not None and kv.length > 0,
             unchanged=lambda: stamp == stamp_of(model),
         )
 
-    def _make_recording_hook(self, plan: RunPlan, tokens: Tensor | None, forward: ForwardOptions) -> RecordingHook:
-        """The hook of one plain forward, which knows the positions that the forward will have."""
+    def _make_recording_hook(
+        self, plan: RunPlan, tokens: Tensor | None, forward: ForwardOptions, **options: Any
+    ) -> RecordingHook:
+        """Return the hook of one pass, with the positions that the pass will have; `options` are the hook's fields."""
         entering = cast(Tensor, forward.get("inputs_embeds") if tokens is None else tokens)
-        kv, ids, mask = forward.get("kv"), forward.get("position_ids"), forward.get("attention_mask")
+        kv = forward.get("kv")
         if kv is not None:
             kv.check_fits(self.cfg, torch.empty(entering.shape[0], 0, 0, dtype=self.dtype, device=self.device))
-        positions = absolute_positions(entering.shape[:2], entering.device, kv, ids, mask)
+        positions = absolute_positions(
+            entering.shape[:2], entering.device, kv, forward.get("position_ids"), forward.get("attention_mask")
+        )
         key_positions = positions if kv is None else kv.concatenate_positions(positions)
-        not_ours = (record.KV_VIEWS if kv is not None else frozenset()) | ({"embed"} if tokens is None else frozenset())
-        return RecordingHook(plan, 0, positions, key_positions, not_ours, forward.get("logits_to_keep"))
+        # The memory of the cache and of embeddings passed in belongs to the caller, who may write to it.
+        copied_points = record.KV_VIEWS if kv is not None else frozenset[str]()
+        if tokens is None:
+            copied_points |= {"embed"}
+        return RecordingHook(
+            plan,
+            step=0,
+            positions=positions,
+            key_positions=key_positions,
+            copied_points=copied_points,
+            logits_to_keep=forward.get("logits_to_keep"),
+            **options,
+        )
 
     def list_passed_points(self, tokens: Tensor | None, forward: ForwardOptions) -> list[str]:
-        """The points that a forward of these arguments comes by, in order."""
+        """Return the points that a run with these arguments passes, in order."""
         if not self._point_names:
             self._point_names = list(self._trace_points())
         start, stop = forward.get("start_layer", 0), forward.get("stop_layer")
@@ -261,30 +286,37 @@ class ForwardMixin(TextMixin):
         ]
 
     def _trace_points(self, *shape: int, past: int = 0, logits_to_keep: int | Tensor | None = None) -> dict[str, Point]:
-        """Every point of this model, and of the dictionaries spliced into it, in the order in which they fire."""
-        found = record.trace_points(self.model, *shape, past=past, logits_to_keep=logits_to_keep)
-        for splice in self.dictionaries:
-            found = {point.name: point for name in found for point in splice.surround_point(found[name])}
-        return found
+        """Return every point of this model and of its inserted dictionaries, in the order in which they fire."""
+        points = record.trace_points(self.model, *shape, past=past, logits_to_keep=logits_to_keep)
+        for dictionary in self.dictionaries:
+            points = {p.name: p for point in points.values() for p in dictionary.surround_point(point)}
+        return points
 
     # ---- dictionaries ----
+
+    def copy_with_dictionaries(self, dictionaries: tuple[InsertedDictionary, ...]) -> "ForwardMixin":
+        """Return a copy of this lens with these dictionaries; it shares the weights."""
+        other = copy.copy(self)
+        other.dictionaries = dictionaries
+        other._point_names = []  # traced anew, with the points of the dictionaries
+        return other
 
     def _insert_dictionaries(self, hook: Hook) -> Hook:
         return DictionaryHook(hook, self.dictionaries) if self.dictionaries and hook is not off else hook
 
     def make_step_hooks(self, recorder: GenerationRecorder) -> Callable[[int, Tensor, Tensor], Hook]:
-        """What hooks each step of a generation."""
+        """Return the function that makes the hook of each step of a generation."""
         return lambda step, positions, keys: self._insert_dictionaries(recorder.make_step_hook(step, positions, keys))
 
     def _find_edited_points(self, plan: RunPlan) -> frozenset[str]:
-        """The points whose values edits change: their own, and those that edited features write."""
+        """Return the edited points: those with an edit, and those that dictionaries with an edit write to."""
         edited = frozenset(plan.edits_by_point)
         return edited | {s.writes for s in self.dictionaries if s.features in edited or s.error in edited}
 
-    # ---- before it is paid for ----
+    # ---- checks on the meta device ----
 
     def points(self, prompt: Prompt | None = None) -> Points:
-        """The catalogue of points alive in this model, with shapes for `prompt` (by default one token)."""
+        """Return the points of this model, with shapes for `prompt` (by default one token)."""
         shape = (1, 1) if prompt is None else self.to_batch(prompt, may_be_open=True)[0].shape
         return Points(self._trace_points(*shape).values())
 
@@ -295,36 +327,33 @@ class ForwardMixin(TextMixin):
         hooks: Hooks | None = None,
         **forward: Unpack[ForwardOptions],
     ) -> RunCheck:
-        """What a run would store, what that weighs, and where its hooks fire, found on the meta device.
+        """Return the points and bytes that a run would store and where its hooks fire, without computing anything.
 
-        Nothing is computed: hooks are called with tensors without numbers, and one that needs numbers is reported and
-        passed over. Raises what the run would raise: HookError for a name that matches nothing or a result that does
-        not fit.
+        Hooks are called with tensors on the meta device. A hook that needs numbers is reported and skipped. Raises the
+        errors of the run: HookError for a name that matches nothing, or for a result that does not fit.
         """
         self.before_run(forward)
-        tokens, kv = self.prepare_inputs(prompt, forward), forward.get("kv")
+        tokens = self.prepare_inputs(prompt, forward)
+        kv = forward.get("kv")
         order = self.list_passed_points(tokens, forward)
         plan = RunPlan.from_request(order, names, hooks)
-        watch = self._make_recording_hook(plan, tokens, forward)
-        watch.real_device = self.device
-        batch, pos = watch.positions.shape
-        past, keep = kv.length if kv else 0, forward.get("logits_to_keep")
-        points = self._trace_points(batch, pos, past=past, logits_to_keep=keep)
-        plan.check_possible(watch)
+        recorder = self._make_recording_hook(plan, tokens, forward, real_device=self.device)
+        past = kv.length if kv else 0
+        points = self._trace_points(*recorder.positions.shape, past=past, logits_to_keep=forward.get("logits_to_keep"))
+        plan.check_possible(recorder)
         plan.store_only_needed(self.model, self._find_edited_points(plan), bool(past))
         with MetaDeviceMode():
             for point in (points[name] for name in order if name in plan.edits_by_point):
-                watch(point.name, torch.empty(point.shape, dtype=point.dtype, device="meta"))
+                recorder(point.name, torch.empty(point.shape, dtype=point.dtype, device="meta"))
         stored = Points(points[name] for name in plan.recorded_names if name in plan.stored_names)
         return RunCheck(
-            Points(points[name] for name in plan.recorded_names), stored, plan.list_hook_calls(), watch.edit_errors
+            Points(points[name] for name in plan.recorded_names), stored, plan.list_hook_calls(), recorder.edit_errors
         )
 
     def prepare_inputs(self, prompt: Prompt | None, forward: ForwardOptions) -> Tensor | None:
-        """What `GLM.forward` takes first; the mask that padding of texts needs goes into `forward`.
+        """Return the first argument of `GLM.forward`; write its other arguments, the mask among them, to `forward`.
 
-        Raises TypeError for a keyword that no forward takes; ValueError for embeddings or a residual stream of which it
-        cannot be known whether they are padded.
+        Raises TypeError for an unknown keyword, ValueError for embeddings or a residual stream that may be padded.
         """
         refuse_keywords("a run", forward.keys() - ForwardOptions.__annotations__.keys(), ForwardOptions.__annotations__)
         if prompt is None and forward.get("inputs_embeds") is None:
@@ -348,12 +377,12 @@ class ForwardMixin(TextMixin):
             tokens = entering
         mask = forward.get("attention_mask")
         if mask is not None and mask.shape == entering.shape[:2] and not mask.is_meta and bool(mask.all()):
-            forward["attention_mask"] = mask = None  # the same as no mask, by the same path
+            forward["attention_mask"] = mask = None  # no padding: the run without a mask, bit for bit
         self.warn_beyond_context(count_positions(entering, kv, mask))
         return tokens
 
     def _refuse_unknown_padding(self, entering: Tensor, forward: ForwardOptions) -> None:
-        """Raise ValueError for floats that may be padded, where neither a mask nor positions say whether they are."""
+        """Raise ValueError for embeddings or a residual stream that may be padded, without a mask or positions."""
         known = forward.get("attention_mask") is not None or forward.get("position_ids") is not None
         if known or entering.is_meta or entering.ndim != 3 or entering.shape[1] < 2:
             return
@@ -374,45 +403,48 @@ class ForwardMixin(TextMixin):
             )
 
     def warn_beyond_context(self, positions: int) -> None:
-        """Warn, once for every lens, of a run over more positions than the model was made for."""
-        if positions > self.cfg.n_ctx and not self._said_beyond_context:
-            self._said_beyond_context = True
+        """Warn, once per lens, about a run over more positions than the model's context."""
+        if positions > self.cfg.n_ctx and not self._warned_beyond_context:
+            self._warned_beyond_context = True
             warnings.warn(
                 f"{positions:,} tokens, and this model's context is {self.cfg.n_ctx:,} (max_position_embeddings): "
-                "what it says beyond is not what it was trained for",
+                "it was not trained on longer inputs, and its predictions there are unreliable",
                 UserWarning,
                 stacklevel=frames_of_package(),
             )
 
     @property
     def cfg(self) -> GLMConfig:
+        """The config of the model."""
         return self.model.cfg
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
         return self.model.ln_final.weight.dtype
 
     @property
     def device(self) -> torch.device:
+        """The device of the weights."""
         return self.model.ln_final.weight.device
 
     @property
     def model_hash(self) -> str:
-        """12 hex digits that tell this model from others, as it is now; see `weights.ModelHash`."""
+        """12 hex digits that identify the model with its weights as they are now; see `weights.ModelHash`."""
         return self._hash.of(self.model)
 
     def model_hash_at(self, stamp: Stamp) -> str:
-        """The hash of this model when it had this stamp; "unknown" if it was edited since and not asked for before."""
+        """Return the hash of this model at this stamp; "unknown" if it was edited since and not hashed before."""
         return self._hash.at(stamp, self.model)
 
     @cached_property
     def tokenizer_hash(self) -> str:
-        """12 hex digits that tell this tokenizer from others, or "none"."""
+        """12 hex digits that identify the tokenizer, or "none"."""
         return "none" if self.tokenizer is None else self.tokenizer.fingerprint()
 
 
 def count_positions(entering: Tensor, kv: KVCache | None, mask: Tensor | None) -> int:
-    """How many positions a run has reached at its end, counted in its longest row."""
+    """Return the number of positions at the end of a run, cached ones included, in its longest row."""
     if mask is None or mask.is_meta or mask.ndim != 2:
         new = entering.shape[1] if entering.ndim > 1 else 0
     else:
@@ -421,7 +453,7 @@ def count_positions(entering: Tensor, kv: KVCache | None, mask: Tensor | None) -
 
 
 def frames_of_package() -> int:
-    """How many calls of this package stand between a warning and the code that called it: its stacklevel."""
+    """Return the stacklevel for a warning: the number of frames up to the code that called this package."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "glmlens":
         level, frame = level + 1, frame.f_back

@@ -1,4 +1,4 @@
-"""Weights by the field's names, `W_Q[layer, head]` and the others: views of the loaded parameters, never copies."""
+"""Weights by the field's names (`W_Q[layer, head]`), as views of the loaded parameters, and the hash of a model."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ from glmlens.model import GLM
 
 
 class StackedWeight:
-    """One weight of every layer as `W[layer, ...]`, each a view of the loaded parameter."""
+    """One weight of every layer, indexed as `W[layer, ...]`: a view of the loaded parameter."""
 
     def __init__(self, layers: list[Tensor]):
         self.layers = layers
@@ -28,7 +28,8 @@ class StackedWeight:
         layer, *rest = index if isinstance(index, tuple) else (index,)
         if not hasattr(layer, "__index__"):
             raise TypeError("the layers lie apart in memory: index one by its number, or copy them all with .stack()")
-        layer, n = read_integer(layer, "layer"), len(self.layers)
+        layer = read_integer(layer, "layer")
+        n = len(self.layers)
         if not -n <= layer < n:
             raise IndexError(f"layer {layer} asked for; there are {n}, 0 to {n - 1}")
         return self.layers[layer][tuple(rest)]
@@ -41,31 +42,35 @@ class StackedWeight:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of all layers stacked."""
         return (len(self.layers), *self.layers[0].shape)
 
     def stack(self) -> Tensor:
-        """All layers as one tensor: a copy."""
+        """Return all layers as one tensor, a copy."""
         return torch.stack(self.layers)
 
     def __repr__(self) -> str:
-        return f"Stacked{self.shape}: index [layer, ...]"
+        return f"StackedWeight{self.shape}: index [layer, ...]"
 
 
 class WeightsMixin:
-    """The weights of `self.model`, in the shapes in which the maths is written."""
+    """The weights of `self.model`, in the shapes of the formulas."""
 
     model: GLM
 
     @property
     def W_E(self) -> Float[Tensor, "vocab model"]:
-        """In a tied model (`cfg.tied`) it is W_U too, and edits reach both; see load(..., untie=True)."""
+        """The embedding.
+
+        In a tied model (`cfg.tied`) W_U is a view of it, and edits change both, unless opened by load(..., untie=True).
+        """
         return self.model.embed.weight
 
     @property
     def W_U(self) -> Float[Tensor, "model vocab"]:
-        """Of a class head, a column for each label; AttributeError in a checkpoint without a head.
+        """The unembedding; in a class head a column per label. AttributeError in a checkpoint without a head.
 
-        In a tied model (`cfg.tied`) it is W_E, and edits reach both, unless it was opened by load(..., untie=True).
+        In a tied model (`cfg.tied`) it is a view of W_E, and edits change both, unless opened by load(..., untie=True).
         """
         if not self.model.cfg.d_logits:
             raise AttributeError("this checkpoint has no unembedding: it was saved as the model without a head")
@@ -73,7 +78,7 @@ class WeightsMixin:
 
     @property
     def b_U(self) -> Float[Tensor, "vocab"]:
-        """The bias of a class head; AttributeError where there is none, as in every language model here."""
+        """The bias of a class head [label]; AttributeError where there is none, as in every language model here."""
         if not self.model.cfg.head_bias:
             raise AttributeError("this checkpoint has no bias on its logits")
         return self.model.unembed.get_parameter("bias")
@@ -133,56 +138,62 @@ class WeightsMixin:
         return self._stack_weight("mlp.down.weight", "model mlp -> mlp model")
 
     def _stack_weight(self, name: str, pattern: str, **sizes: int) -> StackedWeight:
+        """Return the parameter `name` of every layer, rearranged by an einops pattern."""
         if name.endswith(".bias") and not self.model.cfg.qkv_bias:
             raise AttributeError("this checkpoint has no biases on q, k and v")
         return StackedWeight([rearrange(block.get_parameter(name), pattern, **sizes) for block in self.model.blocks])
 
 
 Stamp = tuple[tuple[int, int | None], ...]
-"""Where every parameter lies and its version: another after an edit in place, also through a view such as `W_Q[3]`."""
-SAMPLE = 4_096  # numbers of a parameter
+"""The address and version of every parameter. It changes with an edit in place, also through a view like `W_Q[3]`."""
+SAMPLE_SIZE = 4_096  # numbers of a parameter
 
 
 def stamp_of(model: nn.Module) -> Stamp:
-    """The stamp of a model, without reading a weight. Edits through `.data` or numpy leave it as it is."""
+    """Return the stamp of a model without reading a weight. Edits through `.data` or numpy do not change it."""
     return tuple((p.data_ptr(), version_of(p)) for p in model.parameters())
 
 
 def version_of(p: Tensor) -> int | None:
-    """How often a tensor was edited in place; None for one made in inference mode, which does not count."""
+    """Return the number of edits in place of a tensor; None for one made in inference mode, which has no counter."""
     return None if p.is_inference() else p._version
 
 
 @dataclass(eq=False)
 class Digest:
-    """The SHA-256 of a parameter's numbers, and by what is seen whether they are still the same."""
+    """The SHA-256 of a parameter's numbers, with what shows that they have not changed since: storage, place, sample.
 
-    storage: StorageWeakRef  # as long as it is referred to, no other storage takes its identity
+    `place` is offset, shape, strides, dtype, device and version; `sample` hashes some of the numbers.
+    """
+
+    storage: StorageWeakRef  # while it is referenced, no other storage gets its identity
     place: tuple[Any, ...]
     sample: bytes
     numbers: bytes = b""
 
     def __eq__(self, other: object) -> bool:
-        """Whether both are of the same numbers, which are not compared."""
-        return isinstance(other, Digest) and self.seen() == other.seen() and self.place[-1] is not None
+        """Whether both are of the same numbers, judged without reading them all. Never without a version counter."""
+        return isinstance(other, Digest) and self.key() == other.key() and self.place[-1] is not None
 
-    def seen(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[Any, ...]:
+        """Return what is compared: storage, place and sample."""
         return self.storage.cdata, self.place, self.sample
 
 
 def quick_digest(p: Tensor) -> Digest:
-    """The digest of a parameter without its numbers."""
+    """Return the digest of a parameter without the hash of all its numbers."""
     place = (p.storage_offset(), p.shape, p.stride(), p.dtype, p.device, version_of(p))
-    some = p.detach().flatten()[:: max(1, p.numel() // SAMPLE) | 1]  # an odd stride: in every head, in all columns
-    return Digest(StorageWeakRef(p.untyped_storage()), place, sha256(some))
+    # An odd stride meets every head and all columns.
+    sample = p.detach().flatten()[:: max(1, p.numel() // SAMPLE_SIZE) | 1]
+    return Digest(StorageWeakRef(p.untyped_storage()), place, sha256(sample))
 
 
 class ModelHash:
-    """12 hex digits that tell a model from others: of its config and every number of its parameters.
+    """Computes 12 hex digits that identify a model: from its config and every number of its parameters.
 
-    A parameter is read whole once, and again when it was edited: its version counter says so after an edit in place,
-    its storage after `p.data = ...`, and a sample of 4,096 of its numbers after most edits through `.data` or numpy,
-    which no counter sees. Copies of a lens find their own.
+    Every parameter is read once, and again after an edit. An edit in place shows in the version counter, `p.data = ...`
+    in the storage, and most edits through `.data` or numpy, which no counter counts, in a sample of 4,096 numbers.
+    A copy of a lens starts with an empty `ModelHash`.
     """
 
     def __init__(self) -> None:
@@ -190,25 +201,26 @@ class ModelHash:
         self.known: dict[Stamp, str] = {}
 
     def of(self, model: GLM) -> str:
-        """The hash of this model as it is now; ValueError on the meta device."""
+        """Return the hash of this model as it is now; ValueError on the meta device."""
         parameters = dict(model.named_parameters())
         if any(p.is_meta for p in parameters.values()):
-            raise ValueError("on the meta device there are no numbers to tell a model by: load on the CPU")
-        found = {name: quick_digest(p) for name, p in parameters.items()}
-        changed = [name for name, new in found.items() if new != self.digests.get(name)]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # which SHA-256 of large parts does not block
+            raise ValueError("on the meta device there are no numbers to identify a model by: load on the CPU")
+        digests = {name: quick_digest(p) for name, p in parameters.items()}
+        changed = [name for name, new in digests.items() if new != self.digests.get(name)]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # SHA-256 of large buffers releases the interpreter lock
             for name, numbers in zip(changed, pool.map(lambda name: sha256(parameters[name]), changed), strict=True):
-                found[name].numbers = numbers
-        self.digests = {name: new if new.numbers else self.digests[name] for name, new in found.items()}
+                digests[name].numbers = numbers
+        self.digests = {name: new if new.numbers else self.digests[name] for name, new in digests.items()}
+        # Rotary scaling is hashed only where there is one: the hash of a model without it does not depend on it.
         stretched = "" if model.cfg.rope_scaling == Scaling() else repr(model.cfg.rope_scaling)
-        all_of_it = hashlib.sha256(f"{model.cfg!r}{stretched}".encode())
+        digest = hashlib.sha256(f"{model.cfg!r}{stretched}".encode())
         for name, p in parameters.items():
-            all_of_it.update(f"{name} {tuple(p.shape)} {p.dtype}".encode() + self.digests[name].numbers)
-        self.known[stamp_of(model)] = all_of_it.hexdigest()[:12]
+            digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode() + self.digests[name].numbers)
+        self.known[stamp_of(model)] = digest.hexdigest()[:12]
         return self.known[stamp_of(model)]
 
     def at(self, stamp: Stamp, model: GLM) -> str:
-        """The hash of the model as it was at this stamp; "unknown" if it was edited and not asked for before that."""
+        """Return the hash of the model at this stamp; "unknown" if it was edited since and not hashed before."""
         return self.of(model) if stamp == stamp_of(model) else self.known.get(stamp, "unknown")
 
     def __deepcopy__(self, memo: Any) -> "ModelHash":
@@ -219,4 +231,5 @@ class ModelHash:
 
 
 def sha256(x: Tensor) -> bytes:
+    """Return the SHA-256 of a tensor's bytes."""
     return hashlib.sha256(x.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data).digest()

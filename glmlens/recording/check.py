@@ -1,4 +1,4 @@
-"""What a run would do, found before it is paid for: shapes, bytes, and where hooks fire."""
+"""A check of a run on the meta device: shapes, bytes, and where its hooks fire, without computing anything."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +12,11 @@ from glmlens.text_tables import format_bytes, format_ranges, format_table
 
 
 class Points(list[Point]):
-    """Points, shown as a short table with the layers together."""
+    """A list of points, printed as a table with the layers together."""
 
     @property
     def bytes(self) -> int:
+        """The bytes of all points."""
         return sum(point.bytes for point in self)
 
     def __repr__(self) -> str:
@@ -35,15 +36,17 @@ class Points(list[Point]):
 
 
 def format_layers(local: str, points: list[Point]) -> str:
+    """Return the name of a point with the layers of `points`, such as blocks.0-3.attn.z."""
     layers = [point.layer for point in points if point.layer is not None]
     return f"blocks.{format_ranges(layers)}.{local}" if layers else local
 
 
 @dataclass(frozen=True)
 class RunCheck:
-    """What a run would record (`points`), what of it would be stored and weigh `bytes`, and where hooks would fire.
+    """The check of a run: the points it would record, those it would store, and where its hooks would fire.
 
-    The other points follow from those that are stored. `not_tried` says which hooks could not be called.
+    Points that are not stored are derived from those that are. `not_tried` lists hooks that could not run on the meta
+    device.
     """
 
     points: Points
@@ -53,17 +56,18 @@ class RunCheck:
 
     @property
     def bytes(self) -> int:
+        """The bytes of the points that would be stored."""
         return self.stored.bytes
 
     def __repr__(self) -> str:
-        follow = len(self.points) - len(self.stored)
-        lines = [f"would store {self.stored!r}"] + ([f"and derive {follow} points from them"] if follow else [])
+        n_derived = len(self.points) - len(self.stored)
+        lines = [f"would store {self.stored!r}"] + ([f"and derive {n_derived} points from them"] if n_derived else [])
         lines += [f"hook {hook}: fires at {len(names)} points: {', '.join(names[:4])}" for hook, names in self.fires]
         return "\n".join(lines + [f"needs numbers, not tried: {why}" for why in self.not_tried])
 
 
 class MetaDeviceMode(TorchFunctionMode):
-    """Inside, every operation runs on the meta device, whatever its arguments live on."""
+    """A context in which every operation runs on the meta device, whatever the device of its arguments."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map_only(Tensor, lambda t: t if t.is_meta else t.to("meta"), (args, kwargs or {}))

@@ -1,7 +1,7 @@
-"""What follows from what: points that need not be stored, because they are computed again from others, exactly.
+"""Activations recomputed, bit for bit, from stored ones instead of being stored.
 
-Each derivation is the model's own line of code on the same values, of the same shape and layout: bit for bit what was
-there. An edit at a derived point, or between it and what it needs, bars the derivation, and the point is stored.
+Each derivation runs the model's own line of code on the same values, in the same shape and memory layout. A point that
+was edited, or that has an edited point between it and its inputs, cannot be derived: it is stored.
 """
 
 from collections.abc import Callable, Collection, Iterable, MutableMapping
@@ -20,7 +20,7 @@ from glmlens.model import GLM, Block, additive_mask, apply_rotary, eager, softma
 
 @dataclass(frozen=True)
 class RunContext:
-    """The model and the positions of the run that values are from."""
+    """The model and the positions of the run that the values are from."""
 
     model: GLM
     positions: Int[Tensor, "batch pos"]
@@ -28,27 +28,28 @@ class RunContext:
 
     @property
     def mask(self) -> Tensor:
+        """The additive attention mask of the run."""
         return additive_mask(self.positions, self.key_positions, self.model.ln_final.weight.dtype)
 
 
 @dataclass(frozen=True)
 class Derivation:
-    """How a point follows from the points that it needs; `past` are those that lie between."""
+    """How a point is computed from the points that it needs; `between` are points in the middle of that computation."""
 
     needs: tuple[str, ...]
-    compute: Callable[..., Tensor]  # of the run's origin, the layer, and what it needs
+    compute: Callable[..., Tensor]  # (context, block, *values of `needs`)
     between: tuple[str, ...] = ()
 
 
 class CapturedValue(Exception):
-    """Carries a value out of the middle of a computation."""
+    """Carries a value out of the middle of a computation. Control flow, not an error."""
 
 
 def capture_point(name: str, run: Callable[[Hook], object]) -> Tensor:
-    """The value that `run` shows its hook under this name; what would follow it is not computed."""
+    """Return the value with which `run` calls its hook under this name; the computation stops there."""
 
-    def hook(heard: str, x: Tensor) -> Tensor:
-        if heard == name:
+    def hook(point: str, x: Tensor) -> Tensor:
+        if point == name:
             raise CapturedValue(x)
         return x
 
@@ -56,46 +57,57 @@ def capture_point(name: str, run: Callable[[Hook], object]) -> Tensor:
         run(hook)
     except CapturedValue as e:
         return e.args[0]
-    raise AssertionError(f"{name} was never shown")
+    raise AssertionError(f"{name} did not fire")
 
 
-def derive_unchanged(origin: RunContext, block: Block, x: Tensor) -> Tensor:
+def derive_unchanged(context: RunContext, block: Block, x: Tensor) -> Tensor:
+    """Return x, for points with the same value under two names."""
     return x
 
 
-def derive_residual_sum(origin: RunContext, block: Block, resid: Tensor, out: Tensor) -> Tensor:
+def derive_residual_sum(context: RunContext, block: Block, resid: Tensor, out: Tensor) -> Tensor:
+    """Return the residual stream after a sublayer's output is added."""
     return resid + out
 
 
-def concatenate_channels(origin: RunContext, block: Block, first: Tensor, *rest: Tensor) -> Tensor:
+def concatenate_channels(context: RunContext, block: Block, first: Tensor, *rest: Tensor) -> Tensor:
+    """Return rotated and unrotated channels as one vector."""
     return torch.cat([first, *rest], -1) if rest else first
 
 
-def derive_rotated_channels(origin: RunContext, block: Block, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return apply_rotary(x[..., : origin.model.cfg.d_rotary], cos, sin)
+def derive_rotated_channels(context: RunContext, block: Block, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return the first `d_rotary` channels of q or k, rotated."""
+    return apply_rotary(x[..., : context.model.cfg.d_rotary], cos, sin)
 
 
-def derive_unrotated_channels(origin: RunContext, block: Block, x: Tensor) -> Tensor:
-    return x[..., origin.model.cfg.d_rotary :]
+def derive_unrotated_channels(context: RunContext, block: Block, x: Tensor) -> Tensor:
+    """Return the channels of q or k that are not rotated."""
+    return x[..., context.model.cfg.d_rotary :]
 
 
-def derive_scores(origin: RunContext, block: Block, k: Tensor, q_rot: Tensor, *q_pass: Tensor) -> Tensor:
-    q = concatenate_channels(origin, block, q_rot, *q_pass)
-    return capture_point("attn.scores", lambda hook: eager(q, k, k, origin.mask, hook))
+def derive_scores(context: RunContext, block: Block, k: Tensor, q_rot: Tensor, *q_pass: Tensor) -> Tensor:
+    """Return the masked attention scores, by the code of eager attention."""
+    q = concatenate_channels(context, block, q_rot, *q_pass)
+    return capture_point("attn.scores", lambda hook: eager(q, k, k, context.mask, hook))
 
 
-def derive_head_results(origin: RunContext, block: Block, z: Tensor) -> Tensor:
+def derive_head_results(context: RunContext, block: Block, z: Tensor) -> Tensor:
+    """Return each head's output in the residual stream: z [batch, pos, head, d] times W_O."""
     W_O = rearrange(block.attn.out.weight, "model (head d) -> head d model", d=z.shape[-1])
     return einsum(z, W_O, "batch pos head d, head d model -> batch pos head model")
 
 
-def derive_mlp_act(origin: RunContext, block: Block, gate: Tensor) -> Tensor:
-    """silu of the gate laid out as in the run, beside `up`: the last bits depend on where rows begin."""
+def derive_mlp_act(context: RunContext, block: Block, gate: Tensor) -> Tensor:
+    """Return silu of the gate in the memory layout of the run, in which `up` lies beside it.
+
+    Vectorised kernels round differently at the ends of rows, so that the last bits depend on where rows begin.
+    """
     both = gate.new_empty(*gate.shape[:-1], 2 * gate.shape[-1])
     return F.silu(rearrange(both, "batch pos (two mlp) -> two batch pos mlp", two=2)[0].copy_(gate))
 
 
-def derive_ln1_post_scale(origin: RunContext, block: Block, z: Tensor) -> Tensor:
+def derive_ln1_post_scale(context: RunContext, block: Block, z: Tensor) -> Tensor:
+    """Return the scale of the norm on the attention output."""
     out = block.attn.out(rearrange(z, "batch pos head d -> batch pos (head d)"))
     return capture_point("scale", lambda hook: block.ln1_post(out, hook))
 
@@ -138,37 +150,40 @@ DERIVATIONS: dict[str, Derivation] = {
 
 
 def find_derivation(name: str, model: GLM) -> Derivation | None:
-    """How the point of this full name follows in this model, its needs by their full names; None if it does not."""
+    """Return the derivation of the point of this full name, with full names for its needs; None without one."""
     local, layers = local_name(name), len(model.blocks)
-    layer = int(name.split(".")[1]) if name.startswith("blocks.") else layers - 1
+    layer = int(name.split(".")[1]) if name.startswith("blocks.") else layers - 1  # ln_final follows the last layer
     if local == "resid_pre":
         return Derivation(("embed",) if layer == 0 else (f"blocks.{layer - 1}.resid_post",), derive_unchanged)
-    if local in ("rotary.cos", "rotary.sin") and layer:
+    if local in ("rotary.cos", "rotary.sin") and layer:  # the angles are the same in every layer
         return Derivation((f"blocks.0.{local}",), derive_unchanged)
     how = DERIVATIONS.get(local)
     if how is None or (local.endswith("_post.scale") and not model.cfg.sandwich):
         return None
-    whole = model.cfg.d_rotary == model.cfg.d_head
-    needs = tuple(f"blocks.{layer}.{need}" for need in how.needs if not (whole and need.endswith("_pass")))
-    past = how.between if local.startswith("ln_final") else tuple(f"blocks.{layer}.{point}" for point in how.between)
-    return Derivation(needs, how.compute, past)
+    # Where all channels are rotated, the model has no points for unrotated ones.
+    all_rotated = model.cfg.d_rotary == model.cfg.d_head
+    needs = tuple(f"blocks.{layer}.{need}" for need in how.needs if not (all_rotated and need.endswith("_pass")))
+    between = how.between if local.startswith("ln_final") else tuple(f"blocks.{layer}.{point}" for point in how.between)
+    return Derivation(needs, how.compute, between)
 
 
 def make_underivable_check(edited: Collection[str], model: GLM, past_entries: bool) -> Callable[[str], bool]:
-    """Which points cannot be derived in a run with these edits, or with a cache that held entries before."""
-    turns = any(local_name(name).startswith("rotary.") for name in edited)
+    """Return a predicate: whether a point cannot be derived, given the edited points and earlier cache entries."""
+    rotary_edited = any(local_name(name).startswith("rotary.") for name in edited)
 
-    def unsound(name: str) -> bool:
+    def is_underivable(name: str) -> bool:
         how, local = find_derivation(name, model), local_name(name)
         if how is None or name in edited or any(point in edited for point in how.between):
             return True
-        return (turns and local.startswith("rotary.")) or (past_entries and local in ("kv.k", "kv.v"))
+        # The angles of other layers no longer equal those of layer 0 once one layer's are edited. With earlier entries
+        # in the cache, kv.k and kv.v hold more than the new keys and values.
+        return (rotary_edited and local.startswith("rotary.")) or (past_entries and local in ("kv.k", "kv.v"))
 
-    return unsound
+    return is_underivable
 
 
 def select_points_to_store(names: Iterable[str], model: GLM, is_underivable: Callable[[str], bool]) -> list[str]:
-    """Those of the names, given in the order in which they fire, from which the others follow."""
+    """Return the names, of these in the order in which they fire, that must be stored to derive the others."""
     available, stored = set[str](), []
     for name in names:
         how = None if is_underivable(name) else find_derivation(name, model)
@@ -179,7 +194,7 @@ def select_points_to_store(names: Iterable[str], model: GLM, is_underivable: Cal
 
 
 def is_derivable(name: str, model: GLM, stored: Collection[str], is_underivable: Callable[[str], bool]) -> bool:
-    """Whether a point is stored, or follows from what is stored through as many derivations as it takes."""
+    """Whether a point is stored, or can be derived from stored points in any number of steps."""
     if name in stored:
         return True
     how = None if is_underivable(name) else find_derivation(name, model)
@@ -187,20 +202,20 @@ def is_derivable(name: str, model: GLM, stored: Collection[str], is_underivable:
 
 
 def derive_point(
-    name: str, origin: RunContext, available: MutableMapping[str, Tensor], is_underivable: Callable[[str], bool]
+    name: str, context: RunContext, available: MutableMapping[str, Tensor], is_underivable: Callable[[str], bool]
 ) -> Tensor:
-    """The value at a point that follows from what is there.
+    """Return the value of a point, derived from `available` values.
 
-    The residual stream is remembered in `there` on the way, for every layer's follows from the one before.
+    Residual streams derived on the way are added to `available`, because each layer's follows from the layer before.
     """
     if name in available:
         return available[name]
-    how = find_derivation(name, origin.model)
+    how = find_derivation(name, context.model)
     assert how is not None, name
     assert not is_underivable(name), name
-    needs = [derive_point(need, origin, available, is_underivable) for need in how.needs]
-    layer = int(name.split(".")[1]) if name.startswith("blocks.") else len(origin.model.blocks) - 1
-    found = how.compute(origin, origin.model.blocks[layer], *needs)
+    needs = [derive_point(need, context, available, is_underivable) for need in how.needs]
+    layer = int(name.split(".")[1]) if name.startswith("blocks.") else len(context.model.blocks) - 1
+    value = how.compute(context, context.model.blocks[layer], *needs)
     if local_name(name).startswith("resid_"):
-        available[name] = found
-    return found
+        available[name] = value
+    return value

@@ -1,4 +1,4 @@
-"""Activations of any number of prompts on disk: written in shards, resumed after being killed, read piece by piece."""
+"""Activations of any number of prompts on disk: written in shards, resumed after a kill, read shard by shard."""
 
 import hashlib
 import itertools
@@ -29,12 +29,13 @@ from glmlens.storage import (
 )
 from glmlens.text.prompt_kinds import check_one_prompt, plain_data, read_prompts
 
-HARVEST_MANIFEST, FORMAT = "harvest.json", "glmlens.Harvest 2"
+HARVEST_MANIFEST = "harvest.json"
+FORMAT = "glmlens.Harvest 2"
 
 
 @runtime_checkable
 class RecordableLens(Protocol):
-    """What harvesting asks of a lens."""
+    """The methods of a lens that harvesting uses."""
 
     def points(self, prompt: Any = None) -> Sequence[Any]: ...
     def run_with_cache(
@@ -44,7 +45,7 @@ class RecordableLens(Protocol):
 
 @dataclass(frozen=True)
 class Harvest:
-    """Activations on disk, a row per token: `h["resid_post", 3]` is [token, model], read when it is asked for.
+    """Activations on disk, a row per token: `h["resid_post", 3]` is [token, model], read on access.
 
     `h.tokens`, `h.positions` (absolute) and `h.prompts` (the index of the prompt) are [token]. `h.batches(name, n)`
     reads a shard at a time.
@@ -55,35 +56,39 @@ class Harvest:
 
     @property
     def names(self) -> list[str]:
+        """The full names of the harvested points."""
         return self.manifest["names"]
 
     def __len__(self) -> int:
-        """How many tokens there are."""
+        """The number of tokens."""
         return sum(shard["tokens"] for shard in self.manifest["shards"])
 
     def __getitem__(self, key: str | tuple[str, Integer]) -> Tensor:
-        return self._joined(self._resolve_key(key))
+        return self._concatenate_shards(self._resolve_key(key))
 
     @property
     def tokens(self) -> Int[Tensor, "token"]:
-        return self._joined("of.tokens")
+        """The token ids."""
+        return self._concatenate_shards("of.tokens")
 
     @property
     def positions(self) -> Int[Tensor, "token"]:
-        return self._joined("of.positions")
+        """The absolute position of each token in its prompt."""
+        return self._concatenate_shards("of.positions")
 
     @property
     def prompts(self) -> Int[Tensor, "token"]:
-        return self._joined("of.prompts")
+        """The index of each token's prompt."""
+        return self._concatenate_shards("of.prompts")
 
     def batches(self, key: str | tuple[str, Integer], size: Integer = 4096) -> Iterator[Tensor]:
-        """The rows in order, `size` at a time, with no more than a shard in memory."""
+        """Yield the rows in order, `size` at a time, with at most one shard in memory."""
         size = read_integer(size, "size", least=1)
         for shard in self.shards(self._resolve_key(key)):
             yield from shard.split(size)
 
     def shards(self, name: str) -> Iterator[Tensor]:
-        """What each shard has of one point. Raises FileError for a shard that is not the one that was written."""
+        """Yield the rows of one point, shard by shard. Raises FileError for a shard that was changed."""
         for shard in self.manifest["shards"]:
             file = open_shard(self.folder, shard)
             rows = file.read(name)
@@ -91,9 +96,10 @@ class Harvest:
                 raise FileError(f"{file.path}: {name!r} is {tuple(rows.shape)}; expected {shard['tokens']:,} rows")
             yield rows
 
-    def _joined(self, name: str) -> Tensor:
-        """The rows of all shards, each copied into its place: no more than one shard is in memory beside them."""
-        joined, begin = torch.empty(0, dtype=torch.long if name.startswith("of.") else torch.float32), 0
+    def _concatenate_shards(self, name: str) -> Tensor:
+        """Return the rows of all shards, copied into one tensor shard by shard."""
+        joined = torch.empty(0, dtype=torch.long if name.startswith("of.") else torch.float32)
+        begin = 0
         for rows in self.shards(name):
             if not begin:
                 joined = rows.new_empty(len(self), *rows.shape[1:])
@@ -110,13 +116,13 @@ class Harvest:
         return name
 
     def __repr__(self) -> str:
-        done = "" if self.manifest["done"] else ", not finished"
-        what = f"{len(self):,} tokens of {self.manifest['prompts']:,} prompts at {len(self.names)} points"
-        return f"Harvest({what}, model {self.manifest['model']}, {self.folder}{done})"
+        unfinished = "" if self.manifest["done"] else ", not finished"
+        counts = f"{len(self):,} tokens of {self.manifest['prompts']:,} prompts at {len(self.names)} points"
+        return f"Harvest({counts}, model {self.manifest['model']}, {self.folder}{unfinished})"
 
 
 def load_harvest(folder: str | Path) -> Harvest:
-    """The harvest in a folder, finished or not.
+    """Return the harvest in a folder, finished or not.
 
     Raises FileNotFoundError, and FileError for files that are not as they were written.
     """
@@ -129,7 +135,7 @@ def load_harvest(folder: str | Path) -> Harvest:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest in a folder once its every field is as `harvest` writes it."""
+    """Return the manifest in a folder; FileError unless every field is as `harvest` writes it."""
     manifest = read_json(folder / HARVEST_MANIFEST)
     where = str(folder / HARVEST_MANIFEST)
     if manifest.get("format") != FORMAT:
@@ -140,7 +146,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     list_of(manifest, "names", str, where)
     counted = 0
     for number, shard in enumerate(list_of(manifest, "shards", dict, where)):
-        if shard.get("file") != name_shard(number):  # and so no path out of this folder
+        if shard.get("file") != name_shard(number):  # which excludes paths out of this folder
             raise FileError(f"{where}: expected {name_shard(number)!r} as a shard, found {shard.get('file')!r:.80}")
         field_of(shard, "tokens", int, where)
         field_of(shard, "texts", str, where)
@@ -152,6 +158,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def name_shard(number: int) -> str:
+    """Return the file name of a shard."""
     return f"shard-{number:05}.safetensors"
 
 
@@ -173,7 +180,7 @@ def open_shard(folder: Path, shard: Mapping[str, Any]) -> TensorFile:
 
 @dataclass
 class Shard:
-    """The rows of the prompts since the last shard was written."""
+    """The rows of the prompts since the last shard was written, on the CPU."""
 
     names: list[str]
     parts: list[dict[str, Tensor]] = field(default_factory=list)
@@ -182,7 +189,7 @@ class Shard:
     prompt_digest: Any = field(default_factory=hashlib.sha256)
 
     def add(self, acts: Activations, batch: Sequence[Any], first_index: int) -> None:
-        """Take the real tokens of a batch of prompts, of which `first` is the index of the first."""
+        """Add the real tokens of a batch of prompts; `first_index` is the index of its first prompt."""
         assert acts.run_info is not None
         real = acts.run_info.positions >= 0
         index = torch.arange(first_index, first_index + len(batch), device=real.device)[:, None].expand_as(real)
@@ -199,7 +206,7 @@ class Shard:
             self.prompt_digest.update(encode_prompt(text))
 
     def write(self, folder: Path, number: int) -> dict[str, Any]:
-        """Write the shard, whole or not at all; its line in the manifest."""
+        """Write the shard atomically and return its entry in the manifest."""
         rows = {name: torch.cat([part[name] for part in self.parts]) for name in self.parts[0]}
         header = write_tensors(folder / name_shard(number), rows)
         counts = {"tokens": self.tokens, "prompts": self.prompts}
@@ -207,7 +214,7 @@ class Shard:
 
 
 def encode_prompt(prompt: Any) -> bytes:
-    """A prompt as bytes, to tell it from others."""
+    """Return a prompt as bytes, for the digest that identifies the prompts of a shard."""
     return repr(plain_data(prompt)).encode() + b"\0"
 
 
@@ -221,12 +228,12 @@ def harvest(
     batch: Integer = 16,
     shard_tokens: Integer = 16_384,
 ) -> Harvest:
-    """Run prompts one batch after the other and write what was at the named points to shards in `out`.
+    """Run prompts batch by batch and write the activations at the named points to shards in `out`.
 
-    Every prompt is a text, a chat or a row of token ids; of a row of a dataset it is `row["text"]`. `hashes` tell the
-    model and tokenizer from others. Memory holds one batch and one shard. A shard is written whole, then said in the
-    manifest: killed at any moment, the same call goes on after the last shard, nothing lost and nothing twice.
-    Interrupting writes what there is and returns it. The folder is locked meanwhile.
+    Every prompt is a text, a chat or a row of token ids; of a dataset's row pass `row["text"]`. `hashes` identify the
+    model and tokenizer. Memory holds one batch and one shard. A shard is written atomically and then entered in the
+    manifest: after a kill at any moment the same call continues after the last shard, without loss or duplicates.
+    Interrupting writes the rows so far and returns the harvest. The folder is locked during the call.
 
     Raises TypeError for what is no prompt, HookError for a point without a row per token, and ValueError when `out`
     holds the harvest of another model, tokenizer, set of points or prompts, or files that are not as they were written,
@@ -262,24 +269,24 @@ def harvest(
 
 
 def open_manifest(folder: Path, hashes: Mapping[str, str], points: list[str]) -> dict[str, Any]:
-    """The manifest to go on from: the one in the folder if it is of the same model and points, or a new one."""
-    mine = {"format": FORMAT, **hashes, "names": points}
+    """Return the manifest to continue: that in the folder, or a new one; ValueError for another model or points."""
+    expected = {"format": FORMAT, **hashes, "names": points}
     try:
-        found = read_manifest(folder)
+        manifest = read_manifest(folder)
     except FileNotFoundError:
-        return {**mine, "prompts": 0, "done": False, "shards": []}
-    for what, asked in mine.items():
-        if found.get(what) != asked:
+        return {**expected, "prompts": 0, "done": False, "shards": []}
+    for what, value in expected.items():
+        if manifest.get(what) != value:
             raise ValueError(
-                f"{folder} is a harvest with {what} {found.get(what)!r}, not {asked!r}: give another folder"
+                f"{folder} is a harvest with {what} {manifest.get(what)!r}, not {value!r}: give another folder"
             )
-    for shard in found["shards"]:
-        open_shard(folder, shard)
-    return {**found, "done": False}
+    for shard in manifest["shards"]:
+        open_shard(folder, shard)  # raises FileError for a shard that was changed
+    return {**manifest, "done": False}
 
 
 def skip_harvested(prompts: Iterator[Any], shards: list[dict[str, Any]], folder: Path) -> Iterator[Any]:
-    """The prompts after those of the shards, which must be the same as before."""
+    """Return the prompts after those of the shards; ValueError where the first ones are not those of the shards."""
     for shard in shards:
         texts = hashlib.sha256()
         for prompt in itertools.islice(prompts, shard["prompts"]):
@@ -292,7 +299,7 @@ def skip_harvested(prompts: Iterator[Any], shards: list[dict[str, Any]], folder:
 
 
 def commit_shard(folder: Path, manifest: dict[str, Any], shard: Shard) -> None:
-    """Write the shard if it holds anything, and then the manifest that says so."""
+    """Write the shard if it holds rows, and then the manifest with its entry."""
     refuse_another(folder, manifest)
     if shard.parts:
         manifest["shards"] = [*manifest["shards"], shard.write(folder, len(manifest["shards"]))]
@@ -303,8 +310,8 @@ def commit_shard(folder: Path, manifest: dict[str, Any], shard: Shard) -> None:
 def refuse_another(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Raise FileError if the manifest on disk is not the one that was read or written last.
 
-    The lock keeps others out; this notices them on file systems that keep no locks.
+    The lock excludes other harvests. This check finds them on file systems without locks.
     """
-    there = read_manifest(folder)["shards"] if os.path.lexists(folder / HARVEST_MANIFEST) else []
-    if there != manifest["shards"]:
+    on_disk = read_manifest(folder)["shards"] if os.path.lexists(folder / HARVEST_MANIFEST) else []
+    if on_disk != manifest["shards"]:
         raise FileError(f"{folder}: something else wrote {HARVEST_MANIFEST} meanwhile: nothing more is written there")

@@ -1,8 +1,8 @@
-"""Chat messages to text, by the checkpoint's own template.
+"""Render chat messages to text with the checkpoint's own template.
 
-A template is a program from a stranger. jinja2's sandbox keeps it from Python's internals but limits neither its loops
-nor its memory, so that it runs in a child process that is ended after a second; the few templates whose hash is known
-are run here. Every template has a process of its own, kept for its next chat: none can touch what another writes.
+A template is untrusted code. jinja2's sandbox protects Python's internals but limits neither loops nor memory. A
+template therefore runs in a child process that is killed after a second, except for the few whose hash is known.
+Every template has its own process, reused for its next chat, so that no template can affect another's output.
 """
 
 import functools
@@ -29,16 +29,16 @@ CHILDREN: dict[str, Child] = {}  # by the sha256 of the template
 
 
 class TemplateError(GlmlensError, ValueError):
-    """A chat template that did not come to an end, or not to a text."""
+    """A chat template that failed, did not end within its time, or produced too much text."""
 
 
 def render_chat(template: str, messages: Sequence[Message], required: Collection[str] = (), /, **variables: Any) -> str:
-    """The text of `messages` by `template`, with the settings that transformers renders with.
+    """Return the text of `messages` rendered by `template`, with the settings of transformers.
 
-    A template has loop controls, tojson, raise_exception and strftime_now besides what jinja2 gives it.
+    Besides jinja2's own, a template can use loop controls, tojson, raise_exception and strftime_now.
 
-    Raises TemplateError for one that fails, does not end within a second, or says too much; TypeError where the
-    template does not read a variable that is `required`, and for messages or variables that are no JSON.
+    Raises TemplateError for a template that fails, does not end within a second, or produces too much text; TypeError
+    where it does not read a `required` variable, and for messages or variables that are not JSON.
     """
     variables = {"messages": list(messages), **variables}
     key = hashlib.sha256(template.encode("utf-8", "surrogatepass")).hexdigest()
@@ -49,7 +49,7 @@ def render_chat(template: str, messages: Sequence[Message], required: Collection
     if key in TRUSTED_TEMPLATES:
         kind, answer = answer_job(template, variables, required)
     else:
-        kind, answer = ask_child(key, json.loads(job))
+        kind, answer = render_in_child(key, json.loads(job))
     if kind == "unread":
         raise TypeError(unread_message(*answer))
     if kind == "failed":
@@ -60,10 +60,11 @@ def render_chat(template: str, messages: Sequence[Message], required: Collection
 def render_open(
     template: str, messages: Sequence[Message], field: str, required: Collection[str] = (), /, **variables: Any
 ) -> str:
-    """The text of `messages` up to the end of `field` of the last one, as transformers' continue_final_message has it.
+    """Return the text of `messages` up to the end of `field` of the last one, as continue_final_message does.
 
-    Raises ValueError where the last message has no text there, and where the template does not write it.
+    Raises ValueError where the last message has no text in `field`, and where the template does not write it.
     """
+    # A marker is appended to the message; the text ends where the template writes the marker.
     final = messages[-1].get(field)
     mark = "CONTINUE_FINAL_MESSAGE_TAG "
     if isinstance(final, str):
@@ -74,16 +75,16 @@ def render_open(
         marked = [{**part, "text": text + mark} if i == last else part for i, part in enumerate(final)]
     else:
         raise ValueError(f"continue_final_message: the last message has no {field!r} with a text to continue")
-    whole = render_chat(template, [*messages[:-1], {**messages[-1], field: marked}], required, **variables)
-    at = whole.rfind(mark.strip())
-    if at < 0 or text.strip() not in whole:
+    rendered = render_chat(template, [*messages[:-1], {**messages[-1], field: marked}], required, **variables)
+    end = rendered.rfind(mark.strip())
+    if end < 0 or text.strip() not in rendered:
         raise ValueError(f"continue_final_message: the chat template does not write the {field!r} of the last message")
-    # Where the template strips the message, the mark has lost its space and the message what it ended with.
-    return whole[:at] if whole[at:].startswith(mark) else whole[:at].rstrip()
+    # Where the template strips the message, the marker lost its space: the message then ends without spaces too.
+    return rendered[:end] if rendered[end:].startswith(mark) else rendered[:end].rstrip()
 
 
 def check_tools(tools: Any) -> None:
-    """Raise TypeError for what is no list of tools as JSON."""
+    """Raise TypeError unless `tools` is None or a list of tools as JSON."""
     if tools is None:
         return
     if isinstance(tools, str | bytes | Mapping) or not isinstance(tools, Sequence):
@@ -98,6 +99,7 @@ def check_tools(tools: Any) -> None:
 
 
 def unread_message(names: Sequence[str], known: Sequence[str]) -> str:
+    """Return the error message for variables that a template does not read."""
     hint = ""
     if "tools" in names:
         hint = '; where it reads the tools of a message, pass {"role": "system", "content": "", "tools": tools}'
@@ -105,6 +107,7 @@ def unread_message(names: Sequence[str], known: Sequence[str]) -> str:
 
 
 def render_in_process(template: str, variables: Mapping[str, Any]) -> str:
+    """Return the rendered template; TemplateError for any error in it."""
     try:
         return compile_template(template)[0].render(**variables)
     except TemplateError:
@@ -115,7 +118,7 @@ def render_in_process(template: str, variables: Mapping[str, Any]) -> str:
 
 @functools.lru_cache(8)
 def compile_template(template: str) -> tuple[Any, frozenset[str]]:
-    """The program of a template, and the names of the variables that it reads."""
+    """Return the compiled template and the names of the variables that it reads."""
     from jinja2 import meta
 
     environment = make_environment()
@@ -127,6 +130,7 @@ def compile_template(template: str) -> tuple[Any, frozenset[str]]:
 
 @functools.cache
 def make_environment() -> Any:
+    """Return the sandboxed jinja2 environment, with the settings and extensions of transformers."""
     from jinja2 import Undefined
     from jinja2.exceptions import SecurityError
     from jinja2.exceptions import TemplateError as JinjaError
@@ -144,7 +148,7 @@ def make_environment() -> Any:
     def strftime_now(format: str) -> str:
         return datetime.now().strftime(format)
 
-    class Generation(Extension):  # what the assistant says stands in it, for those who train on that alone
+    class Generation(Extension):  # {% generation %} marks the assistant's text, for training masks: rendered as it is
         tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser: Parser) -> Scope:
@@ -152,8 +156,8 @@ def make_environment() -> Any:
             return Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
     class Sandbox(ImmutableSandboxedEnvironment):
-        def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:  # by default what is forbidden is just empty
-            raise SecurityError(f"{attribute!r} of a {type(obj).__name__} is none of a template's business")
+        def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:  # by default it renders as nothing
+            raise SecurityError(f"{attribute!r} of a {type(obj).__name__} is not accessible to a template")
 
     extensions = [loopcontrols, Generation]
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
@@ -163,12 +167,12 @@ def make_environment() -> Any:
 
 
 def answer_job(template: str, variables: Mapping[str, Any], required: Collection[str]) -> tuple[str, Any]:
-    """("rendered", text), ("failed", why), or ("unread", the required variables that are not read, all that are)."""
+    """Return ("rendered", text), ("failed", reason), or ("unread", [required variables not read, variables read])."""
     try:
         text = render_in_process(template, variables)
         known = compile_template(template)[1] if required else frozenset()
         unread = set(required) - known
-        # A template may give the name to the tools of a message, and read no others: they would be left out unsaid.
+        # A template may use the name `tools` for those of a message alone. The variable then has no effect on the text.
         if "tools" in required and render_in_process(template, {**variables, "tools": None}) == text:
             unread.add("tools")
             known -= {"tools"}
@@ -180,17 +184,19 @@ def answer_job(template: str, variables: Mapping[str, Any], required: Collection
 
 
 def answer(job: list[Any]) -> tuple[str, Any]:
-    """What a child answers."""
+    """Answer a job in the child process; see `answer_job`."""
     return answer_job(*job)
 
 
 def prepare() -> None:
-    """What a child does before the time counts."""
+    """Prepare the child process, before the time of its first job starts."""
     make_environment()
 
 
-def ask_child(key: str, job: list[Any]) -> tuple[str, Any]:
+def render_in_child(key: str, job: list[Any]) -> tuple[str, Any]:
+    """Return the answer to a job from the template's child process; TemplateError where it fails."""
     child = CHILDREN.get(key) or CHILDREN.setdefault(key, Child("text.chat", MAX_CHILD_BYTES, MAX_RENDERED_CHARACTERS))
+    # Close the processes of the templates that were first used longest ago.
     for other in list(CHILDREN)[:-MOST_CHILDREN]:
         if other != key and (unused := CHILDREN.pop(other, None)):
             unused.close()
@@ -199,6 +205,6 @@ def ask_child(key: str, job: list[Any]) -> tuple[str, Any]:
     except ChildLate as e:
         raise TemplateError(f"the chat template did not come to an end within {MAX_RENDER_SECONDS:g} s") from e
     except ChildEnded as e:
-        raise TemplateError("the chat template ran out of memory, or said too much") from e
+        raise TemplateError("the chat template ran out of memory, or produced too much text") from e
     except ChildError as e:
         raise TemplateError(f"{e}; has it jinja2?") from e

@@ -1,8 +1,8 @@
-"""Programs and files of strangers in a process of their own, of bounded memory and time.
+"""Run untrusted templates and tokenizer files in a child process of bounded memory and time.
 
-A child is a fresh interpreter that imports one module of this package (and not the package, which would bring torch),
-then answers jobs, a line of JSON each, by that module's `answer`. It is kept for the next job, and ended at the first
-job that is late or comes to no answer, when this process ends, and when it is no longer referred to.
+A child is a new interpreter that imports one module of this package (not the package itself, which would import torch)
+and answers jobs, a line of JSON each, with that module's `answer`. It is reused for the next job. It is killed when a
+job exceeds its time or gets no answer, when this process ends, and when its `Child` is garbage collected.
 """
 
 import atexit
@@ -38,15 +38,15 @@ class ChildError(GlmlensError, ValueError):
 
 
 class ChildLate(ChildError):
-    """A job that did not end within its time."""
+    """A job that exceeded its time."""
 
 
 class ChildEnded(ChildError):
-    """A child that ended, ran out of memory or answered too much."""
+    """A child that ended, ran out of memory or sent too long an answer."""
 
 
 class Child:
-    """A process that answers jobs by `glmlens.{module}.answer`; started at the first job, kept for the next ones."""
+    """A process that answers jobs with `glmlens.{module}.answer`; started at the first job, reused for later ones."""
 
     def __init__(self, module: str, memory: int = MOST_MEMORY, most_answer: int = MOST_ANSWER):
         self.module, self.memory, self.most_answer = module, memory, most_answer
@@ -58,7 +58,8 @@ class Child:
         """Return the answer to `job`, both JSON. Raise ChildLate, ChildEnded, or ChildError where none can start."""
         line = json.dumps([seconds, job]).encode() + b"\n"
         with self._lock:
-            process, late = self._running(), threading.Event()
+            process = self._start()
+            late = threading.Event()
             timer = threading.Timer(seconds, lambda: (late.set(), process.kill()))
             timer.daemon = True
             timer.start()
@@ -71,7 +72,7 @@ class Child:
                     return json.loads(received)
                 except (ValueError, RecursionError) as e:
                     raise ChildEnded("the process ended, ran out of memory or answered too much") from e
-            except BaseException:  # an interrupt too: the next job would read this one's answer
+            except BaseException:  # an interrupt too: the next job would otherwise read this job's answer
                 timer.cancel()
                 self._end()
                 raise
@@ -81,7 +82,8 @@ class Child:
         with self._lock:
             self._end()
 
-    def _running(self) -> "subprocess.Popen[bytes]":
+    def _start(self) -> "subprocess.Popen[bytes]":
+        """Return the running process, or a new one once it is ready; ChildError where none can be started."""
         if self._process is not None and self._process.poll() is None:
             return self._process
         self._end()
@@ -111,21 +113,22 @@ class Child:
         if self._process is None or not ready:
             self._end()
             raise ChildError(f"no process could be started: {sys.executable} does not run glmlens.{self.module}")
-        return self._process  # from now on the time counts
+        return self._process  # the time of the job starts here
 
     def _end(self) -> None:
+        """Kill the process, if there is one."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()
             close_pipes(process)
             process.wait()
 
-    def forget(self) -> None:
-        """Let go of a process that belongs to the process that this one was forked from."""
+    def detach_after_fork(self) -> None:
+        """Drop the process, in a fork of this process: it belongs to the parent."""
         process, self._process, self._lock = self._process, None, threading.Lock()
         if process is not None:
             close_pipes(process)
-            process.returncode = 0  # it is not ours to wait for
+            process.returncode = 0  # only the parent can wait for it
 
     def __del__(self) -> None:
         self._end()
@@ -135,7 +138,7 @@ CHILDREN: "weakref.WeakSet[Child]" = weakref.WeakSet()
 
 
 def exchange(process: "subprocess.Popen[bytes]", line: bytes, most: int) -> bytes:
-    """Send a line and return the one that comes back: all there is where the process ends, or says more than `most`."""
+    """Send a line and return the answer: what there is of it where the process ends or sends more than `most` bytes."""
     assert process.stdin
     assert process.stdout
     rest, received = memoryview(line), bytearray()
@@ -151,6 +154,7 @@ def exchange(process: "subprocess.Popen[bytes]", line: bytes, most: int) -> byte
 
 
 def close_pipes(process: "subprocess.Popen[bytes]") -> None:
+    """Close the pipes to and from a process."""
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             with suppress(OSError):
@@ -158,22 +162,24 @@ def close_pipes(process: "subprocess.Popen[bytes]") -> None:
 
 
 def close_all() -> None:
+    """End all child processes, when this process ends."""
     for child in list(CHILDREN):
         child.close()
 
 
-def forget_all() -> None:
+def detach_all_after_fork() -> None:
+    """Drop all child processes, in a fork of this process."""
     for child in list(CHILDREN):
-        child.forget()
+        child.detach_after_fork()
 
 
 atexit.register(close_all)
 if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=forget_all)
+    os.register_at_fork(after_in_child=detach_all_after_fork)
 
 
 def serve(module: str, memory: int) -> None:
-    """Answer the jobs on standard input, in this process of bounded memory, until there are no more."""
+    """Answer the jobs on standard input until it ends, with bounded memory. Runs in the child."""
     worker = importlib.import_module(f"glmlens.{module}")
     if hasattr(worker, "prepare"):
         worker.prepare()
@@ -187,6 +193,7 @@ def serve(module: str, memory: int) -> None:
 
 
 def limit_memory(memory: int) -> None:
+    """Limit the address space of this process, in bytes, and write no core dumps."""
     with suppress(ImportError, ValueError, OSError):  # not on Windows
         import resource
 
@@ -195,7 +202,7 @@ def limit_memory(memory: int) -> None:
 
 
 def limit_seconds(seconds: float) -> None:
-    """End this process soon after its time, also where nobody is left to end it."""
+    """Limit the CPU time of this process, so that it ends even if its parent is gone."""
     with suppress(ImportError, ValueError, OSError):
         import resource
 

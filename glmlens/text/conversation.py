@@ -1,4 +1,4 @@
-"""What comes after a KV cache: a text, the rest of a chat of which it holds the beginning, or its next message."""
+"""Continue a KV cache with a text, the rest of a chat whose beginning is cached, or the next message of a chat."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -13,68 +13,69 @@ GLM_TURN = re.compile(
     r"<\|(system|user|assistant|observation)\|>(.*?)(?=<\|(?:system|user|assistant|observation)\|>|\Z)", re.S
 )
 CHATML_TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>|\Z)", re.S)
-BEFORE = {"system", "assistant"}  # a chat with a message of these roles is a whole one; others may come next
+WHOLE_CHAT_ROLES = {"system", "assistant"}  # messages of these roles occur in whole chats, not in next messages
 
 
 @dataclass(frozen=True)
 class CachedRow:
-    """What one row of a cache holds: the tokens of its entries, and the one that was chosen after them and not run.
+    """One row of a cache: the tokens of its entries, and the token that was chosen last and not run yet.
 
-    `whole` says whether it is known to hold a text from its first token on, without a gap.
+    `is_complete` is True where the entries are known to be a text from its first token on, without gaps.
     """
 
     tokens: list[int]
     chosen: list[int]
-    whole: bool
+    is_complete: bool
 
 
-def cached_rows(kv: KVCache) -> list[CachedRow]:
-    """What every row of the cache holds."""
+def read_cached_rows(kv: KVCache) -> list[CachedRow]:
+    """Return the tokens of every row of the cache."""
     chosen = [-1] * kv.batch if kv.chosen is None else kv.chosen.tolist()
     rows = []
     for at, ids, last in zip(
         kv.positions[:, : kv.length].tolist(), kv.tokens[:, : kv.length].tolist(), chosen, strict=True
     ):
-        entries = [(p, i) for p, i in zip(at, ids, strict=True) if p != -1]  # the others are padding
+        entries = [(p, i) for p, i in zip(at, ids, strict=True) if p != -1]  # -1 is padding
         tokens = [i for _, i in entries]
-        whole = [p for p, _ in entries] == list(range(len(entries))) and min(tokens, default=0) >= 0
-        rows.append(CachedRow(tokens, [last] if last >= 0 else [], whole))
+        is_complete = [p for p, _ in entries] == list(range(len(entries))) and min(tokens, default=0) >= 0
+        rows.append(CachedRow(tokens, [last] if last >= 0 else [], is_complete))
     return rows
 
 
 def continue_text(text: str, row: CachedRow, tokenizer: Tokenizer) -> list[int]:
-    """The ids that go on with `text` after a cache: those after what it holds, where the text is written in full.
+    """Return the ids with which `text` continues a cache.
 
-    A text that is written with the tokenizer's prefix begins anew: it is the whole text. Any other comes after what
-    the cache holds and the token that was chosen last.
+    A text written with the tokenizer's prefix is the whole text: its ids after the cached ones. Any other text follows
+    the cached tokens and the token that was chosen last.
     """
     ids = tokenizer.encode_raw(text).ids
     if tokenizer.prefix and tuple(ids[: len(tokenizer.prefix)]) == tokenizer.prefix:
-        return rest_of_whole(ids, row, tokenizer, "text that begins with the prefix")
+        return get_uncached_ids(ids, row, tokenizer, "text that begins with the prefix")
     return [*row.chosen, *tokenizer.encode_continuation(text)]
 
 
 def continue_chat(messages: Sequence[Message], row: CachedRow, tokenizer: Tokenizer, render: Render) -> list[int]:
-    """The ids that go on with a chat after a cache, which holds the beginning of the chat or all before `messages`.
+    """Return the ids with which a chat continues a cache, which holds its beginning or everything before `messages`.
 
-    Raises ValueError where these are not known to be the ids of the whole conversation from there on.
+    Raises ValueError where the ids cannot be shown to be those of the whole conversation after the cache.
     """
     ids = tokenizer.encode(render(messages), suffix=False)
-    held = row.tokens
-    whole = row.whole and (ids[: len(held)] == held or held[: len(ids)] == ids)
-    if whole or any(message.get("role") in BEFORE for message in messages):
-        return rest_of_whole(ids, row, tokenizer, "chat")
-    return rest_after(messages, row, tokenizer, render)
+    cached = row.tokens
+    begins_alike = ids[: len(cached)] == cached or cached[: len(ids)] == ids
+    if (row.is_complete and begins_alike) or any(message.get("role") in WHOLE_CHAT_ROLES for message in messages):
+        return get_uncached_ids(ids, row, tokenizer, "chat")
+    return render_next_messages(messages, row, tokenizer, render)
 
 
-def rest_of_whole(ids: list[int], row: CachedRow, tokenizer: Tokenizer, kind: str) -> list[int]:
-    """The ids of a whole prompt that a cache of its beginning does not hold; ValueError where it holds another one."""
-    if not row.whole:
+def get_uncached_ids(ids: list[int], row: CachedRow, tokenizer: Tokenizer, kind: str) -> list[int]:
+    """Return the ids of a whole prompt after the cached ones; ValueError where the cache begins otherwise."""
+    if not row.is_complete:
         raise ValueError(
             f"a {kind} after this KV cache: entries of it are dropped, moved or of unknown tokens, so that the rest of "
             f"the {kind} is not known: pass the ids that come next, or run it without kv="
         )
     held = row.tokens
+    # The number of ids at the beginning that are the same in both.
     same = next((i for i, (a, b) in enumerate(zip(ids, held, strict=False)) if a != b), min(len(ids), len(held)))
     if same < len(held) and same < len(ids):
         here, there = tokenizer.labels([ids[same], held[same]])
@@ -92,14 +93,16 @@ def rest_of_whole(ids: list[int], row: CachedRow, tokenizer: Tokenizer, kind: st
     return ids[len(held) :]
 
 
-def rest_after(messages: Sequence[Message], row: CachedRow, tokenizer: Tokenizer, render: Render) -> list[int]:
-    """The ids of the next messages after the conversation that a cache holds.
+def render_next_messages(
+    messages: Sequence[Message], row: CachedRow, tokenizer: Tokenizer, render: Render
+) -> list[int]:
+    """Return the ids of the next messages after the conversation in a cache.
 
-    The conversation is read back from the cache's tokens and rendered with the next messages. Only where that begins
-    with the very text that the cache holds is the rest of it what comes next.
+    The conversation is parsed from the text of the cached tokens and rendered with the next messages. Where the result
+    begins with exactly the cached text, its rest is the text of the next messages; otherwise ValueError.
     """
     held = [*row.tokens, *row.chosen]
-    if not row.whole:
+    if not row.is_complete:
         raise ValueError(
             "the next message after this KV cache: entries of it are dropped, moved or of unknown tokens, so that the "
             "conversation so far is not known: pass the ids that come next"
@@ -108,15 +111,15 @@ def rest_after(messages: Sequence[Message], row: CachedRow, tokenizer: Tokenizer
     prefix = tokenizer.decode(tokenizer.prefix)
     for past in read_messages(text):
         try:
-            whole = render([*past, *messages])
+            rendered = render([*past, *messages])
         except TemplateError:
             continue
-        if not whole.startswith(prefix):
-            whole = prefix + whole
-        rest = tokenizer.encode_raw(whole.removeprefix(text)).ids
-        ends = tokenizer.encode_raw(whole).ids[-len(rest) :] == rest
-        # Behind a special token nothing is merged with what stands before it.
-        if past and whole.startswith(text) and rest and rest[0] in tokenizer.special_ids and ends:
+        if not rendered.startswith(prefix):
+            rendered = prefix + rendered
+        rest = tokenizer.encode_raw(rendered.removeprefix(text)).ids
+        ends_alike = tokenizer.encode_raw(rendered).ids[-len(rest) :] == rest
+        # A special token is never merged with the text before it: the ids of the rest do not depend on that text.
+        if past and rendered.startswith(text) and rest and rest[0] in tokenizer.special_ids and ends_alike:
             return [*row.chosen, *rest]
     raise ValueError(
         f"the next message after this KV cache: the chat template writes the conversation so far in another way than "

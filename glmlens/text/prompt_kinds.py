@@ -1,6 +1,6 @@
-"""Which kind of prompt was passed: texts, chats, or token ids and their mask. Everything else is a TypeError.
+"""Recognise the kind of a prompt: texts, chats, or token ids with their mask. Anything else is a TypeError.
 
-This is the one reader of prompts in the package: it knows types alone, and neither a tokenizer nor a model.
+This is the only reader of prompts in the package. It looks at types alone and needs no tokenizer or model.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -47,7 +47,7 @@ class TokenRow:
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Rows of token ids. `exact`: nothing in them is padding, which they would say."""
+    """Rows of token ids. With `exact` none of them is padding, even if it is the padding id."""
 
     rows: list[TokenRow]
     exact: bool = False
@@ -55,7 +55,7 @@ class TokenRows:
 
 KINDS = "text, texts, chat messages, chats, token ids, rows of token ids, or a mapping with input_ids"
 NOT_LISTS = (str, bytes, bytearray, memoryview)
-OTHER_INPUTS = ("inputs_embeds", "past_key_values", "pixel_values")  # a model would compute something else with these
+OTHER_INPUTS = ("inputs_embeds", "past_key_values", "pixel_values")  # with these a model would compute something else
 
 
 def read_prompt(prompt: Any) -> Texts | Chats | TokenRows:
@@ -70,20 +70,19 @@ def read_prompt(prompt: Any) -> Texts | Chats | TokenRows:
         return TokenRows(read_array(prompt))
     if isinstance(prompt, Mapping):
         if "input_ids" not in prompt:
-            raise TypeError(no_prompt(prompt))
+            raise TypeError(describe_bad_prompt(prompt))
         return TokenRows(read_encoding(prompt))
     if isinstance(prompt, TokenizedPrompts) and isinstance(prompt.tokens, list):
         return TokenRows([TokenRow(torch.tensor(row, dtype=torch.long)) for row in prompt.tokens], exact=True)
     if not isinstance(prompt, Sequence) or isinstance(prompt, NOT_LISTS):
-        raise TypeError(no_prompt(prompt))
+        raise TypeError(describe_bad_prompt(prompt))
     return read_list(prompt)
 
 
 def read_prompts(prompts: Any) -> Iterable[Any]:
-    """Return any number of prompts to be taken one by one: an iterable of texts, chats or rows of token ids.
+    """Return any number of prompts as an iterable of texts, chats or rows of token ids.
 
-    Raises TypeError for what would be taken apart into something else: a text into letters, a chat into messages, a row
-    of ids into ids, a mapping into its keys.
+    Raises TypeError for one prompt, whose iteration would yield letters, messages, ids or keys instead of prompts.
     """
     several = "prompts are a list or an iterator of texts, chats or rows of token ids"
     if isinstance(prompts, TokenizedPrompts) and isinstance(prompts.tokens, list):
@@ -93,41 +92,41 @@ def read_prompts(prompts: Any) -> Iterable[Any]:
         raise TypeError(f"{several}; got {type(prompts).__name__} {prompts!r:.80}{hint}")
     if isinstance(prompts, Tensor | np.ndarray) and prompts.ndim == 1:
         raise TypeError(f"{several}; got one row of ids: put it in a list, [prompt]")
-    if is_array(prompts) and kept_mask(prompts) is not None:  # its rows alone would not say what is padding
+    if is_array(prompts) and get_attached_mask(prompts) is not None:  # rows of ids alone would lose the mask
         return [row.ids if row.mask is None else row.ids[row.mask.bool()] for row in read_array(prompts)]
     return prompts
 
 
 def check_one_prompt(prompt: Any, number: int) -> None:
     """Raise TypeError for an element of many prompts that is not one prompt of its own."""
-    kind = kind_of(prompt)
+    kind = classify_element(prompt)
     if kind == "a message":
         chat = "it is a message, and a chat is a list of messages"
-        what = chat if "role" in prompt else no_prompt(prompt)
+        what = chat if "role" in prompt else describe_bad_prompt(prompt)
     elif kind == "a token id":
         what = "it is a token id, and a prompt is a list of them"
     else:
-        what = None if kind else no_prompt(prompt)
+        what = None if kind else describe_bad_prompt(prompt)
     if what is not None:
         raise TypeError(f"prompt {number}: {what}")
 
 
 def read_list(prompt: Sequence[Any]) -> Texts | Chats | TokenRows:
-    """Return what a list is, all of whose elements must be of one kind."""
+    """Return the prompts in a list, whose elements must all be of one kind."""
     if not len(prompt):
         raise ValueError(f"an empty {type(prompt).__name__} is no prompt; a prompt is {KINDS}")
     if all(type(i) is int for i in prompt):  # the common case, quickly
         return TokenRows([TokenRow(torch.tensor(prompt, dtype=torch.long))])
-    kinds = [kind_of(element) for element in prompt]
+    kinds = [classify_element(element) for element in prompt]
     for i, kind in enumerate(kinds):
         if kind is None:
-            raise TypeError(f"element {i} of the prompt: {no_prompt(prompt[i])}")
+            raise TypeError(f"element {i} of the prompt: {describe_bad_prompt(prompt[i])}")
         if kind != kinds[0]:
             raise TypeError(f"a prompt of mixed kinds: element 0 is {kinds[0]}, element {i} is {kind}; pass {KINDS}")
     if kinds[0] == "a text":
         return Texts(list(prompt))
     if kinds[0] == "a token id":
-        return TokenRows([TokenRow(ids_of_list(prompt))])
+        return TokenRows([TokenRow(list_to_ids(prompt))])
     if kinds[0] == "a message":
         return Chats([check_messages(prompt)])
     if kinds[0] == "a chat":
@@ -135,8 +134,8 @@ def read_list(prompt: Sequence[Any]) -> Texts | Chats | TokenRows:
     return TokenRows([read_row(element, i) for i, element in enumerate(prompt)])
 
 
-def kind_of(element: Any) -> str | None:
-    """Return what an element of a list of prompts is; None for what is no part of a prompt."""
+def classify_element(element: Any) -> str | None:
+    """Return the kind of an element of a list of prompts; None for anything that is no part of a prompt."""
     if isinstance(element, str):
         return "a text"
     if is_whole_number(element):
@@ -161,7 +160,7 @@ def read_row(element: Any, i: int) -> TokenRow:
     elif is_array(element):
         rows = read_array(element)
     else:
-        rows = [TokenRow(ids_of_list(element))]
+        rows = [TokenRow(list_to_ids(element))]
     if len(rows) != 1:
         raise TypeError(f"element {i} of the prompt has {len(rows)} rows of token ids; pass one row in each")
     return rows[0]
@@ -181,14 +180,14 @@ def read_array(array: Any) -> list[TokenRow]:
         raise TypeError(f"token ids are whole numbers [batch, pos] or [pos]; got shape {tuple(ids.shape)}")
     if not ids.numel():
         raise ValueError("the prompt has no tokens")
-    mask = kept_mask(array)
+    mask = get_attached_mask(array)
     if ids.ndim == 1:
         return [TokenRow(ids, mask)]
     return [TokenRow(row, None if mask is None else mask[i]) for i, row in enumerate(ids)]
 
 
-def kept_mask(array: Any) -> Tensor | None:
-    """Return the mask that `Lens.to_tokens` left with a tensor that it padded, if it still fits."""
+def get_attached_mask(array: Any) -> Tensor | None:
+    """Return the mask that `Lens.to_tokens` attached to a padded tensor, if the shapes still agree."""
     mask = getattr(array, "attention_mask", None)
     return mask if isinstance(mask, Tensor) and mask.shape == array.shape else None
 
@@ -219,15 +218,15 @@ def read_ids(value: Any, name: str, boolean: bool = False) -> list[TokenRow]:
     if is_array(value):
         return read_array(value)
     if isinstance(value, Sequence) and not isinstance(value, NOT_LISTS) and len(value):
-        found = read_list(numbers_of_truth(value) if boolean else value)
+        found = read_list(booleans_to_numbers(value) if boolean else value)
         if isinstance(found, TokenRows):
             return found.rows
     raise TypeError(f"{name} of a prompt: expected rows of whole numbers, got {type(value).__name__} {value!r:.60}")
 
 
-def numbers_of_truth(mask: Sequence[Any]) -> list[Any]:
-    """A mask in lists, with 1 for True and 0 for False."""
-    rows = [numbers_of_truth(row) if isinstance(row, list | tuple) else row for row in mask]
+def booleans_to_numbers(mask: Sequence[Any]) -> list[Any]:
+    """Return a mask in lists with 1 for True and 0 for False."""
+    rows = [booleans_to_numbers(row) if isinstance(row, list | tuple) else row for row in mask]
     return [int(x) if isinstance(x, bool) else x for x in rows]
 
 
@@ -265,7 +264,7 @@ def check_messages(messages: Any) -> Sequence[Message]:
         raise ValueError("a chat without messages: give at least one")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise TypeError(f"message {i} of a chat: {no_prompt(message)}")
+            raise TypeError(f"message {i} of a chat: {describe_bad_prompt(message)}")
         content = message.get("content")
         if isinstance(content, str):
             continue
@@ -282,7 +281,7 @@ def check_messages(messages: Any) -> Sequence[Message]:
 
 
 def plain_data(prompt: Any) -> Any:
-    """A prompt as lists, numbers and texts alone, to compare it with another; it need not be a good one."""
+    """Return a prompt as lists, numbers and texts alone, to compare it with another. It is not checked."""
     if isinstance(prompt, Tensor | np.ndarray):
         return prompt.tolist()
     if isinstance(prompt, Mapping):
@@ -311,18 +310,19 @@ def is_whole_number(x: Any) -> bool:
     return isinstance(x, int | np.integer) or (isinstance(x, np.ndarray) and x.ndim == 0 and x.dtype.kind in "iu")
 
 
-def ids_of_list(ids: Sequence[Any]) -> Tensor:
+def list_to_ids(ids: Sequence[Any]) -> Tensor:
+    """Return whole numbers of Python, numpy or torch as a tensor of ids."""
     return torch.tensor([int(i) for i in ids], dtype=torch.long)
 
 
-def no_prompt(x: Any) -> str:
-    """Why x is no prompt, and what to pass instead."""
+def describe_bad_prompt(x: Any) -> str:
+    """Return the error message for x, which is no prompt, with what to pass instead."""
     article = "an" if type(x).__name__[0] in "aeiouAEIOU" else "a"
     return f"a prompt is {KINDS}; got {article} {type(x).__name__}, {x!r:.80}{hint_for(x)}"
 
 
 def hint_for(x: Any) -> str:
-    """What to pass instead of x, where that can be told."""
+    """Return a hint of what to pass instead of x; empty where none is known."""
     if isinstance(x, Mapping):
         return hint_for_mapping(x)
     if isinstance(x, bytes | bytearray | memoryview):
@@ -337,6 +337,7 @@ def hint_for(x: Any) -> str:
 
 
 def hint_for_mapping(x: Mapping[Any, Any]) -> str:
+    """Return a hint for a mapping that is no prompt: one message, a row of a dataset, or other names of fields."""
     if "role" in x:
         return ": one message of a chat stands in a list, [message]"
     if "from" in x and "value" in x:
@@ -351,4 +352,5 @@ def hint_for_mapping(x: Mapping[Any, Any]) -> str:
 
 
 def hint_of_array(array: np.ndarray) -> str:
+    """Return a hint for an array that holds no ids; empty but for arrays of texts."""
     return ": pass array.tolist() for a list of texts" if array.dtype.kind in "UO" else ""

@@ -1,4 +1,4 @@
-"""Prompts of every kind - text, texts, chats, token ids - to token ids and their mask, and ids to what people read."""
+"""Convert prompts of every kind (texts, chats, token ids) to token ids and a mask, and ids to labels and text."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from glmlens.kv_cache import KVCache
 from glmlens.model import GLM
 from glmlens.text import chat
 from glmlens.text.chat import Message
-from glmlens.text.conversation import cached_rows, continue_chat, continue_text
+from glmlens.text.conversation import continue_chat, continue_text, read_cached_rows
 from glmlens.text.prompt_kinds import Chats, Texts, TokenizedPrompts, TokenRow, check_messages, read_prompt
 from glmlens.text.tokenizer import Tokenizer
 
@@ -43,7 +43,7 @@ With start_layer it is a residual stream [batch, pos, model].
 
 
 class TextMixin:
-    """What a lens says about text."""
+    """The methods of a lens on text: tokenizing, chat templates, labels."""
 
     model: GLM
     tokenizer: Tokenizer | None
@@ -57,14 +57,15 @@ class TextMixin:
         *,
         may_be_open: bool = False,
     ) -> tuple[Int[Tensor, "batch pos"], Tensor | None]:
-        """Token ids [batch, pos], left-padded, and their attention mask (None where there is no padding).
+        """Return token ids [batch, pos], left-padded, and their attention mask (None without padding).
 
         Token ids pass unchanged. In them, padding ids right before the model's prefix are padding. A row that begins
-        with the padding id and goes on without the prefix could be either: ValueError, unless `attention_mask`, or that
-        of a mapping, says it, or `may_be_open` takes them for tokens. The mask is also given, all ones, where the ids
-        alone would leave that open. Raises TypeError for what is no prompt; see `prompt_kinds`.
+        with the padding id and continues without the prefix is ambiguous: ValueError, unless `attention_mask` or the
+        mask of a mapping decides it, or `may_be_open` takes the ids as tokens. Where the ids alone are ambiguous the
+        mask is returned even if it is all ones. Raises TypeError for anything that is no prompt; see `prompt_kinds`.
         """
-        found, device = read_prompt(prompt), self.model.ln_final.weight.device
+        found = read_prompt(prompt)
+        device = self.model.ln_final.weight.device
         if isinstance(found, Texts):
             rows = [
                 TokenRow(torch.tensor(self.require_tokenizer().encode(text, prefix)).long()) for text in found.texts
@@ -74,48 +75,51 @@ class TextMixin:
         else:
             rows = found.rows
         rows = [TokenRow(row.ids.to(device, torch.long), row.mask) for row in rows]
-        written = not isinstance(found, Texts | Chats) and not found.exact  # padding may stand in the ids
+        may_hold_padding = not isinstance(found, Texts | Chats) and not found.exact
         if len({len(row.ids) for row in rows}) > 1:
-            rows = [self._without_padding(row, i, may_be_open) if written else row for i, row in enumerate(rows)]
-            written = False
+            rows = [
+                self._without_padding(row, i, may_be_open) if may_hold_padding else row for i, row in enumerate(rows)
+            ]
+            may_hold_padding = False
         tokens, mask = pad_rows(rows, self.pad_id)
         self.check_token_ids(tokens)
         if attention_mask is not None:
-            return tokens, agreed(attention_mask.to(device), mask)
-        if mask is None and written:
+            return tokens, check_mask(attention_mask.to(device), mask)
+        if mask is None and may_hold_padding:
             mask = self._find_padding(tokens, may_be_open)
         if mask is None or (not mask.is_meta and bool(mask.all())):
             mask = torch.ones_like(tokens) if self._is_open(tokens) else None
         return tokens, mask
 
     def _without_padding(self, row: TokenRow, number: int, may_be_open: bool) -> TokenRow:
-        """A row of ids without the padding that its mask or, before the prefix, its ids say."""
+        """Return a row of ids without its padding, known from its mask or as padding ids before the prefix."""
         mask = row.mask
         if mask is None:
-            written = self._find_padding(row.ids[None], may_be_open, number)
-            mask = None if written is None else written[0]
+            masks = self._find_padding(row.ids[None], may_be_open, number)
+            mask = None if masks is None else masks[0]
         return TokenRow(row.ids if mask is None else row.ids[mask.to(row.ids.device).bool()])
 
     def _encode_chat(self, messages: Sequence[Message], prefix: bool) -> list[int]:
-        """The ids of what the template writes, with the prefix where it does not write that; nothing behind it."""
+        """Return the ids of a rendered chat, with the prefix where the template does not write it, without suffix."""
         ids = self.require_tokenizer().encode(self.render(messages), prefix, suffix=False)
         return ids if prefix else self.require_tokenizer().strip_prefix(ids)
 
     def continue_prompt(self, prompt: Prompt, kv: KVCache | None) -> Prompt:
-        """The ids of what a text or a chat comes to after a cache; other prompts as they are.
+        """Return the ids with which a text or chat continues a cache; other prompts unchanged.
 
-        A text comes after what the cache holds; so does the next message of a chat, where the template is known to
-        write it in the same way. Of a whole chat, and of a text with the prefix before it, it is what the cache does
-        not hold yet. Raises ValueError where it holds another beginning.
+        A text follows the cached tokens. So does the next message of a chat, where the template is known to write it
+        the same way. Of a whole chat, and of a text that begins with the prefix, only the ids that are not cached yet
+        are returned. Raises ValueError where the cache holds another beginning.
         """
         if kv is None or not kv.length or kv.positions.is_meta or isinstance(prompt, Tensor):
             return prompt
         asked = read_prompt(prompt)
         if not isinstance(asked, Texts | Chats):
             return prompt
-        rows, many = cached_rows(kv), asked.texts if isinstance(asked, Texts) else asked.chats
-        if len(rows) != len(many):
-            return prompt  # what does not fit is said where it is run
+        rows = read_cached_rows(kv)
+        prompts = asked.texts if isinstance(asked, Texts) else asked.chats
+        if len(rows) != len(prompts):
+            return prompt  # the run raises the error for a batch of another size
         if isinstance(asked, Texts):
             return [
                 continue_text(text, row, self.require_tokenizer()) for text, row in zip(asked.texts, rows, strict=True)
@@ -134,11 +138,11 @@ class TextMixin:
         continue_final_message: bool | str = False,
         **variables: Any,
     ) -> str:
-        """The text of chat messages by the checkpoint's own template, run where it can do no harm.
+        """Return the text of chat messages rendered by the checkpoint's own template, in a sandbox.
 
-        By default the assistant is asked to speak next, unless the last message is its own. With
-        `continue_final_message` the text ends where the last message does, to be continued; a name is that of the field
-        that is continued, instead of "content". Other `variables` are the template's, such as enable_thinking.
+        By default an assistant turn is opened at the end, unless the last message is the assistant's. With
+        `continue_final_message` the text ends where the last message ends, to be continued; a string names the field
+        to continue, instead of "content". Other `variables` are the template's, such as enable_thinking.
 
         Raises ValueError without a template, TemplateError for one that fails, TypeError for a variable (or tools) that
         the template does not read.
@@ -161,18 +165,18 @@ class TextMixin:
         return chat.render_open(template, messages, field, required, **variables)
 
     def _leading_padding(self, tokens: Tensor) -> Int[Tensor, "batch"]:
-        """How many padding ids each row begins with."""
+        """Return the number of padding ids at the beginning of each row."""
         return (tokens == self.pad_id).long().cumprod(1).sum(1)
 
     def _is_open(self, tokens: Tensor) -> bool:
-        """Whether ids alone would leave open if they begin with padding: one row begins with the padding id."""
+        """Whether it is ambiguous from the ids alone if they begin with padding: a row begins with the padding id."""
         return not tokens.is_meta and tokens.shape[1] > 1 and bool((tokens[:, 0] == self.pad_id).any())
 
     def _find_padding(self, tokens: Tensor, may_be_open: bool, number: int = 0) -> Tensor | None:
-        """The mask of ids in which padding stands before the prefix; None where no row begins with the padding id.
+        """Return the mask of ids with padding before the prefix; None where no row begins with the padding id.
 
-        A row of one token is a token. Raises ValueError for a row that begins with the padding id, but not so.
-        `number` is that of the first row.
+        Raises ValueError for a row that begins with the padding id and continues without the prefix. A row of one
+        token is never padding. `number` is the index of the first row, for the message.
         """
         if not self._is_open(tokens):
             return None
@@ -187,11 +191,12 @@ class TextMixin:
         if not bool(clear.all()):
             if may_be_open:
                 return None
-            raise ValueError(self._open_row(tokens, number, int((~clear).int().argmax())))
+            raise ValueError(self._describe_open_row(tokens, number, int((~clear).int().argmax())))
         starts = torch.where(leading == 0, 0, starts)
         return (torch.arange(tokens.shape[1], device=tokens.device) >= starts[:, None]).long()
 
-    def _open_row(self, tokens: Tensor, first: int, row: int) -> str:
+    def _describe_open_row(self, tokens: Tensor, first: int, row: int) -> str:
+        """Return the error message for a row of ids that may begin with padding."""
         name = repr(self.tokenizer.label(self.pad_id)) if self.tokenizer else "no name"
         here = "ids" if tokens.shape[0] == 1 else f"row {first + row} of ids"
         many = int(self._leading_padding(tokens)[row])
@@ -202,6 +207,7 @@ class TextMixin:
         )
 
     def check_token_ids(self, tokens: Tensor) -> None:
+        """Raise ValueError unless these are token ids [batch, pos] of this model's vocabulary."""
         if tokens.is_floating_point() or tokens.ndim != 2:
             raise ValueError(f"token ids are whole numbers [batch, pos]; got {tokens.dtype} {tuple(tokens.shape)}")
         if not tokens.numel():
@@ -211,15 +217,15 @@ class TextMixin:
             raise ValueError(f"token ids run from {found}; this model has 0 to {self.model.cfg.d_vocab - 1}")
 
     def to_tokens(self, prompt: Prompt, prefix: bool = True, **unknown: Unpack[NoKeywords]) -> Int[Tensor, "batch pos"]:
-        """Token ids [batch, pos]; `to_batch` gives their mask too.
+        """Return token ids [batch, pos]; `to_batch` returns their mask too.
 
-        Before a text stands, once, what its tokenizer puts there (`[gMASK]<sop>`, a BOS, nothing), and behind it what
-        it puts there (an EOS, mostly nothing): the ids are those of transformers. With prefix=False there is neither.
-        A chat has the prefix once too, whether or not its template writes it, and nothing behind what that writes.
+        The ids are those of transformers: a text has the tokenizer's prefix (`[gMASK]<sop>`, a BOS, or nothing) and
+        suffix (an EOS, mostly nothing) exactly once; with prefix=False neither. A chat has the prefix exactly once,
+        whether or not its template writes it, and no suffix.
 
-        Where there is padding, the tensor carries its mask as an attribute, `tokens.attention_mask`, and a lens that is
-        given it uses that. A slice or copy has lost it: padding before the prefix is still seen, and where it cannot be
-        seen a lens raises ValueError.
+        With padding, the tensor carries its mask as the attribute `tokens.attention_mask`, which a lens uses when the
+        tensor is passed to it. Slices and copies do not have the attribute: padding before the prefix is still
+        recognised, and where it cannot be, a lens raises ValueError.
         """
         refuse_keywords("to_tokens", unknown, ["prompt", "prefix"])
         tokens, mask = self.to_batch(prompt, prefix, may_be_open=True)
@@ -228,11 +234,11 @@ class TextMixin:
         return tokens
 
     def to_single_token(self, text: str) -> int:
-        """The one id of `text`, as it is written: " Mary" with its space; ValueError showing its tokens if not one."""
+        """Return the one id of `text`, such as " Mary" with its space; ValueError showing the tokens if not one."""
         return self.require_tokenizer().encode_single(text)
 
     def to_answer(self, answer: str | Integer) -> int:
-        """Which logit stands for an answer: the text of one token, the name of a label of a class head, or the number.
+        """Return the index of an answer's logit: for the text of one token, a label of a class head, or an index.
 
         Raises ValueError for a name that is no label, and for a number that no logit has.
         """
@@ -249,7 +255,7 @@ class TextMixin:
         return answer
 
     def answer_label(self, answer: int) -> str:
-        """What people read for a logit: its token, or its label."""
+        """Return the label of a logit: its token, or its class in a class head."""
         if self.model.cfg.labels:
             return self.model.cfg.labels[answer]
         return self.tokenizer.label(answer) if self.tokenizer else f"⟨{answer}⟩"
@@ -257,10 +263,10 @@ class TextMixin:
     def to_str_tokens(
         self, prompt: Prompt, prefix: bool = True, **unknown: Unpack[NoKeywords]
     ) -> list[str] | list[list[str]]:
-        """Each token's text: a list, or for several prompts a list of lists without their padding.
+        """Return each token's text: a list, or for several prompts a list of lists, without padding.
 
-        It is the text that the token has in the middle of others: with the space that it begins with, also where a
-        SentencePiece-like tokenizer has put that space before the text.
+        The text is that of the token in the middle of others, with its leading space, also where a SentencePiece-like
+        tokenizer added that space before the text.
         """
         refuse_keywords("to_str_tokens", unknown, ["prompt", "prefix"])
         tokens, mask = self.to_batch(prompt, prefix, may_be_open=True)
@@ -271,7 +277,7 @@ class TextMixin:
         return rows[0] if len(rows) == 1 else rows
 
     def to_labels(self, prompt: Prompt, width: int | None = None, prefix: bool = True) -> list[str]:
-        """A label for every token of one prompt, for people to read: ids without a token have one too."""
+        """Return a readable label for every token of one prompt; ids without a token have one too."""
         tokens, _ = self.to_batch(prompt, prefix, may_be_open=True)
         if tokens.shape[0] != 1:
             raise ValueError(f"labels are for one prompt, not {tokens.shape[0]}")
@@ -280,9 +286,10 @@ class TextMixin:
         return self.tokenizer.labels(tokens[0].tolist(), width)
 
     def roles(self, prompt: Prompt, prefix: bool = True) -> list[str]:
-        """Whose turn every token of one prompt is in: "system", "user", "assistant", "observation" (what a tool said).
+        """Return the role of the turn of every token of one prompt: "system", "user", "assistant" or "observation".
 
-        "" stands before the first turn. ValueError for a vocabulary without role tokens.
+        "observation" is the output of a tool, "" anything before the first turn. ValueError for a vocabulary without
+        role tokens.
         """
         tokens, _ = self.to_batch(prompt, prefix, may_be_open=True)
         if tokens.shape[0] != 1:
@@ -290,7 +297,7 @@ class TextMixin:
         return self.require_tokenizer().roles(tokens[0].tolist())
 
     def to_string(self, tokens: Tensor | Sequence[int], continues: bool = False) -> str:
-        """The text of one row of token ids, as it is where a text begins, or where it `continues` another one.
+        """Return the text of one row of token ids, at the beginning of a text or where it `continues` another one.
 
         A SentencePiece-like tokenizer leaves out the space of the first token where a text begins.
         """
@@ -301,13 +308,14 @@ class TextMixin:
         return decode(ids.flatten().tolist())
 
     def require_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer; ValueError in a checkpoint without one."""
         if self.tokenizer is None:
             raise ValueError("this checkpoint has no tokenizer.json: pass token ids, a LongTensor [batch, pos]")
         return self.tokenizer
 
 
 def pad_rows(rows: list[TokenRow], pad_id: int) -> tuple[Tensor, Tensor | None]:
-    """Rows of ids as one left-padded tensor, and its attention mask: None for rows of one length without masks."""
+    """Return rows of ids as one left-padded tensor, and its attention mask; None for equal lengths without masks."""
     empty = [i for i, row in enumerate(rows) if not len(row.ids)]
     if empty:
         raise ValueError("the prompt has no tokens" if len(rows) == 1 else f"prompt {empty[0]} has no tokens")
@@ -319,8 +327,8 @@ def pad_rows(rows: list[TokenRow], pad_id: int) -> tuple[Tensor, Tensor | None]:
     return tokens, torch.stack([torch.nn.functional.pad(mask, (longest - len(mask), 0)) for mask in masks])
 
 
-def agreed(given: Tensor, known: Tensor | None) -> Tensor:
-    """The mask that was given; ValueError where it takes for tokens what is known to be padding."""
+def check_mask(given: Tensor, known: Tensor | None) -> Tensor:
+    """Return the mask that was passed; ValueError where it marks as tokens what is known to be padding."""
     if known is not None and given.shape == known.shape and bool((given.bool() & ~known.bool()).any()):
         raise ValueError("attention_mask takes padding of the prompt for tokens: leave it out, the prompt has its own")
     return given

@@ -1,4 +1,4 @@
-"""Text to token ids and back, with what the checkpoint's tokenizer puts before a text (`[gMASK]<sop>`) exactly once."""
+"""Convert text to token ids and back, with the tokenizer's prefix (`[gMASK]<sop>`) before a text exactly once."""
 
 import base64
 import hashlib
@@ -25,13 +25,12 @@ GLM4_SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-MAX_VOCABULARY, MAX_TOKEN_BYTES = (
-    1 << 24,
-    1024,
-)  # of a vocabulary; bytes of a token: to find its merges costs their square
+MAX_VOCABULARY = 1 << 24
+MAX_TOKEN_BYTES = 1024  # finding the merges of a token costs their square
 MAX_JSON_VALUES = 2_000_000  # GLM-4 has 800,000; to read one that is no tokenizer costs 100 bytes each
 MOST_JSON = 1 << 28  # bytes of a converted one
-SECONDS, MOST_MEMORY = 30.0, 2 << 30  # to read or convert a tokenizer in a child; GLM-4's takes 5 s and 1 GB
+SECONDS = 30.0  # for a child to read or convert a tokenizer; GLM-4's takes 5 s and 1 GB
+MOST_MEMORY = 2 << 30
 VETTED = {
     "d114fbae8ca1babcb6a32192910b2cd0cad387e466e0c327c2600fe8ff56b291"
 }  # by sha256: the demo model's, and what this process has tried in a child
@@ -43,7 +42,7 @@ VISIBLE_CHARACTERS = {" ": "·", "\n": "↵", "\t": "→", "\r": "␍"}
 
 @contextmanager
 def no_panic(where: str) -> Iterator[None]:
-    """Turn a panic of the tokenizers library, which is no Exception, into a ValueError."""
+    """Raise ValueError for a panic of the tokenizers library, which is no Exception."""
     try:
         yield
     except BaseException as e:
@@ -55,9 +54,9 @@ def no_panic(where: str) -> Iterator[None]:
 class Tokenizer:
     """A checkpoint's tokenizer and its chat template, if it has one.
 
-    `prefix` holds the ids that its post-processor puts before every text, such as `[gMASK]<sop>` or a BOS, and `suffix`
-    those behind it, such as an EOS: what transformers puts there, for which the tokenizer.json alone counts (not
-    add_bos_token or add_eos_token of a tokenizer_config.json). Either is empty where there are none.
+    `prefix` are the ids that its post-processor puts before every text, such as `[gMASK]<sop>` or a BOS, and `suffix`
+    those after it, such as an EOS. As in transformers, they come from tokenizer.json alone (not from add_bos_token or
+    add_eos_token in tokenizer_config.json). Either may be empty.
     """
 
     def __init__(self, engine: Engine, chat_template: str | None = None, named_tokens: dict[str, str] | None = None):
@@ -68,11 +67,11 @@ class Tokenizer:
         self._words: list[str] | None = None
         self.prefix, self.suffix = added_ids(engine)
         self._stem, self._stem_text = self._find_stem()
-        self.adds_space = "".join(self.decode_each(self._probe_ids("a"))) == " a"
+        self.adds_space = "".join(self.decode_each(self.encode_or_empty("a"))) == " a"
 
     @staticmethod
     def from_folder(folder: Path) -> "Tokenizer | None":
-        """The tokenizer in `folder`: tokenizer.json, or else a tiktoken-style tokenizer.model; None without either."""
+        """Return the tokenizer in `folder`, from tokenizer.json or a tiktoken-style tokenizer.model; None without either."""
         stated = folder / "tokenizer_config.json"
         try:
             config = json.loads(stated.read_text(encoding="utf-8")) if stated.exists() else {}
@@ -93,9 +92,9 @@ class Tokenizer:
         return Tokenizer(engine, read_chat_template(folder, config), named)
 
     def encode(self, text: str, prefix: bool = True, suffix: bool | None = None) -> list[int]:
-        """The ids of `text` as it is written, with the prefix before it and the suffix behind it exactly once each.
+        """Return the ids of `text` with prefix and suffix exactly once each, also if the text has them already.
 
-        Without `prefix` there is neither; `suffix=False` leaves out the suffix alone, for a text that goes on.
+        Without `prefix` there is neither. `suffix=False` leaves out the suffix alone, for a text to be continued.
         """
         ids = self.encode_raw(text).ids
         before = self.prefix if prefix and tuple(ids[: len(self.prefix)]) != self.prefix else ()
@@ -105,20 +104,21 @@ class Tokenizer:
         return [*before, *ids, *behind]
 
     def encode_raw(self, text: str) -> Any:
-        """What the engine makes of `text`; ValueError if its rules come to no end, as regular expressions can."""
+        """Return the engine's encoding of `text`; ValueError if the engine gives up, as on a runaway regular expression."""
         with no_panic(f"at {text!r:.80}"):
             return self.engine.encode(text, add_special_tokens=False)
 
     def encode_continuation(self, text: str) -> list[int]:
-        """The ids of `text` where it continues another one.
+        """Return the ids of `text` where it continues another text.
 
-        A SentencePiece-like tokenizer puts a space before every text. It does not stand between a text and its
-        continuation: " Mary" is the token with a space and "Mary" the one without.
+        A SentencePiece-like tokenizer adds a space before every text. There is none between a text and its
+        continuation: " Mary" is the token with a space, "Mary" the one without.
         """
         plain = self.encode_raw(text).ids
         if not self.adds_space or not text:
             return plain
         continued = None
+        # Encode after a short text and remove its ids, preferring one after which the ids spell exactly `text`.
         for stem in STEMS:
             before, ids = self.encode_raw(stem).ids, self.encode_raw(stem + text).ids
             if ids[: len(before)] == before:
@@ -128,37 +128,35 @@ class Tokenizer:
         return continued or plain
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """The ids of `text`, and the characters [start, end) that each stands for: none for a prefix that is added.
-
-        Without the suffix: what is asked about such a text goes on.
-        """
+        """Return the ids of `text` without suffix, and the characters [start, end) of each; (0, 0) for an added prefix."""
         encoded = self.encode_raw(text)
         added = len(self.encode(text, suffix=False)) - len(encoded.ids)
         return [*self.prefix[:added], *encoded.ids], [(0, 0)] * added + encoded.offsets
 
     def strip_prefix(self, ids: list[int]) -> list[int]:
+        """Return ids without the prefix at their beginning, if they have it."""
         return ids[len(self.prefix) :] if tuple(ids[: len(self.prefix)]) == self.prefix else ids
 
     def decode(self, ids: Sequence[int], special: bool = True) -> str:
-        """The text of `ids`, with or without special tokens, as it is where a text begins."""
+        """Return the text of `ids` at the beginning of a text, with or without special tokens."""
         return self._decode(list(ids), special)
 
     def decode_continuation(self, ids: Sequence[int], special: bool = True) -> str:
-        """The text of `ids` where they continue another text: a space that the first begins with is part of it."""
+        """Return the text of `ids` where they continue another text, with the leading space of the first."""
         if not self._stem_text:
             return self._decode(list(ids), special)
         return self._decode([*self._stem, *ids], special)[len(self._stem_text) :]
 
     @no_panic("at its vocabulary")
-    def settled(self, ids: Sequence[int]) -> Sequence[int]:
-        """The first of `ids`, whose text no later token changes: one bad byte makes all in a row unreadable."""
+    def drop_unfinished_bytes(self, ids: Sequence[int]) -> Sequence[int]:
+        """Return `ids` without byte tokens at their end: a later byte may change the character that they spell."""
         end = len(ids)
         while end and BYTE_TOKEN.fullmatch(self.engine.id_to_token(ids[end - 1]) or ""):
             end -= 1
         return ids[:end]
 
-    def _probe_ids(self, text: str) -> list[int]:
-        """The ids of a text that this tokenizer may be unable to write: without an unknown token, it has none."""
+    def encode_or_empty(self, text: str) -> list[int]:
+        """Return the ids of a text; none where this tokenizer cannot encode it, for want of an unknown token."""
         try:
             return self.encode_raw(text).ids
         except Exception:
@@ -169,7 +167,7 @@ class Tokenizer:
 
         Decoders of SentencePiece take a space from the first token. With another token before it, it keeps the space.
         """
-        probed = dict.fromkeys(i for probe in PROBES for i in self._probe_ids(probe))
+        probed = dict.fromkeys(i for probe in PROBES for i in self.encode_or_empty(probe))
         for stem in probed:
             text = self._decode([stem], special=False)
             if text.strip() and "\ufffd" not in text:
@@ -184,7 +182,7 @@ class Tokenizer:
             return self.engine.decode(ids, skip_special_tokens=not special)
 
     def encode_single(self, text: str) -> int:
-        """The one id of `text`, without prefix; ValueError showing the tokens when it is not one."""
+        """Return the one id of `text`, without prefix; ValueError showing the tokens if it is not one."""
         ids = self.encode_continuation(text)
         if len(ids) != 1:
             raise ValueError(f"{text!r} is {len(ids)} tokens, not one: {self.decode_each(ids)}")
@@ -192,7 +190,7 @@ class Tokenizer:
 
     @no_panic("at its vocabulary")
     def list_word_ids(self) -> list[int]:
-        """The ids that are a space and a word, as they stand in the middle of a text."""
+        """Return the ids whose text, in the middle of others, is a space and a word."""
         ids = sorted(i for i in self.engine.get_vocab().values() if i not in self.special_ids)
         texts = self.engine.decode_batch([[*self._stem, i] for i in ids])
         texts = [text[len(self._stem_text) :] for text in texts]
@@ -201,34 +199,34 @@ class Tokenizer:
         ]
 
     def list_words(self) -> list[str]:
-        """The texts of `word_ids`, each with its space."""
+        """Return the texts of `list_word_ids`, each with its space."""
         if self._words is None:
             self._words = self.decode_each(self.list_word_ids())
         return self._words
 
     @no_panic("at its vocabulary")
     def fingerprint(self) -> str:
-        """12 hex digits that tell this tokenizer from others."""
+        """Return 12 hex digits that identify this tokenizer."""
         return hashlib.sha256(self.engine.to_str().encode()).hexdigest()[:12]
 
     def decode_each(self, ids: Sequence[int]) -> list[str]:
-        """Each id decoded by itself, as it stands in the middle of a text: with the space that it begins with."""
+        """Return the text of each id by itself, as in the middle of a text: with its leading space."""
         return [self.decode_continuation([i]) for i in ids]
 
     def labels(self, ids: Sequence[int], width: int | None = None) -> list[str]:
-        """Each id as people can see it: spaces and newlines drawn, bytes of half a character in hex.
+        """Return a readable label for each id: visible spaces and newlines, bytes of half a character in hex.
 
-        An id without a token has its number. With `width`, longer labels end in an ellipsis. Nothing is escaped: that
-        is for the surface on which they are shown.
+        The label of an id without a token is its number. With `width`, longer labels end in an ellipsis. Nothing is
+        escaped: whoever displays the labels does that.
         """
         labels = [self.label(i) for i in ids]
         return labels if width is None else [t if len(t) <= width else t[: width - 1] + "…" for t in labels]
 
     @no_panic("at its vocabulary")
     def roles(self, ids: Sequence[int]) -> list[str]:
-        """Whose turn each id is in: that of the last role token, which is itself the first of its turn; "" before any.
+        """Return the role of the turn of each id: that of the last role token so far; "" before any.
 
-        What counts is what the model sees: a role token that is written inside a message begins a turn for it too.
+        A role token is the first token of its turn. One written inside a message begins a turn too, as for the model.
         """
         begins = {self.engine.token_to_id(f"<|{role}|>"): role for role in ROLES}
         if not begins.keys() & self.special_ids:
@@ -240,6 +238,7 @@ class Tokenizer:
 
     @no_panic("at its vocabulary")
     def label(self, i: int) -> str:
+        """Return the label of one id; see `labels`."""
         token = self.engine.id_to_token(i)
         if token is None:
             return f"⟨{i}⟩"
@@ -254,7 +253,7 @@ class Tokenizer:
 
 
 def make_byte_alphabet() -> dict[int, str]:
-    """How byte-level BPE writes each byte as a printable character (Radford et al. 2019)."""
+    """Return the printable character with which byte-level BPE writes each byte (Radford et al. 2019)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
@@ -265,7 +264,7 @@ BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # how SentencePiece writes a byte
 
 
 def added_ids(engine: Engine) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids that the post-processor of `engine` puts before a text and behind it."""
+    """Return the ids that the post-processor of `engine` puts before a text and after it."""
     with no_panic("at its post-processor"):
         words = (engine.id_to_token(i) for i in range(min(100, engine.get_vocab_size())))
         for probe in (*PROBES, *filter(None, words)):
@@ -280,9 +279,9 @@ def added_ids(engine: Engine) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def read_tokenizer_json(path: Path) -> Engine:
-    """The tokenizer of a tokenizer.json, which a child process reads before this one does.
+    """Return the tokenizer of a tokenizer.json, once a child process has read it without harm.
 
-    Raises ValueError for one that cannot be read, and for one that ends or holds up the process that reads it.
+    Raises ValueError for a file that cannot be read, and for one that ends or blocks the process that reads it.
     """
     data = path.read_bytes()
     if (values := data.count(b",")) > MAX_JSON_VALUES:
@@ -297,27 +296,27 @@ def read_tokenizer_json(path: Path) -> Engine:
 
 
 def vet(text: str) -> None:
-    """Raise ValueError unless a child process can read this tokenizer.json, and use it on a few texts."""
+    """Raise ValueError unless a child process can read this tokenizer.json and use it on a few texts."""
     key = hashlib.sha256(text.encode("utf-8")).hexdigest()
     if key not in VETTED:
-        ask_child(["read", text])
+        run_in_child(["read", text])
         VETTED.add(key)
 
 
-def ask_child(job: list[Any]) -> Any:
-    """What a child process makes of a stranger's tokenizer; ValueError where it ends, hangs, or finds it bad."""
+def run_in_child(job: list[Any]) -> Any:
+    """Return the result of a job on an untrusted tokenizer in a child process; ValueError where it fails or hangs."""
     child = Child("text.tokenizer", MOST_MEMORY, MOST_JSON)
     try:
-        said, result = child.ask(job, SECONDS)
+        is_good, result = child.ask(job, SECONDS)
     finally:
         child.close()
-    if not said:
+    if not is_good:
         raise ValueError(result)
     return result
 
 
 def answer(job: list[Any]) -> tuple[bool, Any]:
-    """What the child answers: whether all went well, and the converted tokenizer or what is wrong."""
+    """Return (True, the converted tokenizer or None) or (False, the error message). Runs in the child process."""
     kind, text, *rest = job
     try:
         with no_panic("while it was read"):
@@ -329,16 +328,16 @@ def answer(job: list[Any]) -> tuple[bool, Any]:
                 )
                 return True, engine.to_str()
             tokenizer = Tokenizer(Engine.from_str(text))
-            for probe in PROBES:  # what only cannot be written is an error where it is asked for
+            for probe in PROBES:  # a text without an encoding is an error only when it is used
                 with suppress(ValueError):
-                    tokenizer.decode(tokenizer._probe_ids(probe))
+                    tokenizer.decode(tokenizer.encode_or_empty(probe))
             return True, None
     except Exception as e:
         return False, str(e)
 
 
 def read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    """The chat template in `folder`: in a file of its own, or in the tokenizer's config (where it may have a name)."""
+    """Return the chat template in `folder`, from its own file or the tokenizer's config; None without one."""
     if (path := folder / "chat_template.jinja").exists():
         try:
             return path.read_text(encoding="utf-8")
@@ -352,7 +351,7 @@ def read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
 
 
 def read_special_tokens(config: dict[str, Any], path: Path) -> dict[int, str] | None:
-    """The special tokens that a tokenizer_config.json numbers, if it does."""
+    """Return the special tokens by id that a tokenizer_config.json lists; None where it lists none."""
     listed = config.get("added_tokens_decoder") or {}
     try:
         found = {int(i): entry["content"] for i, entry in listed.items()}
@@ -364,28 +363,28 @@ def read_special_tokens(config: dict[str, Any], path: Path) -> dict[int, str] | 
 
 
 def convert_tiktoken(path: Path, special: dict[int, str] | None) -> Engine:
-    """The tokenizer of a tiktoken-style tokenizer.model, which takes seconds to make and is kept in the user's cache.
+    """Return the tokenizer of a tiktoken-style tokenizer.model. Converting takes seconds: the user's cache keeps it.
 
-    What is kept has the hash of its content in its name: cut, unreadable or altered, it is made again. Without a place
-    to keep it, it is made each time.
+    A cached file has the hash of its content in its name. One that is truncated, unreadable or altered is converted
+    again. Without a writable cache folder every call converts.
 
     Raises ValueError for a file of another kind, such as the SentencePiece model of ChatGLM2 and ChatGLM3.
     """
     data = path.read_bytes()
     key = hashlib.sha256(data + json.dumps(special, sort_keys=True).encode() + b"2").hexdigest()[:32]
-    if (text := read_kept(key)) is None:
+    if (text := read_converted(key)) is None:
         numbered = None if special is None else list(special.items())
         try:
-            text = ask_child(["convert", data.decode("latin-1"), str(path), numbered])
+            text = run_in_child(["convert", data.decode("latin-1"), str(path), numbered])
         except ChildError as e:
             raise ValueError(f"{path}: not a tokenizer.model that can be converted: {e}") from e
-        keep(key, text)
+        write_converted(key, text)
     with no_panic("while it was read"):
         return Engine.from_str(text)
 
 
 def cache_folder() -> Path:
-    """Where converted tokenizers are kept; OSError without a home."""
+    """Return the folder of converted tokenizers; OSError without a home folder."""
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         return base / "glmlens" / "tokenizers"
@@ -393,8 +392,8 @@ def cache_folder() -> Path:
         raise OSError("no home folder") from e
 
 
-def read_kept(key: str) -> str | None:
-    """What `keep` kept by this key, if it is still what it was."""
+def read_converted(key: str) -> str | None:
+    """Return the tokenizer that `write_converted` wrote under this key; None if it is absent or was changed."""
     with suppress(OSError, UnicodeDecodeError):
         for path in cache_folder().glob(f"{key}-*.json"):
             if path.is_file() and path.stat().st_size <= MOST_JSON:
@@ -404,8 +403,8 @@ def read_kept(key: str) -> str | None:
     return None
 
 
-def keep(key: str, text: str) -> None:
-    """Write a tokenizer to the user's cache, whole or not at all; where it cannot be written, go on without."""
+def write_converted(key: str, text: str) -> None:
+    """Write a tokenizer to the user's cache atomically; do nothing where it cannot be written."""
     data = text.encode("utf-8")
     with suppress(OSError):
         cache = cache_folder()
@@ -421,6 +420,7 @@ def keep(key: str, text: str) -> None:
 
 
 def parse_ranks(data: bytes, path: Path) -> dict[bytes, int]:
+    """Return the tokens of a tiktoken file with their ranks; ValueError for a file of another kind."""
     try:
         lines = (line.split() for line in data.splitlines() if line)
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
@@ -438,8 +438,8 @@ def parse_ranks(data: bytes, path: Path) -> dict[bytes, int]:
 
 
 def build_bpe_tokenizer(ranks: dict[bytes, int], special: dict[int, str] | None = None) -> Engine:
-    """The same tokenizer as byte-level BPE: every split of a token into two tokens is a merge, in order of rank."""
-    spelt = make_byte_alphabet()
+    """Return a tiktoken vocabulary as byte-level BPE: each split of a token into two tokens is a merge, by rank."""
+    alphabet = make_byte_alphabet()
     merges = []
     for token, rank in ranks.items():
         for i in range(1, len(token)):
@@ -449,7 +449,7 @@ def build_bpe_tokenizer(ranks: dict[bytes, int], special: dict[int, str] | None 
     merges.sort()
 
     def spell(token: bytes) -> str:
-        return "".join(spelt[b] for b in token)
+        return "".join(alphabet[b] for b in token)
 
     vocab = {spell(token): rank for token, rank in ranks.items()}
     pairs = [(spell(left), spell(right)) for *_, left, right in merges]
@@ -466,24 +466,29 @@ def build_bpe_tokenizer(ranks: dict[bytes, int], special: dict[int, str] | None 
         engine.post_processor = processors.TemplateProcessing(single=[*PREFIX_TOKENS, "$A"], special_tokens=pieces)
     for i, token in numbered.items():
         if engine.token_to_id(token) != i:
-            raise ValueError(f"special token {token!r} is said to be {i}, but follows the vocabulary at another place")
+            raise ValueError(
+                f"special token {token!r} is numbered {i} in the config, but follows the vocabulary at another place"
+            )
     return engine
 
 
 @dataclass(frozen=True)
 class RowTexts:
-    """What a tokenizer says of some rows of ids, kept where the tokenizer itself is not: in a pickled recording."""
+    """The labels and texts of some rows of ids, in place of the tokenizer in a pickled recording."""
 
     hash: str
     rows: Mapping[tuple[int, ...], tuple[list[str], list[str]]]  # ids to their labels and strings
 
     def labels(self, ids: Sequence[int]) -> list[str]:
+        """Return the labels of one of the rows."""
         return self.rows[tuple(ids)][0]
 
     def decode_each(self, ids: Sequence[int]) -> list[str]:
+        """Return the text of each token of one of the rows."""
         return self.rows[tuple(ids)][1]
 
     def fingerprint(self) -> str:
+        """Return the fingerprint of the tokenizer."""
         return self.hash
 
     @staticmethod

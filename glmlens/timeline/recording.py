@@ -22,7 +22,7 @@ from glmlens.integers import Integers, read_integer, read_integers
 from glmlens.kv_cache import KVCache
 from glmlens.lens import Lens
 from glmlens.lens.generation import GenerationResult
-from glmlens.lens.sampling import Sampling
+from glmlens.lens.sampling import GenerationConfig
 from glmlens.patch.apply import AppliedInterventions, InterventionHook
 from glmlens.patch.interventions import Intervention, as_interventions
 from glmlens.patch.sites import PatchError
@@ -183,11 +183,16 @@ class TimelineRecorder:
         if self.generator is not None:
             options["seed"] = self.generator  # one generator for all segments
         names, every = options.pop("names", ()), torch.ones_like(tokens)
-        going = self.lens.start_generation(
-            tokens, until - start, names, hooks=edits, kv=kv, attention_mask=every, **options
-        )
-        going.preceding_tokens = tuple(moment.token for moment in self.steps)
-        run = going.run_to_end()
+        run = self.lens.start_generation(
+            tokens,
+            until - start,
+            hooks=edits,
+            names=names,
+            kv=kv,
+            attention_mask=every,
+            preceding_tokens=[step.token for step in self.steps],
+            **options,
+        ).run_to_end()
         self.collect_events(noted)
         self.runs.append(run)
         self.steps += build_step_records(
@@ -243,7 +248,7 @@ def make_generator(lens: Lens, options: Mapping[str, Any], step: StepRecord | No
     if options.get("temperature") is None:
         return None
     if step is None:
-        sampling = Sampling(**{name: options[name] for name in ("temperature", "seed") if name in options})
+        sampling = GenerationConfig(**{name: options[name] for name in ("temperature", "seed") if name in options})
         state = sampling.make_generator(lens.device).get_state()
     else:
         state = cast(Tensor, step.generator_state)  # recorded at every step of a sampled run
