@@ -72,7 +72,7 @@ def read_steering(lens, folder):
 
 def read_dictionary(lens, folder):
     coder = Dictionary.load(folder / "sae.safetensors")
-    lens.spliced("blocks.1.resid_post", coder)(PROMPT)
+    lens.with_dictionary("blocks.1.resid_post", coder)(PROMPT)
 
 
 def read_interventions(lens, folder):

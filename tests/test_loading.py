@@ -198,7 +198,7 @@ def wrong(case, folder):
     if case == "missing shard":
         gone = sorted(set(shard(folder).values()))[1]
         (folder / gone).unlink()
-        return ["index.json", gone, "not there"]
+        return ["index.json", gone, "does not exist"]
     if case == "shard outside":
         shard(folder)
         stated = json.loads(index.read_text())

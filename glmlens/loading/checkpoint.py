@@ -75,6 +75,7 @@ def load_model(
                     if x is stored:  # neither converted nor moved: parameters become views of the file
                         MAPPED.setdefault(model, {})[path] = identity
                     bar.update(place_tensor(model, x, ours[name]))
+                    del stored, x  # or they would be alive while the next tensor is read
     if cfg.tied:
         model.unembed.weight = model.embed.weight
         check_tied_unembedding(locations, map_tensor_names(cfg))

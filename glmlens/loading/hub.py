@@ -84,7 +84,7 @@ def find_cached_checkpoint(name: str, revision: str | None, why: Exception) -> P
     except (OSError, ValueError) as e:
         at = "" if revision is None else f" at revision {revision!r}"
         raise CheckpointError(
-            f"{name}{at}: neither a folder here nor available from the hub or its cache: "
+            f"{name}{at}: neither a folder here nor available from the hub, and not in its cache: "
             f"{type(why).__name__}: {why}. Offline? Load it once with a network, unset HF_HUB_OFFLINE, or give the "
             f"path of a folder"
         ) from e
