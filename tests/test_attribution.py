@@ -1,4 +1,4 @@
-"""Reading the residual stream: the parts of a logit, of the stream, and what every layer would say."""
+"""The parts of a logit, the parts of the residual stream, and the logit lens."""
 
 import subprocess
 import sys
@@ -88,7 +88,7 @@ def test_a_difference_of_tokens_is_the_difference_of_their_parts(lens, tokens, b
 
 
 def direction_in(lens, acts, token, row, column):
-    """What the logit of a token gains from what is added to the residual stream there."""
+    """Return the direction in the residual stream along which a contribution raises the logit of a token."""
     return lens.W_U[:, token] * lens.model.ln_final.weight * acts["ln_final.scale"][row, column]
 
 
@@ -137,7 +137,7 @@ def test_parts_are_those_of_a_loop_over_the_model(lens, tokens):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_layers_are_what_transformers_adds(tmp_path, seed):
+def test_layers_are_those_of_transformers(tmp_path, seed):
     write_checkpoint(tmp_path, seed)
     theirs, ours = reference(tmp_path), glmlens.load(tmp_path)
     tokens, streams = some_tokens(ours), []
@@ -246,7 +246,7 @@ def test_a_head_that_is_ablated_adds_nothing(lens, tokens):
     )
 
 
-def test_what_a_hook_puts_in_between_is_said_to_be_unexplained(lens, tokens):
+def test_a_change_by_a_hook_between_parts_is_unexplained(lens, tokens):
     def twice(x, point):
         return 2 * x
 
@@ -254,7 +254,7 @@ def test_what_a_hook_puts_in_between_is_said_to_be_unexplained(lens, tokens):
     assert abs(found.unexplained) > 1e-2 * largest(found)
 
 
-def test_questions_that_cannot_be_answered_say_what_to_ask(demo):
+def test_arguments_that_do_not_fit_are_errors_that_list_the_choices(demo):
     with pytest.raises(ValueError, match="by is 'heads'; choose from 'layer', 'component', 'head'"):
         analysis.logit_attribution(demo, PROMPT, " Mary", by="heads")
     with pytest.raises(TypeError, match="no answer"):
@@ -271,7 +271,7 @@ def test_questions_that_cannot_be_answered_say_what_to_ask(demo):
 
 
 @pytest.mark.parametrize("by", ["layer", "component", "head"])
-def test_the_stream_is_the_sum_of_what_was_added(any_lens, tokens, by):
+def test_the_stream_is_the_sum_of_its_contributions(any_lens, tokens, by):
     parts = analysis.decompose_residual(any_lens, tokens, by=by)
     stream = analysis.accumulated_residual(any_lens, tokens)
     _, acts = any_lens.run_with_cache(tokens, ["embed", "resid_post"])
@@ -294,7 +294,7 @@ def test_parts_of_the_stream_can_be_had_at_one_position():
         analysis.decompose_residual(demo, PROMPT, by="neuron")
 
 
-def test_the_stream_before_each_mlp_is_there_when_asked(lens, tokens):
+def test_the_stream_before_each_mlp_is_returned_with_mid(lens, tokens):
     stream = analysis.accumulated_residual(lens, tokens[:1], mid=True)
     assert stream.labels["layer"] == ["embed", "0 mid", "0", "1 mid", "1", "2 mid", "2"]
     _, acts = lens.run_with_cache(tokens[:1], "resid_mid")
@@ -353,7 +353,7 @@ def test_padded_prompts_are_read_as_they_are_alone(demo):
         assert np.all(both.word.values[i, :, n:] == "")
 
 
-def test_the_logit_lens_sees_the_run_that_hooks_make(demo):
+def test_the_logit_lens_is_of_the_run_with_hooks(demo):
     def gone(x, point):
         return 0 * x
 
@@ -375,7 +375,7 @@ def results_of(lens):
     yield analysis.composition(lens, "V")
 
 
-def test_every_result_says_what_it_is_of(demo):
+def test_every_result_describes_itself(demo):
     for result in results_of(demo):
         assert isinstance(result, Labelled)
         assert {"metric", "direction", "positions", "model"} <= result.about.keys()
@@ -403,13 +403,13 @@ def test_results_can_be_thinned_clipped_and_tabled(demo):
         read.stride("head", 2)
 
 
-def test_positions_that_say_the_same_have_labels_of_their_own(demo):
+def test_positions_with_the_same_token_have_different_labels(demo):
     labels = analysis.logit_lens(demo, PROMPT).kl.labels["pos"]
     assert len(set(labels)) == len(labels)
     assert labels[3] == "3 ·Mary"
 
 
-def test_analysis_brings_no_pictures():
+def test_analysis_imports_no_plotting():
     code = (
         "import sys, glmlens; glmlens.analysis.logit_lens; print([m for m in ('plotly', 'pandas') if m in sys.modules])"
     )

@@ -1,4 +1,4 @@
-"""The cache as an object: what is done to it is what a run with that edit would have remembered."""
+"""Operations on the KV cache: an edited cache is the cache of a run with that edit."""
 
 import pytest
 import torch
@@ -27,18 +27,18 @@ def eager():
     return small_lens(dtype=torch.float64)
 
 
-def filled(lens, tokens):
+def fill_cache(lens, tokens):
     kv = lens.new_kv(batch=tokens.shape[0])
     lens(tokens, kv=kv)
     return kv
 
 
-def twice(x, at, layer):
+def double(x, at, layer):
     return 2 * x
 
 
 OPERATIONS = {
-    "edit": cache.edit(keys=twice, values=twice, layer=1, position=3),
+    "edit": cache.edit(keys=double, values=double, layer=1, position=3),
     "ablate": cache.ablate(layer=[0, 2], kv=1, position=[1, 2]),
     "mean": cache.ablate(how="mean", kv=0),
     "int4": cache.quantise(4, group=2),
@@ -47,8 +47,8 @@ OPERATIONS = {
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_an_operation_on_a_cache_leaves_its_parent_and_reaches_no_other_entry(lens, tokens, name):
-    kv, op = filled(lens, tokens), OPERATIONS[name]
+def test_an_operation_leaves_the_original_cache_and_changes_no_other_entry(lens, tokens, name):
+    kv, op = fill_cache(lens, tokens), OPERATIONS[name]
     before = kv.keys.clone(), kv.values.clone(), kv.positions.clone()
     made = op(kv)
     for now, was in zip((kv.keys, kv.values, kv.positions), before, strict=True):
@@ -67,10 +67,10 @@ def test_an_operation_on_a_cache_leaves_its_parent_and_reaches_no_other_entry(le
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_an_operation_on_a_cache_is_its_hook_on_what_is_recalled(lens, tokens, name):
-    """With own=False; what the step itself writes is another question, and of old entries alone there is none."""
+def test_an_operation_on_a_cache_equals_its_hooks_on_the_entries_a_run_reads(lens, tokens, name):
+    """With own=False; without it, a selection of all positions also edits the entry that the step itself writes."""
     op, prompt = OPERATIONS[name], tokens[:, :6]
-    kv = filled(lens, prompt)
+    kv = fill_cache(lens, prompt)
     expected = lens(tokens[:, 6:7], kv=op(kv))
     close(lens.run_with_hooks(tokens[:, 6:7], op.hooks(lens, own=False), kv=kv.fork()), expected)
     mine_too = lens.run_with_hooks(tokens[:, 6:7], op.hooks(lens), kv=kv.fork())
@@ -80,9 +80,9 @@ def test_an_operation_on_a_cache_is_its_hook_on_what_is_recalled(lens, tokens, n
         close(mine_too, expected)
 
 
-def test_an_entry_edited_before_continuing_is_a_patch_of_what_is_written_in_a_full_run(lens, tokens):
-    """The patch is read by the tokens that come after the edit alone."""
-    kv, late = filled(lens, tokens[:, :6]), tokens[:, 6:]
+def test_an_entry_edited_before_continuing_equals_a_patch_of_the_written_entry_in_a_full_run(lens, tokens):
+    """Only the tokens after the edit read the patched entry."""
+    kv, late = fill_cache(lens, tokens[:, :6]), tokens[:, 6:]
     op = cache.edit(keys=lambda x, at, layer: -x, values=lambda x, at, layer: x + 1, layer=1, kv=0, position=2)
     found = lens(late, kv=op(kv))
 
@@ -113,7 +113,7 @@ def test_between_steps_and_as_a_hook_at_later_steps_is_the_same_generation(lens,
 
 
 def test_eviction_is_masking_the_columns(eager, tokens):
-    kv = filled(eager, tokens[:, :6])
+    kv = fill_cache(eager, tokens[:, :6])
     for op, gone in [
         (cache.evict(position=[1, 3]), [1, 3]),
         (cache.evict(cache.keep_window(2)), [0, 1, 2, 3]),
@@ -134,8 +134,8 @@ def test_eviction_is_masking_the_columns(eager, tokens):
 
 
 def test_heads_of_one_layer_can_each_lack_their_own_entries(eager, tokens):
-    """As each head of H2O keeps its own; entries that are written later are kept."""
-    kv = filled(eager, tokens[:1, :6])
+    """As each head of H2O keeps its own entries; later entries are kept."""
+    kv = fill_cache(eager, tokens[:1, :6])
     attention = torch.rand(2, 6, generator=torch.Generator().manual_seed(3))
     kept = [set(attention[head].topk(3).indices.tolist()) for head in range(2)]
     ops = [cache.evict(cache.keep_heavy_hitters(attention[head][None], 3), layer=1, kv=head) for head in range(2)]
@@ -155,14 +155,14 @@ def test_heads_of_one_layer_can_each_lack_their_own_entries(eager, tokens):
         ops[0](kv)
 
 
-def test_a_window_as_a_hook_is_the_window_of_the_cache_and_what_the_step_writes(eager, tokens):
-    kv, op = filled(eager, tokens[:, :6]), cache.evict(cache.keep_window(2, sinks=1))
+def test_a_window_as_a_hook_equals_the_window_of_the_cache_plus_the_entries_of_the_step(eager, tokens):
+    kv, op = fill_cache(eager, tokens[:, :6]), cache.evict(cache.keep_window(2, sinks=1))
     expected = eager(tokens[:, 6:8], kv=op(kv))
     close(eager.run_with_hooks(tokens[:, 6:8], op.hooks(eager, own=False), kv=kv.fork()), expected)
 
 
-def test_what_comes_after_a_dropped_newest_entry_stands_where_it_would_have_stood(lens, tokens, tmp_path):
-    kv = filled(lens, tokens)
+def test_the_token_after_an_evicted_newest_entry_gets_the_position_it_would_have_had(lens, tokens, tmp_path):
+    kv = fill_cache(lens, tokens)
     lens(tokens[:, :1], kv=kv)
     small = cache.evict(position=[4, 9])(kv)
     again = cache.evict(position=2)(small)
@@ -175,12 +175,12 @@ def test_what_comes_after_a_dropped_newest_entry_stands_where_it_would_have_stoo
         assert not {4, 9} & set(at)
     assert cache.reposition(lens, 5)(small).next_positions().tolist() == [15, 15]
     assert small.next_positions().tolist() == [10, 10]
-    source = filled(lens, tokens[:1])
+    source = fill_cache(lens, tokens[:1])
     longer = cache.graft(lens, source, of=[1, 2, 3], at=[1])(cache.evict(position=8)(source))
     assert longer.next_positions().tolist() == [11]
 
 
-def test_a_query_from_which_everything_is_hidden_sees_itself_and_never_what_comes_later(eager, tokens):
+def test_a_query_without_any_entry_sees_itself_and_no_later_entry(eager, tokens):
     for op, seen in [(cache.evict(position=0), 1), (cache.evict(cache.keep_window(2)), 7)]:
         _, acts = eager.run_with_cache(tokens, "attn.pattern", op.hooks(eager))
         pattern = acts["attn.pattern"]
@@ -189,21 +189,23 @@ def test_a_query_from_which_everything_is_hidden_sees_itself_and_never_what_come
         assert not bool(pattern[..., seen:, :seen].any())
 
 
-def test_rows_that_drop_different_entries_keep_their_own(lens, tokens):
-    kv = filled(lens, tokens[:, :6])
+def test_rows_that_evict_different_entries_keep_their_own(lens, tokens):
+    kv = fill_cache(lens, tokens[:, :6])
     attention = torch.rand(2, 6, generator=torch.Generator().manual_seed(3))
     small = cache.evict(cache.keep_heavy_hitters(attention, 2, recent=1))(kv)
     for row in range(2):
         best = sorted(range(5), key=lambda i: -float(attention[row, i]))[:2]
         there = small.positions[row, : small.length]
         assert sorted(there[there >= 0].tolist()) == sorted([*best, 5])
-        alone = cache.evict(position=[i for i in range(5) if i not in best])(filled(lens, tokens[row : row + 1, :6]))
+        alone = cache.evict(position=[i for i in range(5) if i not in best])(
+            fill_cache(lens, tokens[row : row + 1, :6])
+        )
         close(lens(tokens[row : row + 1, 6:], kv=alone), lens(tokens[:, 6:], kv=small.fork())[row : row + 1])
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantised_numbers_are_those_that_whole_numbers_of_that_size_hold(lens, tokens, bits):
-    kv = filled(lens, tokens)
+def test_quantised_numbers_are_those_that_integers_of_that_size_can_store(lens, tokens, bits):
+    kv = fill_cache(lens, tokens)
     made = cache.quantise(bits, group=4)(kv)
     for layer, row, head in [(0, 0, 0), (2, 1, 1)]:
         values, keys = kv.values[layer, row, :9, head], kv.keys[layer, row, :9, head]
@@ -216,9 +218,9 @@ def test_quantised_numbers_are_those_that_whole_numbers_of_that_size_hold(lens, 
 
 
 @pytest.mark.parametrize("side", ["keys", "values"])
-def test_groups_are_of_the_entries_that_are_meant_alone(lens, tokens, side):
+def test_groups_are_of_the_selected_entries_only(lens, tokens, side):
     op = cache.quantise(3, keys="channel", values="channel", group=4, position=[1, 2, 5, 6, 7])
-    kv = filled(lens, tokens)
+    kv = fill_cache(lens, tokens)
     made, x = getattr(op(kv), side), getattr(kv, side)
     for group in ([1, 2, 5, 6], [7]):
         for channel in range(16):
@@ -231,12 +233,12 @@ def test_padding_is_in_no_group(lens, tokens):
     mask[0, :3] = 0
     kv, op = lens.new_kv(batch=2), cache.quantise(3, values="channel", group=4)
     lens(tokens, kv=kv, attention_mask=mask)
-    alone = filled(lens, tokens[:1, 3:])
+    alone = fill_cache(lens, tokens[:1, 3:])
     close(lens(tokens[:, :2], kv=op(kv))[:1], lens(tokens[:1, :2], kv=op(alone)))
 
 
 def check(x, found, bits):
-    """Through a real array of whole numbers."""
+    """Compare with numbers stored in a real array of 8-bit integers."""
     low, step = x.min(), (x.max() - x.min()) / (2**bits - 1)
     stored = ((x - low) / step).round().to(torch.uint8) if float(step) else torch.zeros(len(x), dtype=torch.uint8)
     assert int(stored.max()) <= 2**bits - 1
@@ -245,22 +247,22 @@ def check(x, found, bits):
 
 def test_quantising_twice_is_quantising_once(lens, tokens):
     op = cache.quantise(4, keys="token")
-    once = op(filled(lens, tokens))
+    once = op(fill_cache(lens, tokens))
     close(op(once).values[:, :, :9], once.values[:, :, :9], 1e-12)
 
 
 def test_a_repositioned_cache_is_that_of_the_prompt_at_those_positions(lens, tokens):
-    moved = cache.reposition(lens, 40)(filled(lens, tokens))
+    moved = cache.reposition(lens, 40)(fill_cache(lens, tokens))
     kv = lens.new_kv(batch=2)
     lens(tokens, kv=kv, position_ids=torch.arange(40, 49))
     close(moved.keys[:, :, :9], kv.keys[:, :, :9])
     assert torch.equal(moved.positions[:, :9], kv.positions[:, :9])
     back = cache.reposition(lens, -40)(moved)
-    close(lens(tokens[:, :1], kv=back), lens(tokens[:, :1], kv=filled(lens, tokens)))
+    close(lens(tokens[:, :1], kv=back), lens(tokens[:, :1], kv=fill_cache(lens, tokens)))
 
 
-def test_one_entry_repositioned_turns_by_hand_and_no_other_moves(lens, tokens):
-    kv = filled(lens, tokens)
+def test_one_repositioned_entry_is_rotated_as_by_hand_and_no_other_moves(lens, tokens):
+    kv = fill_cache(lens, tokens)
     moved = cache.reposition(lens, 5, position=3)(kv)
     _, acts = lens.run_with_cache(tokens, "blocks.1.attn.k")
     cos, sin = rotary_angles(torch.full((2, 1), 8), lens.cfg, torch.float64)
@@ -271,7 +273,7 @@ def test_one_entry_repositioned_turns_by_hand_and_no_other_moves(lens, tokens):
 
 
 def test_repositioning_as_a_hook_is_repositioning_the_cache(lens, tokens):
-    kv, op = filled(lens, tokens), cache.reposition(lens, -2, position=[4, 5])
+    kv, op = fill_cache(lens, tokens), cache.reposition(lens, -2, position=[4, 5])
     expected = lens(tokens[:, :1], kv=op(kv))
     close(lens.run_with_hooks(tokens[:, :1], op.hooks(lens), kv=kv.fork()), expected)
     run = lens.generate(tokens, 4, hooks=op.hooks(lens, steps=[2, 3]), names="logits", stop_ids=())
@@ -282,7 +284,7 @@ def test_repositioning_as_a_hook_is_repositioning_the_cache(lens, tokens):
 
 @pytest.mark.parametrize("gone", [[2, 3, 7], [2, 10], [9, 10], range(11)], ids=str)
 def test_eviction_as_a_hook_at_later_steps_is_eviction_between_steps(eager, tokens, gone):
-    """Also of the newest entry, at 10."""
+    """Also of the newest entry, at position 10."""
     op = cache.evict(position=gone)
     first = eager.generate(tokens, 3, stop_ids=())
     then = eager.generate(first.tokens[:, -1:], 4, kv=op(first.kv), names="logits", stop_ids=())
@@ -291,8 +293,8 @@ def test_eviction_as_a_hook_at_later_steps_is_eviction_between_steps(eager, toke
     close(run.acts["logits"][:, -4:], then.acts["logits"][:, -4:])
 
 
-def test_closing_up_counts_positions_inside_the_cache(lens, tokens):
-    small = cache.evict(cache.keep_window(3, sinks=2))(filled(lens, tokens))
+def test_closing_gaps_counts_positions_inside_the_cache(lens, tokens):
+    small = cache.evict(cache.keep_window(3, sinks=2))(fill_cache(lens, tokens))
     closed = cache.close_gaps(lens)(small)
     assert small.positions[0, :5].tolist() == [0, 1, 6, 7, 8]
     assert closed.positions[0, :5].tolist() == [0, 1, 2, 3, 4]
@@ -301,7 +303,7 @@ def test_closing_up_counts_positions_inside_the_cache(lens, tokens):
 
 
 def test_swapped_entries_are_those_of_the_other_run(lens, tokens):
-    a, b = filled(lens, tokens[:1]), filled(lens, tokens[1:])
+    a, b = fill_cache(lens, tokens[:1]), fill_cache(lens, tokens[1:])
     made = cache.swap(b, layer=[1, 2], kv=1, position=[2, 7])(a)
     for layer, head, position in [(1, 1, 2), (2, 1, 7)]:
         for found, theirs in zip(
@@ -312,11 +314,11 @@ def test_swapped_entries_are_those_of_the_other_run(lens, tokens):
     all_of_it = cache.swap(b)(a)
     assert torch.equal(lens(tokens[:1, :1], kv=all_of_it), lens(tokens[:1, :1], kv=b.fork()))
     with pytest.raises(CacheError, match="entries at 0 to 8 alone"):
-        cache.swap(b)(filled(lens, torch.cat([tokens[:1], tokens[:1]], 1)))
+        cache.swap(b)(fill_cache(lens, torch.cat([tokens[:1], tokens[:1]], 1)))
 
 
 def test_a_fork_continues_two_ways(lens, tokens):
-    kv = filled(lens, tokens)
+    kv = fill_cache(lens, tokens)
     kv.truncate(9)
     plain = lens.generate(tokens[:, :1], 5, kv=kv, stop_ids=())
     other = lens.generate(tokens[:, :1], 5, kv=cache.ablate(position=range(5))(kv), stop_ids=())
@@ -325,9 +327,9 @@ def test_a_fork_continues_two_ways(lens, tokens):
     assert not torch.equal(plain.kv.values[:, :, :9], other.kv.values[:, :, :9])
 
 
-def test_a_graft_stands_where_the_other_stood(lens, tokens):
-    """From a run that differs in nothing but where it stands, a graft changes nothing, however long."""
-    kv = filled(lens, tokens[:1])
+def test_a_graft_takes_the_positions_of_the_entries_it_replaces(lens, tokens):
+    """A graft from a run of the same tokens at other positions changes nothing, whatever its length."""
+    kv = fill_cache(lens, tokens[:1])
     source = lens.new_kv(batch=1)
     lens(tokens[:1], kv=source, position_ids=torch.arange(20, 29))
     same = cache.graft(lens, source, of=range(23, 26), at=range(3, 6))(kv)
@@ -336,8 +338,8 @@ def test_a_graft_stands_where_the_other_stood(lens, tokens):
 
 
 @pytest.mark.parametrize("many", [1, 5])
-def test_a_graft_of_another_length_moves_what_comes_after(lens, tokens, many):
-    kv, source = filled(lens, tokens[:1]), filled(lens, tokens[1:])
+def test_a_graft_of_another_length_moves_the_entries_after_it(lens, tokens, many):
+    kv, source = fill_cache(lens, tokens[:1]), fill_cache(lens, tokens[1:])
     made = cache.graft(lens, source, of=range(1, 1 + many), at=[2, 3, 4])(kv)
     assert made.positions[0, : made.length].tolist() == list(range(6 + many))
     expected = [*tokens[0, :2].tolist(), *tokens[1, 1 : 1 + many].tolist(), *tokens[0, 5:].tolist()]
@@ -346,13 +348,13 @@ def test_a_graft_of_another_length_moves_what_comes_after(lens, tokens, many):
     ids = torch.arange(9) + torch.where(torch.arange(9) >= 5, many - 3, 0)
     moved = lens.new_kv(batch=1)
     lens(tokens[:1], kv=moved, position_ids=ids)
-    close(made.keys[0, :, 2 + many :][:, :4], moved.keys[0, :, 5:9])  # in the first layer keys know their token alone
+    close(made.keys[0, :, 2 + many :][:, :4], moved.keys[0, :, 5:9])  # in layer 0 keys depend on their token only
     run = lens.generate(tokens[:1, :1], 3, kv=made, stop_ids=())
     assert run.kv.positions[0, : run.kv.length].tolist() == list(range(6 + many + 3))
 
 
 def test_a_graft_as_a_hook_is_a_graft_between_steps(lens, tokens):
-    source = filled(lens, tokens[1:])
+    source = fill_cache(lens, tokens[1:])
     op = cache.graft(lens, source, of=[4, 5], at=[2, 3])
     first = lens.generate(tokens[:1], 3, stop_ids=())
     then = lens.generate(first.tokens[:, -1:], 3, kv=op(first.kv), stop_ids=(), names="logits")
@@ -367,19 +369,19 @@ def test_a_graft_as_a_hook_is_a_graft_between_steps(lens, tokens):
     assert line.tokens[3:] == then.tokens[0, 1:].tolist()
 
 
-def test_an_entity_grafted_by_its_name_is_what_the_answer_is_about():
-    """The capital of France, with what the model remembers of Japan in its place, is Tokyo."""
+def test_an_entity_grafted_by_its_name_changes_the_answer():
+    """Replacing France's cached keys and values with Japan's changes the answer to Japan's capital."""
     lens = glmlens.load(dtype="float32")
-    kvs, said = {}, {}
+    kvs, answers = {}, {}
     for country in ("France", "Japan"):
         prompt = lens.to_tokens(f"The capital of {country} is")
         kvs[country] = lens.new_kv()
         lens(prompt[:, :-1], kv=kvs[country])
-        said[country] = lens.generate(prompt, 1).text
+        answers[country] = lens.generate(prompt, 1).text
     made = cache.graft(lens, kvs["Japan"], of=" Japan", at=" France")(kvs["France"])
-    assert said["France"] != said["Japan"]
+    assert answers["France"] != answers["Japan"]
     assert " Japan" in [word.replace("·", " ") for _, word, _ in cache.list_entries(lens, made)]
-    assert lens.generate(" is", 1, kv=made).text == said["Japan"]
+    assert lens.generate(" is", 1, kv=made).text == answers["Japan"]
     with pytest.raises(CacheError, match="is not there"):
         cache.graft(lens, kvs["Japan"], of=" Japan", at=" Spain")(kvs["France"])
 
@@ -400,9 +402,9 @@ def test_entries_are_found_by_their_text_with_the_step_that_wrote_them():
         cache.find_entries(lens, run.kv, lens.tokenizer.decode([lens.tokenizer.list_word_ids()[9]]) * 3)
 
 
-def test_what_is_not_there_is_an_error_that_says_what_is(lens, tokens):
-    kv = filled(lens, tokens)
-    for make, said in [
+def test_entries_that_are_not_there_are_errors_that_list_what_is(lens, tokens):
+    kv = fill_cache(lens, tokens)
+    for make, message in [
         (lambda: cache.ablate(layer=3)(kv), "layer 3 asked for; there are 3, 0 to 2"),
         (lambda: cache.ablate(kv=2)(kv), "kv 2 asked for"),
         (lambda: cache.ablate(position=9)(kv), "no entry at position 9; there are 0 to 8"),
@@ -423,7 +425,7 @@ def test_what_is_not_there_is_an_error_that_says_what_is(lens, tokens):
         (lambda: cache.quantise(0), "expected 1 to 16"),
         (lambda: cache.graft(lens, kv, of=[1], at=[2])(kv), "one row"),
     ]:
-        with pytest.raises(CacheError, match=said):
+        with pytest.raises(CacheError, match=message):
             make()
 
 

@@ -1,4 +1,4 @@
-"""Rotary positions and the cache of a real pretrained model: what it remembers of a country is what it answers by."""
+"""Rotary positions and the KV cache of a real pretrained model: a grafted country changes the answer."""
 
 import numpy as np
 import pytest

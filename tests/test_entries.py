@@ -1,4 +1,4 @@
-"""Who reads what: every number of a sweep over cache entries is that of a run by hand."""
+"""Cache reads, leave-one-out and eviction: every number is that of a run by hand."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def lens(request):
     return small_lens(*request.param, dtype=torch.float64)
 
 
-def test_what_a_step_reads_is_what_a_pass_over_the_prompt_says(lens, tokens):
+def test_cache_reads_of_a_step_are_those_of_a_pass_over_the_prompt(lens, tokens):
     prompt = tokens[:1]
     found = analysis.cache_reads(lens, prompt, 7, 8)
     eager = small_lens(lens.cfg.model_type, dtype=torch.float64)
@@ -49,7 +49,7 @@ def by_hand(lens, prompt, hidden):
     return eager.run_with_hooks(prompt, hooks)[0, -1].log_softmax(-1), eager.run_with_hooks(prompt, hooks)[0, -1]
 
 
-def test_leaving_out_one_entry_is_a_pass_that_does_not_see_it(lens, tokens):
+def test_leaving_out_one_entry_equals_a_pass_that_does_not_see_it(lens, tokens):
     prompt = tokens[:1]
     found = analysis.leave_one_out(lens, prompt, 5)
     (base, base_logits) = by_hand(lens, prompt, {})
@@ -62,23 +62,23 @@ def test_leaving_out_one_entry_is_a_pass_that_does_not_see_it(lens, tokens):
         assert found.logit.at(layer=layer, kv=kv, key=key) == pytest.approx(lost, abs=1e-9)
 
 
-def test_leaving_out_a_position_is_evicting_it(lens, tokens):
+def test_leaving_out_a_position_equals_evicting_it(lens, tokens):
     prompt = tokens[:1]
     found = analysis.leave_one_out(lens, prompt, by="position", positions=[1, 6])
-    memory = DecodingState.from_batch(PromptBatch.from_prompt(lens, prompt))
-    base = lens(prompt[:, -1:], kv=memory.kv.fork())[0, -1].log_softmax(-1)
+    state = DecodingState.from_batch(PromptBatch.from_prompt(lens, prompt))
+    base = lens(prompt[:, -1:], kv=state.kv.fork())[0, -1].log_softmax(-1)
     for position in (1, 6):
-        without = lens(prompt[:, -1:], kv=cache.evict(position=position)(memory.kv))[0, -1].log_softmax(-1)
+        without = lens(prompt[:, -1:], kv=cache.evict(position=position)(state.kv))[0, -1].log_softmax(-1)
         kl = float((base.exp() * (base - without)).sum())
         assert found.kl.at(key=position) == pytest.approx(kl, abs=1e-9)
     assert np.isnan(found.kl.values[[0, 2, 3, 4, 5, 7]]).all()
 
 
-def test_an_entry_that_nobody_attends_to_costs_nothing_and_is_dropped_first(tokens):
+def test_an_evicted_entry_is_not_ranked_and_the_curve_starts_with_the_smallest_effect(tokens):
     lens = small_lens(dtype=torch.float64)
-    memory = DecodingState.from_batch(PromptBatch.from_prompt(lens, tokens[:1]))
-    hidden = cache.evict(position=3)(memory.kv)
-    found = analysis.eviction_curve(lens, DecodingState(hidden, memory.token))
+    state = DecodingState.from_batch(PromptBatch.from_prompt(lens, tokens[:1]))
+    hidden = cache.evict(position=3)(state.kv)
+    found = analysis.eviction_curve(lens, DecodingState(hidden, state.token))
     assert len(found.alone.values) == 7
     assert (np.diff(found.alone.values) >= 0).all()
     assert found.together.at(dropped="0") == pytest.approx(0, abs=1e-12)
@@ -86,7 +86,7 @@ def test_an_entry_that_nobody_attends_to_costs_nothing_and_is_dropped_first(toke
 
 
 @pytest.mark.parametrize("by", ["position", "entry"])
-def test_dropping_the_first_n_costs_what_a_pass_without_them_says(lens, tokens, by):
+def test_evicting_the_first_n_has_the_kl_of_a_pass_without_them(lens, tokens, by):
     prompt = tokens[:1]
     found = analysis.eviction_curve(lens, prompt, by=by, counts=[0, 1, 5])
     base, _ = by_hand(lens, prompt, {})
@@ -104,7 +104,7 @@ def test_dropping_the_first_n_costs_what_a_pass_without_them_says(lens, tokens, 
         assert found.together.at(dropped=str(n)) == pytest.approx(kl, abs=1e-9)
 
 
-def test_attention_in_sum_is_that_of_the_whole_pattern(lens, tokens):
+def test_summed_attention_is_that_of_the_full_pattern(lens, tokens):
     eager = small_lens(lens.cfg.model_type, dtype=torch.float64)
     _, acts = eager.run_with_cache(tokens[:1], "attn.pattern")
     found = analysis.sum_attention(lens, tokens[:1])
@@ -114,20 +114,20 @@ def test_attention_in_sum_is_that_of_the_whole_pattern(lens, tokens):
     assert cache.evict(keep)(kv).length == 4
 
 
-def test_a_step_behind_a_dropped_newest_entry_stands_where_it_stood(tokens):
+def test_a_step_after_an_evicted_newest_entry_keeps_its_position(tokens):
     lens = small_lens(dtype=torch.float64)
-    memory = DecodingState.from_batch(PromptBatch.from_prompt(lens, tokens[:1]))
-    less = DecodingState(cache.evict(position=7)(memory.kv), memory.token)
+    state = DecodingState.from_batch(PromptBatch.from_prompt(lens, tokens[:1]))
+    less = DecodingState(cache.evict(position=7)(state.kv), state.token)
     found = analysis.cache_reads(lens, less)
     hooks = cache.evict(position=7).hooks(lens)
-    _, acts = lens.run_with_cache(memory.token[:, None], "attn.pattern", hooks, kv=memory.kv.fork())
+    _, acts = lens.run_with_cache(state.token[:, None], "attn.pattern", hooks, kv=state.kv.fork())
     assert np.allclose(found.attention.values, torch.stack([acts["attn.pattern", i][0, :, 0] for i in range(3)]))
     assert found.attention.labels["key"][-2:] == [f"7 ⟨{int(tokens[0, 7])}⟩ (dropped)", "8 itself"]
     alone = analysis.leave_one_out(lens, less, by="position").kl.values
     assert np.isnan(alone).tolist() == [False] * 7 + [True]
 
 
-def test_what_cannot_be_asked_is_an_error_that_says_so(lens, tokens):
+def test_arguments_that_do_not_fit_are_errors_with_the_reason(lens, tokens):
     with pytest.raises(ValueError, match="one prompt at a time"):
         analysis.leave_one_out(lens, tokens)
     with pytest.raises(ValueError, match="'entry', 'position'"):

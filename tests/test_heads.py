@@ -1,4 +1,4 @@
-"""What heads attend to, and what they do by their weights alone."""
+"""Scores of attention heads, and their circuits from the weights alone."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def demo():
 # ---- scores ----
 
 
-def test_a_head_that_attends_alike_to_all_has_the_score_of_chance(demo):
+def test_uniform_attention_has_the_score_of_chance(demo):
     lens = glmlens.load(dtype="float32")
     for block in lens.model.blocks:
         block.attn.query.weight.zero_()
@@ -33,7 +33,7 @@ def test_a_head_that_attends_alike_to_all_has_the_score_of_chance(demo):
         assert found.sheets()[name].about["chance"] == f"{found.chance[name]:.3g}"
 
 
-def test_chance_is_what_a_count_of_what_can_be_seen_says(demo):
+def test_chance_is_a_count_of_visible_keys(demo):
     found, length, first = analysis.head_scores(demo, length=9), 9, 2
     ends = range(first + length, first + 2 * length)  # the second time that the words occur
     expected = sum(1 / (t + 1) for t in ends) / sum((t + 1 - first) / (t + 1) for t in ends)
@@ -76,7 +76,7 @@ def test_a_head_of_one_kind_has_the_score_one_of_that_kind_whatever_goes_to_the_
         assert float(run.measure_prefix_share()[0].min()) >= 1 - share
 
 
-def test_prefix_matching_counts_what_followed_every_earlier_time():
+def test_prefix_matching_counts_the_word_after_every_earlier_occurrence():
     shape = {"prefix": 2, "length": 5, "times": 4}
     pattern = attending([4, 9, 14], **shape)
     pattern[:, 2] = 0  # the first word follows no other word
@@ -161,23 +161,23 @@ def test_qk_at_a_distance_is_the_score(tmp_path, seed):
             assert_close(score, acts["attn.scores", layer][0, head, i, j], rtol=0, atol=1e-9)
 
 
-def test_the_channels_that_turn_and_those_that_do_not_add_up(lens):
+def test_rotated_and_unrotated_channels_add_up(lens):
     whole, rotary, rest = (analysis.QK(lens, 1, 2, 5, part=part) for part in ("all", "rotary", "pass"))
     x = torch.randn(6, lens.cfg.d_model)
     assert_close(x @ whole, x @ rotary + x @ rest)
     near, far = (analysis.QK(lens, 1, 2, distance, part="pass") for distance in (0, 40))
     assert torch.equal(near.A, far.A)
     assert not torch.allclose(rotary.A, analysis.QK(lens, 1, 2, 6, part="rotary").A)
-    turning = small_lens(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 1.0})
+    fully_rotated = small_lens(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 1.0})
     with pytest.raises(ValueError, match="every channel is rotated"):
-        analysis.QK(turning, 0, 0, part="pass")
+        analysis.QK(fully_rotated, 0, 0, part="pass")
     with pytest.raises(ValueError, match="distance is -1"):
         analysis.QK(lens, 0, 0, -1)
     with pytest.raises(IndexError, match="head 4 asked for; there are 0 to 3"):
         analysis.OV(lens, 0, 4)
 
 
-def test_ov_is_what_a_head_writes_for_what_it_attends_to(tokens):
+def test_ov_maps_what_a_head_attends_to_to_its_output(tokens):
     lens = small_lens("glm")
     _, acts = lens.run_with_cache(tokens, ["ln1.normalized", "attn.pattern", "attn.result"])
     for layer, head in np.ndindex(lens.cfg.n_layers, lens.cfg.n_heads):
@@ -194,7 +194,7 @@ def test_norms_stand_where_a_circuit_meets_the_residual_stream():
     assert_close(x @ analysis.OV(lens, 1, 3, norms=True), inside)
 
 
-def test_a_factored_matrix_is_the_product_that_it_stands_for():
+def test_a_factored_matrix_equals_the_dense_product():
     draw = torch.Generator().manual_seed(0)
     A, B, C = (torch.randn(*s, generator=draw, dtype=torch.float64) for s in ((12, 4), (4, 12), (12, 3)))
     F, G = analysis.Factored(A, B), analysis.Factored(C, C.T)
@@ -226,7 +226,7 @@ def test_a_factored_matrix_is_the_product_that_it_stands_for():
 
 
 @pytest.mark.parametrize("model_type", ["glm", "glm4"])
-def test_copying_is_that_of_the_whole_matrix_over_the_vocabulary(model_type):
+def test_copying_is_that_of_the_full_matrix_over_the_vocabulary(model_type):
     lens = small_lens(model_type, dtype=torch.float64)
     found = analysis.copying_scores(lens).values
     for layer, head in np.ndindex(*found.shape):

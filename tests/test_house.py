@@ -16,7 +16,8 @@ config loading.hub results text_tables kv_cache rope model losses rotary_rules l
 lens.sampling text.tokenizer text.chat text.prompt_kinds text.conversation text.prompts recording.derive
 recording.run_info recording.saved_activations recording.activations recording.recorder recording.check lens.generation lens.weights recording.dictionaries
 lens.forward recording.harvest loading.saving lens.lens lens cache.selection cache.edit cache.move cache.evict
-cache.graft cache tasks.words tasks.task tasks.language tasks.formal tasks analysis.batch analysis.norms analysis.attention
+cache.graft cache tasks.words tasks.task tasks.language tasks.formal tasks analysis.batch analysis.attention
+analysis.norms
 analysis.logit_lens analysis.residual analysis.splits analysis.attribution analysis.factored analysis.circuits
 analysis.heads analysis.chunks analysis.rotary analysis.distance analysis.cache_reads analysis.leave_one_out
 analysis.probes analysis.selfcheck analysis patch.sites patch.checkpoint_keys patch.values patch.interventions

@@ -1,4 +1,4 @@
-"""Linear probes: they find what is there, and say when they learnt it by heart."""
+"""Linear probes find a direction that is there, and the control task shows when they memorise."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_a_probe_finds_a_direction_that_is_there_and_none_that_is_not():
     assert float(found.direction(1, "he")[2]) < -0.9
 
 
-def test_a_probe_that_learns_types_by_heart_is_not_selective():
+def test_a_probe_that_memorises_types_is_not_selective():
     draw = torch.Generator().manual_seed(1)
     words = torch.randint(20, (400,), generator=draw)
     x = torch.nn.functional.one_hot(words, 20).float() + 0.1 * torch.randn(400, 20, generator=draw)
@@ -38,7 +38,7 @@ def test_a_probe_that_learns_types_by_heart_is_not_selective():
     assert abs(found.at(layer=0, part="selectivity")) < 0.03
 
 
-def test_gender_is_read_off_the_models_names():
+def test_gender_is_decoded_from_the_models_names():
     lens = glmlens.load(dtype="float32")
     examples = glmlens.tasks.pronouns.examples(lens, 120)
     _, acts = lens.run_with_cache(examples, "resid_post", logits=False)
@@ -71,7 +71,7 @@ def test_a_direction_is_found_whatever_its_label_is_called(names):
         found.direction(0, "b")
 
 
-def test_a_direction_is_of_the_layer_that_its_label_says():
+def test_a_direction_is_of_the_layer_in_its_label():
     x, labels = clouds()
     found = probe(torch.stack([torch.randn_like(x), torch.randn_like(x), x]), labels, layers=(4, 6, 9))
     assert found.labels["layer"] == ["4", "6", "9"]

@@ -26,7 +26,7 @@ def exact_lens(*args, **changes):
     return small_lens(*args, dtype=torch.float64, **changes)
 
 
-# ---- scores taken apart ----
+# ---- scores by part ----
 
 
 @pytest.mark.parametrize("factor", [0.25, 0.5, 1.0])
@@ -45,8 +45,8 @@ def test_the_parts_of_a_score_sum_to_it(tokens, factor, attention):
         assert found.part.shape[-1] == int(16 * factor) // 2 + (factor < 1)
 
 
-def test_the_parts_of_a_score_in_bfloat16_sum_to_it_as_well_as_that_can_hold_it(tokens):
-    """The model rounds the product to 8 bits, and once more what it makes of it with the scale."""
+def test_the_parts_of_a_score_in_bfloat16_sum_to_it_within_rounding(tokens):
+    """The model rounds the product to 8 bits, and the scaled score once more."""
     lens = small_lens(dtype=torch.bfloat16)
     _, acts = lens.run_with_cache(tokens[:1], "attn.scores")
     seen = torch.ones(9, 9).tril().bool()
@@ -56,7 +56,7 @@ def test_the_parts_of_a_score_in_bfloat16_sum_to_it_as_well_as_that_can_hold_it(
         assert float(((parts - scores)[seen].abs() / parts[seen].abs()).max()) <= 2.001 * 2**-9 + 2**-18
 
 
-def test_a_part_is_what_a_loop_over_two_channels_says(tokens):
+def test_a_part_is_that_of_a_loop_over_two_channels(tokens):
     lens = exact_lens()
     _, acts = lens.run_with_cache(tokens[:1], ["attn.q", "attn.k"])
     found = analysis.score_parts(lens, tokens[:1], 1, 3, query=[5, 8], key=[0, 4])
@@ -80,13 +80,13 @@ def test_a_part_is_what_a_loop_over_two_channels_says(tokens):
             assert math.isclose(found.part.values[i, j, 4], content, abs_tol=1e-12)
 
 
-def test_wavelengths_are_tokens_to_a_whole_turn():
+def test_a_wavelength_is_the_tokens_of_one_full_rotation():
     lens = exact_lens()
     expected = [2 * math.pi * 10000.0 ** (2 * i / 8) for i in range(4)]
     assert_close(rotary.wavelengths(lens), torch.tensor(expected, dtype=torch.float64))
 
 
-def test_patterns_of_one_kind_alone_are_those_with_the_other_channels_removed(tokens):
+def test_a_pattern_of_some_channels_only_is_that_with_the_others_removed(tokens):
     lens = exact_lens()
 
     def nothing(x, point):
@@ -126,7 +126,7 @@ def test_the_distance_profile_is_the_score_of_the_mean_query_and_key(tokens):
     assert np.allclose(found.attention.values.sum(-1), 1)
 
 
-def test_what_pairs_lift_adds_up_to_what_scores_have_above_their_mean():
+def test_lifts_of_pairs_add_up_to_the_score_above_its_mean():
     lens = exact_lens()
     found = analysis.pair_use(lens, rows=2, length=6, seed=3)
     ids = analysis.heads.draw_words(lens, 2, 6, 3, None)
@@ -144,7 +144,7 @@ def test_what_pairs_lift_adds_up_to_what_scores_have_above_their_mean():
         assert np.allclose(found.sheets()[name].values.sum(-1), expected.numpy(), atol=1e-6), name
 
 
-def test_a_previous_token_head_made_by_hand_is_seen_to_use_its_pair():
+def test_a_previous_token_head_made_by_hand_uses_its_pair():
     """Constant queries and keys in one pair, the key a step behind: the score is largest one token back."""
     lens = exact_lens()
     attn = lens.model.blocks[0].attn

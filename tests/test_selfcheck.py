@@ -44,7 +44,7 @@ def test_it_shows_what_it_measured_once(capsys):
     assert "FAILED" not in shown
 
 
-# ---- every fault is found by the check that is about it ----
+# ---- every fault is found by its check ----
 
 
 def wrong_shape(lens, monkeypatch):
@@ -67,7 +67,7 @@ def untied(lens, monkeypatch):
     lens.model.cfg = replace(lens.cfg, tied=True)
 
 
-def watched(lens, monkeypatch):
+def changed_by_hooks(lens, monkeypatch):
     """A model that computes something else when a hook is there."""
     plain = model.scope_hook
 
@@ -88,7 +88,7 @@ def leaking(lens, monkeypatch):
     lens.model.blocks[1].attn.attend = attend
 
 
-def prophetic(lens, monkeypatch):
+def acausal(lens, monkeypatch):
     """Attention to later tokens."""
     plain = lens.model.blocks[1].attn.attend
     lens.model.blocks[1].attn.attend = lambda q, k, v, mask, hook: plain(q, k, v, 0 * mask, hook)
@@ -99,7 +99,7 @@ def hidden_bias(lens, monkeypatch):
     lens.model.unembed.bias = torch.nn.Parameter(torch.full((lens.cfg.d_vocab,), 0.1), requires_grad=False)
 
 
-def smuggling(lens, monkeypatch):
+def hidden_contribution(lens, monkeypatch):
     """A contribution to the residual stream from no part of the model."""
     plain = lens.model.blocks[1].forward
 
@@ -109,13 +109,13 @@ def smuggling(lens, monkeypatch):
     lens.model.blocks[1].forward = forward
 
 
-def forgetful(lens, monkeypatch):
+def wrong_cache(lens, monkeypatch):
     """A cache that stores other values than those that were run."""
     plain = model.LayerKV.update
     monkeypatch.setattr(model.LayerKV, "update", lambda self, k, v: plain(self, k, v * 1.001))
 
 
-def absolute(lens, monkeypatch):
+def absolute_angles(lens, monkeypatch):
     """Angles that depend on the absolute position, not only on the distance."""
     plain = model.rotary_angles
 
@@ -132,13 +132,13 @@ FAULTS = {
     another_dtype: "parameters are those of the config",
     not_a_number: "every weight is finite",
     untied: "embedding and unembedding are tied as in the config",
-    watched: "identity hooks change nothing",
+    changed_by_hooks: "identity hooks change nothing",
     leaking: "attention of every query sums to 1",
-    prophetic: "no attention to later tokens or padding",
+    acausal: "no attention to later tokens or padding",
     hidden_bias: "parameters are those of the config",
-    smuggling: "the residual stream is the sum of its contributions",
-    forgetful: "one token at a time equals one pass",
-    absolute: "scores depend only on distance",
+    hidden_contribution: "the residual stream is the sum of its contributions",
+    wrong_cache: "one token at a time equals one pass",
+    absolute_angles: "scores depend only on distance",
 }
 
 
@@ -152,7 +152,7 @@ def test_a_fault_is_found_by_the_check_that_is_about_it(fault, monkeypatch):
     assert "(at most " in str(raised.value)
 
 
-def test_what_sums_wrongly_is_found_for_every_way_to_take_a_logit_apart(monkeypatch):
+def test_a_wrong_sum_is_found_by_every_split_of_a_logit(monkeypatch):
     lens = small_lens()
     hidden_bias(lens, monkeypatch)
     with pytest.raises(analysis.SelfCheckError) as raised:

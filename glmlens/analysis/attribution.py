@@ -130,7 +130,7 @@ def logit_attribution(
     if "key" in split.axes:  # columns of the batch become absolute positions
         values = rearrange(values, "batch layer head key -> batch key layer head")
         values = rearrange(rows.align_to_positions(values), "batch key layer head -> batch layer head key")
-    found = build_attribution(
+    attribution = build_attribution(
         rows,
         columns,
         split,
@@ -139,7 +139,7 @@ def logit_attribution(
         rest=rest,
         total=target.measure_total(acts["ln_final.normalized"]),
     )
-    return found if examples is None else found.mean()
+    return attribution if examples is None else attribution.mean()
 
 
 def resolve_task_position(position: Position, prompt_or_examples: Prompt | Examples) -> Position:

@@ -202,9 +202,9 @@ def attribution_check(by: str) -> CheckFunction:
     def check(lens: Lens, prompt: Prompt) -> CheckResult:
         rows = PromptBatch.from_prompt(lens, prompt)
         logits, _ = rows.run_at(rows.columns_at(-1), ())
-        found = logit_attribution(lens, prompt, logits.argmax(-1), by=by)
-        parts = np.nan_to_num(np.abs(found.parts.values)).max()
-        return float(np.abs(found.unexplained).max() / parts), rounding_bound(lens), "of the largest part"
+        attribution = logit_attribution(lens, prompt, logits.argmax(-1), by=by)
+        parts = np.nan_to_num(np.abs(attribution.parts.values)).max()
+        return float(np.abs(attribution.unexplained).max() / parts), rounding_bound(lens), "of the largest part"
 
     return check
 
