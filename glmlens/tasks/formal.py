@@ -220,10 +220,10 @@ def draw_brackets(draw: random.Random, tokenizer: Tokenizer | None = None) -> It
     outside = draw.choice([b for b in BRACKETS if b != out[outer]])
     slots = {"outer": out[outer], "open": bracket}
     # The braces of the text are escaped: only {open} and {outer} are slots.
-    template = " ".join(
-        "{open}" if i == inner else "{outer}" if i == outer else part.replace("{", "{{").replace("}", "}}")
-        for i, part in enumerate(out)
-    )
+    parts = [part.replace("{", "{{").replace("}", "}}") for part in out]
+    parts[inner] = "{open}"
+    parts[outer] = "{outer}"
+    template = " ".join(parts)
     wrong = [f" {BRACKETS[b]}" for b in (another, *BRACKETS) if b != bracket]
     return item(
         template,
