@@ -35,13 +35,13 @@ def ids():
 @pytest.fixture(scope="module")
 def read(model, ids):
     """A logit lens whose positions and words are hostile."""
-    found = analysis.logit_lens(model, ids, target=7)
+    result = analysis.logit_lens(model, ids, target=7)
     pos = [f"{i} {t}" for i, t in enumerate(HOSTILE)]
     named = {}
-    for name, sheet in found.sheets().items():
+    for name, sheet in result.sheets().items():
         values = np.resize(np.array(HOSTILE), sheet.shape) if name == "word" else sheet.values
-        named[name] = Labelled(values, sheet.axes, {**sheet.labels, "pos": pos}, {**found.about, "prompt": HOSTILE[0]})
-    return analysis.LogitLens(found.about, **named)
+        named[name] = Labelled(values, sheet.axes, {**sheet.labels, "pos": pos}, {**result.about, "prompt": HOSTILE[0]})
+    return analysis.LogitLens(result.about, **named)
 
 
 def sweep_of(values, spread=None, about=None):
@@ -267,10 +267,10 @@ def test_every_place_of_many_has_its_label_on_hover():
 
 
 @pytest.mark.parametrize(
-    ("most", "said"), [(250, "250"), (25, "25.0"), (2.5, "2.50"), (0.25, "0.25"), (0.00025, "0.00025")]
+    ("most", "text"), [(250, "250"), (25, "25.0"), (2.5, "2.50"), (0.25, "0.25"), (0.00025, "0.00025")]
 )
-def test_what_is_written_in_cells_has_as_many_digits_as_the_largest_number_needs(most, said):
-    assert plot.heatmap([[most, 0]]).data[1].text[0] == said
+def test_what_is_written_in_cells_has_as_many_digits_as_the_largest_number_needs(most, text):
+    assert plot.heatmap([[most, 0]]).data[1].text[0] == text
 
 
 # Views.
@@ -292,8 +292,8 @@ def test_of_a_long_prompt_the_logit_lens_draws_every_so_many_positions(read):
 
 
 def test_one_of_several_prompts_is_drawn(model):
-    found = analysis.logit_lens(model, torch.randint(2, 101, (3, 5)))
-    assert np.allclose(plot.logit_lens(found, "kl", prompt=1).data[0].z, found.kl.values[1])
+    result = analysis.logit_lens(model, torch.randint(2, 101, (3, 5)))
+    assert np.allclose(plot.logit_lens(result, "kl", prompt=1).data[0].z, result.kl.values[1])
 
 
 def test_a_patch_grid_has_zero_in_the_middle_and_its_interval_on_hover():
@@ -319,9 +319,9 @@ def test_every_head_is_drawn_once_with_its_group(heads, groups):
     for head in range(heads):
         assert (z == head + 1).sum() == 25
         assert (of[z == head + 1] == head).all()
-    said = [a.text for a in figure.layout.annotations]
+    texts = [a.text for a in figure.layout.annotations]
     size = heads // groups
-    assert said == [f"head {h}" + (f" · kv {h // size}" if groups > 1 else "") for h in range(heads)]
+    assert texts == [f"head {h}" + (f" · kv {h // size}" if groups > 1 else "") for h in range(heads)]
 
 
 def test_head_scores_part_the_groups_and_name_the_chance():
@@ -341,19 +341,19 @@ def test_residual_norms_and_angles_are_those_of_the_vectors():
 
 @pytest.mark.parametrize("by", ["layer", "component", "head", "mlp", "neuron", "source"])
 def test_the_bars_of_an_attribution_sum_to_the_logit(model, ids, by):
-    found = analysis.logit_attribution(model, ids, 5, 7, by=by)
-    bars = plot.logit_attribution(found, top=9).data[0]
+    result = analysis.logit_attribution(model, ids, 5, 7, by=by)
+    bars = plot.logit_attribution(result, top=9).data[0]
     assert len(bars.x) <= 10
-    assert np.isclose(float(np.sum(bars.x)), float(found.total - found.unexplained), atol=1e-3)
+    assert np.isclose(float(np.sum(bars.x)), float(result.total - result.unexplained), atol=1e-3)
 
 
 def test_sources_are_summed_by_position(model, ids):
-    found = analysis.logit_attribution(model, ids, 5, by="source")
-    figure = plot.logit_attribution(found, over="key")
-    assert len(figure.data[0].x) == N + len(found.rest.labels["part"])
-    assert np.allclose(figure.data[0].x[1 : N + 1], found.values.sum((0, 1)), atol=1e-5)
+    result = analysis.logit_attribution(model, ids, 5, by="source")
+    figure = plot.logit_attribution(result, over="key")
+    assert len(figure.data[0].x) == N + len(result.rest.labels["part"])
+    assert np.allclose(figure.data[0].x[1 : N + 1], result.values.sum((0, 1)), atol=1e-5)
     with pytest.raises(ValueError, match="this result has layer, head, key"):
-        plot.logit_attribution(found, over="pos")
+        plot.logit_attribution(result, over="pos")
 
 
 def test_lines_go_along_either_axis():
@@ -390,7 +390,7 @@ def test_a_circuit_draws_the_strongest_edges():
     figure = plot.circuit(circuits.EdgeScores(graph, scores, 0.0, {"sign": "up"}), top=4)
     assert sum(trace.mode == "lines" and trace.opacity is not None for trace in figure.data) == 4
     best = circuits.EdgeScores(graph, scores, 0.0, {}).top(1)[0]
-    assert any(f"score {best[1]:+.4g}" in said for trace in figure.data for said in (trace.customdata or ()))
+    assert any(f"score {best[1]:+.4g}" in text for trace in figure.data for text in (trace.customdata or ()))
 
 
 # Rotary positions.
@@ -521,9 +521,9 @@ def test_a_circuit_leads_from_keys_and_values_to_the_heads_of_their_group():
 
 def test_a_comparison_says_only_what_is_true_of_all_that_are_compared():
     one, other = (Labelled(EYE[0], ("head",), {}, {"metric": name, "model": "m"}) for name in ("shortness", "length"))
-    said = plot.compare({"a": one, "b": other}).to_json()
-    assert "shortness" not in said
-    assert "model m" in said
+    text = plot.compare({"a": one, "b": other}).to_json()
+    assert "shortness" not in text
+    assert "model m" in text
 
 
 # Tokens.

@@ -62,11 +62,11 @@ class Counting(Explorer):
             raise ValueError("below zero")
         return list(range(inputs["n"]))
 
-    def show(self, found=None):
+    def show(self, result=None):
         if self._state["place"] == 7:
             print("seven")
             raise ValueError("not seven")
-        self.counted = self.counted if found is None else found
+        self.counted = self.counted if result is None else result
 
     def figure(self):
         return go.Figure()
@@ -245,7 +245,7 @@ def test_the_bytes_of_a_head_are_its_pattern(demo, attention):
         assert np.abs(small - pattern[head].numpy()).max() <= 0.5 / 255 + 1e-6
 
 
-def test_by_length_of_value_every_weight_is_multiplied(demo, attention):
+def test_weights_by_value_norm_are_multiplied_by_it(demo, attention):
     attention.select(layer=2, head=5, by_value=True)
     _, acts = demo.run_with_cache(PROMPT, ["attn.pattern", "kv.v"])
     weighted = acts["attn.pattern", 2][0] * acts["kv.v", 2][0].norm(dim=-1).T.repeat_interleave(2, 0)[:, None]

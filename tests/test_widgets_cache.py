@@ -132,9 +132,9 @@ def test_a_dropped_entry_is_lost_to_its_heads_and_leaves_the_prompt_as_it_was(de
     lost = analysis.leave_one_out(demo, line.restore_state(step), line.tokens[step], positions=[3]).logit.values[
         3, 2, 3
     ]
-    said = [run.steps[step].logits[line.tokens[step]] for run in (line, inspector.changed_timeline)]
+    logits = [run.steps[step].logits[line.tokens[step]] for run in (line, inspector.changed_timeline)]
     assert abs(lost) > 0.1
-    assert float(said[0] - said[1]) == pytest.approx(float(lost), abs=1e-3)
+    assert float(logits[0] - logits[1]) == pytest.approx(float(lost), abs=1e-3)
 
 
 def test_both_texts_stand_side_by_side_and_undo_takes_the_change_back(inspector):

@@ -251,11 +251,11 @@ def test_hostile_text_in_what_a_notebook_shows_is_shown_as_it_is(lab):
     tokens = lab.run("document.querySelector('.jp-OutputArea pre.mathjax_ignore').textContent")
     cells = lab.run("[...document.querySelectorAll('.jp-OutputArea td:nth-child(2)')].map(t => t.textContent)")
     figure = lab.run("document.querySelector('.jp-OutputArea .gtitle').textContent")
-    said = lab.run("document.querySelector('.jp-OutputArea').innerText")
+    text = lab.run("document.querySelector('.jp-OutputArea').innerText")
     assert all(show_control_characters(token) in tokens for token in HOSTILE)
     assert cells == [show_control_characters(token) for token in HOSTILE if token != "$x^2$"]
     assert figure == HOSTILE[0]
-    assert "prompt: <img src=x onerror=window.ran=1>" in said  # a result
+    assert "prompt: <img src=x onerror=window.ran=1>" in text  # a result
     harmless(lab)
 
 

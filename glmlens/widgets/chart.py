@@ -46,13 +46,13 @@ class Chart:
     """A figure on the page that `draw` replaces. `box` is its place in a layout, `figure` the figure drawn last.
 
     A plotly FigureWidget sends 5 MB each, and stops receiving messages on a page that took two seconds to load it. Here
-    the library is sent once, and each figure as a whole. A click on a heatmap calls `clicked(row, column)`, one on a
-    bar or a point `clicked(i)`.
+    the library is sent once, and each figure as a whole. A click on a heatmap calls `on_click(row, column)`, one on a
+    bar or a point `on_click(i)`.
     """
 
-    def __init__(self, clicked: Callable[..., Any] | None = None):
+    def __init__(self, on_click: Callable[..., Any] | None = None):
         self.box = W.VBox()
-        self.on_click = clicked
+        self.on_click = on_click
         self.drawing: PlotlyWidget | None = None
         self.figure: Any = None
 
