@@ -202,7 +202,7 @@ def test_what_is_no_tool_and_no_message_is_an_error(lens):
         with pytest.raises((TypeError, ValueError), match=error):
             check_messages(messages)
     with pytest.raises(TypeError, match="chat messages and the variables of a template are text"):
-        lens.render([{"role": "user", "content": {1, 2}}])
+        lens.render([{"role": "user", "content": "U", "extra": {1, 2}}])
     with pytest.raises(TypeError, match="message 0 of a chat"):
         lens.render([{"from": "human", "value": "U"}])
 

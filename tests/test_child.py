@@ -227,8 +227,9 @@ def test_a_panic_of_the_library_never_escapes():
             return panic
 
     text.engine = Broken()
-    calls = [lambda: text.encode("a"), lambda: text.decode([0]), lambda: text.decode_each([0]), lambda: text.encode_single("a"),
-             lambda: text.list_words(), lambda: text.label(0), lambda: text.roles([0]), lambda: text.fingerprint(),
+    calls = [lambda: text.encode("a"), lambda: text.decode([0]), lambda: text.decode_each([0]),
+             lambda: text.encode_single("a"), lambda: text.list_words(), lambda: text.label(0),
+             lambda: text.roles([0]), lambda: text.fingerprint(),
              lambda: text.encode_with_offsets("a"), lambda: text.encode_continuation("a"),
              lambda: text.drop_unfinished_bytes([0])]  # fmt: skip
     for call in calls:

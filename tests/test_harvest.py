@@ -44,9 +44,9 @@ def test_a_harvest_holds_every_token_of_every_prompt(tmp_path):
 
 KILLED = """
 import itertools, sys, glmlens
-from glmlens.demo.world import documents
+from glmlens.demo.world import generate_documents
 lens = glmlens.load(dtype="float32")
-prompts = list(itertools.islice(documents("harvest"), 400))
+prompts = list(itertools.islice(generate_documents("harvest"), 400))
 lens.harvest(prompts, "resid_post", sys.argv[1], batch=4, shard_tokens=300)
 """
 
@@ -100,12 +100,12 @@ def test_models_points_and_prompts_are_not_mixed(inside, lens, tmp_path):
 
 MEMORY = """
 import itertools, sys, glmlens
-from glmlens.demo.world import documents
+from glmlens.demo.world import generate_documents
 lens = glmlens.load(dtype="float32")
 def peak(): return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) / 1024
-lens.harvest(itertools.islice(documents(1), 1000), "resid_post", sys.argv[1] + "/small", batch=64)
+lens.harvest(itertools.islice(generate_documents(1), 1000), "resid_post", sys.argv[1] + "/small", batch=64)
 before = peak()
-found = lens.harvest(itertools.islice(documents(1), 7000), "resid_post", sys.argv[1] + "/large", batch=64)
+found = lens.harvest(itertools.islice(generate_documents(1), 7000), "resid_post", sys.argv[1] + "/large", batch=64)
 print(len(found), peak() - before)
 """
 

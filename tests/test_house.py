@@ -14,7 +14,8 @@ ORDER = """
 errors deprecated dtypes storage integers foreign_keywords loading text recording text.child_process hook_points hooks
 config loading.hub results text_tables kv_cache rope model losses rotary_rules loading.formats loading.checkpoint
 lens.sampling text.tokenizer text.chat text.prompt_kinds text.conversation text.prompts recording.derive
-recording.run_info recording.saved_activations recording.activations recording.recorder recording.check lens.generation lens.weights recording.dictionaries
+recording.run_info recording.saved_activations recording.activations recording.recorder recording.check
+lens.generation lens.weights recording.dictionaries
 lens.forward recording.harvest loading.saving lens.lens lens cache.selection cache.edit cache.move cache.evict
 cache.graft cache tasks.words tasks.task tasks.language tasks.formal tasks analysis.batch analysis.attention
 analysis.norms

@@ -71,7 +71,7 @@ class Tokenizer:
 
     @staticmethod
     def from_folder(folder: Path) -> "Tokenizer | None":
-        """Return the tokenizer in `folder`, from tokenizer.json or a tiktoken-style tokenizer.model; None without either."""
+        """Return the tokenizer in `folder`, from tokenizer.json or a tiktoken-style tokenizer.model, or None."""
         stated = folder / "tokenizer_config.json"
         try:
             config = json.loads(stated.read_text(encoding="utf-8")) if stated.exists() else {}
@@ -104,7 +104,7 @@ class Tokenizer:
         return [*before, *ids, *behind]
 
     def encode_raw(self, text: str) -> Any:
-        """Return the engine's encoding of `text`; ValueError if the engine gives up, as on a runaway regular expression."""
+        """Return the engine's encoding of `text`; ValueError if it gives up, as on a runaway regular expression."""
         with no_panic(f"at {text!r:.80}"):
             return self.engine.encode(text, add_special_tokens=False)
 
@@ -128,7 +128,7 @@ class Tokenizer:
         return continued or plain
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return the ids of `text` without suffix, and the characters [start, end) of each; (0, 0) for an added prefix."""
+        """Return the ids of `text` without suffix, and the characters [start, end) of each; (0, 0) in a prefix."""
         encoded = self.encode_raw(text)
         added = len(self.encode(text, suffix=False)) - len(encoded.ids)
         return [*self.prefix[:added], *encoded.ids], [(0, 0)] * added + encoded.offsets
@@ -467,7 +467,7 @@ def build_bpe_tokenizer(ranks: dict[bytes, int], special: dict[int, str] | None 
     for i, token in numbered.items():
         if engine.token_to_id(token) != i:
             raise ValueError(
-                f"special token {token!r} is numbered {i} in the config, but follows the vocabulary at another place"
+                f"special token {token!r} is {i} in the config, but follows the vocabulary at another place"
             )
     return engine
 
