@@ -153,8 +153,8 @@ def leave_one_out(
 ) -> LeaveOneOut:
     """Measure the effect on the next token of leaving out each entry, or each position.
 
-    `by` is "entry" (layer, kv, position), or "position" (in all layers and heads). Only the next decoding step lacks it:
-    the cached keys and values were computed with all entries. `positions` are absolute, by default all in the cache;
+    `by` is "entry" (layer, kv, position), or "position" (in all layers and heads). Only the next decoding step lacks
+    it: the cached keys and values were computed with all entries. `positions` are absolute, by default all present;
     others are nan. `answer` is the token whose logit is measured, by default the most probable. `hooks` are on the run
     of the prompt, not on this step. Raises ValueError for another `by` or several prompts, IndexError for a position
     without an entry.
