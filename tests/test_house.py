@@ -25,8 +25,9 @@ analysis.probes analysis.selfcheck analysis patch.sites patch.checkpoint_keys pa
 patch.apply patch.metrics patch.pairs patch.packing patch.engine patch.evaluate patch.checkpoints patch.grid patch.sweep
 patch.side_by_side patch.steering_vectors patch.gradients patch.attribution_patching patch.rotary patch
 circuits.graph circuits.edge_attribution circuits.circuit circuits.path_patching circuits timeline.recording
-timeline.pickled_lens timeline.timeline timeline plot.style plot.arrays plot.heatmaps plot.heads plot.bars plot.lines
-plot.rotary plot.cache plot.timeline plot.circuit plot.tokens plot html_report widgets.anywidget_base widgets.chart widgets.base
+timeline.pickled_lens
+timeline.timeline timeline plot.style plot.arrays plot.heatmaps plot.heads plot.bars plot.lines plot.rotary
+plot.cache plot.timeline plot.circuit plot.tokens plot html_report widgets.anywidget_base widgets.chart widgets.base
 widgets.heads widgets.attention widgets.patching widgets.generations widgets.cache widgets.rotary widgets.generation
 widgets demo.world demo.vocabulary demo.train demo.circuits demo.history demo.card demo.story course.quote course
 course.feedback lab cli
