@@ -11,26 +11,24 @@ import glmlens
 
 PACKAGE = Path(glmlens.__file__).parent
 ORDER = """
-errors deprecated dtypes storage integers foreign_keywords loading text recording text.child_process hook_points hooks
-config loading.hub results text_tables kv_cache rope model losses rotary_rules loading.formats loading.checkpoint
-lens.sampling text.tokenizer text.chat text.prompt_kinds text.conversation text.prompts recording.derive
-recording.run_info recording.saved_activations recording.activations recording.recorder recording.check
-lens.generation lens.weights recording.dictionaries
-lens.forward recording.harvest loading.saving lens.lens lens cache.selection cache.edit cache.move cache.evict
-cache.graft cache tasks.words tasks.task tasks.language tasks.formal tasks analysis.batch analysis.attention
-analysis.norms
-analysis.logit_lens analysis.residual analysis.splits analysis.attribution analysis.factored analysis.circuits
-analysis.heads analysis.chunks analysis.rotary analysis.distance analysis.cache_reads analysis.leave_one_out
-analysis.probes analysis.selfcheck analysis patch.sites patch.checkpoint_keys patch.values patch.interventions
-patch.apply patch.metrics patch.pairs patch.packing patch.engine patch.evaluate patch.checkpoints patch.grid patch.sweep
+errors deprecated dtypes storage integers foreign_keywords loading text recording text.child_process hook_points
+hooks config loading.hub results text_tables kv_cache rope model losses rotary_rules loading.formats
+loading.checkpoint lens.sampling text.tokenizer text.chat text.prompt_kinds text.conversation text.prompts
+recording.derive recording.run_info recording.saved_activations recording.activations recording.recorder
+recording.check lens.generation lens.weights recording.dictionaries lens.forward recording.harvest loading.saving
+lens.lens lens cache.selection cache.edit cache.move cache.evict cache.graft cache tasks.words tasks.task
+tasks.language tasks.formal tasks analysis.batch analysis.attention analysis.norms analysis.logit_lens
+analysis.residual analysis.splits analysis.attribution analysis.factored analysis.circuits analysis.heads
+analysis.chunks analysis.rotary analysis.distance analysis.cache_reads analysis.leave_one_out analysis.probes
+analysis.selfcheck analysis patch.sites patch.checkpoint_keys patch.values patch.interventions patch.apply
+patch.metrics patch.pairs patch.packing patch.engine patch.evaluate patch.checkpoints patch.grid patch.sweep
 patch.side_by_side patch.steering_vectors patch.gradients patch.attribution_patching patch.rotary patch
 circuits.graph circuits.edge_attribution circuits.circuit circuits.path_patching circuits timeline.recording
-timeline.pickled_lens
-timeline.timeline timeline plot.style plot.arrays plot.heatmaps plot.heads plot.bars plot.lines plot.rotary
-plot.cache plot.timeline plot.circuit plot.tokens plot html_report widgets.anywidget_base widgets.chart widgets.base
-widgets.heads widgets.attention widgets.patching widgets.generations widgets.cache widgets.rotary widgets.generation
-widgets demo.world demo.vocabulary demo.train demo.circuits demo.history demo.card demo.story course.quote course
-course.feedback lab cli
+timeline.pickled_lens timeline.timeline timeline plot.style plot.arrays plot.heatmaps plot.heads plot.bars
+plot.lines plot.rotary plot.cache plot.timeline plot.circuit plot.tokens plot html_report widgets.anywidget_base
+widgets.chart widgets.base widgets.heads widgets.attention widgets.patching widgets.generations widgets.cache
+widgets.rotary widgets.generation widgets demo.world demo.vocabulary demo.train demo.circuits demo.history demo.card
+demo.story course.quote course course.feedback lab cli
 """.split()
 ORDER += sorted(f"course.{path.stem}" for path in PACKAGE.glob("course/check_*.py"))  # a tutorial brings its own
 ALONE = [
