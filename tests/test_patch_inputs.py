@@ -127,7 +127,8 @@ RUNS = {
     "no receivers": (lambda lens: circuits.path_patch(lens, TOKENS, OTHER, [], metric=(5, 6)), "no receivers"),
     "a receiver by number": (lambda lens: circuits.path_patch(lens, TOKENS, OTHER, [3], metric=(5, 6)), "is no site"),
     "an axis twice": (
-        lambda lens: patch.attribution_patch(lens, TOKENS, OTHER, "attn.z", over=("pos", "pos"), metric=(5, 6)), "twice",
+        lambda lens: patch.attribution_patch(lens, TOKENS, OTHER, "attn.z", over=("pos", "pos"), metric=(5, 6)),
+        "twice",
     ),
     "a world of two": (
         lambda lens: patch.run_side_by_side(lens, {"a": TOKENS.repeat(2, 1)}),
