@@ -82,8 +82,14 @@ def test_changes_take_numbers_and_ids_of_every_library():
 
 RUNS = {
     "a site": (lambda lens: patch.run_with_interventions(lens, TOKENS, Z), "is no intervention"),
-    "a hook": (lambda lens: patch.run_with_interventions(lens, TOKENS, [("blocks.0.attn.z", abs)]), "is no intervention"),
-    "names that are numbers": (lambda lens: run_at(lens, position_names={"S": 40}), "position_names: 'S' is 40; .* positions 0 to 8"),
+    "a hook": (
+        lambda lens: patch.run_with_interventions(lens, TOKENS, [("blocks.0.attn.z", abs)]),
+        "is no intervention",
+    ),
+    "names that are numbers": (
+        lambda lens: run_at(lens, position_names={"S": 40}),
+        "position_names: 'S' is 40; .* positions 0 to 8",
+    ),
     "names from the end": (lambda lens: run_at(lens, position_names={"S": -1}), "position_names: 'S' is -1"),
     "names that are none": (lambda lens: run_at(lens, position_names=["S"]), "position_names are positions by name"),
     "allow": (lambda lens: run_at(lens, allow="no chang"), "allow='no chang'; what can be allowed is"),
@@ -112,15 +118,22 @@ RUNS = {
     "a sweep over one axis twice": (lambda lens: swept(lens, over=("layer", "layer")), "one axis is there twice"),
     "a sweep of no site": (lambda lens: swept(lens, site=3), "is no site"),
     "nulls by halves": (lambda lens: swept(lens, null=0.5), "null is 0.5: give one whole number"),
-    "unequal pairs": (lambda lens: circuits.attribute_edges(lens, TOKENS, OTHER.repeat(2, 1), metric=(5, 6)), "1 clean and 2"),
+    "unequal pairs": (
+        lambda lens: circuits.attribute_edges(lens, TOKENS, OTHER.repeat(2, 1), metric=(5, 6)),
+        "1 clean and 2",
+    ),
     "no other run": (lambda lens: circuits.attribute_edges(lens, TOKENS, None, metric=(5, 6)), "no corrupt prompts"),
     "no steps": (lambda lens: circuits.attribute_edges(lens, TOKENS, OTHER, metric=(5, 6), steps=0), "steps is 0"),
     "no receivers": (lambda lens: circuits.path_patch(lens, TOKENS, OTHER, [], metric=(5, 6)), "no receivers"),
     "a receiver by number": (lambda lens: circuits.path_patch(lens, TOKENS, OTHER, [3], metric=(5, 6)), "is no site"),
     "an axis twice": (
-        lambda lens: patch.attribution_patch(lens, TOKENS, OTHER, "attn.z", over=("pos", "pos"), metric=(5, 6)), "twice",
+        lambda lens: patch.attribution_patch(lens, TOKENS, OTHER, "attn.z", over=("pos", "pos"), metric=(5, 6)),
+        "twice",
     ),
-    "a world of two": (lambda lens: patch.run_side_by_side(lens, {"a": TOKENS.repeat(2, 1)}), "run 'a' is of 2 prompts"),
+    "a world of two": (
+        lambda lens: patch.run_side_by_side(lens, {"a": TOKENS.repeat(2, 1)}),
+        "run 'a' is of 2 prompts",
+    ),
     "worlds without names": (lambda lens: patch.run_side_by_side(lens, [TOKENS]), "runs are prompts by name"),
     "a world that returns nothing": (
         lambda lens: patch.run_side_by_side(lens, {"a": TOKENS}, {"blocks.0.attn.z": lambda here, point: None}),
@@ -133,8 +146,14 @@ RUNS = {
     "surgeries without names": (lambda lens: rotary.breakage(lens, TOKENS, [rotary.freeze(lens)]), "no rotary edit"),
     "neither hook nor intervention": (lambda lens: timeline.schedule_edits(lens, [Z]), "hooks are"),
     "ridge below 0": (lambda lens: patch.fit_steering(lens, TOKENS, OTHER, ridge=-1), "ridge is -1"),
-    "a steering times a vector": (lambda lens: patch.fit_steering(lens, TOKENS, OTHER) * torch.ones(3), "factor of a steering vector"),
-    "a steering of a layer": (lambda lens: patch.fit_steering(lens, TOKENS, OTHER, layers=0)[1], "no vector for layer 1"),
+    "a steering times a vector": (
+        lambda lens: patch.fit_steering(lens, TOKENS, OTHER) * torch.ones(3),
+        "factor of a steering vector",
+    ),
+    "a steering of a layer": (
+        lambda lens: patch.fit_steering(lens, TOKENS, OTHER, layers=0)[1],
+        "no vector for layer 1",
+    ),
     "a steering and a number": (lambda lens: patch.fit_steering(lens, TOKENS, OTHER) + 1, "cannot be added"),
 }  # fmt: skip
 

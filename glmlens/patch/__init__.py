@@ -1,4 +1,4 @@
-"""Changing: sites, interventions and sweeps, attribution patching, runs side by side, steering, rotary edits."""
+"""Patch activations: sites, interventions, sweeps, attribution patching, runs side by side, steering, rotary edits."""
 
 from glmlens.deprecated import resolve_old_names
 from glmlens.patch import rotary

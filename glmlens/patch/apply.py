@@ -67,7 +67,7 @@ class AppliedInterventions:
     ) -> "AppliedInterventions":
         """Compile interventions to hooks for `run_with_hooks` or, without a length, for `generate`.
 
-        With `end_when_run`, "end" is the last position of every row of the first call, which is known only when it runs.
+        With `end_when_run`, "end" is the last position of every row of the first call, known only when it runs.
         """
         applied = AppliedInterventions(lens, interventions, InterventionCompiler(lens))
         applied.compiler.record_sources(interventions, length)

@@ -8,17 +8,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from einops import einsum, rearrange, repeat
+from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from glmlens.analysis.batch import upcast
 from glmlens.hooks import Hooks
 from glmlens.lens import Lens
 from glmlens.patch.gradients import RecordedGradients, record_gradients
 from glmlens.patch.grid import place_label
 from glmlens.patch.metrics import Metric
 from glmlens.patch.pairs import PromptPairs
-from glmlens.patch.sites import PatchError, move_position_first, position_first_axes
+from glmlens.patch.sites import PatchError, move_position_first, position_first_axes, repeat_kv
 from glmlens.results import Labelled, list_axes
 from glmlens.tasks.task import Examples
 from glmlens.text.prompts import Prompt
@@ -204,17 +205,16 @@ def concatenate_query_channels(acts: Mapping[str, Any], layer: int) -> Float[Ten
 
 def repeat_keys(lens: Lens, acts: Mapping[str, Any], layer: int) -> Float[Tensor, "batch key head d"]:
     """Return the keys as every query head reads them."""
-    return repeat(acts[f"blocks.{layer}.kv.k"], "batch key kv d -> batch key (kv group) d", group=lens.cfg.n_groups)
+    return repeat_kv(acts[f"blocks.{layer}.kv.k"], lens.cfg.n_groups)
 
 
 def upcast_scores(run: RecordedGradients, layer: int) -> Float[Tensor, "batch head query key"]:
     """Return the attention scores in at least float32."""
-    scores = run.values[f"blocks.{layer}.attn.scores"]
-    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return upcast(run.values[f"blocks.{layer}.attn.scores"])
 
 
 def estimate_query_change(lens: Lens, run: RecordedGradients, source: Mapping[str, Any], layer: int) -> Tensor:
-    """Return (A' - A) · ∂m/∂A with the pattern A' of the other query (AtP*, section 3.1.1): [batch, query, head, one]."""
+    """Return (A' - A) · ∂m/∂A, A' the pattern with the other query (AtP*, section 3.1.1): [batch, query, head, one]."""
     slope = run.gradients[f"blocks.{layer}.attn.pattern"]
     scores = upcast_scores(run, layer)
     moved = concatenate_query_channels(source, layer) - concatenate_query_channels(run.values, layer)

@@ -1,7 +1,7 @@
-"""Keys of functions and data: the same text in every process for what computes the same, another for anything else.
+"""Keys of functions and data: hashes that are equal in every process for equal code and data, and differ otherwise.
 
-A function is its code, constants, defaults, the values that it closes over and the globals that it reads. Functions of
-the standard library and of the packages in LIBRARIES are their names; tensors are their numbers.
+A function is hashed by its code, constants, defaults, the values that it closes over and the globals that it reads.
+Functions of the standard library and of the packages in LIBRARIES are hashed by name, tensors by their numbers.
 """
 
 import dis
@@ -31,23 +31,23 @@ BOOKKEEPING = frozenset(
     "__module__ __qualname__ __doc__ __dict__ __weakref__ __annotations__ __annotate__ __annotate_func__ "
     "__annotations_cache__ __dataclass_fields__ __dataclass_params__ __match_args__ __firstlineno__ "
     "__static_attributes__ __abstractmethods__ _abc_impl __parameters__ __orig_bases__ __slots__".split()
-)  # of a class: what says nothing about what it computes
+)  # attributes of a class that do not affect what it computes
 
 
 class UnkeyableError(GlmlensError, TypeError):
-    """Something that has no key; the message names it."""
+    """Something that cannot be hashed reliably; the message names it."""
 
 
 def key_of(thing: Any) -> str:
-    """64 hex digits that tell `thing` from everything that computes or is something else.
+    """Return 64 hex digits that differ for code or data that differs from `thing`.
 
-    Raises UnkeyableError for what cannot be told: open files, generators, extension objects that cannot be pickled.
+    Raise UnkeyableError for open files, generators and extension objects that cannot be pickled.
     """
     return Hasher().digest(thing).hex()
 
 
 def key_or_refuse(thing: Any, what: str, instead: str) -> str:
-    """`key_of`; PatchError saying `what` has no key, and what to type `instead`."""
+    """Return `key_of(thing)`; raise PatchError that `what` has no key, with what to type `instead`."""
     try:
         return key_of(thing)
     except UnkeyableError as e:
@@ -57,30 +57,31 @@ def key_or_refuse(thing: Any, what: str, instead: str) -> str:
 
 
 class Hasher:
-    """Digests of nested things. What is met again inside itself, and a function or class met again, is a number."""
+    """Hash nested things. What contains itself, and a function or class that occurs again, is hashed as a number."""
 
     def __init__(self) -> None:
         self.inside: list[Any] = []
         self.seen: list[types.FunctionType | type] = []
 
     def digest(self, thing: Any) -> bytes:
+        """Return the digest of a thing from those of its parts; raise UnkeyableError for what has none."""
         for kind, known in (("inside", self.inside), ("seen", self.seen)):
             again = next((i for i, other in enumerate(known) if other is thing), None)
             if again is not None:
-                return hashed(kind, str(again).encode())
+                return hash_parts(kind, str(again).encode())
         if isinstance(thing, types.FunctionType | type):
             self.seen.append(thing)
         self.inside.append(thing)
         try:
             kind, *parts = self.parts(thing)
-            return hashed(str(kind), *(part if isinstance(part, bytes) else self.digest(part) for part in parts))
+            return hash_parts(str(kind), *(part if isinstance(part, bytes) else self.digest(part) for part in parts))
         except RecursionError:
             raise UnkeyableError("it is nested too deeply") from None
         finally:
             self.inside.pop()
 
     def parts(self, thing: Any) -> tuple[Any, ...]:
-        """What a thing consists of: the name of its kind, then bytes, or things with parts of their own."""
+        """Return the name of a thing's kind, then its parts: bytes, or things with parts of their own."""
         kind = type(thing)
         if thing is None or thing is Ellipsis or thing is NotImplemented or kind in (bool, int, float, complex):
             return kind.__name__, repr(thing).encode()
@@ -94,7 +95,7 @@ class Hasher:
             pairs = sorted(thing.items()) if all(type(name) is str for name in thing) else list(thing.items())
             return "mapping", pairs
         if isinstance(thing, Tensor):
-            return "tensor", str(thing.dtype), tuple(thing.shape), content(thing)
+            return "tensor", str(thing.dtype), tuple(thing.shape), tensor_bytes(thing)
         if isinstance(thing, np.ndarray) and thing.dtype.kind != "O":
             return "array", str(thing.dtype), thing.shape, np.ascontiguousarray(thing).tobytes()
         if isinstance(thing, torch.dtype | torch.device | torch.Size):
@@ -108,7 +109,7 @@ class Hasher:
         return self.code_parts(thing)
 
     def code_parts(self, thing: Any) -> tuple[Any, ...]:
-        """Of what computes: functions, methods, classes, modules, and last all other objects."""
+        """Return the parts of code, functions, methods, classes, modules, and last of all other objects."""
         if isinstance(thing, types.CodeType):
             return (
                 "code", thing.co_code, thing.co_consts, thing.co_names, thing.co_varnames, thing.co_freevars,
@@ -129,7 +130,7 @@ class Hasher:
         if isinstance(thing, property):
             return "property", thing.fget, thing.fset, thing.fdel
         if isinstance(thing, types.ModuleType):
-            return "module", thing.__name__, b"" if is_library(thing.__name__) else source(thing)
+            return "module", thing.__name__, b"" if is_library(thing.__name__) else module_source(thing)
         if isinstance(thing, type):
             return self.class_parts(thing)
         return self.object_parts(thing)
@@ -139,7 +140,7 @@ class Hasher:
         ours = not is_library(fn.__module__)
         if not ours and "<locals>" not in fn.__qualname__:
             return "library", fn.__module__, fn.__qualname__
-        read = globals_read(fn) if ours else {}  # what a library's function reads is the library's
+        read = find_globals(fn) if ours else {}  # what a library's function reads is the library's
         return "function", fn.__code__, fn.__defaults__, fn.__kwdefaults__, cells, read
 
     def class_parts(self, cls: type) -> tuple[Any, ...]:
@@ -168,16 +169,16 @@ class Hasher:
         return "object", reduced[0], reduced[1], reduced[2] if len(reduced) > 2 else None, items, type(thing)
 
 
-def hashed(kind: str, *parts: bytes) -> bytes:
-    """One digest; every part is preceded by its length, so that none runs into the next."""
-    found = hashlib.sha256()
+def hash_parts(kind: str, *parts: bytes) -> bytes:
+    """Return one digest; every part is preceded by its length, so that parts cannot be confused."""
+    digest = hashlib.sha256()
     for part in (kind.encode(), *parts):
-        found.update(len(part).to_bytes(8, "little") + part)
-    return found.digest()
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.digest()
 
 
-def content(x: Tensor) -> bytes:
-    """The numbers of a tensor as bytes."""
+def tensor_bytes(x: Tensor) -> bytes:
+    """Return the numbers of a tensor as bytes; raise UnkeyableError for one without dense numbers."""
     if x.is_meta or x.layout != torch.strided or x.is_quantized:
         raise UnkeyableError(f"a tensor that is {'on meta' if x.is_meta else 'not dense'} has no numbers to compare")
     plain = x.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
@@ -185,6 +186,7 @@ def content(x: Tensor) -> bytes:
 
 
 def is_empty(cell: types.CellType) -> bool:
+    """Whether a closure's cell has not been assigned yet."""
     try:
         _ = cell.cell_contents
     except ValueError:
@@ -193,13 +195,14 @@ def is_empty(cell: types.CellType) -> bool:
 
 
 def is_library(module: str | None) -> bool:
+    """Whether code of this module is hashed by name."""
     return (module or "").split(".")[0] in LIBRARIES
 
 
-def globals_read(fn: types.FunctionType) -> dict[str, Any]:
-    """What a function finds in its module by name, and in other modules of the user's by names such as tools.scale."""
+def find_globals(fn: types.FunctionType) -> dict[str, Any]:
+    """Return the globals that a function reads, by name; of the user's other modules the attributes, as tools.scale."""
     found: dict[str, Any] = {}
-    for chain in chains_read(fn.__code__):
+    for chain in find_global_chains(fn.__code__):
         if chain[0] not in fn.__globals__:
             continue
         name, value = chain[0], fn.__globals__[chain[0]]
@@ -211,8 +214,8 @@ def globals_read(fn: types.FunctionType) -> dict[str, Any]:
     return found
 
 
-def chains_read(code: types.CodeType) -> list[tuple[str, ...]]:
-    """The globals that code reads, with the attributes that are taken of each at once; also of the code inside it."""
+def find_global_chains(code: types.CodeType) -> list[tuple[str, ...]]:
+    """Return the globals that code reads, each with the attributes read from it at once; code inside it included."""
     found: list[list[str]] = []
     follows = False  # whether this instruction takes an attribute of a global
     for i in dis.get_instructions(code):
@@ -225,18 +228,20 @@ def chains_read(code: types.CodeType) -> list[tuple[str, ...]]:
             found[-1].append(str(i.argval))
         elif i.opname not in ("CACHE", "EXTENDED_ARG", "PUSH_NULL"):
             follows = False
-    inner = [chain for const in code.co_consts if isinstance(const, types.CodeType) for chain in chains_read(const)]
+    inner = [
+        chain for const in code.co_consts if isinstance(const, types.CodeType) for chain in find_global_chains(const)
+    ]
     return [*map(tuple, found), *inner]
 
 
-def source(module: types.ModuleType) -> bytes:
-    """The file that a module is from."""
+def module_source(module: types.ModuleType) -> bytes:
+    """Return the bytes of a module's file; raise UnkeyableError for a module without one."""
     try:
         return Path(str(module.__file__)).read_bytes()
     except (AttributeError, OSError):
         raise UnkeyableError(f"the module {module.__name__} has no file to compare") from None
 
 
-def differing(kept: Mapping[str, str], asked: Mapping[str, str]) -> list[str]:
-    """The names under which two mappings of keys differ."""
+def find_differing_keys(kept: Mapping[str, str], asked: Mapping[str, str]) -> list[str]:
+    """Return the names under which two mappings of keys differ, sorted."""
     return sorted(name for name in kept.keys() | asked.keys() if kept.get(name) != asked.get(name))

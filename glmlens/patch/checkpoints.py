@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from glmlens.patch.checkpoint_keys import differing
+from glmlens.patch.checkpoint_keys import find_differing_keys
 from glmlens.patch.sites import PatchError
 from glmlens.storage import TensorFile, expand_path, write_tensors
 
@@ -31,9 +31,9 @@ class SweepCheckpoint:
         if where is not None and os.path.lexists(where):
             file = TensorFile(where, OtherFile)
             file.expect_format(FORMAT, "holds no cells of a sweep")
-            other = differing(read_keys(file.metadata.get("key", "")), keys)
-            if other:
-                raise OtherFile(f"{path} holds cells of another sweep, with other {' and '.join(other)}")
+            differing = find_differing_keys(read_keys(file.metadata.get("key", "")), keys)
+            if differing:
+                raise OtherFile(f"{path} holds cells of another sweep, with other {' and '.join(differing)}")
             store.arrays = {name: file.read(name) for name in file.names}
         return store
 

@@ -79,7 +79,7 @@ class SharedPastKV(LayerKV):
 
     def prepend_past(
         self, cached: Float[Tensor, "layer example pos kv d"], new: Float[Tensor, "row slot kv d"]
-    ) -> Float[Tensor, "row key kv d"]:
+    ) -> Float[Tensor, "row key kv_or_head d"]:
         """Return the base run's entries and the new ones; the cache itself is not changed."""
         past = cached[self.layer, :, : self.past_length]
         past = past.expand(self.rows, -1, -1, -1) if self.examples is None else past[self.examples]

@@ -112,7 +112,7 @@ class Write:
             widths=widths,
             keys=keys,
             select=lambda source: self.select_source(source, positions, keys),
-            choose=lambda part: part[broadcast_indices(torch.arange(len(part), device=part.device), rest, part.shape[1:])],
+            choose=lambda part: part[broadcast_indices(every_index(part), rest, part.shape[1:])],
         )  # fmt: skip
         old = x[places]
         new: Any = self.do.replace_values(old.clone(), target, self.source)
@@ -151,6 +151,11 @@ def refuse_mixed(writes: Sequence[Write]) -> None:
     both = sorted({write.name for write in writes if not write.by_query_head} & by_head) if by_head else []
     if both:
         raise PatchError(f"{', '.join(both)} both by query head and by group: say all of it in heads")
+
+
+def every_index(x: Tensor) -> Tensor:
+    """Return the indices along the first axis of a tensor."""
+    return torch.arange(len(x), device=x.device)
 
 
 def broadcast_indices(slots: Tensor, rest: Sequence[Tensor | None], sizes: Sequence[int]) -> tuple[Tensor, ...]:
@@ -244,8 +249,8 @@ def save_interventions(
     """Write interventions to a JSON file, with the hashes of the model and tokenizer that they are for.
 
     Of `Apply(fn)` the file holds a name and never code: that in `functions`, {"halve": fn}, or else the function's own.
-    On an error no file is left half written. Raise PatchError for a function without a name, for two functions of one name,
-    and for what cannot be saved.
+    On an error no file is left half written. Raise PatchError for a function without a name, for two functions of one
+    name, and for what cannot be saved.
     """
     interventions, functions = as_interventions(interventions), functions or {}
     sites = [{name: list(places) for name, places in one.site.chosen_places().items()} for one in interventions]
@@ -274,8 +279,8 @@ def load_interventions(
     """Read the interventions that `save_interventions` wrote.
 
     No code is read from a file: the functions of `Apply` come from `functions`, {"halve": fn}, by the names in the
-    file. Raise PatchError on another model or tokenizer unless `other_model`, FileNotFoundError, and PatchError for a file that holds no such interventions or names a function
-    that is not there.
+    file. Raise PatchError on another model or tokenizer unless `other_model`, for a file that holds no interventions
+    and for a function that is not given; FileNotFoundError without a file.
     """
     data, where = read_json(expand_path(path, PatchError), error=PatchError), str(path)
     if data.get("format") != INTERVENTIONS_FORMAT:

@@ -172,7 +172,7 @@ def column_mask(columns: list[int], side: Sequence[int]) -> Tensor:
 
 
 def metric_of_examples(examples: Examples, n_examples: int, lens: Lens) -> Metric:
-    """Return the task's own metric as a function of logits and example; raise PatchError for another number of prompts."""
+    """Return the task's own metric for every example; raise PatchError for another number of prompts."""
     if len(examples) != n_examples:
         raise PatchError(f"{n_examples} prompts, but the metric is of {len(examples)} examples")
     if examples.task.metric == LOGIT_DIFFERENCE:

@@ -49,8 +49,8 @@ def run_side_by_side(
 
     `hooks` are {"blocks.3.attn.z": fn}, where `fn(here, point)` gets {run: tensor [pos, rest]} and returns what
     runs should have instead, {"patched": here["clean"]}; the others stay. They run in the order given, so a later
-    one sees the changes of an earlier one. `names` are recorded, as by `run_with_cache`. Raise PatchError for prompts of
-    different lengths, for a run that is not there, and for a hook that changed nothing unless allow="no change".
+    one sees the changes of an earlier one. `names` are recorded, as by `run_with_cache`. Raise PatchError for prompts
+    of different lengths, for a run that is not there, and for a hook that changed nothing unless allow="no change".
     """
     if not isinstance(prompts, Mapping) or not prompts:
         raise PatchError('runs are prompts by name, {"clean": prompt, "patched": prompt}')

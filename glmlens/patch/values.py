@@ -1,4 +1,4 @@
-"""What to put at a place: plain data that prints, compares and saves."""
+"""Changes: what to put at a place, as plain data that can be printed, compared and saved."""
 
 import hashlib
 import math
@@ -20,12 +20,11 @@ Functions = Mapping[str, Callable[..., Any]]
 
 @dataclass(frozen=True)
 class ChangeTarget:
-    """What a change may ask about the numbers it changes: [position, the chosen rest].
+    """The place that a change is applied to; its numbers are [position, chosen rest].
 
-    `positions` are absolute and `widths` the sizes of the whole axes after them; at a point with `query` and `key`
-    axes [query, head, key], `widths` are those of head alone and `keys` the absolute positions of the chosen keys.
-    `pick` takes a tensor over all positions, [pos, the whole rest], to these places; `choose` takes one that has these
-    positions (and keys) alone.
+    `positions` are absolute and `widths` the full sizes of the axes after them. At a point with axes query, head and
+    key, `widths` is that of head alone and `keys` are the absolute positions of the chosen keys. `select` takes these
+    places from a tensor over all positions, [pos, rest]; `choose` from one that has these positions (and keys) alone.
     """
 
     name: str
@@ -37,22 +36,26 @@ class ChangeTarget:
 
 
 class Change:
-    """What the numbers at a place become."""
+    """What is put at a place; `replace_values` computes it.
+
+    `prompts` are run to record values that the change uses. With `needs_same_length` they must be as long as the prompt
+    that is changed. `mixes_positions` is whether new numbers at a position may depend on those at other positions.
+    """
 
     prompts: tuple[TokenIds, ...] = ()
-    needs_same_length: ClassVar[bool] = True  # the prompts must be as long as the one that is changed
-    mixes_positions: ClassVar[bool] = True  # the new numbers at a position may follow from those at other positions
+    needs_same_length: ClassVar[bool] = True
+    mixes_positions: ClassVar[bool] = True
 
     def in_lens(self, lens: Lens) -> "Change":
-        """This change with what it takes from the model filled in."""
+        """Return this change with what it takes from the model filled in."""
         return self
 
     def reduce_source(self, values: Tensor) -> Tensor:
-        """What to keep of the values [prompt, pos, rest] of its prompts: [pos or 1, rest]."""
+        """Reduce the values [prompt, pos, rest] of its prompts to the source of the change: [pos or 1, rest]."""
         return values[0]
 
     def replace_values(self, old: Tensor, target: ChangeTarget, source: Tensor | None) -> Tensor:
-        """The numbers instead of `old`, of the same shape; `kept` is what `of` kept."""
+        """Return the numbers instead of `old`, of the same shape; `source` is what `reduce_source` returned."""
         raise NotImplementedError
 
     def __str__(self) -> str:
@@ -63,7 +66,7 @@ class Change:
 class Swap(Change):
     """The value of another run at the same place; without tokens, of the run that a sweep pairs this one with.
 
-    Raises PatchError for tokens that are not the ids of one prompt.
+    Raise PatchError for tokens that are not the ids of one prompt.
     """
 
     mixes_positions = False
@@ -72,11 +75,11 @@ class Swap(Change):
     def __post_init__(self) -> None:
         if not (isinstance(self.tokens, tuple) and not self.tokens):
             rows = rows_of_ids(self.tokens, "Swap", "Swap.of_prompt(lens, prompt)")
-            object.__setattr__(self, "tokens", only_row(rows, "Swap"))
+            object.__setattr__(self, "tokens", require_one_row(rows, "Swap"))
 
     @classmethod
     def of_prompt(cls, lens: Lens, prompt: Prompt) -> "Swap":
-        return cls(only_row(to_token_ids(lens, prompt), "Swap.of_prompt"))
+        return cls(require_one_row(to_token_ids(lens, prompt), "Swap.of_prompt"))
 
     @property
     def prompts(self) -> tuple[TokenIds, ...]:  # type: ignore[override]
@@ -93,7 +96,7 @@ class Swap(Change):
 
 @dataclass(frozen=True)
 class Zero(Change):
-    """Nothing."""
+    """Zero."""
 
     mixes_positions = False
 
@@ -103,9 +106,9 @@ class Zero(Change):
 
 @dataclass(frozen=True)
 class Mean(Change):
-    """The mean over prompts, and over their positions unless `by_position`.
+    """The mean of the values of prompts, over their positions too unless `by_position`.
 
-    Raises PatchError for prompts that are not rows of token ids.
+    Raise PatchError for prompts that are not rows of token ids.
     """
 
     mixes_positions = False
@@ -139,9 +142,9 @@ class Mean(Change):
 
 @dataclass(frozen=True)
 class Resample(Change):
-    """The value of one of several prompts, drawn once by the seed.
+    """The values of one of several prompts, drawn once by the seed.
 
-    Raises PatchError for prompts that are not rows of token ids.
+    Raise PatchError for prompts that are not rows of token ids.
     """
 
     mixes_positions = False
@@ -151,7 +154,7 @@ class Resample(Change):
     def __post_init__(self) -> None:
         rows = rows_of_ids(self.prompts, "Resample", "Resample.of_prompts(lens, prompts)")
         object.__setattr__(self, "prompts", rows)
-        object.__setattr__(self, "seed", whole_number(self.seed, "Resample: seed"))
+        object.__setattr__(self, "seed", read_whole_number(self.seed, "Resample: seed"))
 
     @classmethod
     def of_prompts(cls, lens: Lens, prompts: Prompt, seed: int = 0) -> "Resample":
@@ -171,12 +174,12 @@ class Resample(Change):
 
 @dataclass(frozen=True)
 class Noise(Change):
-    """Gaussian noise added, of `scale` times the standard deviation of the model's token embeddings (Meng et al. 2022,
-    arXiv 2202.05262, section 2.1, which takes 3).
+    """Gaussian noise added, of `scale` times the standard deviation of the model's token embeddings.
 
-    With `unit`, of `scale` times that number instead. The noise is a function of the seed, the name of the point, the
+    Meng et al. 2022, arXiv 2202.05262, section 2.1, which takes 3. With `unit`, the standard deviation is `scale` times
+    that number instead. The noise is a function of the seed, the name of the point, the
     absolute position (at attention's scores and pattern also of the key's) and the width of the point: it is the same
-    in a forward, a generation and a sweep, for every prompt, and whatever else is changed. For other noise in other
+    in a forward, a generation and a sweep, for every prompt, and with any other changes. For other noise in other
     prompts give other seeds. It is drawn on the CPU in float32, the same for every device and dtype.
     """
 
@@ -187,13 +190,13 @@ class Noise(Change):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scale", number(self.scale, "Noise: scale"))
-        object.__setattr__(self, "seed", whole_number(self.seed, "Noise: seed"))
+        object.__setattr__(self, "seed", read_whole_number(self.seed, "Noise: seed"))
         if self.unit is not None:
             object.__setattr__(self, "unit", number(self.unit, "Noise: unit"))
 
     @classmethod
     def of_lens(cls, lens: Lens, scale: int | float = 3.0, seed: int = 0) -> "Noise":
-        """The same with the standard deviation of this model's embeddings written out."""
+        """Return noise with the standard deviation of this model's embeddings as its unit."""
         return cls(scale, seed, float(lens.W_E.float().std()))
 
     def in_lens(self, lens: Lens) -> "Noise":
@@ -201,24 +204,26 @@ class Noise(Change):
 
     def replace_values(self, old: Tensor, target: ChangeTarget, source: Tensor | None) -> Tensor:
         assert self.unit is not None, "the change of an intervention that has not been compiled"
-        noise = torch.stack([self.drawn(target, position) for position in target.positions.tolist()])
+        noise = torch.stack([self.draw_position(target, position) for position in target.positions.tolist()])
         return old + self.scale * self.unit * target.choose(noise.to(old.device, old.dtype))
 
-    def drawn(self, at: ChangeTarget, position: int) -> Tensor:
-        """Standard normal numbers at one position, [the whole rest], or [the whole head, the chosen keys]."""
+    def draw_position(self, at: ChangeTarget, position: int) -> Tensor:
+        """Return standard normal numbers at one position: [rest], or at an attention pattern [head, chosen keys]."""
         if at.keys is None:
-            return torch.randn(at.widths, generator=self.generator(at.name, position))
-        blocks, places = at.keys // BLOCK, at.keys % BLOCK  # drawn in blocks: the same however many keys there are
-        found = torch.empty(len(at.keys), *at.widths)
+            return torch.randn(at.widths, generator=self.make_generator(at.name, position))
+        # Drawn in blocks of keys by absolute position, so that a key has the same noise however many there are.
+        blocks, places = at.keys // BLOCK, at.keys % BLOCK
+        noise = torch.empty(len(at.keys), *at.widths)
         for block in set(blocks.tolist()):
-            draw = self.generator(at.name, position, block)
+            draw = self.make_generator(at.name, position, block)
             here = (blocks == block).cpu()
-            found[here] = torch.randn(BLOCK, *at.widths, generator=draw)[places.cpu()[here]]
-        return found.movedim(0, -1)
+            noise[here] = torch.randn(BLOCK, *at.widths, generator=draw)[places.cpu()[here]]
+        return noise.movedim(0, -1)
 
-    def generator(self, *place: Any) -> torch.Generator:
-        said = hashlib.sha256(repr((self.seed, *place)).encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(said[:8], "little") >> 1)
+    def make_generator(self, *place: Any) -> torch.Generator:
+        """Return a generator whose seed is a hash of this seed and the place."""
+        digest = hashlib.sha256(repr((self.seed, *place)).encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)  # 63 bits
 
     def __str__(self) -> str:
         unit = "standard deviation of the embeddings" if self.unit is None else f"{self.unit:.3g}"
@@ -230,9 +235,9 @@ BLOCK = 64  # keys for which noise is drawn at once
 
 @dataclass(frozen=True)
 class Apply(Change):
-    """Any function of the numbers there, fn(x [position, the chosen rest]) -> numbers of the same shape and dtype.
+    """Any function of the numbers there, fn(x [position, chosen rest]) -> numbers of the same shape and dtype.
 
-    `key` tells it from other functions in a sweep's checkpoint, where its code, closure and globals cannot.
+    `key` identifies it in a sweep's checkpoint, where its code, closure and globals cannot.
     """
 
     fn: Callable[[Tensor], Tensor] | Any
@@ -258,13 +263,13 @@ class Apply(Change):
 
 
 def name_of(fn: Any) -> str:
-    """What to call a function, or an object that is called like one."""
+    """Return the name of a function, or of the class of another callable."""
     return str(getattr(fn, "__name__", None) or type(fn).__name__)
 
 
 @dataclass(frozen=True)
 class Put(Change):
-    """A number everywhere, or a vector along the last axis."""
+    """One number everywhere, or a vector along the last axis."""
 
     mixes_positions = False
     value: tuple[float, ...] | int | float | Any
@@ -281,7 +286,7 @@ class Put(Change):
 
 @dataclass(frozen=True)
 class Scale(Change):
-    """The same numbers times a factor."""
+    """The numbers there times a factor."""
 
     mixes_positions = False
     factor: int | float | Any
@@ -314,7 +319,7 @@ class Add(Change):
 
 @dataclass(frozen=True)
 class Remove(Change):
-    """The part along a direction of the last axis taken out: x - (x·u)u for its unit vector u."""
+    """A direction of the last axis projected out: x - (x·u)u for its unit vector u."""
 
     mixes_positions = False
     direction: tuple[float, ...] | Any
@@ -336,7 +341,7 @@ CHANGE_TYPES = {kind.__name__: kind for kind in (Swap, Zero, Mean, Resample, Noi
 
 
 def as_change(change: Any) -> Change:
-    """A change; PatchError for what is none, such as the kind without its brackets."""
+    """Return a change; raise PatchError for anything else, such as the class without its brackets."""
     if isinstance(change, Change):
         return change
     if isinstance(change, type) and issubclass(change, Change):
@@ -347,30 +352,31 @@ def as_change(change: Any) -> Change:
 
 
 def to_token_ids(lens: Lens, prompts: Prompt) -> tuple[TokenIds, ...]:
-    """The token ids of one prompt or several, each without its padding."""
+    """Return the token ids of one prompt or several, each without its padding."""
     tokens, mask = lens.to_batch(prompts)
     real = torch.ones_like(tokens) if mask is None else mask
     return tuple(tuple(row[keep.bool()].tolist()) for row, keep in zip(tokens, real, strict=True))
 
 
 def rows_of_ids(rows: Any, what: str, instead: str) -> tuple[TokenIds, ...]:
-    """Rows of token ids as tuples, one row or several; PatchError for anything else, which says to type `instead`."""
+    """Return rows of token ids as tuples, from one row or several; raise PatchError that names `instead` otherwise."""
     plain: Any = rows.tolist() if isinstance(rows, Tensor | np.ndarray) else rows
     listed = list(plain) if isinstance(plain, Sequence) and not isinstance(plain, str | bytes) else [plain]
     if listed and all(is_whole(i) for i in listed):
         listed = [listed]
     if not listed:
         raise PatchError(f"{what} is of no prompt: type {instead}")
-    found = []
+    ids = []
     for row in listed:
         row = row.tolist() if isinstance(row, Tensor | np.ndarray) else row
         if not isinstance(row, list | tuple) or not row or not all(is_whole(i) for i in row):
             raise PatchError(f"{what} holds token ids, not {rows!r:.60}: for a prompt of any kind type {instead}")
-        found.append(tuple(int(i) for i in row))
-    return tuple(found)
+        ids.append(tuple(int(i) for i in row))
+    return tuple(ids)
 
 
-def only_row(rows: Sequence[TokenIds], what: str) -> TokenIds:
+def require_one_row(rows: Sequence[TokenIds], what: str) -> TokenIds:
+    """Return the only row; raise PatchError for several."""
     if len(rows) != 1:
         raise PatchError(f"{what} takes one prompt, not {len(rows)}: for several there are Mean and Resample")
     return rows[0]
@@ -383,7 +389,8 @@ def is_whole(x: Any) -> bool:
     return isinstance(x, int | np.integer) and not isinstance(x, bool)
 
 
-def whole_number(x: Any, what: str) -> int:
+def read_whole_number(x: Any, what: str) -> int:
+    """Return a whole number as an int; raise PatchError for anything else."""
     if not is_whole(x):
         raise PatchError(f"{what} is {x!r:.60}; expected a whole number")
     return int(x)
@@ -395,7 +402,7 @@ def is_single(x: Any) -> bool:
 
 
 def number(x: Any, what: str, *, finite: bool = True) -> int | float:
-    """One number as Python has it; PatchError for a bool, a text, nan, and unless `finite` is False infinity."""
+    """Return one number of Python's; raise PatchError for a bool, a text, nan and, if `finite`, infinity."""
     plain = x.item() if isinstance(x, Tensor | np.ndarray | np.generic) and is_single(x) else x
     if isinstance(plain, bool) or not isinstance(plain, int | float):
         raise PatchError(f"{what} is {x!r:.60}; expected a number")
@@ -405,7 +412,7 @@ def number(x: Any, what: str, *, finite: bool = True) -> int | float:
 
 
 def to_float_tuple(direction: Any, what: str) -> tuple[float, ...]:
-    """A vector as plain numbers; PatchError for a single number, a text, a matrix, nan and infinity."""
+    """Return a vector as plain numbers; raise PatchError for a single number, a text, a matrix, nan and infinity."""
     plain: Any = direction.detach() if isinstance(direction, Tensor) else direction
     plain = plain.tolist() if isinstance(plain, Tensor | np.ndarray) else plain
     if isinstance(plain, str | bytes | Mapping) or not isinstance(plain, Sequence):
@@ -422,15 +429,16 @@ def to_float_tuple(direction: Any, what: str) -> tuple[float, ...]:
 
 
 def to_tensor_like(direction: Sequence[float], like: Tensor) -> Tensor:
+    """Return a vector as a tensor with dtype and device of `like`; raise PatchError for another width."""
     if like.shape[-1] != len(direction):
         raise PatchError(f"a vector of {len(direction)} for a place that is {like.shape[-1]} wide")
     return torch.tensor(direction, dtype=like.dtype, device=like.device)
 
 
 def change_to_json(change: Change, functions: Functions) -> dict[str, Any]:
-    """A change as what JSON can say: a function by its name in `functions`, or else by its own.
+    """Return a change as JSON data: a function by its name in `functions`, or else by its own.
 
-    Raises PatchError for a kind of change that is not ours, and for a function without a name.
+    Raise PatchError for a kind of change that is not in CHANGE_TYPES, and for a function without a name.
     """
     if type(change) not in CHANGE_TYPES.values():
         raise PatchError(
@@ -442,13 +450,13 @@ def change_to_json(change: Change, functions: Functions) -> dict[str, Any]:
         data["fn"] = given[0] if given else getattr(change.fn, "__name__", "<lambda>")
         if data["fn"] == "<lambda>":
             raise PatchError(
-                f"{change} cannot be saved: name its function, save(..., functions={{'name': fn}}), as load will ask"
+                f"{change} cannot be saved: name its function, save_interventions(..., functions={{'name': fn}})"
             )
     return data
 
 
 def change_from_json(data: dict[str, Any], functions: Functions) -> Change:
-    """The change that `to_data` wrote; a function is taken from `functions` and from nowhere else."""
+    """Return the change that `change_to_json` wrote; functions are taken from `functions` alone."""
     kind = data.get("kind")
     if kind not in CHANGE_TYPES:
         raise PatchError(f"no change is called {kind!r}; there are {', '.join(CHANGE_TYPES)}")
@@ -459,7 +467,7 @@ def change_from_json(data: dict[str, Any], functions: Functions) -> Change:
         if name not in functions and short not in functions:
             raise PatchError(
                 f"the file applies a function called {name!r}, which it does not hold: give it by its name, "
-                f"load(..., functions={{{short!r}: {short}}})"
+                f"load_interventions(..., functions={{{short!r}: {short}}})"
             )
         fields["fn"] = functions.get(name, functions.get(short))
     try:
@@ -469,4 +477,5 @@ def change_from_json(data: dict[str, Any], functions: Functions) -> Change:
 
 
 def to_nested_tuple(value: Any) -> Any:
+    """Return lists, at any depth, as tuples."""
     return tuple(map(to_nested_tuple, value)) if isinstance(value, list) else value
