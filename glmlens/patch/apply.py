@@ -30,7 +30,7 @@ from glmlens.text.prompts import Prompt
 ALLOWED = ("never fired", "no change")
 
 
-def allowed(allow: str | Sequence[str]) -> tuple[str, ...]:
+def read_allowed_effects(allow: str | Sequence[str]) -> tuple[str, ...]:
     """Return the effects that may be missing, as a tuple; raise PatchError for an unknown one."""
     listed = (allow,) if isinstance(allow, str) else tuple(allow)
     unknown = [word for word in listed if word not in ALLOWED]
@@ -232,7 +232,7 @@ def run_with_interventions(
     unless `allow` names that.
     """
     (tokens,) = require_one_prompt(lens, prompt)
-    asked, allow = as_interventions(interventions), allowed(allow)
+    asked, allow = as_interventions(interventions), read_allowed_effects(allow)
     applied = AppliedInterventions.compile(
         lens, asked, len(tokens), read_position_names(position_names or {}, len(tokens))
     )
@@ -257,7 +257,7 @@ def generate_with_interventions(
     "end" is the last position of each prompt. A site without positions holds at every position, generated ones too.
     Raise PatchError as `run_with_interventions` does.
     """
-    asked, allow = as_interventions(interventions), allowed(allow)
+    asked, allow = as_interventions(interventions), read_allowed_effects(allow)
     applied = AppliedInterventions.compile(lens, asked, end_when_run=True)
     if options.get("kv") is None and any(one.site.by_query_head for one in asked):
         tokens, _ = lens.to_batch(prompt)

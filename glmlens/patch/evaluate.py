@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from glmlens.deprecated import rename_attribute, rename_keyword
 from glmlens.lens import Lens
-from glmlens.patch.apply import allowed
+from glmlens.patch.apply import read_allowed_effects
 from glmlens.patch.engine import BaseRuns, make_unchanged_batch, run_packed
 from glmlens.patch.interventions import (
     Intervention,
@@ -365,7 +365,7 @@ def evaluate(
     or a function of the last logits, fn(logits [row, vocab]) -> [row]. Raise PatchError for a variant that changes
     nothing in any prompt, unless allow="no change".
     """
-    variants, allow = as_variants(variants), allowed(allow)
+    variants, allow = as_variants(variants), read_allowed_effects(allow)
     pairs = PromptPairs.build(
         lens, prompts, sources, metric, position_names=position_names, nouns=("prompts", "sources")
     )
@@ -387,7 +387,7 @@ def require_effect(
 ) -> None:
     """Raise PatchError for variants that changed nothing in any example, unless "no change" is allowed."""
     idle = [v for v in range(len(variants)) if variants[v] and not bool(changed[v].any())]
-    if idle and "no change" not in allowed(allow):
+    if idle and "no change" not in read_allowed_effects(allow):
         first = "; ".join(map(str, variants[idle[0]]))
         raise PatchError(
             f"{len(idle)} of {len(variants)} variants changed nothing: {first}. If meant, allow='no change'"

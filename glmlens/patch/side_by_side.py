@@ -12,7 +12,7 @@ from glmlens.deprecated import rename_attribute
 from glmlens.hook_points import Point
 from glmlens.hooks import Edit, Hooks, list_edits
 from glmlens.lens import Lens, PointNames
-from glmlens.patch.apply import allowed
+from glmlens.patch.apply import read_allowed_effects
 from glmlens.patch.pairs import describe_length_mismatch
 from glmlens.patch.sites import PatchError
 from glmlens.patch.values import TokenIds, to_token_ids
@@ -66,7 +66,7 @@ def run_side_by_side(
             raise PatchError(describe_length_mismatch(lens, first, row))
     tokens = torch.tensor(list(rows.values()), device=lens.device)
     changed: set[str] = set()  # patterns whose hook changed a number
-    listed, allow = list_edits(cast(Hooks, hooks)), allowed(allow)
+    listed, allow = list_edits(cast(Hooks, hooks)), read_allowed_effects(allow)
     ordinary = [
         (pattern, wrap_exchange(pattern, cast(SideBySideHook, fn), list(rows), changed)) for pattern, fn in listed
     ]

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from glmlens.deprecated import rename_keyword
 from glmlens.integers import Integer, read_integer
 from glmlens.lens import Lens
-from glmlens.patch.apply import allowed
+from glmlens.patch.apply import read_allowed_effects
 from glmlens.patch.checkpoint_keys import key_of, key_or_refuse
 from glmlens.patch.checkpoints import SweepCheckpoint
 from glmlens.patch.engine import BaseRuns
@@ -97,7 +97,7 @@ def sweep(
     normalise by, for a checkpoint of another sweep or of a function that cannot be told from others, and for a sweep of
     which no cell changes anything unless allow="no change".
     """
-    allow = allowed(allow)
+    allow = read_allowed_effects(allow)
     null = read_integer(null, "null", least=0, error=PatchError)
     seed = read_integer(seed, "seed", least=0, error=PatchError)
     plan = SweepPlan.build(

@@ -383,9 +383,11 @@ def require_one_row(rows: Sequence[TokenIds], what: str) -> TokenIds:
 
 
 def is_whole(x: Any) -> bool:
-    """Whether this is a whole number: Python's, numpy's or a tensor's, and no bool."""
+    """Whether `x` is one whole number of Python, numpy or torch; a bool is not."""
     if isinstance(x, Tensor):
         return x.ndim == 0 and not x.is_floating_point() and not x.is_complex() and x.dtype != torch.bool
+    if isinstance(x, np.ndarray):
+        return x.ndim == 0 and x.dtype.kind in "iu"
     return isinstance(x, int | np.integer) and not isinstance(x, bool)
 
 

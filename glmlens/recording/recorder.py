@@ -254,19 +254,21 @@ def match_layout(x: Tensor, new: Tensor) -> Tensor:
 
 def check_edit_result(new: Any, x: Tensor, fn: Edit, point: Point) -> Tensor:
     """Return what a hook returned; HookError unless it has the type, shape, dtype and device of x."""
+    if isinstance(new, Tensor) and (new.shape, new.dtype, new.device) == (x.shape, x.dtype, x.device):
+        return new
     where = f"{point.name}: the hook {get_edit_name(fn)} returned"
     if new is None:
         raise HookError(f"{where} None; end it with 'return x'")
     if not isinstance(new, Tensor):
         raise HookError(f"{where} {type(new).__name__}; expected a tensor of shape {tuple(x.shape)}")
-    for what, found, expected in (
+    for what, actual, expected in (
         ("shape", tuple(new.shape), tuple(x.shape)),
         ("dtype", new.dtype, x.dtype),
         ("device", new.device, x.device),
     ):
-        if found != expected:
+        if actual != expected:
             axes = f" ({' '.join(point.axes)})" if what == "shape" else ""
-            raise HookError(f"{where} {what} {found}; expected {expected}{axes}, nothing is broadcast or converted")
+            raise HookError(f"{where} {what} {actual}; expected {expected}{axes}, nothing is broadcast or converted")
     return new
 
 
