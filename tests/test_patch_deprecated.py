@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import small_lens
 
-from glmlens import circuits, patch
+from glmlens import circuits, patch, timeline
 from glmlens.patch import Site, rotary
 
 TOKENS = torch.randint(10, 101, (1, 9), generator=torch.Generator().manual_seed(0))
@@ -66,3 +66,11 @@ def test_old_methods_are_the_new_ones(lens):
         assert torch.equal(exact.metric_of(every), exact.measure_circuit(every))
     with pytest.warns(DeprecationWarning, match=r"choices is now called \.describe_choices"):
         assert exact.choices() == exact.describe_choices()
+
+
+def test_the_rule_of_rotary_edits_and_the_hooks_of_a_schedule_keep_their_old_names(lens):
+    with pytest.warns(DeprecationWarning, match=r"rotary\.turning is now called glmlens\.patch\.rotary\.rotary_edit"):
+        assert rotary.turning is rotary.rotary_edit
+    with pytest.warns(DeprecationWarning, match=r"schedule_edits\(what=\) is now called hooks="):
+        scheduled = timeline.schedule_edits(lens, what={"blocks.0.attn.z": lambda z, point: z}, steps=1)
+    assert [name for name, _ in scheduled] == ["blocks.0.attn.z"]

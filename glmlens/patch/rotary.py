@@ -24,7 +24,7 @@ from torch import Tensor
 from glmlens.analysis.batch import PromptBatch, to_numpy, upcast
 from glmlens.analysis.chunks import run_in_chunks
 from glmlens.config import GLMConfig
-from glmlens.deprecated import rename_keyword
+from glmlens.deprecated import rename_keyword, resolve_old_names
 from glmlens.hook_points import Point
 from glmlens.hooks import Edit, Hooks, only
 from glmlens.integers import Integer, Integers, read_integer
@@ -353,3 +353,6 @@ def measure_breakage(rows: PromptBatch, hooks: Hooks) -> tuple[Tensor, Tensor, T
         sums += torch.stack([gain_p - gain_q, has_next.sum(), kl, same, real.sum()])
     loss, n_next, kl, same, n_real = sums.unbind()
     return loss / n_next.clamp(min=1), kl / n_real, same / n_real
+
+
+__getattr__ = resolve_old_names("glmlens.patch.rotary", {"turning": "glmlens.patch.rotary.rotary_edit"})

@@ -337,6 +337,7 @@ def compile_hooks(
     return [*list_edits(hooks), *schedule_edits(lens, as_interventions(interventions), position_names=position_names)]
 
 
+@rename_keyword("what", "hooks")
 @rename_keyword("names", "position_names")
 def schedule_edits(
     lens: Lens,
