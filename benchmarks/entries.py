@@ -15,8 +15,8 @@ import torch
 
 import glmlens
 from glmlens import Lens, Point, analysis
-from glmlens.analysis.batch import PromptBatch
-from glmlens.analysis.chunks import DecodingState
+from glmlens.analysis.chunked_runs import DecodingState
+from glmlens.analysis.prompt_batch import PromptBatch
 
 Entry = tuple[int, int, int]
 TEXT = (

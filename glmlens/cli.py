@@ -5,11 +5,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from glmlens import lab
+from glmlens import lab_command
 from glmlens.config import CheckpointError
 from glmlens.demo import story
+from glmlens.file_io import FileError, expand_path
 from glmlens.lens import load
-from glmlens.storage import FileError, expand_path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args.options = words[end + 1 :]
     try:
         args.run(args)
-    except (CheckpointError, FileError, lab.LabError) as e:
+    except (CheckpointError, FileError, lab_command.LabError) as e:
         print(f"glmlens: {e}", file=sys.stderr)
         return 2
     return 0
@@ -68,7 +68,7 @@ def make_folder(path: Path) -> Path:
 
 def open_lab(args: argparse.Namespace) -> None:
     """Copy the tutorials and notebooks to a folder, and start JupyterLab there."""
-    report = lab.copy_lab(args.folder)
+    report = lab_command.copy_lab(args.folder)
     print(f"{expand_path(args.folder).resolve()}: {report}", flush=True)
     if not args.copy_only:
-        lab.start_jupyterlab(args.folder, browser=args.browser, port=args.port, options=args.options)
+        lab_command.start_jupyterlab(args.folder, browser=args.browser, port=args.port, options=args.options)

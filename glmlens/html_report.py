@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from glmlens.storage import expand_path, write_bytes
+from glmlens.file_io import expand_path, write_bytes
 
 HTML_TEMPLATE = """<!doctype html>
 <html lang="en">

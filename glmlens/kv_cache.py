@@ -8,8 +8,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from glmlens.config import GLMConfig
+from glmlens.file_io import FileError, TensorFile, expand_path, write_tensors
 from glmlens.integers import Integer, read_integer
-from glmlens.storage import FileError, TensorFile, expand_path, write_tensors
 from glmlens.text_tables import format_bytes
 
 ENTRY_FIELDS = ("positions", "tokens", "calls")  # fields [batch, capacity]: one number per entry of a row

@@ -16,7 +16,7 @@ from glmlens.config import GLMConfig
 from glmlens.dtypes import at_least_float32, upcast
 from glmlens.hooks import Hook, hook_requests, off, scope_hook
 from glmlens.kv_cache import KVCache, LayerKV
-from glmlens.rope import rope_frequencies
+from glmlens.rotary_frequencies import rope_frequencies
 
 Resid = Float[Tensor, "batch pos model"]
 Angles = tuple[Float[Tensor, "batch pos pair"], Float[Tensor, "batch pos pair"]]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from glmlens.config import GLMConfig, Scaling
 from glmlens.model import Angles, apply_rotary
-from glmlens.rope import ROPE_RULES, RopeFrequencies, rope_frequencies
+from glmlens.rotary_frequencies import ROPE_RULES, RopeFrequencies, rope_frequencies
 
 RotaryRule = Callable[[Int[Tensor, "batch pos"], Float[Tensor, "pair"]], Angles]
 """A rule maps absolute positions and the model's frequencies (radians per token) to cos and sin [batch, pos, pair]."""

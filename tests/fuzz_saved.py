@@ -13,9 +13,9 @@ import torch
 
 import glmlens
 from glmlens import patch
+from glmlens.file_io import FileError
 from glmlens.hook_points import HookError
-from glmlens.recording.dictionaries import Dictionary
-from glmlens.storage import FileError
+from glmlens.recording.sparse_dictionaries import Dictionary
 
 PROMPT, OTHER = "When Mary and John went to the store", "When John and Mary went to the store"
 PLACES = {"over": ("layer",), "metric": (5, 6), "direction": "denoise", "progress": False, "normalise": False}

@@ -239,11 +239,11 @@ HOSTILE = [
 
 TRIED = """
 import json, resource, sys, time
-from glmlens import chat
+from glmlens.text import chat
 for template in json.load(sys.stdin):
     begin = time.monotonic()
     try:
-        told = f"came to an end: {chat.render(template, [{'role': 'user'}])[:50]}"
+        told = f"came to an end: {chat.render_chat(template, [{'role': 'user'}])[:50]}"
     except chat.TemplateError as e:
         told = f"TemplateError: {e}"
     most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of this process it would count its parent's too

@@ -14,7 +14,7 @@ from test_text import tokenizer as byte_level
 
 import glmlens
 from glmlens.text import chat
-from glmlens.text import child_process as child
+from glmlens.text import sandbox_process as child
 from glmlens.text import tokenizer as tokenizers
 from glmlens.text.tokenizer import Tokenizer
 
@@ -99,10 +99,10 @@ def test_threads_get_each_their_own_answer():
 
 SCRIPT = """
 import os, signal, sys
-from glmlens import chat
+from glmlens.text import chat
 TEMPLATE = {template!r}
 def said(content):
-    return chat.render(TEMPLATE, [{{"role": "user", "content": content}}])
+    return chat.render_chat(TEMPLATE, [{{"role": "user", "content": content}}])
 assert said("a").endswith("a")
 [kept] = chat.CHILDREN.values()
 print(kept._process.pid, flush=True)

@@ -7,8 +7,8 @@ from conftest import small_lens
 from torch.testing import assert_close
 
 from glmlens import analysis, cache
-from glmlens.analysis.batch import PromptBatch
-from glmlens.analysis.chunks import DecodingState
+from glmlens.analysis.chunked_runs import DecodingState
+from glmlens.analysis.prompt_batch import PromptBatch
 
 
 @pytest.fixture(params=[("glm", "eager"), ("glm4", "eager"), ("glm4", "sdpa")], ids="-".join)

@@ -11,24 +11,25 @@ import glmlens
 
 PACKAGE = Path(glmlens.__file__).parent
 ORDER = """
-errors deprecated dtypes storage integers foreign_keywords loading text recording text.child_process hook_points
-hooks config loading.hub results text_tables kv_cache rope model losses rotary_rules loading.formats
+errors deprecated dtypes file_io integers foreign_keywords loading text recording text.sandbox_process hook_points
+hooks config loading.hub results text_tables kv_cache rotary_frequencies model losses rotary_rules loading.formats
 loading.checkpoint lens.sampling text.tokenizer text.chat text.prompt_kinds text.conversation text.prompts
 recording.derive recording.run_info recording.saved_activations recording.activations recording.recorder
-recording.check lens.generation lens.weights recording.dictionaries lens.forward recording.harvest loading.saving
-lens.lens lens cache.selection cache.edit cache.move cache.evict cache.graft cache tasks.words tasks.task
-tasks.language tasks.formal tasks analysis.batch analysis.attention analysis.norms analysis.logit_lens
-analysis.residual analysis.splits analysis.attribution analysis.factored analysis.circuits analysis.heads
-analysis.chunks analysis.rotary analysis.distance analysis.cache_reads analysis.leave_one_out analysis.probes
-analysis.selfcheck analysis patch.sites patch.checkpoint_keys patch.values patch.interventions patch.apply
-patch.metrics patch.pairs patch.packing patch.engine patch.evaluate patch.checkpoints patch.grid patch.sweep
+recording.run_check lens.generation lens.weights recording.sparse_dictionaries lens.forward recording.harvest
+loading.saving lens.lens lens cache.selection cache.edit cache.move cache.evict cache.graft cache tasks.words
+tasks.task tasks.language tasks.formal tasks analysis.prompt_batch analysis.attention analysis.layer_norms
+analysis.logit_lens analysis.residual analysis.components analysis.logit_attribution analysis.factored
+analysis.qk_ov_circuits analysis.heads analysis.chunked_runs analysis.rotary analysis.attention_distance
+analysis.cache_reads analysis.leave_one_out analysis.probes analysis.selfcheck analysis patch.sites
+patch.sweep_checkpoint_keys patch.replacement_values patch.interventions patch.apply patch.metrics patch.pairs
+patch.packing patch.packed_runs patch.evaluate patch.sweep_checkpoints patch.sweep_axes patch.sweep
 patch.side_by_side patch.steering_vectors patch.gradients patch.attribution_patching patch.rotary patch
-circuits.graph circuits.edge_attribution circuits.circuit circuits.path_patching circuits timeline.recording
-timeline.pickled_lens timeline.timeline timeline plot.style plot.arrays plot.heatmaps plot.heads plot.bars
-plot.lines plot.rotary plot.cache plot.timeline plot.circuit plot.tokens plot html_report widgets.anywidget_base
-widgets.chart widgets.base widgets.heads widgets.attention widgets.patching widgets.generations widgets.cache
-widgets.rotary widgets.generation widgets demo.world demo.vocabulary demo.train demo.circuits demo.history demo.card
-demo.story course.quote course course.feedback lab cli
+circuits.graph circuits.edge_attribution circuits.circuit circuits.path_patching circuits timeline.recorder
+timeline.pickling timeline.timeline timeline plot.style plot.arrays plot.heatmaps plot.heads plot.bars plot.lines
+plot.rotary plot.cache plot.timeline plot.circuit plot.tokens plot html_report widgets.anywidget_base widgets.chart
+widgets.base widgets.heads widgets.attention widgets.patching widgets.generation_runs widgets.cache widgets.rotary
+widgets.generation widgets demo.world demo.vocabulary demo.train demo.circuits demo.history demo.card demo.story
+course.quote_source course course.feedback lab_command cli
 """.split()
 ORDER += sorted(f"course.{path.stem}" for path in PACKAGE.glob("course/check_*.py"))  # a tutorial brings its own
 ALONE = [
@@ -40,7 +41,8 @@ ALONE = [
     "text.prompt_kinds",
 ]  # import nothing of ours
 LOW = """
-storage config hook_points hooks results text.child_process text.tokenizer text.chat html_report lab tasks.words
+file_io config hook_points hooks results text.sandbox_process text.tokenizer text.chat html_report lab_command
+tasks.words
 """.split()  # rest on those, and on each other, alone
 
 

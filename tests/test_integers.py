@@ -6,7 +6,7 @@ import torch
 from conftest import small_lens
 
 from glmlens import analysis, cache, circuits, patch, timeline
-from glmlens.analysis.batch import PromptBatch
+from glmlens.analysis.prompt_batch import PromptBatch
 from glmlens.hooks import only
 from glmlens.integers import read_integer, read_integers
 from glmlens.patch import rotary

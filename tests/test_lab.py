@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from glmlens import lab
+from glmlens import lab_command as lab
 from glmlens.cli import main
 
 ROOT = Path(__file__).parents[1]

@@ -9,8 +9,8 @@ from conftest import small_lens
 from torch.testing import assert_close
 
 from glmlens import only
-from glmlens.analysis.batch import PromptBatch
-from glmlens.analysis.chunks import DecodingState, record_in_chunks, run_in_chunks
+from glmlens.analysis.chunked_runs import DecodingState, record_in_chunks, run_in_chunks
+from glmlens.analysis.prompt_batch import PromptBatch
 from glmlens.hook_points import HookError
 
 

@@ -6,7 +6,7 @@ import pytest
 from test_notebooks import EXPLORERS, each
 from test_tutorials import COURSE
 
-import glmlens.lab
+import glmlens.lab_command
 
 RUN_ALL = """(async (path, kernel) => {
   const {commands, shell} = window.jupyterapp, before = shell.currentWidget;
@@ -38,7 +38,7 @@ RUN_ALL = """(async (path, kernel) => {
 
 @pytest.fixture(scope="module")
 def opened(lab):
-    glmlens.lab.copy_lab(lab.folder / "root" / "mine")
+    glmlens.lab_command.copy_lab(lab.folder / "root" / "mine")
     return lab
 
 

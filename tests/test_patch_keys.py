@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import small_lens
 
-from glmlens.patch.checkpoint_keys import UnkeyableError, key_of
+from glmlens.patch.sweep_checkpoint_keys import UnkeyableError, key_of
 
 WEIGHT = torch.tensor([1.0, 2.0])
 FACTOR = 2
@@ -163,7 +163,7 @@ def test_what_cannot_be_told_from_another_has_no_key():
 
 SCRIPT = """
 import torch
-from glmlens.patch.checkpoint_keys import key_of
+from glmlens.patch.sweep_checkpoint_keys import key_of
 wrong = {"Anna", "Mary", "John"}
 weight = torch.arange(3.0)
 class Metric:

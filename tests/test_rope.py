@@ -12,7 +12,7 @@ import glmlens
 from glmlens import analysis, cache
 from glmlens.config import CheckpointError
 from glmlens.patch import rotary as surgery
-from glmlens.rope import rope_frequencies
+from glmlens.rotary_frequencies import rope_frequencies
 from glmlens.rotary_rules import compute_pair_frequencies
 
 LONG = torch.arange(60, 100)[None]  # past the 64 positions that the rules below say were trained

@@ -6,7 +6,7 @@ from conftest import small_lens
 
 import glmlens
 from glmlens.hook_points import HookError
-from glmlens.recording.dictionaries import Dictionary
+from glmlens.recording.sparse_dictionaries import Dictionary
 
 
 def dictionary(width=20, d_model=48, seed=3, dtype=torch.float32, **changes):

@@ -17,12 +17,13 @@ from fuzz_saved import PROMPT, READERS, save_all, sweep
 from safetensors.torch import save_file
 
 import glmlens
-from glmlens import lab, patch, storage
+from glmlens import file_io, patch
+from glmlens import lab_command as lab
 from glmlens.cli import main
 from glmlens.demo import story
+from glmlens.file_io import FileError
 from glmlens.patch.sites import PatchError
-from glmlens.recording.dictionaries import Dictionary
-from glmlens.storage import FileError
+from glmlens.recording.sparse_dictionaries import Dictionary
 
 
 @pytest.fixture(scope="module")
@@ -114,21 +115,21 @@ def test_a_device_a_folder_or_a_pipe_is_not_written_over(inside, tmp_path, kind)
 def test_a_link_stays_a_link_and_permissions_stay_as_they_were(tmp_path):
     (tmp_path / "far").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "far" / "file")
-    storage.write_tensors(tmp_path / "link", {"a": torch.ones(2)})
+    file_io.write_tensors(tmp_path / "link", {"a": torch.ones(2)})
     assert (tmp_path / "link").is_symlink()
     umask = os.umask(0)
     os.umask(umask)
     assert stat.S_IMODE((tmp_path / "far" / "file").stat().st_mode) == 0o666 & ~umask
     (tmp_path / "far" / "file").chmod(0o640)
-    storage.write_bytes(tmp_path / "link", b"text")
+    file_io.write_bytes(tmp_path / "link", b"text")
     assert stat.S_IMODE((tmp_path / "far" / "file").stat().st_mode) == 0o640
     assert (tmp_path / "far" / "file").read_bytes() == b"text"
 
 
 def test_tensors_that_share_memory_are_saved_each_as_it_is(tmp_path):
     x = torch.arange(12.0).view(3, 4)
-    storage.write_tensors(tmp_path / "x", {"a": x, "b": x, "c": x.T, "d": x[1:], "e": torch.tensor(2), "f": x[:0]})
-    file = storage.TensorFile(tmp_path / "x")
+    file_io.write_tensors(tmp_path / "x", {"a": x, "b": x, "c": x.T, "d": x[1:], "e": torch.tensor(2), "f": x[:0]})
+    file = file_io.TensorFile(tmp_path / "x")
     expected = {"a": x, "b": x, "c": x.T, "d": x[1:], "e": torch.tensor(2), "f": x[:0]}
     assert all(torch.equal(file.read(name), value) for name, value in expected.items())
     parts = {"W_enc": x, "b_enc": torch.ones(4), "W_dec": x.T.contiguous(), "b_dec": torch.ones(3)}
@@ -138,12 +139,12 @@ def test_tensors_that_share_memory_are_saved_each_as_it_is(tmp_path):
 
 
 def test_what_could_not_be_read_again_is_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "MOST_VALUES", 50)
-    monkeypatch.setattr(storage, "MOST_HEADER", 500)
+    monkeypatch.setattr(file_io, "MOST_VALUES", 50)
+    monkeypatch.setattr(file_io, "MOST_HEADER", 500)
     with pytest.raises(FileError, match="save less in one file"):
-        storage.write_json(tmp_path / "a", {"x": list(range(60))})
+        file_io.write_json(tmp_path / "a", {"x": list(range(60))})
     with pytest.raises(FileError, match="save less in one file"):
-        storage.write_tensors(tmp_path / "b", {f"tensor {i}": torch.ones(1) for i in range(9)})
+        file_io.write_tensors(tmp_path / "b", {f"tensor {i}": torch.ones(1) for i in range(9)})
     assert contents(tmp_path) == {}
 
 
@@ -259,7 +260,7 @@ def test_a_recording_cut_off_after_it_was_opened_is_an_error_and_no_crash(inside
 def test_a_recording_that_is_only_shown_is_not_read(inside, tmp_path, monkeypatch):
     _, acts = inside.run_with_cache(PROMPT, ["resid_post", "attn.pattern"])
     again = glmlens.load_activations(acts.save(tmp_path), inside)
-    monkeypatch.setattr(storage.TensorFile, "read", None)
+    monkeypatch.setattr(file_io.TensorFile, "read", None)
     assert (repr(again), again.bytes) == (repr(acts), acts.bytes)
 
 
@@ -269,7 +270,7 @@ def test_a_cache_whose_tensors_do_not_fit_together_is_an_error(tmp_path):
     wrong = [("keys", keys[0]), ("keys", keys.long()), ("values", keys[:1]), ("values", keys.double())]
     wrong += [("positions", torch.tensor(3)), ("positions", torch.arange(2)[None]), ("positions", torch.ones(1, 3))]
     for name, x in (("calls", torch.zeros(1, 3).long()), *wrong):
-        storage.write_tensors(tmp_path / "kv", fitting | {name: x}, {"format": "glmlens.KVCache"})
+        file_io.write_tensors(tmp_path / "kv", fitting | {name: x}, {"format": "glmlens.KVCache"})
         if name == "calls":
             assert glmlens.KVCache.load(tmp_path / "kv").length == 3
         else:
@@ -308,9 +309,9 @@ def test_a_second_harvest_in_one_folder_is_told_who_harvests_there(inside, tmp_p
             assert len(glmlens.load_harvest(tmp_path)) == len(inside.to_tokens("Mary")[0])  # reading is free
         finally:
             child.send_signal(signal.SIGKILL)
-    assert (tmp_path / storage.LOCK).exists()  # of a dead process, which holds nothing
+    assert (tmp_path / file_io.LOCK).exists()  # of a dead process, which holds nothing
     assert inside.harvest(["Mary", "John"], "resid_post", tmp_path).manifest["prompts"] == 2
-    assert not (tmp_path / storage.LOCK).exists()
+    assert not (tmp_path / file_io.LOCK).exists()
 
 
 def test_a_harvest_inside_a_harvest_of_one_folder_is_refused_and_the_first_goes_on(inside, tmp_path):
@@ -341,7 +342,7 @@ def test_where_there_are_no_locks_another_writer_is_still_noticed(inside, tmp_pa
             inside.harvest(["John"], "resid_post", tmp_path)
         yield "John"
 
-    monkeypatch.setattr(storage.fcntl, "flock", unsupported)
+    monkeypatch.setattr(file_io.fcntl, "flock", unsupported)
     with (
         pytest.warns(UserWarning, match=r"keeps no locks \(No locks available\): make sure"),
         pytest.raises(FileError, match=r"something else wrote harvest.json meanwhile"),
@@ -354,7 +355,7 @@ def test_locks_of_many_processes_never_overlap(tmp_path):
     code = """
 import sys, os, time
 from pathlib import Path
-from glmlens.storage import FileError, lock_folder
+from glmlens.file_io import FileError, lock_folder
 folder, done = Path(sys.argv[1]), 0
 while done < 60:
     try:
@@ -375,12 +376,12 @@ while done < 60:
 def test_reading_never_waits_for_a_pipe_that_takes_a_files_place(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     begin = time.perf_counter()
-    for read in (storage.read_json, storage.TensorFile):
+    for read in (file_io.read_json, file_io.TensorFile):
         with pytest.raises(FileError, match="expected a file, found a pipe"):
             read(tmp_path / "pipe")
-    monkeypatch.setattr(storage, "refuse_strange", lambda *args: None)  # it came after that had looked
+    monkeypatch.setattr(file_io, "refuse_strange", lambda *args: None)  # it came after that had looked
     with pytest.raises(FileError, match="expected a file, found a pipe"):
-        storage.read_json(tmp_path / "pipe")
+        file_io.read_json(tmp_path / "pipe")
     assert time.perf_counter() - begin < 5
 
 

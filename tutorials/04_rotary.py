@@ -19,7 +19,7 @@ from glmlens.course import check_04 as check
 from glmlens.course import source
 from glmlens.model import apply_rotary, rotary_angles
 from glmlens.patch import rotary
-from glmlens.rope import default_frequencies
+from glmlens.rotary_frequencies import default_frequencies
 
 lens = glmlens.load(dtype="float32")
 prompt = "When Mary and John went to the store, John gave a drink to"

@@ -1,14 +1,14 @@
 """Analyses of a GLM: logit lens, attribution, attention heads, circuits, KV-cache reads, probes and the self-check."""
 
-from glmlens.analysis.attribution import LogitAttribution, logit_attribution
+from glmlens.analysis.attention_distance import DistanceProfile, PairUse, distance_profile, pair_use
 from glmlens.analysis.cache_reads import CacheReads, cache_reads, sum_attention
-from glmlens.analysis.circuits import OV, QK, QK_bias, composition, copying_scores
-from glmlens.analysis.distance import DistanceProfile, PairUse, distance_profile, pair_use
 from glmlens.analysis.factored import Factored
 from glmlens.analysis.heads import HeadScores, head_scores
 from glmlens.analysis.leave_one_out import EvictionCurve, LeaveOneOut, eviction_curve, leave_one_out
+from glmlens.analysis.logit_attribution import LogitAttribution, logit_attribution
 from glmlens.analysis.logit_lens import LogitLens, logit_lens
 from glmlens.analysis.probes import Probe, probe
+from glmlens.analysis.qk_ov_circuits import OV, QK, QK_bias, composition, copying_scores
 from glmlens.analysis.residual import accumulated_residual, decompose_residual
 from glmlens.analysis.rotary import ScoreParts, score_parts, wavelengths
 from glmlens.analysis.selfcheck import SelfCheck, SelfCheckError, selfcheck

@@ -10,7 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from glmlens.analysis.attention import layer_pattern, pattern_points
-from glmlens.analysis.batch import (
+from glmlens.analysis.chunked_runs import DecodingState, run_in_chunks
+from glmlens.analysis.layer_norms import scale_by_post_norm
+from glmlens.analysis.prompt_batch import (
     PromptBatch,
     Token,
     describe_kv_groups,
@@ -19,8 +21,6 @@ from glmlens.analysis.batch import (
     token_label,
     upcast_to_float64,
 )
-from glmlens.analysis.chunks import DecodingState, run_in_chunks
-from glmlens.analysis.norms import scale_by_post_norm
 from glmlens.deprecated import rename_method
 from glmlens.dtypes import upcast
 from glmlens.hooks import Hooks

@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from glmlens.analysis.attention import layer_pattern, pattern_points
-from glmlens.analysis.batch import PromptBatch, describe_kv_groups, to_numpy
-from glmlens.analysis.circuits import copying_scores
+from glmlens.analysis.prompt_batch import PromptBatch, describe_kv_groups, to_numpy
+from glmlens.analysis.qk_ov_circuits import copying_scores
 from glmlens.dtypes import upcast
 from glmlens.integers import Integer, read_integer
 from glmlens.lens import Lens

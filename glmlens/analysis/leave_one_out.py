@@ -14,9 +14,9 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from glmlens.analysis.batch import Token, layer_labels, to_numpy
 from glmlens.analysis.cache_reads import describe_step, label_keys, to_decoding_state
-from glmlens.analysis.chunks import DecodingState
+from glmlens.analysis.chunked_runs import DecodingState
+from glmlens.analysis.prompt_batch import Token, layer_labels, to_numpy
 from glmlens.cache.selection import format_position_range
 from glmlens.dtypes import upcast
 from glmlens.hooks import Hooks

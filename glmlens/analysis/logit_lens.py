@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from glmlens.analysis.batch import PromptBatch, Token, layer_labels
+from glmlens.analysis.prompt_batch import PromptBatch, Token, layer_labels
 from glmlens.dtypes import upcast
 from glmlens.hooks import Hooks
 from glmlens.integers import Integer, read_integer

@@ -5,9 +5,9 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from glmlens.analysis.batch import Position, PromptBatch, layer_labels
+from glmlens.analysis.layer_norms import norm_weight
 from glmlens.analysis.logit_lens import residual_streams
-from glmlens.analysis.norms import norm_weight
+from glmlens.analysis.prompt_batch import Position, PromptBatch, layer_labels
 from glmlens.dtypes import upcast
 from glmlens.hooks import Hooks
 from glmlens.lens import Lens

@@ -17,8 +17,8 @@ from einops import einsum
 from jaxtyping import Bool, Complex, Float
 from torch import Tensor
 
-from glmlens.analysis.batch import PromptBatch, read_layer_and_head, to_numpy, upcast_to_float64
-from glmlens.analysis.chunks import record_in_chunks
+from glmlens.analysis.chunked_runs import record_in_chunks
+from glmlens.analysis.prompt_batch import PromptBatch, read_layer_and_head, to_numpy, upcast_to_float64
 from glmlens.hooks import Hooks
 from glmlens.integers import Integer, Integers
 from glmlens.lens import Lens

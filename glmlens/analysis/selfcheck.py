@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from glmlens.analysis.attention import layer_pattern, layer_scores, pattern_points
-from glmlens.analysis.attribution import logit_attribution
-from glmlens.analysis.batch import PromptBatch
+from glmlens.analysis.logit_attribution import logit_attribution
+from glmlens.analysis.prompt_batch import PromptBatch
 from glmlens.analysis.residual import accumulated_residual, decompose_residual
 from glmlens.dtypes import upcast
 from glmlens.errors import GlmlensError

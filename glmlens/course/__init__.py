@@ -3,6 +3,6 @@
 `check_03.exercise_3_1(answer)` checks an answer to exercise 3.1 of tutorial 3.
 """
 
-from glmlens.course.quote import Quote, source
+from glmlens.course.quote_source import Quote, source
 
 __all__ = ["Quote", "source"]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from glmlens.analysis.circuits import kv_head_of
+from glmlens.analysis.qk_ov_circuits import kv_head_of
 from glmlens.course.feedback import WrongAnswer, check_equal, demand, exercise, load_lens, to_head
 from glmlens.hook_points import Point
 from glmlens.hooks import Hooks

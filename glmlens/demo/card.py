@@ -19,9 +19,9 @@ from tqdm import tqdm
 from glmlens.demo import circuits
 from glmlens.demo.history import HISTORY_MEASURES, measure_history
 from glmlens.demo.world import has_unseen_opener, is_held_out
+from glmlens.file_io import expand_path, read_json, write_bytes
 from glmlens.hook_points import Point
 from glmlens.lens import BUNDLED_MODEL, Lens, load
-from glmlens.storage import expand_path, read_json, write_bytes
 from glmlens.tasks import TASKS, Item
 from glmlens.tasks.words import WORD_SERIES
 

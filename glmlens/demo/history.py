@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from glmlens.config import CheckpointError
 from glmlens.demo.circuits import RepeatedPrompts
+from glmlens.file_io import expand_path
 from glmlens.lens import Lens, load
 from glmlens.results import Labelled
-from glmlens.storage import expand_path
 from glmlens.tasks import TASKS
 from glmlens.text_tables import format_table
 

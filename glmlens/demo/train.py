@@ -23,10 +23,10 @@ from tqdm import tqdm
 from glmlens.config import GLMConfig
 from glmlens.demo import vocabulary
 from glmlens.demo.world import generate_documents
+from glmlens.file_io import FileError, expand_path, refuse_strange, write_bytes, write_whole
 from glmlens.loading.checkpoint import map_checkpoint_tensors
 from glmlens.losses import next_token_loss
 from glmlens.model import GLM
-from glmlens.storage import FileError, expand_path, refuse_strange, write_bytes, write_whole
 
 SAVE_EVERY = 100  # steps between saved states
 

@@ -24,10 +24,10 @@ from glmlens.loading.checkpoint import refuse_rewritten_files
 from glmlens.model import absolute_positions
 from glmlens.recording import recorder as record
 from glmlens.recording.activations import Activations
-from glmlens.recording.check import MetaDeviceMode, Points, RunCheck
-from glmlens.recording.dictionaries import DictionaryHook, InsertedDictionary
 from glmlens.recording.recorder import ForwardStopped, GenerationRecorder, RecordingHook, RunPlan
+from glmlens.recording.run_check import MetaDeviceMode, Points, RunCheck
 from glmlens.recording.run_info import RunInfo
+from glmlens.recording.sparse_dictionaries import DictionaryHook, InsertedDictionary
 from glmlens.text.prompt_kinds import TokenizedPrompts
 from glmlens.text.prompts import Prompt, TextMixin
 

@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 from glmlens import losses
 from glmlens.config import CheckpointError, ConfigReader
 from glmlens.deprecated import rename_method
+from glmlens.file_io import expand_path
 from glmlens.foreign_keywords import NoKeywords, refuse_keywords
 from glmlens.hook_points import HookError
 from glmlens.hooks import Hook, Hooks
@@ -33,10 +34,9 @@ from glmlens.lens.sampling import (
 from glmlens.lens.weights import WeightsMixin, stamp_of
 from glmlens.loading import checkpoint, hub, saving
 from glmlens.model import GLM
-from glmlens.recording.dictionaries import Coder, place_dictionary
 from glmlens.recording.harvest import Harvest, harvest
 from glmlens.recording.recorder import GenerationRecorder, RunPlan
-from glmlens.storage import expand_path
+from glmlens.recording.sparse_dictionaries import Coder, place_dictionary
 from glmlens.text.prompts import Prompt
 from glmlens.text.tokenizer import Tokenizer
 

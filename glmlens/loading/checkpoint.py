@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from glmlens import storage
+from glmlens import file_io
 from glmlens.config import CheckpointError, GLMConfig
 from glmlens.loading.formats import BASE_PREFIX, list_unused_tensors, map_tensor_names, reorder_rotary_rows
 from glmlens.model import GLM
@@ -307,19 +307,19 @@ def map_tensor_files(folder: Path) -> dict[str, Path]:
 @contextmanager
 def open_weights(path: Path) -> Iterator[Any]:
     """Open a safetensors file, memory-mapped; problems with it are raised as CheckpointError."""
-    with storage.open_safetensors(path, MAX_HEADER_BYTES, CheckpointError) as file:
+    with file_io.open_safetensors(path, MAX_HEADER_BYTES, CheckpointError) as file:
         yield file
 
 
 def check_regular_file(path: Path, max_bytes: int | None = None) -> None:
     """Raise CheckpointError if `path` is no regular file, or one of more than `max_bytes`."""
-    storage.refuse_strange(path, max_bytes, CheckpointError)
+    file_io.refuse_strange(path, max_bytes, CheckpointError)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file. Raises CheckpointError."""
     try:
-        return storage.read_json(path, MAX_TEXT_BYTES, MAX_TEXT_BYTES, CheckpointError)
+        return file_io.read_json(path, MAX_TEXT_BYTES, MAX_TEXT_BYTES, CheckpointError)
     except FileNotFoundError as e:
         raise CheckpointError(f"{path}: not found") from e
 

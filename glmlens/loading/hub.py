@@ -7,7 +7,7 @@ from typing import Any
 from tqdm import tqdm
 
 from glmlens.config import CheckpointError
-from glmlens.storage import expand_path, read_json
+from glmlens.file_io import expand_path, read_json
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from glmlens.config import ROPE_SCALING_FIELDS, GLMConfig
+from glmlens.file_io import dump_json, refuse_strange, sync_path
 from glmlens.loading.formats import BASE_PREFIX, map_tensor_names
 from glmlens.model import GLM
-from glmlens.storage import dump_json, refuse_strange, sync_path
 from glmlens.text.tokenizer import Tokenizer
 
 MAX_SHARD_BYTES = 5_000_000_000  # bytes of a file of weights

@@ -7,11 +7,11 @@ from glmlens.patch.attribution_patching import attribution_patch
 from glmlens.patch.evaluate import Cost, evaluate
 from glmlens.patch.interventions import Intervention, load_interventions, save_interventions
 from glmlens.patch.metrics import Metric
+from glmlens.patch.replacement_values import Add, Apply, Change, Mean, Noise, Put, Remove, Resample, Scale, Swap, Zero
 from glmlens.patch.side_by_side import SideBySideRuns, run_side_by_side
 from glmlens.patch.sites import PatchError, Site
 from glmlens.patch.steering_vectors import SteeringVector, fit_steering
 from glmlens.patch.sweep import Sweep, check_sweep, sweep
-from glmlens.patch.values import Add, Apply, Change, Mean, Noise, Put, Remove, Resample, Scale, Swap, Zero
 
 __all__ = [
     "Add",

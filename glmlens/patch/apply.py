@@ -23,8 +23,8 @@ from glmlens.patch.interventions import (
     read_position_names,
     refuse_mixed,
 )
+from glmlens.patch.replacement_values import TokenIds, to_token_ids
 from glmlens.patch.sites import PatchError, move_position_first, repeat_kv
-from glmlens.patch.values import TokenIds, to_token_ids
 from glmlens.text.prompts import Prompt
 
 ALLOWED = ("never fired", "no change")

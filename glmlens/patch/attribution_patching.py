@@ -12,14 +12,14 @@ from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from glmlens.analysis.batch import upcast
+from glmlens.analysis.prompt_batch import upcast
 from glmlens.hooks import Hooks
 from glmlens.lens import Lens
 from glmlens.patch.gradients import RecordedGradients, record_gradients
-from glmlens.patch.grid import place_label
 from glmlens.patch.metrics import Metric
 from glmlens.patch.pairs import PromptPairs
 from glmlens.patch.sites import PatchError, move_position_first, position_first_axes, repeat_kv
+from glmlens.patch.sweep_axes import place_label
 from glmlens.results import Labelled, list_axes
 from glmlens.tasks.task import Examples
 from glmlens.text.prompts import Prompt

@@ -12,7 +12,6 @@ from tqdm import tqdm
 from glmlens.deprecated import rename_attribute, rename_keyword
 from glmlens.lens import Lens
 from glmlens.patch.apply import read_allowed_effects
-from glmlens.patch.engine import BaseRuns, make_unchanged_batch, run_packed
 from glmlens.patch.interventions import (
     Intervention,
     InterventionCompiler,
@@ -21,10 +20,11 @@ from glmlens.patch.interventions import (
     as_interventions,
     refuse_mixed,
 )
+from glmlens.patch.packed_runs import BaseRuns, make_unchanged_batch, run_packed
 from glmlens.patch.packing import Cell, PackedBatch, estimate_row_bytes, pack_batches
 from glmlens.patch.pairs import PromptPairs
+from glmlens.patch.replacement_values import Swap, TokenIds
 from glmlens.patch.sites import PatchError, repeat_kv
-from glmlens.patch.values import Swap, TokenIds
 from glmlens.tasks.task import Examples
 from glmlens.text.prompts import Prompt
 

@@ -9,11 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glmlens.file_io import expand_path, field_of, list_of, read_json, write_json
 from glmlens.hook_points import axes_of
 from glmlens.lens import Lens
+from glmlens.patch.replacement_values import (
+    Change,
+    ChangeTarget,
+    Functions,
+    as_change,
+    change_from_json,
+    change_to_json,
+    is_whole,
+)
 from glmlens.patch.sites import PatchError, Site, SiteResolver, move_position_first, position_axis, repeat_kv
-from glmlens.patch.values import Change, ChangeTarget, Functions, as_change, change_from_json, change_to_json, is_whole
-from glmlens.storage import expand_path, field_of, list_of, read_json, write_json
 
 PositionNames = Mapping[str, int]
 

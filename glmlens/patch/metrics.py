@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from glmlens.analysis.batch import upcast
+from glmlens.analysis.prompt_batch import upcast
 from glmlens.lens import Lens
-from glmlens.patch.checkpoint_keys import key_of, key_or_refuse
+from glmlens.patch.replacement_values import is_whole, name_of
 from glmlens.patch.sites import PatchError
-from glmlens.patch.values import is_whole, name_of
+from glmlens.patch.sweep_checkpoint_keys import key_of, key_or_refuse
 from glmlens.tasks.task import LOGIT_DIFFERENCE, Examples
 
 MetricFunction = Callable[[Tensor, Tensor], Tensor]

@@ -11,8 +11,8 @@ from torch import Tensor
 from glmlens.lens import Lens
 from glmlens.patch.interventions import PositionNames, read_position_names
 from glmlens.patch.metrics import Metric, as_metric
+from glmlens.patch.replacement_values import TokenIds, to_token_ids
 from glmlens.patch.sites import PatchError
-from glmlens.patch.values import TokenIds, to_token_ids
 from glmlens.tasks.task import Examples
 
 

@@ -21,8 +21,8 @@ from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from glmlens.analysis.batch import PromptBatch, to_numpy, upcast
-from glmlens.analysis.chunks import run_in_chunks
+from glmlens.analysis.chunked_runs import run_in_chunks
+from glmlens.analysis.prompt_batch import PromptBatch, to_numpy, upcast
 from glmlens.config import GLMConfig
 from glmlens.deprecated import rename_keyword, resolve_old_names
 from glmlens.hook_points import Point
@@ -30,8 +30,8 @@ from glmlens.hooks import Edit, Hooks, only
 from glmlens.integers import Integer, Integers, read_integer
 from glmlens.lens import Lens
 from glmlens.model import Angles
+from glmlens.patch.replacement_values import number
 from glmlens.patch.sites import PatchError, repeat_kv, to_place_tuple
-from glmlens.patch.values import number
 from glmlens.results import Labelled, LabelledGroup
 from glmlens.rotary_rules import (
     RotaryRule,

@@ -14,8 +14,8 @@ from glmlens.hooks import Edit, Hooks, list_edits
 from glmlens.lens import Lens, PointNames
 from glmlens.patch.apply import read_allowed_effects
 from glmlens.patch.pairs import describe_length_mismatch
+from glmlens.patch.replacement_values import TokenIds, to_token_ids
 from glmlens.patch.sites import PatchError
-from glmlens.patch.values import TokenIds, to_token_ids
 from glmlens.recording.activations import Activations
 from glmlens.text.prompts import Prompt
 

@@ -11,13 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from glmlens.deprecated import rename_method
+from glmlens.file_io import TensorFile, expand_path, field_of, list_of, parse_json, write_tensors
 from glmlens.hook_points import POINTS
 from glmlens.integers import Integer, read_integer
 from glmlens.lens import Lens
 from glmlens.patch.interventions import Intervention
+from glmlens.patch.replacement_values import Add, TokenIds, number, to_float_tuple, to_token_ids
 from glmlens.patch.sites import PatchError, PlaceSelection, Site, SiteResolver
-from glmlens.patch.values import Add, TokenIds, number, to_float_tuple, to_token_ids
-from glmlens.storage import TensorFile, expand_path, field_of, list_of, parse_json, write_tensors
 from glmlens.text.prompts import Prompt
 
 STEERING_FORMAT = "glmlens.Steering"

@@ -16,16 +16,16 @@ from glmlens.deprecated import rename_keyword
 from glmlens.integers import Integer, read_integer
 from glmlens.lens import Lens
 from glmlens.patch.apply import read_allowed_effects
-from glmlens.patch.checkpoint_keys import key_of, key_or_refuse
-from glmlens.patch.checkpoints import SweepCheckpoint
-from glmlens.patch.engine import BaseRuns
 from glmlens.patch.evaluate import DEFAULT_BATCH_BYTES, NO_COST, Cost, EvaluationJob, MeasuredCells, require_effect
-from glmlens.patch.grid import list_places, place_label, site_field
 from glmlens.patch.interventions import Intervention, PositionNames
 from glmlens.patch.metrics import Metric
+from glmlens.patch.packed_runs import BaseRuns
 from glmlens.patch.pairs import PromptPairs
+from glmlens.patch.replacement_values import Apply, Change, Swap, TokenIds, as_change, name_of
 from glmlens.patch.sites import PatchError, Site, SiteResolver
-from glmlens.patch.values import Apply, Change, Swap, TokenIds, as_change, name_of
+from glmlens.patch.sweep_axes import list_places, place_label, site_field
+from glmlens.patch.sweep_checkpoint_keys import key_of, key_or_refuse
+from glmlens.patch.sweep_checkpoints import SweepCheckpoint
 from glmlens.results import Labelled, list_axes
 from glmlens.tasks.task import Examples
 from glmlens.text.prompts import Prompt

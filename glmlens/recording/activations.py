@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from glmlens.deprecated import rename_method
+from glmlens.file_io import expand_path
 from glmlens.hook_points import HookError, axes_of, local_name
 from glmlens.integers import Integer, read_integer
 from glmlens.recording.run_info import RunInfo
@@ -24,7 +25,6 @@ from glmlens.recording.saved_activations import (
     run_info_to_plain,
     write_recording,
 )
-from glmlens.storage import expand_path
 from glmlens.text_tables import format_bytes, format_ranges, format_table
 
 

@@ -13,10 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm import tqdm
 
-from glmlens.hook_points import HookError, axes_of, local_name, resolve_names
-from glmlens.integers import Integer, read_integer
-from glmlens.recording.activations import Activations
-from glmlens.storage import (
+from glmlens.file_io import (
     FileError,
     TensorFile,
     expand_path,
@@ -27,6 +24,9 @@ from glmlens.storage import (
     write_json,
     write_tensors,
 )
+from glmlens.hook_points import HookError, axes_of, local_name, resolve_names
+from glmlens.integers import Integer, read_integer
+from glmlens.recording.activations import Activations
 from glmlens.text.prompt_kinds import check_one_prompt, plain_data, read_prompts
 
 HARVEST_MANIFEST = "harvest.json"

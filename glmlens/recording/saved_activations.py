@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glmlens.file_io import FileError, TensorFile, field_of, list_of, lock_folder, read_json, write_json, write_tensors
 from glmlens.hook_points import axes_of
 from glmlens.recording.run_info import RunInfo
-from glmlens.storage import FileError, TensorFile, field_of, list_of, lock_folder, read_json, write_json, write_tensors
 from glmlens.text.tokenizer import RowTexts
 
 PointValue = Tensor | list[Tensor]

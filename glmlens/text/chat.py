@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from glmlens.errors import GlmlensError
-from glmlens.text.child_process import Child, ChildEnded, ChildError, ChildLate
+from glmlens.text.sandbox_process import Child, ChildEnded, ChildError, ChildLate
 
 Message = Mapping[str, Any]
 

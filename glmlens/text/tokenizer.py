@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Engine
 
-from glmlens.text.child_process import Child, ChildError
+from glmlens.text.sandbox_process import Child, ChildError
 
 PREFIX_TOKENS = ("[gMASK]", "<sop>")
 GLM4_SPECIAL_TOKENS = [

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from glmlens.analysis.batch import Token, layer_labels, read_layer_and_head, to_numpy, token_label, upcast
-from glmlens.analysis.chunks import DecodingState
+from glmlens.analysis.chunked_runs import DecodingState
+from glmlens.analysis.prompt_batch import Token, layer_labels, read_layer_and_head, to_numpy, token_label, upcast
 from glmlens.deprecated import rename_attribute, rename_method
 from glmlens.hook_points import HookError
 from glmlens.hooks import Hooks, list_edits
@@ -27,8 +27,8 @@ from glmlens.model import additive_mask, eager
 from glmlens.patch.interventions import Intervention
 from glmlens.results import Labelled
 from glmlens.text.prompts import Prompt
-from glmlens.timeline.pickled_lens import PickledLens
-from glmlens.timeline.recording import (
+from glmlens.timeline.pickling import PickledLens
+from glmlens.timeline.recorder import (
     CACHE_POINT,
     AppliedEdit,
     CacheFunction,

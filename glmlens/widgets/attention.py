@@ -12,7 +12,7 @@ from torch import Tensor
 
 from glmlens.analysis.attention import layer_pattern, pattern_points
 from glmlens.lens import Lens
-from glmlens.patch.values import to_token_ids
+from glmlens.patch.replacement_values import to_token_ids
 from glmlens.plot import attention_pattern
 from glmlens.plot.style import show_control_characters
 from glmlens.text.prompts import Prompt

@@ -10,9 +10,9 @@ import plotly.graph_objects as go
 from torch import Tensor
 
 from glmlens import cache
-from glmlens.analysis.batch import layer_labels, token_label
 from glmlens.analysis.cache_reads import CacheReads, cache_reads, label_keys
 from glmlens.analysis.leave_one_out import leave_one_out
+from glmlens.analysis.prompt_batch import layer_labels, token_label
 from glmlens.lens import Lens
 from glmlens.plot import cache_norms, heatmap
 from glmlens.results import Labelled
@@ -20,7 +20,7 @@ from glmlens.text.prompts import Prompt
 from glmlens.timeline.timeline import Timeline
 from glmlens.widgets.base import ROW_LAYOUT
 from glmlens.widgets.chart import Chart, block_size
-from glmlens.widgets.generations import GenerationsExplorer
+from glmlens.widgets.generation_runs import GenerationsExplorer
 
 READ_UNITS = {"attention": "attention", "weighted": "weighted value norm", "direct": "logits"}
 LOSS_UNITS = {"kl": "nats", "logit": "logits"}

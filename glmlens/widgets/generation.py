@@ -9,7 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 import torch
 
-from glmlens.analysis.batch import Token, layer_labels, token_label, upcast
+from glmlens.analysis.prompt_batch import Token, layer_labels, token_label, upcast
 from glmlens.integers import read_integer
 from glmlens.lens import Lens
 from glmlens.plot.bars import bars
@@ -20,7 +20,7 @@ from glmlens.text.prompts import Prompt
 from glmlens.timeline.timeline import Timeline
 from glmlens.widgets.base import ROW_LAYOUT
 from glmlens.widgets.chart import MAX_CELLS, Chart, block_size
-from glmlens.widgets.generations import GenerationsExplorer
+from glmlens.widgets.generation_runs import GenerationsExplorer
 
 TOP_TOKENS = 8  # most probable tokens kept per layer and step
 MAX_LABELLED_STEPS = 20  # up to so many steps, the top token is written in its cell

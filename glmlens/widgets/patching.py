@@ -14,12 +14,12 @@ from torch import Tensor
 from glmlens.analysis.attention import layer_pattern, pattern_points
 from glmlens.lens import Lens
 from glmlens.patch.apply import AppliedInterventions
-from glmlens.patch.grid import list_places, site_field
 from glmlens.patch.interventions import Intervention
 from glmlens.patch.metrics import Metric, as_metric
+from glmlens.patch.replacement_values import Swap, to_token_ids
 from glmlens.patch.sites import PatchError, Site, SiteResolver
 from glmlens.patch.sweep import Sweep, sweep
-from glmlens.patch.values import Swap, to_token_ids
+from glmlens.patch.sweep_axes import list_places, site_field
 from glmlens.plot import heatmap, patch_grid
 from glmlens.plot.bars import bars
 from glmlens.plot.style import show_control_characters

@@ -10,19 +10,19 @@ import plotly.graph_objects as go
 import torch
 import traitlets as T
 
-from glmlens.analysis.batch import to_numpy, token_label
-from glmlens.analysis.distance import DistanceProfile, distance_profile
+from glmlens.analysis.attention_distance import DistanceProfile, distance_profile
+from glmlens.analysis.prompt_batch import to_numpy, token_label
 from glmlens.analysis.rotary import ScoreParts, format_wavelength, pair_frequencies_of, score_parts, wavelengths
 from glmlens.integers import read_integer, read_integers
 from glmlens.lens import Lens
-from glmlens.patch.values import to_token_ids
+from glmlens.patch.replacement_values import to_token_ids
 from glmlens.plot import attention_pattern, lines
 from glmlens.plot.style import GREY
 from glmlens.results import Labelled
 from glmlens.text.prompts import Prompt
 from glmlens.widgets.base import ROW_LAYOUT, Explorer, prompt_box
 from glmlens.widgets.chart import Chart, block_size
-from glmlens.widgets.generations import TextLines
+from glmlens.widgets.generation_runs import TextLines
 
 MAX_WAVES = 8  # waves drawn, the largest
 MIN_MAX_DISTANCE = 64  # tokens: distances are drawn at least up to this

@@ -28,8 +28,8 @@ package = types.ModuleType("glmlens")
 package.__path__ = [sys.argv[1]]
 sys.modules["glmlens"] = package
 sys.path[:] = sys.argv[4:]
-from glmlens.text import child_process
-child_process.serve(sys.argv[2], int(sys.argv[3]))
+from glmlens.text import sandbox_process
+sandbox_process.serve(sys.argv[2], int(sys.argv[3]))
 """
 
 

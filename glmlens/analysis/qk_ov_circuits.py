@@ -10,9 +10,9 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from glmlens.analysis.batch import describe_kv_groups, read_head, read_layer, to_numpy
 from glmlens.analysis.factored import Factored, eigenvalues
-from glmlens.analysis.norms import norm_weight_or_ones
+from glmlens.analysis.layer_norms import norm_weight_or_ones
+from glmlens.analysis.prompt_batch import describe_kv_groups, read_head, read_layer, to_numpy
 from glmlens.dtypes import upcast
 from glmlens.integers import Integer, read_integer
 from glmlens.lens import Lens

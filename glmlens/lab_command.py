@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from glmlens.errors import GlmlensError
-from glmlens.storage import FileError, dump_json, expand_path, read_json, write_bytes
+from glmlens.file_io import FileError, dump_json, expand_path, read_json, write_bytes
 
 BUNDLED_FILES = (
     Path(__file__).parent / "lab_files"

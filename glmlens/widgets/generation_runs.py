@@ -6,7 +6,7 @@ from typing import Any
 
 import ipywidgets as W
 
-from glmlens.analysis.batch import token_label
+from glmlens.analysis.prompt_batch import token_label
 from glmlens.lens import Lens
 from glmlens.plot.style import show_control_characters
 from glmlens.text.prompt_kinds import plain_data

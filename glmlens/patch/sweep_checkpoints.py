@@ -8,9 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from glmlens.patch.checkpoint_keys import find_differing_keys
+from glmlens.file_io import TensorFile, expand_path, write_tensors
 from glmlens.patch.sites import PatchError
-from glmlens.storage import TensorFile, expand_path, write_tensors
+from glmlens.patch.sweep_checkpoint_keys import find_differing_keys
 
 FORMAT = "glmlens.Sweep"
 

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from glmlens.file_io import FileError, TensorFile, expand_path, write_tensors
 from glmlens.hook_points import HookError, Point
 from glmlens.hooks import Hook, hook_requests
-from glmlens.storage import FileError, TensorFile, expand_path, write_tensors
 
 
 @runtime_checkable

@@ -18,7 +18,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from glmlens.analysis.batch import (
+from glmlens.analysis.components import SPLITS, SUBLAYERS, RunColumns, Split, points_of_split, project_onto
+from glmlens.analysis.prompt_batch import (
     Position,
     PromptBatch,
     Token,
@@ -27,7 +28,6 @@ from glmlens.analysis.batch import (
     to_numpy,
     upcast_to_float64,
 )
-from glmlens.analysis.splits import SPLITS, SUBLAYERS, RunColumns, Split, points_of_split, project_onto
 from glmlens.dtypes import upcast
 from glmlens.hooks import Hooks
 from glmlens.lens import Lens

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from glmlens.lens import Lens
+from glmlens.patch.replacement_values import TokenIds
 from glmlens.patch.sites import PatchError, Place, Site, SiteResolver
-from glmlens.patch.values import TokenIds
 
 
 def site_field(site: Site, axis: str) -> str:

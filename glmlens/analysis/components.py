@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from glmlens.analysis.attention import layer_pattern, pattern_points
-from glmlens.analysis.batch import PromptBatch, upcast_to_float64
-from glmlens.analysis.norms import scale_by_post_norm
+from glmlens.analysis.layer_norms import scale_by_post_norm
+from glmlens.analysis.prompt_batch import PromptBatch, upcast_to_float64
 from glmlens.dtypes import upcast
 from glmlens.lens import Lens
 from glmlens.recording.activations import Activations

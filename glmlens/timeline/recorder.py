@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from glmlens.analysis.batch import PromptBatch
-from glmlens.analysis.chunks import CHUNK_SIZE, DecodingState, run_in_chunks
+from glmlens.analysis.chunked_runs import CHUNK_SIZE, DecodingState, run_in_chunks
+from glmlens.analysis.prompt_batch import PromptBatch
 from glmlens.deprecated import rename_attribute, rename_keyword, rename_method
 from glmlens.hook_points import HookError, Point
 from glmlens.hooks import Edit, Hooks, Only, get_edit_name, list_edits, only

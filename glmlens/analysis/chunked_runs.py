@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from glmlens.analysis.batch import PromptBatch
+from glmlens.analysis.prompt_batch import PromptBatch
 from glmlens.hook_points import HookError, Point
 from glmlens.hooks import Edit, Hooks, Only, get_edit_name, list_edits
 from glmlens.kv_cache import KVCache

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from jaxtyping import Float
 from torch import Tensor
 
-from glmlens.analysis.batch import upcast_to_float64
+from glmlens.analysis.prompt_batch import upcast_to_float64
 from glmlens.dtypes import upcast
 from glmlens.model import GLM, RMSNorm
 

@@ -8,9 +8,9 @@ from einops import einsum, rearrange, repeat
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from glmlens.analysis.batch import PromptBatch, describe_kv_groups, layer_labels, to_numpy, upcast_to_float64
-from glmlens.analysis.chunks import record_in_chunks
+from glmlens.analysis.chunked_runs import record_in_chunks
 from glmlens.analysis.heads import RepeatedWordPatterns, draw_words
+from glmlens.analysis.prompt_batch import PromptBatch, describe_kv_groups, layer_labels, to_numpy, upcast_to_float64
 from glmlens.analysis.rotary import (
     head_vector_points,
     label_score_parts,
