@@ -38,7 +38,7 @@ def views():
     yield (
         "attention_by_value_norm",
         plot.attention_pattern(
-            pattern[3], labels, value_norms=norms, title="Head 2.3 weighted by value norm", about=of
+            pattern[3], labels, value_norms=norms, title="Head 2.3 weighted by value norm", about=about
         ),
     )
     yield (

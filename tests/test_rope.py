@@ -205,7 +205,7 @@ def test_a_profile_of_one_query_and_key_is_their_score_at_every_distance(lens, r
 def test_the_weights_between_a_query_and_a_key_are_the_score(lens, rule):
     _, acts = lens.run_with_cache(LONG, ["attn.scores", "ln1.normalized"])
     x = acts["ln1.normalized", 1][0]
-    on_query, on_key, constant = analysis.circuits.QK_bias(lens, 1, 2, distance=9)
+    on_query, on_key, constant = analysis.qk_ov_circuits.QK_bias(lens, 1, 2, distance=9)
     whole = analysis.QK(lens, 1, 2, distance=9)
     found = x[30] @ whole.A @ whole.B @ x[21] + x[30] @ on_query + x[21] @ on_key + constant
     assert_close(found, acts["attn.scores", 1][0, 2, 30, 21])

@@ -172,7 +172,7 @@ def test_home_is_expanded_wherever_a_path_is_taken(inside, tmp_path, monkeypatch
     glmlens.load("~/model", device="meta")
     assert main(["lab", "~/lab", "--copy-only"]) == 0
     assert (home / "lab" / "tutorials" / "README.md").is_file()
-    monkeypatch.setattr(story, "tell", lambda lens, prompt, out: out / "page.html")
+    monkeypatch.setattr(story, "write_demo_report", lambda lens, prompt, out: out / "page.html")
     assert main(["demo", "--model", "~/model", "--out", "~/report"]) == 0
     assert (home / "report").is_dir()
     assert str(home / "lab") in capsys.readouterr().out
