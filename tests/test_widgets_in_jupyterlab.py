@@ -173,6 +173,7 @@ def late(lab):
 def test_heads_hear_the_kernel_where_their_code_came_late(late):
     late.cell(ATTENTION)
     late.wait_text("layer 2, head 3: query 5 ·John → key 3 ·Mary")
+    late.wait(f"{HEADS}.length > 6")  # the text comes with the picture of one head, the small pictures after it
     late.click_on(f"{HEADS}[6]")
     late.wait_text("layer 2, head 6")
 

@@ -325,13 +325,10 @@ def answer(job: list[Any]) -> tuple[bool, Any]:
     try:
         with no_panic("while it was read"):
             if kind == "convert":
-                text = source
                 path, numbered = rest
-                ranks = parse_ranks(text.encode("latin-1"), Path(path))
-                engine = build_bpe_tokenizer(
-                    ranks, None if numbered is None else {int(i): token for i, token in numbered}
-                )
-                return True, engine.to_str()
+                ranks = parse_ranks(source.encode("latin-1"), Path(path))
+                special = None if numbered is None else {int(i): token for i, token in numbered}
+                return True, build_bpe_tokenizer(ranks, special).to_str()
             data = Path(source).read_bytes()
             tokenizer = Tokenizer(Engine.from_buffer(data))
             for probe in PROBES:  # a text without an encoding is an error only when it is used
