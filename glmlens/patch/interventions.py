@@ -19,9 +19,9 @@ from glmlens.patch.replacement_values import (
     as_change,
     change_from_json,
     change_to_json,
-    is_whole,
 )
 from glmlens.patch.sites import PatchError, Site, SiteResolver, move_position_first, position_axis, repeat_kv
+from glmlens.text.prompt_kinds import is_whole_number
 
 PositionNames = Mapping[str, int]
 
@@ -64,7 +64,7 @@ def read_position_names(names: Any, length: int) -> dict[str, int]:
     if not isinstance(names, Mapping):
         raise PatchError(f"position_names are positions by name, {{'S2': 9}}, not {names!r:.60}")
     for name, place in names.items():
-        if not isinstance(name, str) or not is_whole(place) or not 0 <= place < length:
+        if not isinstance(name, str) or not is_whole_number(place) or not 0 <= place < length:
             raise PatchError(f"position_names: {name!r} is {place!r:.60}; the prompt has positions 0 to {length - 1}")
     return {"end": length - 1, **{name: int(place) for name, place in names.items()}}
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from glmlens.analysis.prompt_batch import upcast
 from glmlens.lens import Lens
-from glmlens.patch.replacement_values import is_whole, name_of
+from glmlens.patch.replacement_values import name_of
 from glmlens.patch.sites import PatchError
 from glmlens.patch.sweep_checkpoint_keys import key_of, key_or_refuse
 from glmlens.tasks.task import LOGIT_DIFFERENCE, Examples
+from glmlens.text.prompt_kinds import is_whole_number
 
 MetricFunction = Callable[[Tensor, Tensor], Tensor]
 KINDS = (
@@ -139,7 +140,7 @@ def as_metric(metric: Any, lens: Lens, n_examples: int) -> Metric:
 
 def answer_id(lens: Lens, answer: Any) -> int:
     """Return the index of an answer's logit; raise PatchError for what is no single token and no id of this model."""
-    if not isinstance(answer, str) and not is_whole(answer):
+    if not isinstance(answer, str) and not is_whole_number(answer):
         raise PatchError(f"{answer!r:.60} is no answer: {KINDS}")
     try:
         return lens.to_answer(answer if isinstance(answer, str) else int(answer))

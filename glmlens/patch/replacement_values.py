@@ -12,6 +12,7 @@ from torch import Tensor
 
 from glmlens.lens import Lens
 from glmlens.patch.sites import PatchError
+from glmlens.text.prompt_kinds import is_whole_number
 from glmlens.text.prompts import Prompt
 
 TokenIds = tuple[int, ...]
@@ -362,14 +363,14 @@ def rows_of_ids(rows: Any, what: str, instead: str) -> tuple[TokenIds, ...]:
     """Return rows of token ids as tuples, from one row or several; raise PatchError that names `instead` otherwise."""
     plain: Any = rows.tolist() if isinstance(rows, Tensor | np.ndarray) else rows
     listed = list(plain) if isinstance(plain, Sequence) and not isinstance(plain, str | bytes) else [plain]
-    if listed and all(is_whole(i) for i in listed):
+    if listed and all(is_whole_number(i) for i in listed):
         listed = [listed]
     if not listed:
         raise PatchError(f"{what} is of no prompt: type {instead}")
     ids = []
     for row in listed:
         row = row.tolist() if isinstance(row, Tensor | np.ndarray) else row
-        if not isinstance(row, list | tuple) or not row or not all(is_whole(i) for i in row):
+        if not isinstance(row, list | tuple) or not row or not all(is_whole_number(i) for i in row):
             raise PatchError(f"{what} holds token ids, not {rows!r:.60}: for a prompt of any kind type {instead}")
         ids.append(tuple(int(i) for i in row))
     return tuple(ids)
@@ -382,18 +383,9 @@ def require_one_row(rows: Sequence[TokenIds], what: str) -> TokenIds:
     return rows[0]
 
 
-def is_whole(x: Any) -> bool:
-    """Whether `x` is one whole number of Python, numpy or torch; a bool is not."""
-    if isinstance(x, Tensor):
-        return x.ndim == 0 and not x.is_floating_point() and not x.is_complex() and x.dtype != torch.bool
-    if isinstance(x, np.ndarray):
-        return x.ndim == 0 and x.dtype.kind in "iu"
-    return isinstance(x, int | np.integer) and not isinstance(x, bool)
-
-
 def read_whole_number(x: Any, what: str) -> int:
     """Return a whole number as an int; raise PatchError for anything else."""
-    if not is_whole(x):
+    if not is_whole_number(x):
         raise PatchError(f"{what} is {x!r:.60}; expected a whole number")
     return int(x)
 
